@@ -1,0 +1,7 @@
+"""Checkpoints of every known format: bytes on disk to a rank's parameters, and back."""
+
+from mixtralkit.checkpoint.loader import load_into
+from mixtralkit.checkpoint.reader import CheckpointReader, open_checkpoint
+from mixtralkit.checkpoint.writer import FORMATS, save_checkpoint
+
+__all__ = ["FORMATS", "CheckpointReader", "load_into", "open_checkpoint", "save_checkpoint"]

@@ -1,0 +1,173 @@
+"""Fills one rank's parameters from a checkpoint, straight to its device.
+
+A piece that several ranks hold is read by one of them and sent to the others, so that all ranks together read each
+byte once.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from mixtralkit.checkpoint.reader import BLOCK_BYTES, Block, CheckpointReader
+from mixtralkit.distributed import RankContext
+from mixtralkit.layout import Piece, RankLayout
+
+SMALL_BYTES = 1 << 20  # pieces below this are read by every rank: sending them costs more
+
+_Key = tuple[str, tuple[int, int], "tuple[int, int] | None"]
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """A piece that ``owner`` reads and sends to the other ``ranks``."""
+
+    key: _Key
+    owner: int
+    ranks: tuple[int, ...]
+
+
+def load_into(
+    parameters: Mapping[str, torch.Tensor],
+    layout: RankLayout,
+    reader: CheckpointReader,
+    context: RankContext,
+    progress: bool = False,
+    threads: int = 2,
+) -> None:
+    """Fills ``parameters`` (named and shaped as ``layout.shapes()``) from ``reader``, each in its own dtype.
+
+    Every rank calls it. ``threads`` read at a time; ``progress`` draws a bar on rank 0. ValueError, or RankFailed
+    where another rank failed, when the parameters or the checkpoint do not fit the layout (before any byte is read),
+    and when a file cannot be read.
+    """
+    with context.agreed():
+        _check(parameters, layout, reader, context)
+    transfers = _plan_transfers(layout, parameters)
+    received = {t.key for t in transfers if t.owner != context.rank}
+    with torch.no_grad():
+        pieces = [piece for piece in layout.pieces() if _key(piece) not in received]
+        with context.agreed():
+            _read_all(_blocks(parameters, reader, pieces), reader, context, progress, threads)
+        _share(transfers, parameters, layout, context)
+
+
+def _check(
+    parameters: Mapping[str, torch.Tensor], layout: RankLayout, reader: CheckpointReader, context: RankContext
+) -> None:
+    if (layout.world_size, layout.rank) != (context.world_size, context.rank):
+        raise ValueError(
+            f"layout is of rank {layout.rank} of {layout.world_size}, this is rank {context.rank} "
+            f"of {context.world_size}"
+        )
+    shapes = RankLayout.single(layout.config).shapes()
+    found = RankLayout.single(reader.config).shapes()
+    for name in dict.fromkeys((*shapes, *found)):
+        if shapes.get(name) != found.get(name):
+            raise ValueError(f"{reader.folder}: {name}: found {found.get(name)}, the model wants {shapes.get(name)}")
+    wanted = layout.shapes()
+    wrong = [
+        f"{name}: found {tuple(parameters[name].shape) if name in parameters else None}, wanted {wanted.get(name)}"
+        for name in dict.fromkeys((*wanted, *parameters))
+        if name not in parameters or tuple(parameters[name].shape) != wanted.get(name)
+    ]
+    if wrong:
+        raise ValueError(f"the parameters to fill do not fit the layout: {'; '.join(wrong[:8])}")
+
+
+def _key(piece: Piece) -> _Key:
+    return piece.source, piece.rows, piece.columns
+
+
+def _plan_transfers(layout: RankLayout, parameters: Mapping[str, torch.Tensor]) -> list[Transfer]:
+    """Pieces that more than one rank holds, each with the rank that reads it; the same list on every rank."""
+    holders: dict[_Key, list[int]] = {}
+    load = [0] * layout.world_size
+    itemsize = {name: tensor.dtype.itemsize for name, tensor in parameters.items()}
+    sizes: dict[_Key, int] = {}
+    for rank in range(layout.world_size):
+        for piece in replace(layout, rank=rank).pieces():
+            key = _key(piece)
+            holders.setdefault(key, []).append(rank)
+            columns = piece.columns or (0, 1)
+            sizes[key] = (piece.rows[1] - piece.rows[0]) * (columns[1] - columns[0]) * itemsize[piece.target]
+    shared = [key for key, ranks in holders.items() if len(ranks) > 1 and sizes[key] >= SMALL_BYTES]
+    for key, ranks in holders.items():
+        if len(ranks) == 1:
+            load[ranks[0]] += sizes[key]
+    transfers = []
+    for key in shared:
+        owner = min(holders[key], key=load.__getitem__)
+        load[owner] += sizes[key]
+        transfers.append(Transfer(key, owner, tuple(holders[key])))
+    return transfers
+
+
+def _blocks(parameters: Mapping[str, torch.Tensor], reader: CheckpointReader, pieces: Iterable[Piece]) -> list[Block]:
+    """The reads of ``pieces``, in the order of the files."""
+    blocks = [
+        block
+        for piece in pieces
+        for block in reader.blocks(piece.source, piece.rows, piece.columns, parameters[piece.target][piece.at])
+    ]
+    return sorted(blocks, key=reader.order)
+
+
+def _read_all(
+    blocks: Sequence[Block], reader: CheckpointReader, context: RankContext, progress: bool, threads: int
+) -> None:
+    """Reads with ``threads`` at a time, each with a buffer of its own where bytes cannot go straight to their place."""
+    buffers: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
+    pinned = context.device.type == "cuda"
+    for _ in range(threads):
+        buffers.put(torch.empty(BLOCK_BYTES, dtype=torch.uint8, pin_memory=pinned))
+
+    def read(block: Block) -> int:
+        buffer = buffers.get()
+        try:
+            block.read(buffer)
+        finally:
+            buffers.put(buffer)
+        return block.nbytes
+
+    total = sum(block.nbytes for block in blocks)
+    bar = tqdm(
+        total=total, unit="B", unit_scale=True, desc=f"loading {reader.folder.name}",
+        disable=not (progress and context.is_first),
+    )  # fmt: skip
+    with bar, ThreadPoolExecutor(threads) as pool:
+        futures = [pool.submit(read, block) for block in blocks]
+        try:
+            for future in as_completed(futures):
+                bar.update(future.result())
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _share(
+    transfers: Sequence[Transfer], parameters: Mapping[str, torch.Tensor], layout: RankLayout, context: RankContext
+) -> None:
+    """Sends every shared piece from its owner to the other ranks that hold it, in one order on all of them."""
+    own = {_key(piece): piece for piece in layout.pieces()} if transfers else {}
+    for transfer in transfers:
+        if context.rank not in transfer.ranks:
+            continue
+        piece = own[transfer.key]
+        content = parameters[piece.target][piece.at]
+        assert content.is_contiguous()  # only whole rows are ever shared
+        content = content.view(-1).view(torch.uint8)
+        if len(transfer.ranks) == context.world_size:
+            dist.broadcast(content, src=transfer.owner, group=context.group)
+        elif context.rank == transfer.owner:
+            for rank in transfer.ranks:
+                if rank != transfer.owner:
+                    dist.send(content, rank, group=context.group)
+        else:
+            dist.recv(content, transfer.owner, group=context.group)

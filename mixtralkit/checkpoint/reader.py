@@ -1,0 +1,294 @@
+"""A checkpoint folder of any format as canonical tensors, of which any rows and columns can be read alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mixtralkit.checkpoint.discover import Found, recognise
+from mixtralkit.checkpoint.files import ByteFile, Region, read_index
+from mixtralkit.checkpoint.names import STYLES, Slab, Stored, rank_tensors, stored_tensors
+from mixtralkit.layout import canonical_shapes
+
+BLOCK_BYTES = 16 << 20
+MOST_LISTED = 8
+_DERIVED = ("rope.freqs", "rotary_emb.inv_freq")  # tables that some tools store though the model computes them
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Where a slab of a canonical tensor lies: its first stored element is at ``row``, ``column`` of ``region``."""
+
+    slab: Slab
+    region: Region
+    row: int
+    column: int = 0
+
+
+@dataclass(frozen=True)
+class Block:
+    """One read: ``out`` [rows, columns] = the same rectangle of ``region`` from ``row``, ``column`` on."""
+
+    region: Region
+    row: int
+    column: int
+    out: torch.Tensor
+
+    @property
+    def position(self) -> int:
+        """Byte of its first element in the file."""
+        return self.region.position(self.row, self.column)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are wanted from the file."""
+        return self.out.numel() * self.region.dtype.itemsize
+
+    def read(self, scratch: torch.Tensor | None = None) -> None:
+        """Fills ``out``: straight where it lies in memory as in the file, else through ``scratch`` (uint8)."""
+        out, dtype = self.out, self.region.dtype
+        if out.device.type == "cpu" and out.dtype == dtype and out.stride(1) == 1:
+            self.region.read_into(out, self.row, self.column)
+            return
+        if scratch is None or len(scratch) < self.nbytes:
+            scratch = torch.empty(self.nbytes, dtype=torch.uint8)
+        block = scratch[: self.nbytes].view(dtype).view(out.shape)
+        self.region.read_into(block, self.row, self.column)
+        out.copy_(block.to(out.device))  # first the device, so that conversion and transposition run there
+
+
+class CheckpointReader:
+    """Canonical tensors of a checkpoint folder; opening it reads names and shapes only.
+
+    Attributes:
+        folder: where it lies.
+        kind: what was found there, in words.
+        config: the model.
+    """
+
+    def __init__(self, found: Found, files: Sequence[ByteFile], tiles: dict[str, tuple[Tile, ...]]) -> None:
+        self.folder, self.kind, self.config = found.folder, found.kind, found.config
+        self._files, self._tiles = tuple(files), tiles
+        self._order = {id(file): i for i, file in enumerate(self._files)}
+
+    def __enter__(self) -> CheckpointReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives the file descriptors back; nothing can be read any more."""
+        for file in self._files:
+            file.close()
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of all weight files together."""
+        return sum(file.size for file in self._files)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Canonical names and shapes, in the order of the model."""
+        return canonical_shapes(self.config)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored dtype of a canonical tensor."""
+        return self._tiles[name][0].region.dtype
+
+    def read(
+        self, name: str, rows: tuple[int, int] | None = None, columns: tuple[int, int] | None = None
+    ) -> torch.Tensor:
+        """A CPU tensor of the stored dtype with rows and columns (half-open bounds, None for all) of ``name``."""
+        shape = self.shapes()[name]
+        rows = rows or (0, shape[0])
+        size = [rows[1] - rows[0]]
+        if len(shape) > 1:
+            columns = columns or (0, shape[1])
+            size.append(columns[1] - columns[0])
+        out = torch.empty(size, dtype=self.dtype(name))
+        for block in self.blocks(name, rows, columns, out):
+            block.read()
+        return out
+
+    def blocks(
+        self, name: str, rows: tuple[int, int], columns: tuple[int, int] | None, out: torch.Tensor
+    ) -> Iterator[Block]:
+        """The reads, each of at most ``BLOCK_BYTES``, that fill ``out`` with rows and columns of ``name``.
+
+        ``out`` is of any device and floating dtype, [rows, columns] or [rows] for a vector.
+        """
+        out_RC = out if out.dim() == 2 else out.unsqueeze(1)
+        for tile in self._tiles[name]:
+            yield from _tile_blocks(tile, rows, columns or (0, 1), out_RC)
+
+    def order(self, block: Block) -> tuple[int, int]:
+        """Sort key under which blocks are read from the disk in one direction."""
+        return self._order[id(block.region.file)], block.position
+
+
+def open_checkpoint(folder: str | Path) -> CheckpointReader:
+    """Recognises the checkpoint in ``folder`` and checks that it is whole, without reading any weights.
+
+    ValueError, in one sentence that names files, tensors, found and wanted, for a folder that is missing, ambiguous
+    or damaged, and for missing, extra or misshapen tensors.
+    """
+    found = recognise(folder)
+    files: list[ByteFile] = []
+    try:
+        indices = []
+        for paths in found.files:
+            files.append(ByteFile(paths))
+            indices.append(read_index(files[-1]))
+        tiles = _place_ranks(found, indices) if found.layouts else _place(found, indices)
+    except BaseException:
+        for file in files:
+            file.close()
+        raise
+    return CheckpointReader(found, files, tiles)
+
+
+def _place(found: Found, indices: Sequence[dict[str, Region]]) -> dict[str, tuple[Tile, ...]]:
+    """Tiles of every canonical tensor from the tensors of all files, by their names and shapes."""
+    known = {name: stored for style in STYLES for name, stored in stored_tensors(style, found.config).items()}
+    regions: dict[str, list[Region]] = {}
+    for index in indices:
+        for name, region in index.items():
+            regions.setdefault(name, []).append(region)
+    extra, misshapen, tiles = [], [], []
+    for name, parts in regions.items():
+        if name not in known:
+            extra += [f"{name} {_shape(parts[0].shape)} in {parts[0].file}"] if not name.endswith(_DERIVED) else []
+            continue
+        placed = _put_together(known[name], parts)
+        if placed is None:
+            shapes = " + ".join(dict.fromkeys(_shape(part.shape) for part in parts))
+            misshapen.append(f"{name} in {parts[0].file}: found {shapes}, wanted {_shape(known[name].shape)}")
+        else:
+            tiles += placed
+    broken = {slab.source for name in regions if name in known for slab in known[name].slabs} if misshapen else set()
+    return _complete(found, tiles, extra, misshapen, broken)
+
+
+def _put_together(stored: Stored, parts: Sequence[Region]) -> list[Tile] | None:
+    """Tiles of a tensor that is whole in every file, or cut over the files by rows or columns; None if neither."""
+    if all(part.shape == stored.shape for part in parts):
+        return _tiles(stored, parts[0])
+    rank = len(stored.shape)
+    if len(stored.slabs) > 1 or any(len(part.shape) != rank for part in parts):
+        return None
+    (slab,) = stored.slabs
+    if all(part.columns == slab.width for part in parts):
+        times, rest = divmod(sum(part.rows for part in parts), slab.height)
+        if rest or not times or len(parts) % times or (times > 1 and len({part.rows for part in parts}) > 1):
+            return None
+        tiles, row = [], 0
+        for part in parts[::times]:  # with fewer key-value heads than shards, neighbours hold the same rows
+            tiles += _tiles(stored.cut_rows(range(row, row + part.rows)), part)
+            row += part.rows
+        return tiles
+    if all(part.rows == slab.height for part in parts) and sum(part.columns for part in parts) == slab.width:
+        tiles, column = [], 0
+        for part in parts:
+            tiles += _tiles(stored.cut_columns(range(column, column + part.columns)), part)
+            column += part.columns
+        return tiles
+    return None
+
+
+def _place_ranks(found: Found, indices: Sequence[dict[str, Region]]) -> dict[str, tuple[Tile, ...]]:
+    """Tiles of every canonical tensor from the rank-ready files of our own format."""
+    extra, misshapen, missing, tiles = [], [], [], []
+    for layout, index, (path,) in zip(found.layouts, indices, found.files, strict=True):
+        wanted = rank_tensors(layout)
+        extra += [f"{name} {_shape(region.shape)} in {path}" for name, region in index.items() if name not in wanted]
+        for name, stored in wanted.items():
+            region = index.get(name)
+            if region is None:
+                missing.append(f"{name} {_shape(stored.shape)} in {path}")
+            elif region.shape != stored.shape:
+                misshapen.append(f"{name} in {path}: found {_shape(region.shape)}, wanted {_shape(stored.shape)}")
+            else:
+                tiles += _tiles(stored, region)
+    if extra or misshapen or missing:
+        raise _incomplete(found, missing, extra, misshapen)
+    return _complete(found, tiles, [], [], set())
+
+
+def _tiles(stored: Stored, region: Region) -> list[Tile]:
+    tiles, row = [], 0
+    for slab in stored.slabs:
+        tiles.append(Tile(slab, region, row))
+        row += slab.height
+    return tiles
+
+
+def _complete(
+    found: Found, tiles: Sequence[Tile], extra: list[str], misshapen: list[str], broken: set[str]
+) -> dict[str, tuple[Tile, ...]]:
+    """Tiles by canonical name, each slab once; ValueError unless they fill every canonical tensor."""
+    by_name: dict[str, dict[Slab, Tile]] = {name: {} for name in canonical_shapes(found.config)}
+    for tile in tiles:
+        by_name[tile.slab.source].setdefault(_untransposed(tile.slab), tile)
+    missing = []
+    for name, shape in canonical_shapes(found.config).items():
+        covered = sum(len(slab.rows) * len(slab.columns) for slab in by_name[name])
+        if covered > math.prod(shape):
+            misshapen.append(f"{name}: stored twice, as {' and '.join(_sources(by_name[name].values()))}")
+        elif covered < math.prod(shape) and name not in broken:
+            missing.append(f"{name} {_shape(shape)}")
+    if missing or extra or misshapen:
+        raise _incomplete(found, missing, extra, misshapen)
+    return {name: tuple(parts.values()) for name, parts in by_name.items()}
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return str(list(shape))
+
+
+def _untransposed(slab: Slab) -> Slab:
+    return Slab(slab.source, slab.rows, slab.columns)
+
+
+def _sources(tiles: Iterator[Tile]) -> list[str]:
+    return list(dict.fromkeys(tile.region.name for tile in tiles))
+
+
+def _incomplete(found: Found, missing: list[str], extra: list[str], misshapen: list[str]) -> ValueError:
+    parts = []
+    for title, items in (("missing", missing), ("not part of the model", extra), ("misshapen", misshapen)):
+        if items:
+            more = f" and {len(items) - MOST_LISTED} more" if len(items) > MOST_LISTED else ""
+            parts.append(f"{len(items)} {title}: {', '.join(items[:MOST_LISTED])}{more}")
+    return ValueError(f"{found.folder}: the tensors do not fit the model: {'; '.join(parts)}")
+
+
+def _tile_blocks(tile: Tile, rows: tuple[int, int], columns: tuple[int, int], out_RC: torch.Tensor) -> Iterator[Block]:
+    """What of ``out_RC`` = canonical[rows, columns] this tile fills, in stored orientation and cut to blocks."""
+    slab = tile.slab
+    row_from, row_to = _inside(slab.rows, rows)
+    column_from, column_to = _inside(slab.columns, columns)
+    if row_from >= row_to or column_from >= column_to:
+        return
+    first = slab.rows[row_from] - rows[0]
+    left = slab.columns[column_from] - columns[0]
+    last = slab.rows[row_to - 1] - rows[0] + 1
+    out = out_RC[first : last : slab.rows.step, left : left + column_to - column_from]
+    if slab.transposed:
+        out, row_from, column_from = out.T, column_from, row_from
+    region, height = tile.region, out.shape[0]
+    whole_rows = out.shape[1] * region.dtype.itemsize == region.pitch
+    step = max(1, BLOCK_BYTES // (region.pitch if not whole_rows else out.shape[1] * region.dtype.itemsize))
+    for start in range(0, height, step):
+        part = out[start : start + step]
+        yield Block(region, tile.row + row_from + start, tile.column + column_from, part)
+
+
+def _inside(held: range, wanted: tuple[int, int]) -> tuple[int, int]:
+    """Bounds of the positions in ``held`` whose values lie in ``wanted``."""
+    ahead = max(0, math.ceil((wanted[0] - held.start) / held.step))
+    behind = min(len(held), math.ceil((wanted[1] - held.start) / held.step))
+    return ahead, behind

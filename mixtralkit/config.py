@@ -1,0 +1,276 @@
+"""Frozen settings and their rules; the only reader of ``FMOE_*`` environment variables."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+DTYPES = {
+    "float32": torch.float32, "fp32": torch.float32,
+    "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
+    "float16": torch.float16, "fp16": torch.float16,
+}  # fmt: skip
+
+
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """``"bfloat16"``, ``"bf16"`` or ``torch.bfloat16`` → ``torch.bfloat16``; ValueError for any other name."""
+    if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
+        return dtype
+    if str(dtype) in DTYPES:
+        return DTYPES[str(dtype)]
+    raise ValueError(f"dtype ({dtype}) must be one of {', '.join(DTYPES)}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Architecture of a Mixtral, in Mistral's ``params.json`` vocabulary.
+
+    ``max_seq_len`` (tokens) and ``max_batch_size`` (sequences) size the KV cache. ``sliding_window`` is how many
+    keys, its own included, a query sees; None sees all. ``extra`` keeps keys of the file that this code does not
+    know, so that a converted checkpoint still has them.
+    """
+
+    dim: int
+    n_layers: int
+    head_dim: int
+    hidden_dim: int
+    n_heads: int
+    n_kv_heads: int
+    vocab_size: int
+    norm_eps: float = 1e-5
+    rope_theta: float = 1e6
+    max_seq_len: int = 32768
+    max_batch_size: int = 1
+    sliding_window: int | None = None
+    num_experts: int = 8
+    num_experts_per_tok: int = 2
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name in ("norm_eps", "rope_theta"):
+                if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+                    raise ValueError(f"{f.name} ({value!r}) must be a number above 0")
+            elif (f.name == "sliding_window" and value is None) or f.name == "extra":
+                continue
+            elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{f.name} ({value!r}) must be a whole number of at least 1")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads ({self.n_heads}) must be a multiple of n_kv_heads ({self.n_kv_heads})")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim ({self.head_dim}) must be even: rotary embeddings turn pairs of features")
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(
+                f"num_experts ({self.num_experts}) must be at least num_experts_per_tok ({self.num_experts_per_tok})"
+            )
+
+    def with_limits(self, max_seq_len: int | None, max_batch_size: int | None) -> ModelConfig:
+        """The same model with other cache limits; None keeps what is set."""
+        return replace(
+            self,
+            max_seq_len=self.max_seq_len if max_seq_len is None else max_seq_len,
+            max_batch_size=self.max_batch_size if max_batch_size is None else max_batch_size,
+        )
+
+    @classmethod
+    def from_dict(cls, params: Mapping[str, Any]) -> ModelConfig:
+        """Reads ``params.json`` in Mistral's keys, or a ``config.json`` in Hugging Face's; unknown keys warn."""
+        if not isinstance(params, Mapping):
+            raise ValueError(f"model parameters must be a JSON object, not {type(params).__name__}")
+        return _from_hugging_face(params) if "hidden_size" in params else _from_mistral(params)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> ModelConfig:
+        """``from_dict`` of a JSON file; errors name the file."""
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def to_mistral(self) -> dict[str, Any]:
+        """The content of a ``params.json``."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name in _MISTRAL_KEYS}
+        if self.sliding_window is None:
+            del own["sliding_window"]
+        moe = {"num_experts": self.num_experts, "num_experts_per_tok": self.num_experts_per_tok}
+        return {**self.extra, **own, "moe": moe}
+
+    def to_hugging_face(self, dtype: str) -> dict[str, Any]:
+        """The content of a ``config.json`` that ``transformers`` loads as ``MixtralForCausalLM``."""
+        return {
+            "architectures": ["MixtralForCausalLM"],
+            "model_type": "mixtral",
+            **{theirs: getattr(self, ours) for theirs, ours in _HUGGING_FACE_KEYS.items()},
+            "rope_theta": self.rope_theta,
+            "rope_parameters": {"rope_theta": self.rope_theta, "rope_type": "default"},
+            "sliding_window": self.sliding_window,
+            "hidden_act": "silu",
+            "tie_word_embeddings": False,
+            "dtype": dtype,
+            "torch_dtype": dtype,
+        }
+
+
+_MISTRAL_KEYS = (
+    "dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "vocab_size",
+    "norm_eps", "rope_theta", "max_seq_len", "sliding_window",
+)  # fmt: skip
+
+# Hugging Face's key -> ours
+_HUGGING_FACE_KEYS = {
+    "hidden_size": "dim",
+    "num_hidden_layers": "n_layers",
+    "head_dim": "head_dim",
+    "intermediate_size": "hidden_dim",
+    "num_attention_heads": "n_heads",
+    "num_key_value_heads": "n_kv_heads",
+    "vocab_size": "vocab_size",
+    "rms_norm_eps": "norm_eps",
+    "max_position_embeddings": "max_seq_len",
+    "num_local_experts": "num_experts",
+    "num_experts_per_tok": "num_experts_per_tok",
+}
+
+# Keys of a config.json that do not change what the model computes.
+_HUGGING_FACE_IGNORED = {
+    "architectures", "attention_bias", "attention_dropout", "bos_token_id", "dtype", "eos_token_id", "hidden_act",
+    "initializer_range", "mlp_bias", "model_type", "output_router_logits", "pad_token_id", "rope_parameters",
+    "rope_scaling", "rope_theta", "router_aux_loss_coef", "router_jitter_noise", "sliding_window",
+    "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache", "_name_or_path",
+}  # fmt: skip
+
+
+def _known(params: Mapping[str, Any], known: set[str], where: str) -> dict[str, Any]:
+    unknown = {key: value for key, value in params.items() if key not in known}
+    if unknown:
+        warnings.warn(f"unknown keys in {where}, kept and not used: {', '.join(sorted(unknown))}", stacklevel=4)
+    return unknown
+
+
+def _require(params: Mapping[str, Any], names: list[str], where: str) -> None:
+    missing = [name for name in names if name not in params]
+    if missing:
+        raise ValueError(f"{where} lacks: {', '.join(missing)}")
+
+
+def _from_mistral(params: Mapping[str, Any]) -> ModelConfig:
+    where = "Mistral's model parameters"
+    required = ["dim", "n_layers", "hidden_dim", "n_heads", "vocab_size"]
+    _require(params, required, where)
+    moe = params.get("moe", {})
+    if not isinstance(moe, Mapping):
+        raise ValueError(f"moe ({moe!r}) must be an object with num_experts and num_experts_per_tok")
+    _known(moe, {"num_experts", "num_experts_per_tok"}, "moe")
+    extra = _known(params, {*_MISTRAL_KEYS, "moe", "max_batch_size"}, where)
+    values = {key: params[key] for key in _MISTRAL_KEYS if params.get(key) is not None}
+    values.setdefault("n_kv_heads", params["n_heads"])
+    values.setdefault("head_dim", _derived_head_dim(params["dim"], params["n_heads"]))
+    return ModelConfig(**values, **{k: moe[k] for k in moe if k.startswith("num_experts")}, extra=extra)
+
+
+def _from_hugging_face(params: Mapping[str, Any]) -> ModelConfig:
+    where = "Hugging Face's model parameters"
+    optional = {"head_dim", "num_key_value_heads", "rms_norm_eps", "max_position_embeddings"}
+    _require(params, [key for key in _HUGGING_FACE_KEYS if key not in optional], where)
+    for key, only in (("hidden_act", "silu"), ("tie_word_embeddings", False), ("rope_scaling", None)):
+        if params.get(key, only) != only:
+            raise ValueError(f"{key} ({params[key]!r}) must be {only!r}: nothing else is a Mixtral")
+    extra = _known(params, {*_HUGGING_FACE_KEYS, *_HUGGING_FACE_IGNORED}, where)
+    values = {ours: params[theirs] for theirs, ours in _HUGGING_FACE_KEYS.items() if params.get(theirs) is not None}
+    values.setdefault("n_kv_heads", values["n_heads"])
+    values.setdefault("head_dim", _derived_head_dim(values["dim"], values["n_heads"]))
+    rope = params.get("rope_parameters") or {}
+    if rope.get("rope_type", "default") != "default":
+        raise ValueError(f"rope_parameters.rope_type ({rope['rope_type']!r}) must be 'default'")
+    theta = params.get("rope_theta") or rope.get("rope_theta") or 1e6
+    return ModelConfig(**values, rope_theta=theta, sliding_window=params.get("sliding_window"), extra=extra)
+
+
+def _derived_head_dim(dim: Any, n_heads: Any) -> int:
+    if not isinstance(dim, int) or not isinstance(n_heads, int) or n_heads < 1 or dim % n_heads:
+        raise ValueError(f"head_dim is not given and dim ({dim!r}) is not a multiple of n_heads ({n_heads!r})")
+    return dim // n_heads
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How a model is spread: ``attention`` in tp, dp; ``experts`` in tp, ep (DESIGN §2).
+
+    ``tp`` splits heads (attention) or each expert's hidden width (experts) over the ranks; ``dp`` gives each rank
+    its own sequences and all attention weights; ``ep`` gives each rank whole experts.
+    """
+
+    attention: str = "tp"
+    experts: str = "ep"
+
+    def __post_init__(self) -> None:
+        if self.attention not in ("tp", "dp"):
+            raise ValueError(f"attention ({self.attention!r}) must be 'tp' or 'dp'")
+        if self.experts not in ("tp", "ep"):
+            raise ValueError(f"experts ({self.experts!r}) must be 'tp' or 'ep'")
+
+
+@dataclass(frozen=True)
+class FasterOptions:
+    """FasterMoE's switches, and the figures of its shadow model.
+
+    ``net_bandwidth`` in bytes/s, ``gpu_throughput`` in FLOP/s, ``alpha`` = expert hidden width / ``d_model``;
+    ``alpha`` and ``d_model`` of None are taken from the model.
+    """
+
+    schedule: bool = False
+    shadow: bool = False
+    group_size: int = 4
+    net_bandwidth: float = 6.25e9
+    gpu_throughput: float = 11.5e12
+    alpha: float | None = None
+    d_model: int | None = None
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> FasterOptions:
+        """Reads ``FMOE_FASTER_*`` of ``environ`` (None: of the process).
+
+        A value that FastMoE does not accept is a ValueError that names its variable.
+        """
+        environ = os.environ if environ is None else environ
+        return cls(
+            schedule=_switch(environ, "FMOE_FASTER_SCHEDULE_ENABLE"),
+            shadow=_switch(environ, "FMOE_FASTER_SHADOW_ENABLE"),
+            group_size=_number(environ, "FMOE_FASTER_GROUP_SIZE", int, 4),
+            net_bandwidth=_number(environ, "FMOE_FASTER_GLBPLC_NETBW", float, 6.25e9),
+            gpu_throughput=_number(environ, "FMOE_FASTER_GLBPLC_GPUTP", float, 11.5e12),
+            alpha=_number(environ, "FMOE_FASTER_GLBPLC_ALPHA", float, None),
+            d_model=_number(environ, "FMOE_FASTER_GLBPLC_DMODEL", int, None),
+        )
+
+
+def _switch(environ: Mapping[str, str], name: str) -> bool:
+    value = environ.get(name, "")
+    if value in ("1", "ON"):
+        return True
+    if value in ("", "0", "OFF"):
+        return False
+    raise ValueError(f"{name} ({value!r}) must be 1 or ON to enable, 0 or OFF to disable")
+
+
+def _number(environ: Mapping[str, str], name: str, kind: type, default):
+    text = environ.get(name)
+    if text is None or text == "":
+        return default
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not 0 < value < float("inf"):
+        raise ValueError(f"{name} ({text!r}) must be a {'whole ' if kind is int else ''}number above 0")
+    return value

@@ -1,0 +1,172 @@
+"""Ranks: groups, devices, start and stop. The only reader of ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK``."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class RankFailed(RuntimeError):
+    """Another rank reported an error, so this one stops too."""
+
+
+@dataclass(frozen=True)
+class RankContext:
+    """Who this rank is and how it talks to the others.
+
+    ``group`` is fairscale's model-parallel group over all ranks, or None when there is one rank: then every method
+    here is the identity and nothing of ``torch.distributed`` is touched.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    group: dist.ProcessGroup | None = None
+    owns_process_group: bool = False
+
+    @classmethod
+    def start(
+        cls,
+        device: str | None = None,
+        environ: Mapping[str, str] | None = None,
+        timeout_s: float = 1800.0,
+    ) -> RankContext:
+        """Joins the ranks that ``torchrun`` started, or stays alone without it.
+
+        Args:
+            device: ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or None for CUDA where there is one. Each rank takes the GPU
+                of its ``LOCAL_RANK``.
+            environ: read instead of ``os.environ``.
+            timeout_s: seconds after which a collective that nobody answers fails.
+        """
+        environ = os.environ if environ is None else environ
+        rank, world_size, local_rank = (
+            _environ_int(environ, name, default)
+            for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+        )
+        torch_device = _choose_device(device, local_rank, world_size)
+        if torch_device.type == "cuda":
+            torch.cuda.set_device(torch_device)
+        if world_size == 1:
+            return cls(rank=0, world_size=1, device=torch_device)
+        owns = not dist.is_initialized()
+        if owns:
+            backend = "nccl" if torch_device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s))
+        return cls(rank, world_size, torch_device, _model_parallel_group(world_size), owns)
+
+    def stop(self) -> None:
+        """Leaves the group; the last thing a rank does with this context."""
+        if self.owns_process_group and dist.is_initialized():
+            from fairscale.nn.model_parallel import initialize as fairscale_groups
+
+            fairscale_groups.destroy_model_parallel()
+            dist.destroy_process_group()
+
+    @property
+    def is_first(self) -> bool:
+        """True on the rank that prints, draws progress and writes files."""
+        return self.rank == 0
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """Sums ``x`` over the ranks, in place; returns it."""
+        if self.group is not None:
+            dist.all_reduce(x, group=self.group)
+        return x
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        """Stacks every rank's ``x`` of one shape: [W, *x.shape], in rank order."""
+        if self.group is None:
+            return x.unsqueeze(0)
+        out = x.new_empty((self.world_size, *x.shape))
+        # torch 2.13 renamed it and warns at the old name
+        all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        all_gather(out.view(-1), x.contiguous().view(-1), group=self.group)
+        return out
+
+    def all_gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's small picklable ``value``, in rank order; synchronises host and device."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's picklable ``value`` on every rank."""
+        if self.group is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Waits for every rank."""
+        self.all_gather_objects(None)
+
+    @contextlib.contextmanager
+    def agreed(self) -> Iterator[None]:
+        """Ends a block that may fail on some ranks alike on all of them.
+
+        No collective may run inside the block. A rank whose block raised re-raises it; the others raise
+        ``RankFailed`` with the first such rank's words, so that none waits in the next collective.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        reports = self.all_gather_objects(None if error is None else str(error))
+        if error is not None:
+            raise error
+        for rank, report in enumerate(reports):
+            if report is not None:
+                raise RankFailed(f"rank {rank}: {report}")
+
+
+def rank_of(environ: Mapping[str, str] | None = None) -> int:
+    """The rank that the environment gives this process, before any group exists; 0 without ``torchrun``."""
+    return _environ_int(os.environ if environ is None else environ, "RANK", 0)
+
+
+def _environ_int(environ: Mapping[str, str], name: str, default: int) -> int:
+    text = environ.get(name, str(default))
+    if not text.isdigit():
+        raise ValueError(f"{name} ({text!r}) must be a whole number")
+    return int(text)
+
+
+def _choose_device(device: str | None, local_rank: int, world_size: int) -> torch.device:
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device ({device!r}) must be 'cpu', 'cuda' or 'cuda:N'") from None
+    if chosen.type == "cpu":
+        return torch.device("cpu")
+    if chosen.type != "cuda":
+        raise ValueError(f"device ({device!r}) must be 'cpu', 'cuda' or 'cuda:N'")
+    if not torch.cuda.is_available():
+        raise ValueError(f"device ({device!r}) needs a CUDA GPU and a CUDA build of torch; this torch sees none")
+    index = local_rank if chosen.index is None or world_size > 1 else chosen.index
+    if index >= torch.cuda.device_count():
+        raise ValueError(f"device: rank needs GPU {index}, but this machine has {torch.cuda.device_count()}")
+    return torch.device("cuda", index)
+
+
+def _model_parallel_group(world_size: int) -> dist.ProcessGroup:
+    from fairscale.nn.model_parallel import initialize as fairscale_groups
+
+    if not fairscale_groups.model_parallel_is_initialized():
+        with contextlib.redirect_stdout(io.StringIO()):  # fairscale announces itself on stdout
+            fairscale_groups.initialize_model_parallel(world_size)
+    return fairscale_groups.get_model_parallel_group()

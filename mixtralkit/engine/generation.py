@@ -1,0 +1,154 @@
+"""The generation loop: admit, run a step, sample, tell the other ranks, hand out text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Many
+
+import torch
+
+from mixtralkit.engine.batching import Batcher, Piece
+from mixtralkit.engine.requests import Completion, Request, StreamEvent, check_prompt
+from mixtralkit.engine.sampler import logprobs_of, sample, uniform
+from mixtralkit.engine.tokenizer import Tokenizer
+from mixtralkit.model.step import StepBatch
+from mixtralkit.model.transformer import Transformer
+
+
+class Engine:
+    """Runs any number of requests through a model, at most ``max_batch_size`` at a time.
+
+    Under attention ``tp`` every rank runs every sequence. Under ``dp`` a sequence belongs to one rank; after each
+    step the ranks exchange what they sampled in one small all-gather, so all of them know every answer and take the
+    same decisions. Calls are collective: every rank makes them with the same requests and takes all events.
+
+    Args:
+        prefill_budget: prompt tokens that a rank runs in one step; longer prompts take several steps. Bounds memory.
+    """
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, prefill_budget: int = 4096) -> None:
+        if prefill_budget < 1:
+            raise ValueError(f"prefill_budget ({prefill_budget}) must be at least 1")
+        tokenizer.check_vocabulary(model.params.vocab_size)
+        self.model, self.tokenizer, self.context = model, tokenizer, model.context
+        self.prefill_budget = prefill_budget
+        self._shares_sequences = model.layout.parallel.attention == "dp" and model.context.world_size > 1
+
+    def complete(self, requests: Many[Request]) -> list[Completion]:
+        """Runs the requests to their ends; answers in the order of the requests."""
+        done = {event.id: event.completion for event in self.run(requests) if event.completion}
+        return [done[request.id] for request in requests]
+
+    def run(self, requests: Many[Request], should_stop: Callable[[], bool] | None = None) -> Iterator[StreamEvent]:
+        """Events as text appears, the requests' interleaved.
+
+        Args:
+            should_stop: asked before each step; once it is true on rank 0 all answers end as ``"interrupted"`` on
+                every rank. Given on all ranks or on none.
+        """
+        params = self.model.params
+        for request in requests:
+            check_prompt(request.id, request.prompt, params.max_seq_len, params.vocab_size)
+        if self.model.cache is None:
+            self.model.allocate_cache()
+        ranks = self.context.world_size if self._shares_sequences else 1
+        slots = -(-params.max_batch_size // ranks)
+        batcher = Batcher(requests, self.tokenizer, slots, ranks, self.prefill_budget, params.max_seq_len)
+        return self._loop(batcher, should_stop)
+
+    def _loop(self, batcher: Batcher, should_stop: Callable[[], bool] | None) -> Iterator[StreamEvent]:
+        while batcher:
+            batcher.admit()
+            pieces = batcher.plan()
+            wish = should_stop is not None and should_stop()
+            own = pieces[self.context.rank if self._shares_sequences else 0]
+            stop, values = self._exchange(pieces, wish, self._step(own), should_stop is not None)
+            if stop:
+                yield from _interrupted(batcher)
+                return
+            for rank_pieces, numbers in zip(pieces, values, strict=True):
+                yield from self._take(batcher, rank_pieces, numbers)
+
+    def _step(self, pieces: list[Piece]) -> torch.Tensor:
+        """Runs this rank's pieces; the values of all pieces one after the other, float64 on the device.
+
+        Of each piece: log-probabilities of its scored prompt tokens, then the sampled token and its log-probability.
+        """
+        device = self.context.device
+        batch = StepBatch.build(
+            [(piece.sequence.slot, piece.start, piece.sequence.ids(piece.start, piece.stop)) for piece in pieces],
+            device,
+        )
+        scored_rows, sampled_rows, targets = [], [], []
+        for piece, span in zip(pieces, batch.spans, strict=True):
+            scored_rows += range(span.start, span.start + piece.scored)
+            if piece.scored:
+                targets += piece.sequence.ids(piece.start + 1, piece.start + piece.scored + 1)
+            if piece.is_sampled:
+                sampled_rows.append(span.stop - 1)
+        rows_N = torch.tensor(scored_rows + sampled_rows, dtype=torch.int64).to(device, non_blocking=True)
+        logits_NV = self.model.step(batch, self.model.cache, rows_N)
+        targets_M = torch.tensor(targets, dtype=torch.int64).to(device, non_blocking=True)
+        prompt_logprobs_M = logprobs_of(logits_NV[: len(targets)], targets_M)
+        sampled = [piece.sequence for piece in pieces if piece.is_sampled]
+        tokens, logprobs = sample(
+            logits_NV[len(targets) :],
+            [sequence.request.sampling for sequence in sampled],
+            [uniform(s.request.sampling.seed, s.request.id, s.length) for s in sampled],
+        )
+        # float64 holds token ids and float32 values exactly, so one tensor carries both.
+        return torch.cat([prompt_logprobs_M.double(), tokens.double(), logprobs.double()])
+
+    def _exchange(
+        self, pieces: list[list[Piece]], wish: bool, own_values: torch.Tensor, interruptible: bool
+    ) -> tuple[bool, list[list[float]]]:
+        """Whether rank 0 wishes to stop, and the values of every owning rank, on the host (synchronises)."""
+        if self.context.world_size == 1:
+            return wish, [own_values.tolist()]
+        if not self._shares_sequences:
+            if interruptible:
+                flag = own_values.new_tensor([float(wish)])
+                wish = bool(self.context.all_gather(flag)[0].item())
+            return wish, [own_values.tolist()]
+        counts = [sum(piece.values for piece in own) for own in pieces]
+        packed = own_values.new_zeros(1 + max(counts))
+        packed[0] = float(wish)
+        packed[1 : 1 + len(own_values)] = own_values
+        gathered = self.context.all_gather(packed).tolist()
+        return bool(gathered[0][0]), [row[1 : 1 + n] for row, n in zip(gathered, counts, strict=True)]
+
+    def _take(self, batcher: Batcher, pieces: list[Piece], numbers: list[float]) -> Iterator[StreamEvent]:
+        """Gives one rank's values to its sequences."""
+        scored = sum(piece.scored for piece in pieces)
+        sampled = sum(piece.is_sampled for piece in pieces)
+        prompt_logprobs = iter(numbers[:scored])
+        answers = zip(numbers[scored : scored + sampled], numbers[scored + sampled :], strict=True)
+        for piece in pieces:
+            sequence, event = piece.sequence, None
+            sequence.cached = piece.stop
+            sequence.prompt_logprobs += [next(prompt_logprobs) for _ in range(piece.scored)]
+            if piece.is_sampled:
+                token, logprob = next(answers)
+                if not math.isfinite(logprob):
+                    raise RuntimeError(
+                        f"the model gave no finite logits for prompt {sequence.request.id} at position "
+                        f"{sequence.length} in {self.model.dtype}; float16 overflows where bfloat16 does not"
+                    )
+                event = sequence.accept(int(token), logprob)
+            elif piece.stop == sequence.length:
+                event = sequence.finish("length")
+            if event is not None and event.finish_reason:
+                batcher.release(sequence)
+            if event is not None:
+                yield event
+
+
+def _interrupted(batcher: Batcher) -> Iterator[StreamEvent]:
+    for sequence in batcher.running:
+        yield sequence.finish("interrupted")
+    for request in batcher.waiting:
+        prompt_logprobs = [] if request.prompt_logprobs else None
+        yield StreamEvent(
+            request.id, "", "interrupted", Completion(request.id, [], [], prompt_logprobs, "", "interrupted")
+        )

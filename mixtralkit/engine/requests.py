@@ -1,0 +1,159 @@
+"""A request, how far it has come, and what it gives in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+from dataclasses import dataclass, field
+
+from mixtralkit.engine.sampler import SamplingOptions
+from mixtralkit.engine.tokenizer import TextStream, Tokenizer
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to continue.
+
+    Attributes:
+        id: unique in a run; with the seed it decides what is drawn, so the same id gives the same text in any batch.
+        prompt: token ids, at least one.
+        max_gen_len: most tokens to generate; the model's ``max_seq_len`` may end it earlier.
+        stop: texts that end the answer; they are not part of its text.
+        prompt_logprobs: also give the log-probabilities of the prompt's tokens.
+    """
+
+    id: int
+    prompt: tuple[int, ...]
+    max_gen_len: int
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    stop: tuple[str, ...] = ()
+    prompt_logprobs: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.max_gen_len, bool) or not isinstance(self.max_gen_len, int) or self.max_gen_len < 0:
+            raise ValueError(f"max_gen_len ({self.max_gen_len!r}) must be a whole number of at least 0")
+        if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
+            raise ValueError(f"stop ({self.stop!r}) must be texts of at least one character")
+
+
+def check_prompt(id: int, prompt: Many[int], max_seq_len: int, vocab_size: int) -> None:
+    """ValueError that names prompt ``id`` unless it fits the model."""
+    if not prompt:
+        raise ValueError(f"prompt {id} is empty")
+    if len(prompt) > max_seq_len:
+        raise ValueError(f"prompt {id} has {len(prompt)} tokens, more than max_seq_len ({max_seq_len})")
+    if min(prompt) < 0 or max(prompt) >= vocab_size:
+        raise ValueError(f"prompt {id} has token ids outside 0 … {vocab_size - 1}")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """An answer.
+
+    ``tokens`` are the generated ids without the end token, ``logprobs`` theirs. ``prompt_logprobs`` are those of the
+    prompt's tokens, 0.0 for the first, which nothing predicts; None unless asked for. ``finish_reason`` is
+    ``"stop"`` (end token or stop string), ``"length"`` or ``"interrupted"``.
+    """
+
+    id: int
+    tokens: list[int]
+    logprobs: list[float]
+    prompt_logprobs: list[float] | None
+    text: str
+    finish_reason: str
+
+
+@dataclass(frozen=True)
+class StreamEvent:
+    """More text of an answer; the last event of a request carries the reason and the whole answer."""
+
+    id: int
+    text: str
+    finish_reason: str | None = None
+    completion: Completion | None = None
+
+
+class StopFilter:
+    """Holds back text that may be the beginning of a stop string; the earliest stop string ends it."""
+
+    def __init__(self, stop: tuple[str, ...]) -> None:
+        self._stop = stop
+        self._held = ""
+        self.stopped = False
+
+    def push(self, text: str) -> str:
+        """The text that is certain now."""
+        self._held += text
+        found = [at for at in (self._held.find(s) for s in self._stop) if at >= 0]
+        if found:
+            self.stopped = True
+            return self._take(min(found))
+        longest = min(max(map(len, self._stop), default=1) - 1, len(self._held))
+        held = next((n for n in range(longest, 0, -1) if self._may_begin(self._held[-n:])), 0)
+        return self._take(len(self._held) - held)
+
+    def finish(self) -> str:
+        """The text that was held back, when no more comes."""
+        return "" if self.stopped else self._take(len(self._held))
+
+    def _may_begin(self, tail: str) -> bool:
+        return any(s.startswith(tail) for s in self._stop)
+
+    def _take(self, count: int) -> str:
+        text, self._held = self._held[:count], self._held[count:]
+        return text
+
+
+@dataclass
+class Sequence:
+    """A request that runs: its place in the cache and what it has so far."""
+
+    request: Request
+    rank: int
+    slot: int
+    limit: int
+    tokenizer: Tokenizer
+    cached: int = 0
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    prompt_logprobs: list[float] = field(default_factory=lambda: [0.0])
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        self._stream = TextStream(self.tokenizer)
+        self._stops = StopFilter(self.request.stop)
+
+    @property
+    def length(self) -> int:
+        """Tokens so far, prompt and answer."""
+        return len(self.request.prompt) + len(self.tokens)
+
+    def ids(self, start: int, stop: int) -> tuple[int, ...]:
+        """Token ids of positions start … stop-1."""
+        prompt = self.request.prompt
+        if start >= len(prompt):
+            return tuple(self.tokens[start - len(prompt) : stop - len(prompt)])
+        assert stop <= len(prompt)
+        return prompt[start:stop]
+
+    def accept(self, token: int, logprob: float) -> StreamEvent | None:
+        """Takes the next token; the event is None when it completes no text and ends nothing."""
+        if token == self.tokenizer.eos_id:
+            return self.finish("stop")
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        delta = self._stops.push(self._stream.push(token))
+        if self._stops.stopped:
+            return self.finish("stop", delta)
+        if len(self.tokens) >= self.limit:
+            return self.finish("length", delta)
+        self.text += delta
+        return StreamEvent(self.request.id, delta) if delta else None
+
+    def finish(self, reason: str, delta: str = "") -> StreamEvent:
+        """The last event, with whatever text was held back."""
+        if not self._stops.stopped:
+            delta += self._stops.push(self._stream.finish()) + self._stops.finish()
+        self.text += delta
+        prompt_logprobs = self.prompt_logprobs if self.request.prompt_logprobs else None
+        completion = Completion(self.request.id, self.tokens, self.logprobs, prompt_logprobs, self.text, reason)
+        return StreamEvent(self.request.id, delta, reason, completion)

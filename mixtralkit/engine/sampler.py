@@ -1,0 +1,96 @@
+"""Logits to tokens. What is drawn depends on the seed, the request and the position, on nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How a request's tokens are drawn; ``temperature`` 0 takes the likeliest.
+
+    ``top_k`` likeliest tokens are kept (0 keeps all), of these the fewest that hold ``top_p`` of their probability,
+    of these the ones with at least ``min_p`` of the likeliest one's probability.
+    """
+
+    temperature: float = 0.6
+    top_p: float = 0.9
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "min_p"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"{name} ({value!r}) must be a number")
+        for name in ("top_k", "seed"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name} ({value!r}) must be a whole number of at least 0")
+        if self.temperature < 0:
+            raise ValueError(f"temperature ({self.temperature}) must be at least 0")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p ({self.top_p}) must lie in (0, 1]")
+        if not 0 <= self.min_p < 1:
+            raise ValueError(f"min_p ({self.min_p}) must lie in [0, 1)")
+
+
+def uniform(seed: int, request_id: int, position: int) -> float:
+    """A number in [0, 1) that only its three arguments decide (24 bits, exact in float32)."""
+    digest = hashlib.blake2b(f"{seed},{request_id},{position}".encode(), digest_size=3).digest()
+    return int.from_bytes(digest, "little") / 2**24
+
+
+def sample(
+    logits_NV: torch.Tensor, options: Sequence[SamplingOptions], uniforms: Sequence[float]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draws one token for each row.
+
+    Args:
+        logits_NV: float32.
+        options: of each row.
+        uniforms: a number in [0, 1) for each row, see ``uniform``.
+
+    Returns:
+        int64 tokens [N], and float32 [N] their log-probabilities under the model itself: temperature 1, nothing cut.
+        Nothing here waits for the device.
+    """
+    assert len(options) == len(uniforms) == len(logits_NV)
+    tokens_N = logits_NV.argmax(dim=-1)
+    if any(o.temperature > 0 for o in options):
+        settings = [[o.temperature, o.top_p, o.top_k, o.min_p, u] for o, u in zip(options, uniforms, strict=True)]
+        columns_5N = torch.tensor(settings, dtype=torch.float32).to(logits_NV.device, non_blocking=True).T
+        drawn_N = _draw(logits_NV, *columns_5N)
+        tokens_N = torch.where(columns_5N[0] > 0, drawn_N, tokens_N)
+    return tokens_N, logprobs_of(logits_NV, tokens_N)
+
+
+def logprobs_of(logits_NV: torch.Tensor, tokens_N: torch.Tensor) -> torch.Tensor:
+    """Float32 log-probability [N] of each row's token."""
+    return logits_NV.gather(-1, tokens_N[:, None])[:, 0] - logits_NV.logsumexp(dim=-1)
+
+
+def _draw(logits_NV, temperature_N, top_p_N, top_k_N, min_p_N, uniform_N) -> torch.Tensor:
+    """Inverts the cumulative distribution of the kept tokens, likeliest first."""
+    temperature_N1 = torch.where(temperature_N > 0, temperature_N, 1.0)[:, None]
+    shifted_NV = logits_NV - logits_NV.amax(dim=-1, keepdim=True)  # a tiny temperature must not overflow
+    sorted_NV, order_NV = (shifted_NV / temperature_N1).sort(dim=-1, descending=True, stable=True)
+    probs_NV = sorted_NV.softmax(dim=-1)
+    rank_V = torch.arange(logits_NV.shape[-1], device=logits_NV.device)
+    in_top_k_NV = (top_k_N[:, None] == 0) | (rank_V < top_k_N[:, None])
+    probs_NV = probs_NV * in_top_k_NV
+    cumulative_NV = probs_NV.cumsum(dim=-1)
+    keep_NV = (probs_NV > 0) & (cumulative_NV - probs_NV < top_p_N[:, None] * cumulative_NV[:, -1:])
+    keep_NV &= probs_NV >= min_p_N[:, None] * probs_NV[:, :1]
+    keep_NV[:, 0] = True
+    cumulative_NV = (probs_NV * keep_NV).cumsum(dim=-1)
+    place_N = (cumulative_NV <= uniform_N[:, None] * cumulative_NV[:, -1:]).sum(dim=-1)
+    # Rounding may put the number past the end; the kept ones come first, so their last is meant.
+    place_N = torch.minimum(place_N, keep_NV.sum(dim=-1) - 1)
+    return order_NV.gather(-1, place_N[:, None])[:, 0]

@@ -1,0 +1,201 @@
+"""Prompt files and result files: read strictly, written line by line, continued after a stop."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from mixtralkit.engine.chat import check_dialog
+
+_OWN_KEYS = ("id", "prompt", "messages", "max_gen_len", "choices", "answer", "target")
+
+
+@dataclass(frozen=True)
+class PromptRecord:
+    """One prompt of a set.
+
+    Attributes:
+        id: from the file, else its place in the file, counted from 0.
+        prompt: a text, or a list of chat messages.
+        max_gen_len: tokens to generate, where the file says so.
+        choices, answer, target: for scoring; kept as they are.
+        more: every other key of the line.
+    """
+
+    id: int | str
+    prompt: str | list[dict[str, str]]
+    max_gen_len: int | None = None
+    choices: list[str] | None = None
+    answer: Any = None
+    target: Any = None
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_prompts(path: str | Path) -> list[PromptRecord]:
+    """Reads ``.jsonl`` (an object a line) or ``.txt`` (a prompt a line); ValueError names file and line."""
+    path = Path(path)
+    if path.suffix not in (".jsonl", ".txt"):
+        raise ValueError(f"{path}: a prompts file ends in .jsonl or .txt")
+    try:
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    records: list[PromptRecord] = []
+    lines_of: dict[int | str, int] = {}
+    for number, raw in enumerate(lines, 1):
+        if path.suffix == ".jsonl" and not raw.strip():
+            continue
+        try:
+            record = _record(_text(raw), len(records), path.suffix == ".jsonl")
+            if record.id in lines_of:
+                raise ValueError(f"id {record.id!r} is already that of line {lines_of[record.id]}")
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
+        lines_of[record.id] = number
+        records.append(record)
+    if not records:
+        raise ValueError(f"{path}: has no prompts")
+    return records
+
+
+def _text(raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 (byte {error.start + 1} of the line is 0x{raw[error.start]:02x})") from None
+
+
+def _record(line: str, index: int, is_json: bool) -> PromptRecord:
+    if not is_json:
+        if not line.strip():
+            raise ValueError("the prompt is empty")
+        return PromptRecord(index, line)
+    try:
+        content = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg} at character {error.pos + 1})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"must be a JSON object, not {type(content).__name__}")
+    if ("prompt" in content) == ("messages" in content):
+        raise ValueError("must have either prompt or messages")
+    record = PromptRecord(
+        id=content.get("id", index),
+        prompt=content.get("prompt", content.get("messages")),
+        more={key: value for key, value in content.items() if key not in _OWN_KEYS},
+        **{key: content[key] for key in ("max_gen_len", "choices", "answer", "target") if key in content},
+    )
+    _check(record, is_dialog="messages" in content)
+    return record
+
+
+def _check(record: PromptRecord, is_dialog: bool) -> None:
+    if isinstance(record.id, bool) or not isinstance(record.id, int | str):
+        raise ValueError(f"id ({record.id!r}) must be a text or a whole number")
+    if is_dialog:
+        check_dialog(record.prompt)
+    elif not isinstance(record.prompt, str):
+        raise ValueError(f"prompt must be a text, not {type(record.prompt).__name__}")
+    elif not record.prompt:
+        raise ValueError("the prompt is empty")
+    length = record.max_gen_len
+    if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 0):
+        raise ValueError(f"max_gen_len ({length!r}) must be a whole number of at least 0")
+
+
+class ResultsWriter:
+    """Writes results in the order of the prompts, each line as soon as all before it are there.
+
+    A file that already holds the results of the first prompts is continued: ``done`` says how many. What a stop left
+    of a line is cut off. Every line goes to the operating system at once, so a killed run leaves whole lines.
+    """
+
+    def __init__(self, path: str | Path, records: Sequence[PromptRecord]) -> None:
+        self.path, self._records = Path(path), records
+        self._held: dict[int, dict[str, Any]] = {}
+        try:
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+        except OSError as error:
+            raise ValueError(f"{self.path}: cannot be written ({error.strerror})") from None
+        try:
+            self.done, self._end = self._existing()
+            self._cut()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> ResultsWriter:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def add(self, index: int, result: Mapping[str, Any]) -> None:
+        """Takes the result of prompt ``index``: its keys beside ``id`` and ``prompt`` (or ``messages``).
+
+        OSError, one sentence, when it cannot be written; the lines before it stay.
+        """
+        record = self._records[index]
+        name = "prompt" if isinstance(record.prompt, str) else "messages"
+        kept = {k: getattr(record, k) for k in ("choices", "answer", "target") if getattr(record, k) is not None}
+        self._held[index] = {"id": record.id, name: record.prompt, **result, **kept, **record.more}
+        while self.done in self._held:
+            line = json.dumps(self._held.pop(self.done), ensure_ascii=False)
+            self._write(line.encode("utf-8", "backslashreplace") + b"\n")
+            self.done += 1
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def _write(self, data: bytes) -> None:
+        try:
+            left = memoryview(data)
+            while left:
+                left = left[os.write(self._file, left) :]
+        except OSError as error:
+            self._cut()
+            raise OSError(
+                f"{self.path}: result {self.done} could not be written ({error.strerror}); {self.done} results are kept"
+            ) from None
+        self._end += len(data)
+
+    def _cut(self) -> None:
+        with contextlib.suppress(OSError):  # a pipe or a device has no end to cut at
+            os.ftruncate(self._file, self._end)
+            os.lseek(self._file, self._end, os.SEEK_SET)
+
+    def _existing(self) -> tuple[int, int]:
+        """(results, bytes) of the whole lines that are there; ValueError if they are not these prompts'."""
+        done = end = 0
+        if not stat.S_ISREG(os.fstat(self._file).st_mode):
+            return done, end
+        with open(os.dup(self._file), "rb") as file:
+            file.seek(0)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self._match(done, line)
+                done, end = done + 1, end + len(line)
+        return done, end
+
+    def _match(self, done: int, line: bytes) -> None:
+        try:
+            found = json.loads(line)["id"]
+        except (ValueError, TypeError, KeyError):
+            found = None
+        wanted = self._records[done].id if done < len(self._records) else None
+        if found is None or found != wanted:
+            expected = f"the result of prompt {wanted!r} belongs there" if wanted is not None else "no prompt is left"
+            raise ValueError(
+                f"{self.path}, line {done + 1}: is not a result of these prompts ({expected}); "
+                "name another output file, or remove this one"
+            )

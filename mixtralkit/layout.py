@@ -1,0 +1,190 @@
+"""What part of a model one rank holds: parameter shapes, and which piece of which checkpoint tensor goes where.
+
+The model allocates by ``shapes``; the checkpoint loader fills by ``pieces``; the writer reads them backwards. Nobody
+else knows how tensors are cut or fused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from mixtralkit.config import ModelConfig, ParallelConfig
+from mixtralkit.planning.plan import ExpertPlan, contiguous
+
+
+@dataclass(frozen=True)
+class Piece:
+    """``parameters[target][at] = checkpoint[source][rows, columns]``.
+
+    ``source`` is a name of Mistral's one-file format (see ``canonical_shapes``). ``rows`` and ``columns`` are
+    half-open bounds; columns is None for a vector. ``at`` is (rows,) of a matrix or vector, or (slot, rows) of
+    stacked experts, with rows half-open bounds as well.
+    """
+
+    source: str
+    rows: tuple[int, int]
+    columns: tuple[int, int] | None
+    target: str
+    at: tuple[int | slice, ...]
+
+
+def canonical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a whole checkpoint in Mistral's one-file format, in its usual order."""
+    dim, hidden = config.dim, config.hidden_dim
+    q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (config.vocab_size, dim)}
+    for layer in range(config.n_layers):
+        prefix = f"layers.{layer}."
+        shapes[prefix + "attention.wq.weight"] = (q_dim, dim)
+        shapes[prefix + "attention.wk.weight"] = (kv_dim, dim)
+        shapes[prefix + "attention.wv.weight"] = (kv_dim, dim)
+        shapes[prefix + "attention.wo.weight"] = (dim, q_dim)
+        shapes[prefix + "attention_norm.weight"] = (dim,)
+        shapes[prefix + "ffn_norm.weight"] = (dim,)
+        shapes[prefix + "feed_forward.gate.weight"] = (config.num_experts, dim)
+        for expert in range(config.num_experts):
+            expert_prefix = f"{prefix}feed_forward.experts.{expert}."
+            shapes[expert_prefix + "w1.weight"] = (hidden, dim)
+            shapes[expert_prefix + "w2.weight"] = (dim, hidden)
+            shapes[expert_prefix + "w3.weight"] = (hidden, dim)
+    shapes["norm.weight"] = (dim,)
+    shapes["output.weight"] = (config.vocab_size, dim)
+    return shapes
+
+
+@dataclass(frozen=True)
+class RankLayout:
+    """One rank's share of ``config`` under ``parallel`` and ``plan``.
+
+    Parameters of the rank (shapes by ``shapes``)::
+
+        tok_embeddings.weight [V, D]                 layers.i.feed_forward.gate.weight [E, D]
+        norm.weight [D]                              layers.i.feed_forward.w13 [S, 2F, D]   w1 above w3
+        output.weight [V of rank, D]                 layers.i.feed_forward.w2  [S, D, F]
+        layers.i.attention_norm.weight [D]           layers.i.attention.wqkv.weight [(H + 2J)·C, D]
+        layers.i.ffn_norm.weight [D]                 layers.i.attention.wo.weight [D, H·C]
+    """
+
+    config: ModelConfig
+    parallel: ParallelConfig
+    plan: ExpertPlan
+    rank: int = 0
+
+    def __post_init__(self) -> None:
+        config, world = self.config, self.plan.world_size
+        self.plan.check_fits(config.n_layers, config.num_experts, world)
+        assert 0 <= self.rank < world
+        if self.parallel.attention == "tp":
+            if config.n_heads % world:
+                raise ValueError(
+                    f"world size ({world}) must divide n_heads ({config.n_heads}) with attention 'tp'; "
+                    "use attention 'dp' or another number of ranks"
+                )
+            if config.n_kv_heads % world and world % config.n_kv_heads:
+                raise ValueError(
+                    f"world size ({world}) must divide n_kv_heads ({config.n_kv_heads}) or be a multiple of it "
+                    "with attention 'tp'; use attention 'dp' or another number of ranks"
+                )
+        if self.parallel.experts == "tp" and config.hidden_dim < world:
+            raise ValueError(f"hidden_dim ({config.hidden_dim}) must be at least the world size ({world})")
+
+    @classmethod
+    def single(cls, config: ModelConfig) -> RankLayout:
+        """The whole model on one rank."""
+        return cls(config, ParallelConfig(), contiguous(config.n_layers, config.num_experts, 1))
+
+    @property
+    def world_size(self) -> int:
+        return self.plan.world_size
+
+    def _share(self, size: int) -> tuple[int, int]:
+        return size * self.rank // self.world_size, size * (self.rank + 1) // self.world_size
+
+    @cached_property
+    def heads(self) -> tuple[int, int]:
+        """Bounds of this rank's query heads."""
+        return self._share(self.config.n_heads) if self.parallel.attention == "tp" else (0, self.config.n_heads)
+
+    @cached_property
+    def kv_heads(self) -> tuple[int, int]:
+        """Bounds of this rank's key-value heads; with fewer of them than ranks, neighbours hold the same one."""
+        if self.parallel.attention == "dp":
+            return 0, self.config.n_kv_heads
+        if self.config.n_kv_heads >= self.world_size:
+            return self._share(self.config.n_kv_heads)
+        head = self.rank * self.config.n_kv_heads // self.world_size
+        return head, head + 1
+
+    @cached_property
+    def vocab(self) -> tuple[int, int]:
+        """Bounds of this rank's rows of the output matrix."""
+        return self._share(self.config.vocab_size) if self.parallel.attention == "tp" else (0, self.config.vocab_size)
+
+    @cached_property
+    def hidden(self) -> tuple[int, int]:
+        """Bounds of this rank's part of each expert's hidden width."""
+        return self._share(self.config.hidden_dim) if self.parallel.experts == "tp" else (0, self.config.hidden_dim)
+
+    def experts(self, layer: int) -> tuple[int, ...]:
+        """Experts this rank holds in ``layer``, in slot order."""
+        if self.parallel.experts == "tp":
+            return tuple(range(self.config.num_experts))
+        return self.plan.experts_of(layer, self.rank)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of this rank's parameters."""
+        config = self.config
+        heads, kv_heads, vocab, hidden = (b - a for a, b in (self.heads, self.kv_heads, self.vocab, self.hidden))
+        shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (config.vocab_size, config.dim)}
+        for layer in range(config.n_layers):
+            prefix, slots = f"layers.{layer}.", len(self.experts(layer))
+            shapes[prefix + "attention.wqkv.weight"] = ((heads + 2 * kv_heads) * config.head_dim, config.dim)
+            shapes[prefix + "attention.wo.weight"] = (config.dim, heads * config.head_dim)
+            shapes[prefix + "attention_norm.weight"] = (config.dim,)
+            shapes[prefix + "ffn_norm.weight"] = (config.dim,)
+            shapes[prefix + "feed_forward.gate.weight"] = (config.num_experts, config.dim)
+            shapes[prefix + "feed_forward.w13"] = (slots, 2 * hidden, config.dim)
+            shapes[prefix + "feed_forward.w2"] = (slots, config.dim, hidden)
+        shapes["norm.weight"] = (config.dim,)
+        shapes["output.weight"] = (vocab, config.dim)
+        return shapes
+
+    def pieces(self) -> Iterator[Piece]:
+        """Every piece of the checkpoint this rank needs, each element of its parameters exactly once."""
+        config = self.config
+        whole_dim = (0, config.dim)
+        yield _rows("tok_embeddings.weight", (0, config.vocab_size), whole_dim, "tok_embeddings.weight")
+        for layer in range(config.n_layers):
+            yield from self._attention_pieces(f"layers.{layer}.")
+            for name in ("attention_norm.weight", "ffn_norm.weight"):
+                yield _rows(f"layers.{layer}.{name}", whole_dim, None, f"layers.{layer}.{name}")
+            yield from self._expert_pieces(layer)
+        yield _rows("norm.weight", whole_dim, None, "norm.weight")
+        yield _rows("output.weight", self.vocab, whole_dim, "output.weight")
+
+    def _attention_pieces(self, prefix: str) -> Iterator[Piece]:
+        head_dim, start = self.config.head_dim, 0
+        for name, heads in (("wq", self.heads), ("wk", self.kv_heads), ("wv", self.kv_heads)):
+            rows = (heads[0] * head_dim, heads[1] * head_dim)
+            source, target = f"{prefix}attention.{name}.weight", f"{prefix}attention.wqkv.weight"
+            yield _rows(source, rows, (0, self.config.dim), target, start)
+            start += rows[1] - rows[0]
+        columns = (self.heads[0] * head_dim, self.heads[1] * head_dim)
+        name = f"{prefix}attention.wo.weight"
+        yield _rows(name, (0, self.config.dim), columns, name)
+
+    def _expert_pieces(self, layer: int) -> Iterator[Piece]:
+        prefix = f"layers.{layer}.feed_forward."
+        whole_dim, hidden = (0, self.config.dim), self.hidden[1] - self.hidden[0]
+        yield _rows(f"{prefix}gate.weight", (0, self.config.num_experts), whole_dim, f"{prefix}gate.weight")
+        for slot, expert in enumerate(self.experts(layer)):
+            source = f"{prefix}experts.{expert}."
+            yield Piece(f"{source}w1.weight", self.hidden, whole_dim, f"{prefix}w13", (slot, slice(0, hidden)))
+            yield Piece(f"{source}w3.weight", self.hidden, whole_dim, f"{prefix}w13", (slot, slice(hidden, 2 * hidden)))
+            yield Piece(f"{source}w2.weight", whole_dim, self.hidden, f"{prefix}w2", (slot, slice(0, self.config.dim)))
+
+
+def _rows(source: str, rows: tuple[int, int], columns: tuple[int, int] | None, target: str, start: int = 0) -> Piece:
+    return Piece(source, rows, columns, target, (slice(start, start + rows[1] - rows[0]),))

@@ -1,0 +1,39 @@
+"""Keys and values of the sequences that run: one slot a sequence, memory taken once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mixtralkit.layout import RankLayout
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """``keys`` and ``values``: [layers, slots, J, max_seq_len, C], this rank's key-value heads J of width C."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    @classmethod
+    def allocate(
+        cls, layout: RankLayout, slots: int, max_seq_len: int, dtype: torch.dtype, device: torch.device
+    ) -> KVCache:
+        """Takes the memory for ``slots`` sequences of up to ``max_seq_len`` tokens."""
+        config, kv_heads = layout.config, layout.kv_heads[1] - layout.kv_heads[0]
+        shape = (config.n_layers, slots, kv_heads, max_seq_len, config.head_dim)
+        return cls(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+
+    @property
+    def slots(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def max_seq_len(self) -> int:
+        return self.keys.shape[3]
+
+    def write(self, layer: int, slots_T: torch.Tensor, positions_T: torch.Tensor, k_TJC, v_TJC) -> None:
+        """Stores each token's key and value at its sequence's slot and its position."""
+        self.keys[layer][slots_T, :, positions_T] = k_TJC
+        self.values[layer][slots_T, :, positions_T] = v_TJC

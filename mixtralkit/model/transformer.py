@@ -1,0 +1,155 @@
+"""The Mixtral: embedding, blocks of attention and experts, output matrix."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mixtralkit.config import FasterOptions, ModelConfig
+from mixtralkit.distributed import RankContext
+from mixtralkit.layout import RankLayout, canonical_shapes
+from mixtralkit.model.attention import Attend, Attention, CachedAttention, FreshAttention
+from mixtralkit.model.kv_cache import KVCache
+from mixtralkit.model.norm import RMSNorm
+from mixtralkit.model.rope import rotations
+from mixtralkit.model.step import StepBatch
+from mixtralkit.moe.gate import Routing
+from mixtralkit.moe.layer import MoELayer
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + experts(norm(x))."""
+
+    def __init__(self, layer: int, layout: RankLayout, context: RankContext, dtype: torch.dtype) -> None:
+        super().__init__()
+        config = layout.config
+        self.attention = Attention(layer, layout, context, dtype)
+        self.feed_forward = MoELayer(layer, layout, context, dtype)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps, dtype, context.device)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps, dtype, context.device)
+
+    def forward(self, x_TD, rope: tuple[torch.Tensor, torch.Tensor], attend: Attend) -> tuple[torch.Tensor, Routing]:
+        x_TD = x_TD + self.attention(self.attention_norm(x_TD), rope, attend)
+        y_TD, routing = self.feed_forward(self.ffn_norm(x_TD))
+        return x_TD + y_TD, routing
+
+
+class Transformer(nn.Module):
+    """One rank's part of a Mixtral.
+
+    Parameters are uninitialised on ``context.device`` and named as ``layout.shapes()``; a checkpoint or
+    ``initialize`` fills them. Under attention ``tp`` all ranks pass the same tokens; under ``dp`` each passes its
+    own, and ranks without tokens still call, because the experts of the others wait for their answer.
+    """
+
+    def __init__(
+        self,
+        layout: RankLayout,
+        context: RankContext,
+        dtype: torch.dtype = torch.float32,
+        options: FasterOptions | None = None,
+    ) -> None:
+        super().__init__()
+        config = layout.config
+        self.layout, self.context, self.dtype = layout, context, dtype
+        self.options = FasterOptions() if options is None else options
+        self.cache: KVCache | None = None
+        like = {"dtype": dtype, "device": context.device}
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim, _weight=None, **like)
+        self.layers = nn.ModuleList(Block(i, layout, context, dtype) for i in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps, **like)
+        self.output = nn.Linear(config.dim, layout.vocab[1] - layout.vocab[0], bias=False, **like)
+        self.requires_grad_(False)
+
+    @property
+    def params(self) -> ModelConfig:
+        return self.layout.config
+
+    def named_tensors(self) -> dict[str, torch.Tensor]:
+        """This rank's parameters under the names of ``layout.shapes()``."""
+        return {name.replace("feed_forward.experts.", "feed_forward."): p for name, p in self.named_parameters()}
+
+    def allocate_cache(self) -> KVCache:
+        """Takes the KV cache for ``params.max_batch_size`` sequences of ``params.max_seq_len`` tokens; kept."""
+        config = self.params
+        self.cache = KVCache.allocate(
+            self.layout, config.max_batch_size, config.max_seq_len, self.dtype, self.context.device
+        )
+        return self.cache
+
+    @torch.no_grad()
+    def step(self, batch: StepBatch, cache: KVCache, rows_N: torch.Tensor) -> torch.Tensor:
+        """Runs the batch's tokens through the model, extending ``cache``; float32 logits [N, V] of rows ``rows_N``.
+
+        Collective. The rows count among the flattened tokens; every rank of ``tp`` gets the whole vocabulary.
+        """
+        attend = CachedAttention(batch, cache, self.params.sliding_window)
+        x_TD, _ = self._hidden(batch.tokens_T, batch.positions_T, attend)
+        return self._logits(x_TD[rows_N])
+
+    @torch.no_grad()
+    def forward(self, tokens_BT: torch.Tensor, start_pos: int = 0) -> torch.Tensor:
+        """Float32 logits [B, T, V] of every position, the sequences continuing at ``start_pos`` of the own cache.
+
+        The same tokens on every rank. Under ``dp`` each rank runs its share of the sequences.
+        """
+        batch_size, length = tokens_BT.shape
+        if start_pos + length > self.params.max_seq_len:
+            raise ValueError(f"tokens up to {start_pos + length} exceed max_seq_len ({self.params.max_seq_len})")
+        ranks = self.context.world_size if self.layout.parallel.attention == "dp" else 1
+        share = -(-batch_size // ranks)
+        if share > self.params.max_batch_size:
+            raise ValueError(f"batch of {share} sequences exceeds max_batch_size ({self.params.max_batch_size})")
+        first = share * self.context.rank if ranks > 1 else 0
+        own = tokens_BT[first : first + share].tolist()
+        batch = StepBatch.build([(i, start_pos, ids) for i, ids in enumerate(own)], self.context.device)
+        cache = self.cache if self.cache is not None else self.allocate_cache()
+        logits = self.step(batch, cache, torch.arange(len(batch.tokens_T), device=self.context.device))
+        logits = logits.unflatten(0, (len(own), length)) if own else logits.new_zeros(0, length, logits.shape[-1])
+        if ranks == 1:
+            return logits
+        padded = torch.cat([logits, logits.new_zeros(share - len(own), *logits.shape[1:])])
+        return self.context.all_gather(padded).flatten(0, 1)[:batch_size]
+
+    def train_logits(self, tokens_BT: torch.Tensor) -> tuple[torch.Tensor, list[Routing]]:
+        """Logits [B, T, V] with gradients and without a cache, and every layer's routing, for training."""
+        batch_size, length = tokens_BT.shape
+        positions_T = torch.arange(length, device=tokens_BT.device).repeat(batch_size)
+        attend = FreshAttention(batch_size, self.params.sliding_window)
+        x_TD, routings = self._hidden(tokens_BT.flatten(), positions_T, attend)
+        return self.output(self.norm(x_TD)).unflatten(0, (batch_size, length)), routings
+
+    def _hidden(self, tokens_T, positions_T, attend: Attend) -> tuple[torch.Tensor, list[Routing]]:
+        rope = rotations(positions_T, self.params.head_dim, self.params.rope_theta)
+        x_TD, routings = self.tok_embeddings(tokens_T), []
+        for block in self.layers:
+            x_TD, routing = block(x_TD, rope, attend)
+            routings.append(routing)
+        return x_TD, routings
+
+    def _logits(self, x_ND: torch.Tensor) -> torch.Tensor:
+        logits = self.output(self.norm(x_ND)).float()
+        if self.layout.parallel.attention == "dp" or self.context.world_size == 1:
+            return logits
+        vocab, world = self.params.vocab_size, self.context.world_size
+        widest = -(-vocab // world)
+        parts_WNV = self.context.all_gather(F.pad(logits, (0, widest - logits.shape[1])))
+        widths = [vocab * (w + 1) // world - vocab * w // world for w in range(world)]
+        return torch.cat([part[:, :width] for part, width in zip(parts_WNV, widths, strict=True)], dim=1)
+
+    @torch.no_grad()
+    def initialize(self, seed: int, std: float = 0.02) -> None:
+        """Random weights, normal(0, std), norms 1: the same whole model however it is cut over ranks."""
+        tensors = self.named_tensors()
+        shapes = canonical_shapes(self.params)
+        numbers = {name: number for number, name in enumerate(shapes)}
+        for piece in self.layout.pieces():
+            target = tensors[piece.target][piece.at]
+            if piece.columns is None:
+                target.fill_(1.0)
+                continue
+            generator = torch.Generator(self.context.device).manual_seed(seed * len(numbers) + numbers[piece.source])
+            whole = torch.empty(shapes[piece.source], dtype=target.dtype, device=target.device)
+            whole.normal_(0.0, std, generator=generator)
+            target.copy_(whole[slice(*piece.rows), slice(*piece.columns)])

@@ -1,0 +1,1 @@
+"""The MoE layer: gate, dispatch, experts, combine, for any expert plan."""

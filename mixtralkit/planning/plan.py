@@ -1,0 +1,211 @@
+"""ExpertPlan: which ranks hold which experts, and how many rows may travel. All that planning tells the layer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+VERSION = 1
+OVERFLOWS = ("drop", "reroute")
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertPlan:
+    """Slots of every rank in every layer, and the rule for rows over capacity.
+
+    Attributes:
+        slots_LWS: int32 expert ids, -1 for a slot left empty; read-only.
+        num_experts: logical experts E; ids are 0 … E-1.
+        ranks_per_node: ranks of one machine, None when all ranks are on one.
+        policy: name of the policy that made it.
+        cold_capacity_factor: capacity of an expert that is not on every rank, as a multiple of the even share
+            K·T/E of its rows; None sends every row, which is exact.
+        cold_token_percent: share (0, 1] of that capacity which is really sent.
+        overflow: what becomes of rows over the capacity: ``"drop"`` or ``"reroute"``.
+        meta: anything else worth keeping with the plan.
+    """
+
+    slots_LWS: np.ndarray
+    num_experts: int
+    ranks_per_node: int | None = None
+    policy: str = "contiguous"
+    cold_capacity_factor: float | None = None
+    cold_token_percent: float = 1.0
+    overflow: str = "drop"
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        slots = np.array(self.slots_LWS)  # a copy of our own, frozen below
+        if slots.ndim != 3 or 0 in slots.shape[:2] or (slots.size and not np.issubdtype(slots.dtype, np.integer)):
+            raise ValueError(f"slots (shape {slots.shape}, {slots.dtype}) must be whole numbers [layers][ranks][slots]")
+        slots = slots.astype(np.int32)
+        slots.flags.writeable = False
+        object.__setattr__(self, "slots_LWS", slots)
+        if isinstance(self.num_experts, bool) or not isinstance(self.num_experts, int) or self.num_experts < 1:
+            raise ValueError(f"num_experts ({self.num_experts!r}) must be a whole number of at least 1")
+        self._check_slots()
+        per_node = self.ranks_per_node
+        if per_node is not None and (not isinstance(per_node, int) or per_node < 1 or self.world_size % per_node):
+            raise ValueError(f"ranks_per_node ({per_node!r}) must divide world_size ({self.world_size})")
+        factor = self.cold_capacity_factor
+        if factor is not None and not (_is_number(factor) and 0 <= factor < float("inf")):
+            raise ValueError(f"cold_capacity_factor ({factor!r}) must be null or a number of at least 0")
+        if not (_is_number(self.cold_token_percent) and 0 < self.cold_token_percent <= 1):
+            raise ValueError(f"cold_token_percent ({self.cold_token_percent!r}) must lie in (0, 1]")
+        if self.overflow not in OVERFLOWS:
+            raise ValueError(f"overflow ({self.overflow!r}) must be one of {', '.join(OVERFLOWS)}")
+
+    def _check_slots(self) -> None:
+        outside = np.argwhere((self.slots_LWS < -1) | (self.slots_LWS >= self.num_experts))
+        if len(outside):
+            layer, rank, slot = outside[0]
+            raise ValueError(
+                f"slots: layer {layer}, rank {rank} holds expert {self.slots_LWS[layer, rank, slot]}, "
+                f"outside 0 … {self.num_experts - 1}"
+            )
+        twice = np.argwhere(self.copies_LWE > 1)
+        if len(twice):
+            layer, rank, expert = twice[0]
+            raise ValueError(f"slots: layer {layer}, rank {rank} holds expert {expert} twice")
+        nowhere = np.argwhere(~self.copies_LWE.any(axis=1))
+        if len(nowhere):
+            layer, expert = nowhere[0]
+            raise ValueError(f"slots: layer {layer} has no slot for expert {expert} on any rank")
+
+    @property
+    def num_layers(self) -> int:
+        return self.slots_LWS.shape[0]
+
+    @property
+    def world_size(self) -> int:
+        return self.slots_LWS.shape[1]
+
+    @cached_property
+    def copies_LWE(self) -> np.ndarray:
+        """How often rank w holds expert e in layer l; 0 or 1 in a valid plan."""
+        layers, ranks, _ = self.slots_LWS.shape
+        copies = np.zeros((layers, ranks, self.num_experts + 1), np.int32)
+        where = np.indices(self.slots_LWS.shape)
+        np.add.at(copies, (where[0], where[1], self.slots_LWS), 1)  # id -1 counts in the last column
+        return copies[:, :, :-1]
+
+    @cached_property
+    def holds_LWE(self) -> np.ndarray:
+        """True where rank w holds expert e in layer l."""
+        return self.copies_LWE > 0
+
+    @cached_property
+    def hot_LE(self) -> np.ndarray:
+        """True where every rank holds expert e in layer l: its rows are computed at home and never sent."""
+        return self.holds_LWE.all(axis=1)
+
+    @cached_property
+    def slot_of_LWE(self) -> np.ndarray:
+        """Index of expert e among the experts of rank w, counted without empty slots; -1 where it is not held."""
+        slot_of = np.full(self.holds_LWE.shape, -1, np.int32)
+        for layer in range(self.num_layers):
+            for rank in range(self.world_size):
+                for slot, expert in enumerate(self.experts_of(layer, rank)):
+                    slot_of[layer, rank, expert] = slot
+        return slot_of
+
+    def experts_of(self, layer: int, rank: int) -> tuple[int, ...]:
+        """Experts that ``rank`` holds in ``layer``, in the order of its slots."""
+        return tuple(int(e) for e in self.slots_LWS[layer, rank] if e >= 0)
+
+    def check_fits(self, num_layers: int, num_experts: int, world_size: int) -> None:
+        """ValueError unless the plan is for this model and this number of ranks."""
+        for name, own, wanted in (
+            ("num_layers", self.num_layers, num_layers),
+            ("num_experts", self.num_experts, num_experts),
+            ("world_size", self.world_size, world_size),
+        ):
+            if own != wanted:
+                raise ValueError(f"plan: {name} ({own}) must be {wanted}, which is what runs")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of a ``plan.json``."""
+        return {
+            "version": VERSION,
+            "num_layers": self.num_layers,
+            "num_experts": self.num_experts,
+            "world_size": self.world_size,
+            "ranks_per_node": self.ranks_per_node,
+            "policy": self.policy,
+            "slots": self.slots_LWS.tolist(),
+            "cold_capacity_factor": self.cold_capacity_factor,
+            "cold_token_percent": self.cold_token_percent,
+            "overflow": self.overflow,
+            "meta": dict(self.meta),
+        }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> ExpertPlan:
+        """Reads what ``to_dict`` gives; slot lists of unequal length are filled with -1."""
+        if not isinstance(content, Mapping):
+            raise ValueError(f"a plan must be a JSON object, not {type(content).__name__}")
+        missing = [k for k in ("version", "num_layers", "num_experts", "world_size", "slots") if k not in content]
+        if missing:
+            raise ValueError(f"plan lacks: {', '.join(missing)}")
+        if content["version"] != VERSION:
+            raise ValueError(f"version ({content['version']!r}) must be {VERSION}")
+        plan = cls(
+            slots_LWS=_rectangle(content["slots"]),
+            num_experts=content["num_experts"],
+            ranks_per_node=content.get("ranks_per_node"),
+            policy=content.get("policy", "unknown"),
+            cold_capacity_factor=content.get("cold_capacity_factor"),
+            cold_token_percent=content.get("cold_token_percent", 1.0),
+            overflow=content.get("overflow", "drop"),
+            meta=content.get("meta", {}),
+        )
+        for name in ("num_layers", "world_size"):
+            if content[name] != getattr(plan, name):
+                raise ValueError(f"{name} ({content[name]!r}) differs from the {getattr(plan, name)} that slots has")
+        return plan
+
+    def save(self, path: str | Path) -> None:
+        """Writes ``plan.json``."""
+        Path(path).write_text(json.dumps(self.to_dict()) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> ExpertPlan:
+        """Reads ``plan.json``; errors name the file."""
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+def contiguous(num_layers: int, num_experts: int, world_size: int) -> ExpertPlan:
+    """FastMoE's placement: rank w holds experts E·w/W … E·(w+1)/W-1 in every layer, none twice."""
+    bounds = [num_experts * w // world_size for w in range(world_size + 1)]
+    ranks = [list(range(bounds[w], bounds[w + 1])) for w in range(world_size)]
+    return ExpertPlan(_rectangle([ranks] * num_layers), num_experts)
+
+
+def everywhere(num_layers: int, num_experts: int, world_size: int) -> ExpertPlan:
+    """Every expert on every rank: nothing ever travels."""
+    slots = np.tile(np.arange(num_experts, dtype=np.int32), (num_layers, world_size, 1))
+    return ExpertPlan(slots, num_experts, policy="everywhere")
+
+
+def _rectangle(slots: Any) -> np.ndarray:
+    """Nested lists [L][W][S of that rank] → int array [L, W, largest S], short ranks filled with -1."""
+    try:
+        most = max((len(rank) for layer in slots for rank in layer), default=0)
+        return np.array([[[*rank, *[-1] * (most - len(rank))] for rank in layer] for layer in slots])
+    except (TypeError, ValueError):
+        raise ValueError("slots must be lists of whole numbers, [layers][ranks][slots]") from None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,1 @@
+"""Training of small Mixtrals: text to tokens, deterministic batches, losses, the loop over ranks."""

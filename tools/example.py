@@ -1,0 +1,178 @@
+"""Continue prompts, or chat, with any Mixtral checkpoint: on one rank, or on several with torchrun.
+
+    python tools/example.py -m ckpts
+    torchrun --standalone --nproc_per_node=4 tools/example.py -m ckpts -t ckpts/tokenizer.model
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from mixtralkit.checkpoint import open_checkpoint
+from mixtralkit.cli import run_tool
+from mixtralkit.config import FasterOptions, ModelConfig, parse_dtype
+from mixtralkit.distributed import RankContext
+from mixtralkit.engine.requests import Completion, Request, StreamEvent, check_prompt
+from mixtralkit.engine.sampler import SamplingOptions
+from mixtralkit.engine.tokenizer import Tokenizer
+from mixtralkit.evaluation.prompt_sets import PromptRecord, ResultsWriter, read_prompts
+from mixtralkit.mixtral import Mixtral, check_world_size, encode_prompt
+from mixtralkit.terminal import Session
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "configs" / "prompts" / "examples.jsonl"
+LONGEST_CHAT = 8192  # tokens, where the model could do more and nobody asked for it
+CHAT_TIMEOUT_S = 30 * 24 * 3600.0  # ranks wait for a person
+
+
+def generate(
+    model: Path = Path("ckpts"),
+    tokenizer: Path | None = None,
+    prompts: Path | None = None,
+    output: Path | None = None,
+    max_gen_len: int = 128,
+    max_seq_len: int | None = None,
+    max_batch_size: int = 8,
+    temperature: float = 0.6,
+    top_p: float = 0.9,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    seed: int = 1,
+    stop: tuple[str, ...] = (),
+    dtype: str | None = None,
+    device: str | None = None,
+    attention: str = "auto",
+    experts: str = "auto",
+    plan: Path | None = None,
+    num_gpus: int | None = None,
+) -> None:
+    """Continues prompts and prints them with the model's answers, or writes these to a file.
+
+    Args:
+        model: Folder with the checkpoint, of any format that docs/checkpoints.md lists.
+        tokenizer: Sentencepiece model; left out, tokenizer.model in the model's folder.
+        prompts: Prompts, .jsonl (an object with "prompt" or "messages" a line) or .txt (a prompt a line); left out,
+            three examples.
+        output: Write results to this .jsonl, in the order of the prompts; a file that a stopped run left is continued.
+        max_gen_len: Most tokens to generate for each prompt.
+        max_seq_len: Most tokens of a prompt with its answer; left out, what the prompts need and the model can.
+        max_batch_size: Prompts that run at a time.
+        temperature: 0 takes the likeliest token each time; higher is more varied.
+        top_p: Draw from the likeliest tokens that together have this probability.
+        top_k: Draw from this many likeliest tokens; 0 is all.
+        min_p: Draw from tokens with at least this share of the likeliest one's probability.
+        seed: The same seed gives the same text.
+        stop: Texts that end an answer.
+        dtype: bfloat16, float16 or float32; left out, bfloat16 on a GPU and float32 on a CPU.
+        device: cpu or cuda; left out, cuda where there is one.
+        attention: tp splits heads over the ranks, dp the prompts; auto takes tp where the ranks divide the heads.
+        experts: ep gives each rank whole experts, tp a part of each; auto takes ep.
+        plan: plan.json that says which ranks hold which experts.
+        num_gpus: The number of ranks, for scripts that state it; torchrun decides it.
+    """
+    sampling = SamplingOptions(temperature, top_p, top_k, min_p, seed)
+    options = _checked(max_gen_len, max_seq_len, max_batch_size, dtype)
+    context = RankContext.start(device)
+    with context.agreed():
+        check_world_size(context.world_size, num_gpus=num_gpus)
+        records = read_prompts(EXAMPLES if prompts is None else prompts)
+        reader = open_checkpoint(model)
+        sp = Tokenizer(model / "tokenizer.model" if tokenizer is None else tokenizer)
+        requests = _requests(sp, records, max_gen_len, sampling, stop)
+        needed = max(len(request.prompt) + request.max_gen_len for request in requests)
+        max_seq_len = min(reader.config.max_seq_len, needed) if max_seq_len is None else max_seq_len
+        for request in requests:
+            check_prompt(request.id, request.prompt, max_seq_len, reader.config.vocab_size)
+    results = _Results(context, records, output)
+    mixtral = Mixtral.load(
+        reader, sp, context, max_seq_len, max_batch_size, seed,
+        dtype=dtype, attention=attention, experts=experts, plan=plan, options=options, progress=_is_watched(context),
+    )  # fmt: skip
+    waiting = requests[results.done :]
+    with results, _progress(context, len(requests), results.done, max_batch_size) as bar:
+        for event in mixtral.engine.run(waiting):
+            if event.completion is not None:
+                results.add(event.completion)
+                bar.update()
+    mixtral.close()
+
+
+def chat(
+    model: Path = Path("ckpts"),
+    tokenizer: Path | None = None,
+    system: str | None = None,
+    max_gen_len: int = 512,
+    max_seq_len: int | None = None,
+    temperature: float = 0.6,
+    top_p: float = 0.9,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    seed: int = 1,
+    dtype: str | None = None,
+    device: str | None = None,
+    attention: str = "auto",
+    experts: str = "auto",
+    plan: Path | None = None,
+) -> None:
+    """Talks with the model in Mistral's chat template: a line is a turn, /reset forgets, /quit leaves, Ctrl-C ends an
+    answer. Reads piped input too.
+
+    Args:
+        model: Folder with the checkpoint, of any format that docs/checkpoints.md lists.
+        tokenizer: Sentencepiece model; left out, tokenizer.model in the model's folder.
+        system: Instruction that goes before the first question.
+        max_gen_len: Most tokens of an answer.
+        max_seq_len: Most tokens of the whole conversation; older turns are left out beyond it.
+        temperature: 0 takes the likeliest token each time; higher is more varied.
+        top_p: Draw from the likeliest tokens that together have this probability.
+        top_k: Draw from this many likeliest tokens; 0 is all.
+        min_p: Draw from tokens with at least this share of the likeliest one's probability.
+        seed: The same seed and the same conversation give the same text.
+        dtype: bfloat16, float16 or float32; left out, bfloat16 on a GPU and float32 on a CPU.
+        device: cpu or cuda; left out, cuda where there is one.
+        attention: tp splits heads over the ranks; auto takes it where the ranks divide the heads, else dp.
+        experts: ep gives each rank whole experts, tp a part of each; auto takes ep.
+        plan: plan.json that says which ranks hold which experts.
+    """
+    sampling = SamplingOptions(temperature, top_p, top_k, min_p, seed)
+    options = _checked(max_gen_len, max_seq_len, 1, dtype)
+    context = RankContext.start(device, timeout_s=CHAT_TIMEOUT_S)
+    with context.agreed():
+        reader = open_checkpoint(model)
+        sp = Tokenizer(model / "tokenizer.model" if tokenizer is None else tokenizer)
+        max_seq_len = min(reader.config.max_seq_len, LONGEST_CHAT) if max_seq_len is None else max_seq_len
+    mixtral = Mixtral.load(
+        reader, sp, context, max_seq_len, 1, seed,
+        dtype=dtype, attention=attention, experts=experts, plan=plan, options=options, progress=_is_watched(context),
+    )  # fmt: skip
+    with Session(context.rank, context.world_size) as session:
+        _converse(mixtral, session, system, max_gen_len, sampling)
+    mixtral.close()
+
+
+def _checked(max_gen_len: int, max_seq_len: int | None, max_batch_size: int, dtype: str | None) -> FasterOptions:
+    """Says what is wrong with the options before anything is loaded."""
+    for name, value in (
+        ("max_gen_len", max_gen_len),
+        ("max_seq_len", max_seq_len),
+        ("max_batch_size", max_batch_size),
+    ):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} ({value}) must be at least 1")
+    if dtype is not None:
+        parse_dtype(dtype)
+    return FasterOptions.from_env()
+
+
+def _requests(
+    tokenizer: Tokenizer, records: list[PromptRecord], max_gen_len: int, sampling: SamplingOptions, stop: tuple[str, ...]
+) -> list[Request]:
+    requests = []
+    for i, record in enumerate(records):
+        length = max_gen_len if record.max_gen_len is None else record.max_gen_len
+        requests.append(Request(i, encode_prompt(tokenizer, i, record.prompt), length, sampling, stop))
+    return requests

@@ -1,0 +1,45 @@
+"""Collects the text that the shipped model is trained on: scripture, python, docs, man, and chat made from them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from mixtralkit.cli import run_tool
+from mixtralkit.training import debian_text
+from mixtralkit.training.chat_pairs import dialogues
+from mixtralkit.training.corpus import SPLITS, Document, split, write_documents
+
+
+def prepare_text(output: str, heldout_percent: float = 4.0) -> None:
+    """Writes OUTPUT/train/DOMAIN.jsonl, OUTPUT/heldout/DOMAIN.jsonl and OUTPUT/sources.json.
+
+    Needs Debian with its package sources reachable, and groff. Documents are chapters, modules and pages; which ones
+    are held out depends on their names alone.
+
+    Args:
+        output: folder for the text; packages are kept in OUTPUT/packages and used again.
+        heldout_percent: share of the documents that is held out.
+    """
+    folder = Path(output)
+    sources: dict[str, list[str]] = {}
+    all_parts: dict[str, list[Document]] = {name: [] for name in SPLITS}
+    for domain, packages in debian_text.PACKAGES.items():
+        sources[domain] = debian_text.fetch_packages(folder, packages)
+        documents = debian_text.read_domain(domain, folder / "unpacked")
+        for name, part in split(documents, heldout_percent).items():
+            _write(folder, name, domain, part)
+            all_parts[name] += part
+    for name, part in all_parts.items():
+        _write(folder, name, "chat", dialogues(part))
+    (folder / "sources.json").write_text(json.dumps(sources, indent=1) + "\n", encoding="utf-8")
+
+
+def _write(folder: Path, part: str, domain: str, documents: list[Document]) -> None:
+    write_documents(folder / part / f"{domain}.jsonl", documents)
+    size = sum(document.num_bytes for document in documents)
+    print(f"{part:8} {domain:10} {len(documents):6} documents {size / 1e6:7.2f} MB", flush=True)
+
+
+if __name__ == "__main__":
+    run_tool(prepare_text)
