@@ -174,7 +174,8 @@ def _from_mistral(params: Mapping[str, Any]) -> ModelConfig:
     extra = _known(params, {*_MISTRAL_KEYS, "moe", "max_batch_size"}, where)
     values = {key: params[key] for key in _MISTRAL_KEYS if params.get(key) is not None}
     values.setdefault("n_kv_heads", params["n_heads"])
-    values.setdefault("head_dim", _derived_head_dim(params["dim"], params["n_heads"]))
+    if "head_dim" not in values:
+        values["head_dim"] = _derived_head_dim(params["dim"], params["n_heads"])
     return ModelConfig(**values, **{k: moe[k] for k in moe if k.startswith("num_experts")}, extra=extra)
 
 
@@ -188,7 +189,8 @@ def _from_hugging_face(params: Mapping[str, Any]) -> ModelConfig:
     extra = _known(params, {*_HUGGING_FACE_KEYS, *_HUGGING_FACE_IGNORED}, where)
     values = {ours: params[theirs] for theirs, ours in _HUGGING_FACE_KEYS.items() if params.get(theirs) is not None}
     values.setdefault("n_kv_heads", values["n_heads"])
-    values.setdefault("head_dim", _derived_head_dim(values["dim"], values["n_heads"]))
+    if "head_dim" not in values:
+        values["head_dim"] = _derived_head_dim(values["dim"], values["n_heads"])
     rope = params.get("rope_parameters") or {}
     if rope.get("rope_type", "default") != "default":
         raise ValueError(f"rope_parameters.rope_type ({rope['rope_type']!r}) must be 'default'")
@@ -252,6 +254,29 @@ class FasterOptions:
             alpha=_number(environ, "FMOE_FASTER_GLBPLC_ALPHA", float, None),
             d_model=_number(environ, "FMOE_FASTER_GLBPLC_DMODEL", int, None),
         )
+
+
+@dataclass(frozen=True)
+class MoEOptions:
+    """How the MoE layer runs a plan. None of it changes what is computed.
+
+    Attributes:
+        faster: FasterMoE's switches.
+        exchange: ``"exact"`` sends just the rows there are; ``"static"`` keeps room for every row of every rank, so
+            that no shape depends on the routing and nothing waits for the host; ``"auto"`` is static for decode
+            steps and exact otherwise.
+        backend: ``"mixtralkit"``, or ``"fastmoe"`` for the real library.
+    """
+
+    faster: FasterOptions = field(default_factory=FasterOptions)
+    exchange: str = "auto"
+    backend: str = "mixtralkit"
+
+    def __post_init__(self) -> None:
+        if self.exchange not in ("auto", "exact", "static"):
+            raise ValueError(f"exchange ({self.exchange!r}) must be 'auto', 'exact' or 'static'")
+        if self.backend not in ("mixtralkit", "fastmoe"):
+            raise ValueError(f"moe_backend ({self.backend!r}) must be 'mixtralkit' or 'fastmoe'")
 
 
 def _switch(environ: Mapping[str, str], name: str) -> bool:

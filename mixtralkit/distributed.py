@@ -76,6 +76,22 @@ class RankContext:
         """True on the rank that prints, draws progress and writes files."""
         return self.rank == 0
 
+    def split_nodes(self, ranks_per_node: int) -> tuple[RankContext, RankContext]:
+        """Contexts (across, inside): the ranks with this one's place in every node, and the ranks of its node.
+
+        In each, ``rank`` and ``world_size`` count within the group. Collective; ``ranks_per_node`` must divide the
+        world size.
+        """
+        nodes = self.world_size // ranks_per_node
+        across = [[node * ranks_per_node + place for node in range(nodes)] for place in range(ranks_per_node)]
+        inside = [[node * ranks_per_node + place for place in range(ranks_per_node)] for node in range(nodes)]
+        return self._member_of(across), self._member_of(inside)
+
+    def _member_of(self, parts: list[list[int]]) -> RankContext:
+        groups = [dist.new_group(ranks) if len(ranks) > 1 else None for ranks in parts]
+        mine = next(i for i, ranks in enumerate(parts) if self.rank in ranks)
+        return RankContext(parts[mine].index(self.rank), len(parts[mine]), self.device, groups[mine])
+
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Sums ``x`` over the ranks, in place; returns it."""
         if self.group is not None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mixtralkit.checkpoint import CheckpointReader, load_into, open_checkpoint
-from mixtralkit.config import FasterOptions, ModelConfig, ParallelConfig, parse_dtype
+from mixtralkit.config import FasterOptions, ModelConfig, MoEOptions, ParallelConfig, parse_dtype
 from mixtralkit.distributed import RankContext
 from mixtralkit.engine.chat import Message, encode_chat
 from mixtralkit.engine.generation import Engine
@@ -46,7 +46,7 @@ class Mixtral:
         attention: str = "auto",
         experts: str = "auto",
         plan: str | Path | ExpertPlan | None = None,
-        options: FasterOptions | None = None,
+        options: MoEOptions | None = None,
         context: RankContext | None = None,
         progress: bool = False,
     ) -> Mixtral:
@@ -64,13 +64,13 @@ class Mixtral:
             attention: ``"tp"``, ``"dp"`` or ``"auto"``: ``tp`` where the ranks divide the heads, else ``dp``.
             experts: ``"tp"``, ``"ep"`` or ``"auto"``, which is ``ep``.
             plan: which ranks hold which experts; None for each rank its even share.
-            options: FasterMoE's switches; None reads ``FMOE_FASTER_*``.
+            options: how the MoE layer runs; None reads ``FMOE_FASTER_*`` for its schedule and shadows.
             context: the ranks, when the caller has started them.
             progress: show a bar on stderr while weights load.
         """
         context = RankContext.start(device) if context is None else context
         with context.agreed():
-            _check_world_size(context.world_size, num_gpus=num_gpus, model_parallel_size=model_parallel_size)
+            check_world_size(context.world_size, num_gpus=num_gpus, model_parallel_size=model_parallel_size)
             reader = open_checkpoint(ckpt_dir)
             tokenizer = Tokenizer(Path(ckpt_dir) / "tokenizer.model" if tokenizer_path is None else tokenizer_path)
         return cls.load(
@@ -92,7 +92,7 @@ class Mixtral:
         attention: str = "auto",
         experts: str = "auto",
         plan: str | Path | ExpertPlan | None = None,
-        options: FasterOptions | None = None,
+        options: MoEOptions | None = None,
         progress: bool = False,
     ) -> Mixtral:
         """As ``build``, from a checkpoint and a tokenizer that are open already."""
@@ -101,7 +101,7 @@ class Mixtral:
             config = reader.config.with_limits(max_seq_len, max_batch_size)
             tokenizer.check_vocabulary(config.vocab_size)
             layout = choose_layout(config, context, attention, experts, plan)
-            options = FasterOptions.from_env() if options is None else options
+            options = MoEOptions(faster=FasterOptions.from_env()) if options is None else options
             model = Transformer(layout, context, _choose_dtype(dtype, context.device), options)
             model.allocate_cache()
         load_into(model.named_tensors(), layout, reader, context, progress)
@@ -291,7 +291,8 @@ def _choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torc
     return parse_dtype(dtype)
 
 
-def _check_world_size(world_size: int, **stated: int | None) -> None:
+def check_world_size(world_size: int, **stated: int | None) -> None:
+    """ValueError that says how to start, where a stated number of ranks is not the real one."""
     for name, value in stated.items():
         if value is not None and value != world_size:
             raise ValueError(

@@ -1,13 +1,12 @@
 """Continue prompts, or chat, with any Mixtral checkpoint: on one rank, or on several with torchrun.
 
-    python tools/example.py -m ckpts
-    torchrun --standalone --nproc_per_node=4 tools/example.py -m ckpts -t ckpts/tokenizer.model
+python tools/example.py -m ckpts
+torchrun --standalone --nproc_per_node=4 tools/example.py -m ckpts -t ckpts/tokenizer.model
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,9 @@ from tqdm import tqdm
 
 from mixtralkit.checkpoint import open_checkpoint
 from mixtralkit.cli import run_tool
-from mixtralkit.config import FasterOptions, ModelConfig, parse_dtype
+from mixtralkit.config import FasterOptions, MoEOptions, parse_dtype
 from mixtralkit.distributed import RankContext
-from mixtralkit.engine.requests import Completion, Request, StreamEvent, check_prompt
+from mixtralkit.engine.requests import Completion, Request, check_prompt
 from mixtralkit.engine.sampler import SamplingOptions
 from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.evaluation.prompt_sets import PromptRecord, ResultsWriter, read_prompts
@@ -154,7 +153,7 @@ def chat(
     mixtral.close()
 
 
-def _checked(max_gen_len: int, max_seq_len: int | None, max_batch_size: int, dtype: str | None) -> FasterOptions:
+def _checked(max_gen_len: int, max_seq_len: int | None, max_batch_size: int, dtype: str | None) -> MoEOptions:
     """Says what is wrong with the options before anything is loaded."""
     for name, value in (
         ("max_gen_len", max_gen_len),
@@ -165,14 +164,137 @@ def _checked(max_gen_len: int, max_seq_len: int | None, max_batch_size: int, dty
             raise ValueError(f"{name} ({value}) must be at least 1")
     if dtype is not None:
         parse_dtype(dtype)
-    return FasterOptions.from_env()
+    return MoEOptions(faster=FasterOptions.from_env())
 
 
 def _requests(
-    tokenizer: Tokenizer, records: list[PromptRecord], max_gen_len: int, sampling: SamplingOptions, stop: tuple[str, ...]
+    tokenizer: Tokenizer,
+    records: list[PromptRecord],
+    max_gen_len: int,
+    sampling: SamplingOptions,
+    stop: tuple[str, ...],
 ) -> list[Request]:
     requests = []
     for i, record in enumerate(records):
         length = max_gen_len if record.max_gen_len is None else record.max_gen_len
         requests.append(Request(i, encode_prompt(tokenizer, i, record.prompt), length, sampling, stop))
     return requests
+
+
+class _Results:
+    """Prints finished answers, or writes them to the output file, in the order of the prompts; rank 0 does."""
+
+    def __init__(self, context: RankContext, records: list[PromptRecord], output: Path | None) -> None:
+        self._context, self._records = context, records
+        self._held: dict[int, Completion] = {}
+        self._writer: ResultsWriter | None = None
+        with context.agreed():
+            if output is not None and context.is_first:
+                self._writer = ResultsWriter(output, records)
+        self.done: int = context.broadcast_object(self._writer.done if self._writer else 0)
+        if self.done and context.is_first:
+            print(f"{output} already has {self.done} of {len(records)} results", file=sys.stderr)
+
+    def __enter__(self) -> _Results:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._writer:
+            self._writer.close()
+
+    def add(self, completion: Completion) -> None:
+        """Takes an answer; every rank calls this, so that a full disk on rank 0 stops all of them."""
+        with self._context.agreed():
+            if self._writer:
+                self._writer.add(completion.id, _result(completion))
+            elif self._context.is_first:
+                self._held[completion.id] = completion
+                while self.done in self._held:
+                    _print_block(self._records[self.done], self._held.pop(self.done))
+                    self.done += 1
+
+
+def _result(completion: Completion) -> dict[str, Any]:
+    return {
+        "generation": completion.text,
+        "tokens": completion.tokens,
+        "logprobs": completion.logprobs,
+        "finish_reason": completion.finish_reason,
+    }
+
+
+def _print_block(record: PromptRecord, completion: Completion) -> None:
+    prompt = record.prompt
+    if not isinstance(prompt, str):
+        prompt = "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+    line = "=" * 30
+    tqdm.write(f"{line}Example START{line}\n\n[Prompt]:\n{prompt}\n\n[Response]:\n{completion.text}\n")
+    tqdm.write(f"{line}Example END{line}\n")
+    sys.stdout.flush()
+
+
+def _is_watched(context: RankContext) -> bool:
+    return context.is_first and sys.stderr.isatty()
+
+
+def _progress(context: RankContext, total: int, done: int, max_batch_size: int) -> tqdm:
+    """A bar on rank 0's stderr, where somebody watches or there is more than one batch."""
+    shown = context.is_first and (sys.stderr.isatty() or total > max_batch_size)
+    return tqdm(total=total, initial=done, unit="prompt", disable=not shown)
+
+
+def _converse(
+    mixtral: Mixtral, session: Session, system: str | None, max_gen_len: int, sampling: SamplingOptions
+) -> None:
+    """Turns until the input ends; rank 0 reads and prints, the others follow."""
+    context = mixtral.model.context
+    start = [{"role": "system", "content": system}] if system else []
+    messages = list(start)
+    while True:
+        line = context.broadcast_object(session.read_line("> ") if context.is_first else None)
+        if line is None or line.strip() == "/quit":
+            return
+        if line.strip() == "/reset":
+            messages = list(start)
+            continue
+        if not line.strip():
+            continue
+        messages.append({"role": "user", "content": line})
+        ids = _fitting(mixtral, messages, len(start), max_gen_len, context.is_first)
+        if ids is None:
+            messages.pop()
+            continue
+        answer = ""
+        request = Request(0, ids, max_gen_len, sampling)
+        for event in mixtral.engine.run([request], should_stop=session.interrupted):
+            answer += event.text
+            if context.is_first:
+                print(event.text + ("\n" if event.finish_reason else ""), end="", flush=True)
+        if answer:
+            messages.append({"role": "assistant", "content": answer})
+        else:
+            messages.pop()
+
+
+def _fitting(
+    mixtral: Mixtral, messages: list[dict[str, str]], start: int, max_gen_len: int, speaks: bool
+) -> tuple[int, ...] | None:
+    """Token ids of the conversation, its oldest turns taken out of ``messages`` until an answer fits behind it; None
+    when the last question alone is too long."""
+    longest = mixtral.model.params.max_seq_len
+    room = min(max_gen_len, max(1, longest // 4))
+    while True:
+        ids = encode_prompt(mixtral.tokenizer, 0, messages)
+        if len(ids) + room <= longest:
+            return ids
+        if len(messages) == start + 1:
+            if speaks:
+                print(f"(the question has {len(ids)} tokens, too many for max_seq_len {longest})", file=sys.stderr)
+            return None
+        del messages[start : start + 2]
+        if speaks:
+            print("(the oldest turn is left out: the conversation is too long)", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_tool({"generate": generate, "chat": chat}, default="generate", short={"m": "model", "t": "tokenizer"})

@@ -13,8 +13,10 @@ import pickle
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -51,7 +53,7 @@ class ByteFile:
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fills ``buffer`` from ``offset``; ValueError when the file ends before."""
         while len(buffer):
-            part = next((i for i in range(len(self._files)) if offset < self._starts[i + 1]), None)
+            part = self._part_of(offset)
             if part is None:
                 raise ValueError(f"{self}: truncated: {len(buffer)} bytes wanted at {offset}, the file has {self.size}")
             wanted = min(len(buffer), self._starts[part + 1] - offset)
@@ -62,6 +64,27 @@ class ByteFile:
             if got == 0:
                 raise ValueError(f"{self.paths[part]}: was cut short while it was read")
             buffer, offset = buffer[got:], offset + got
+
+    def read_rows_into(self, rows: np.ndarray, offset: int, pitch: int) -> None:
+        """Fills each of ``rows`` (uint8) from places ``pitch`` bytes apart; ValueError when the file ends before."""
+        count, width = rows.shape
+        end = offset + (count - 1) * pitch + width
+        part = self._part_of(offset)
+        if part is None or end > self._starts[part + 1]:
+            for i in range(count):
+                self.read_into(memoryview(rows[i]), offset + i * pitch)
+            return
+        first = offset - self._starts[part]
+        places = range(first, first + count * pitch, pitch)
+        try:
+            got = sum(map(os.preadv, repeat(self._files[part]), zip(rows, strict=True), places))
+        except OSError as error:
+            raise ValueError(f"{self.paths[part]}: cannot be read ({error.strerror})") from None
+        if got != rows.size:
+            raise ValueError(f"{self.paths[part]}: was cut short while it was read")
+
+    def _part_of(self, offset: int) -> int | None:
+        return next((i for i in range(len(self._files)) if offset < self._starts[i + 1]), None)
 
     def read(self, offset: int, size: int) -> bytes:
         """``size`` bytes from ``offset``; ValueError when the file ends before."""
@@ -154,9 +177,7 @@ class Region:
             out.copy_(whole.view(count, self.pitch)[:, :width].view(self.dtype))
             return
         self.file.will_need(start, span)
-        rows = out.view(torch.uint8).numpy()
-        for i in range(count):
-            self.file.read_into(memoryview(rows[i]), start + i * self.pitch)
+        self.file.read_rows_into(out.view(torch.uint8).numpy(), start, self.pitch)
 
 
 def read_index(file: ByteFile) -> dict[str, Region]:
@@ -182,11 +203,11 @@ def _read_safetensors_index(file: ByteFile) -> dict[str, Region]:
         raise ValueError(f"{file}: truncated: its header wants {length} bytes, the file has {file.size}")
     try:
         header = json.loads(file.read(8, length))
-        entries = {k: (v["dtype"], tuple(v["shape"]), v["data_offsets"]) for k, v in header.items() if k[:2] != "__"}
+        entries = {k: _safetensors_entry(v) for k, v in header.items() if k != "__metadata__"}
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{file}: its safetensors header is not readable JSON") from None
+        raise ValueError(f"{file}: its safetensors header is not readable") from None
     index = {}
-    for name, (dtype, shape, (start, end)) in entries.items():
+    for name, (dtype, shape, start, end) in entries.items():
         if dtype not in SAFETENSORS_DTYPES:
             raise ValueError(f"{file}: {name} is stored as {dtype}; only {', '.join(SAFETENSORS_DTYPES)} are read")
         torch_dtype = SAFETENSORS_DTYPES[dtype]
@@ -197,7 +218,17 @@ def _read_safetensors_index(file: ByteFile) -> dict[str, Region]:
     return index
 
 
+def _safetensors_entry(entry: dict) -> tuple[str, tuple[int, ...], int, int]:
+    shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
+    if any(not isinstance(number, int) or number < 0 for number in (*shape, start, end)):
+        raise ValueError("sizes and places must be whole numbers of at least 0")
+    return entry["dtype"], shape, start, end
+
+
 def _read_torch_index(file: ByteFile) -> dict[str, Region]:
+    tail = min(file.size, 1 << 16)
+    if b"PK\5\6" not in file.read(file.size - tail, tail):
+        raise ValueError(f"{file}: truncated: the index at its end is missing; the file has {file.size} bytes")
     try:
         with FakeTensorMode():  # reads the pickle and the places of the storages, none of their bytes
             content = torch.load(_Cursor(file), map_location="cpu", weights_only=True)
@@ -207,9 +238,9 @@ def _read_torch_index(file: ByteFile) -> dict[str, Region]:
         raise ValueError(
             f"{file}: refused: its pickle asks for {what}, and a checkpoint may hold only tensors"
         ) from None
-    except (RuntimeError, OSError, EOFError, KeyError) as error:
-        reason = str(error).splitlines()[0][:120]
-        raise ValueError(f"{file}: truncated or damaged ({reason}); the file has {file.size} bytes") from None
+    except Exception as error:  # a damaged pickle makes torch raise anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise ValueError(f"{file}: damaged: torch cannot read its index ({reason})") from None
     if not isinstance(content, Mapping):
         raise ValueError(f"{file}: holds a {type(content).__name__}, not tensors by name")
     return {name: _torch_region(file, name, tensor) for name, tensor in content.items()}

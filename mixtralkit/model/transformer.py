@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mixtralkit.config import FasterOptions, ModelConfig
+from mixtralkit.config import ModelConfig, MoEOptions
 from mixtralkit.distributed import RankContext
 from mixtralkit.layout import RankLayout, canonical_shapes
 from mixtralkit.model.attention import Attend, Attention, CachedAttention, FreshAttention
@@ -15,24 +15,34 @@ from mixtralkit.model.norm import RMSNorm
 from mixtralkit.model.rope import rotations
 from mixtralkit.model.step import StepBatch
 from mixtralkit.moe.gate import Routing
-from mixtralkit.moe.layer import MoELayer
+from mixtralkit.moe.layer import MoELayer, MoEReport
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + experts(norm(x))."""
 
-    def __init__(self, layer: int, layout: RankLayout, context: RankContext, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        layer: int,
+        layout: RankLayout,
+        context: RankContext,
+        dtype: torch.dtype,
+        options: MoEOptions,
+        nodes: tuple[RankContext, RankContext] | None,
+    ) -> None:
         super().__init__()
         config = layout.config
         self.attention = Attention(layer, layout, context, dtype)
-        self.feed_forward = MoELayer(layer, layout, context, dtype)
+        self.feed_forward = MoELayer(layer, layout, context, dtype, options, nodes)
         self.attention_norm = RMSNorm(config.dim, config.norm_eps, dtype, context.device)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps, dtype, context.device)
 
-    def forward(self, x_TD, rope: tuple[torch.Tensor, torch.Tensor], attend: Attend) -> tuple[torch.Tensor, Routing]:
+    def forward(
+        self, x_TD, rope: tuple[torch.Tensor, torch.Tensor], attend: Attend, rows_per_rank: int | None
+    ) -> tuple[torch.Tensor, MoEReport]:
         x_TD = x_TD + self.attention(self.attention_norm(x_TD), rope, attend)
-        y_TD, routing = self.feed_forward(self.ffn_norm(x_TD))
-        return x_TD + y_TD, routing
+        y_TD, report = self.feed_forward(self.ffn_norm(x_TD), rows_per_rank)
+        return x_TD + y_TD, report
 
 
 class Transformer(nn.Module):
@@ -48,16 +58,20 @@ class Transformer(nn.Module):
         layout: RankLayout,
         context: RankContext,
         dtype: torch.dtype = torch.float32,
-        options: FasterOptions | None = None,
+        options: MoEOptions | None = None,
     ) -> None:
         super().__init__()
         config = layout.config
         self.layout, self.context, self.dtype = layout, context, dtype
-        self.options = FasterOptions() if options is None else options
+        self.options = MoEOptions() if options is None else options
         self.cache: KVCache | None = None
         like = {"dtype": dtype, "device": context.device}
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim, _weight=None, **like)
-        self.layers = nn.ModuleList(Block(i, layout, context, dtype) for i in range(config.n_layers))
+        per_node = layout.plan.ranks_per_node
+        nodes = context.split_nodes(per_node) if per_node and 1 < per_node < context.world_size else None
+        self.layers = nn.ModuleList(
+            Block(i, layout, context, dtype, self.options, nodes) for i in range(config.n_layers)
+        )
         self.norm = RMSNorm(config.dim, config.norm_eps, **like)
         self.output = nn.Linear(config.dim, layout.vocab[1] - layout.vocab[0], bias=False, **like)
         self.requires_grad_(False)
@@ -79,13 +93,18 @@ class Transformer(nn.Module):
         return self.cache
 
     @torch.no_grad()
-    def step(self, batch: StepBatch, cache: KVCache, rows_N: torch.Tensor) -> torch.Tensor:
+    def step(
+        self, batch: StepBatch, cache: KVCache, rows_N: torch.Tensor, rows_per_rank: int | None = None
+    ) -> torch.Tensor:
         """Runs the batch's tokens through the model, extending ``cache``; float32 logits [N, V] of rows ``rows_N``.
 
         Collective. The rows count among the flattened tokens; every rank of ``tp`` gets the whole vocabulary.
+
+        Args:
+            rows_per_rank: a promise that no rank has more tokens in this step, for exchanges of static shape.
         """
         attend = CachedAttention(batch, cache, self.params.sliding_window)
-        x_TD, _ = self._hidden(batch.tokens_T, batch.positions_T, attend)
+        x_TD, _ = self._hidden(batch.tokens_T, batch.positions_T, attend, rows_per_rank)
         return self._logits(x_TD[rows_N])
 
     @torch.no_grad()
@@ -117,16 +136,19 @@ class Transformer(nn.Module):
         batch_size, length = tokens_BT.shape
         positions_T = torch.arange(length, device=tokens_BT.device).repeat(batch_size)
         attend = FreshAttention(batch_size, self.params.sliding_window)
-        x_TD, routings = self._hidden(tokens_BT.flatten(), positions_T, attend)
-        return self.output(self.norm(x_TD)).unflatten(0, (batch_size, length)), routings
+        x_TD, reports = self._hidden(tokens_BT.flatten(), positions_T, attend)
+        logits_BTV = self.output(self.norm(x_TD)).unflatten(0, (batch_size, length))
+        return logits_BTV, [report.routing for report in reports]
 
-    def _hidden(self, tokens_T, positions_T, attend: Attend) -> tuple[torch.Tensor, list[Routing]]:
+    def _hidden(
+        self, tokens_T, positions_T, attend: Attend, rows_per_rank: int | None = None
+    ) -> tuple[torch.Tensor, list[MoEReport]]:
         rope = rotations(positions_T, self.params.head_dim, self.params.rope_theta)
-        x_TD, routings = self.tok_embeddings(tokens_T), []
+        x_TD, reports = self.tok_embeddings(tokens_T), []
         for block in self.layers:
-            x_TD, routing = block(x_TD, rope, attend)
-            routings.append(routing)
-        return x_TD, routings
+            x_TD, report = block(x_TD, rope, attend, rows_per_rank)
+            reports.append(report)
+        return x_TD, reports
 
     def _logits(self, x_ND: torch.Tensor) -> torch.Tensor:
         logits = self.output(self.norm(x_ND)).float()

@@ -2,22 +2,45 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import nn
 
-from mixtralkit.config import ParallelConfig
+from mixtralkit.config import MoEOptions, ParallelConfig
 from mixtralkit.distributed import RankContext
 from mixtralkit.layout import RankLayout
+from mixtralkit.moe.assignment import Assigner
+from mixtralkit.moe.capacity import cold_capacity, cut_to_capacity
 from mixtralkit.moe.dispatch import (
     Dispatch,
-    ExchangeDispatch,
+    ExchangedDispatch,
     GatheredDispatch,
-    PlanLookup,
     ReplicatedDispatch,
     SplitWidthDispatch,
+    StaticDispatch,
+    TwoStageDispatch,
 )
 from mixtralkit.moe.experts import Experts
 from mixtralkit.moe.gate import Routing, TopKGate
+from mixtralkit.moe.schedule import num_chunks, run_in_chunks
+
+
+@dataclass(frozen=True)
+class MoEReport:
+    """What one forward of a layer did; tensors stay on the device.
+
+    Attributes:
+        routing: the gate's choice, before any capacity.
+        dropped, rerouted: int64 scalars, choices over a cold expert's capacity.
+        handles: what dispatch learnt, one for each chunk (``exchange.ExchangeHandle`` for exact exchanges).
+    """
+
+    routing: Routing
+    dropped: torch.Tensor
+    rerouted: torch.Tensor
+    handles: tuple[Any, ...]
 
 
 class MoELayer(nn.Module):
@@ -27,31 +50,65 @@ class MoELayer(nn.Module):
     this rank's slots.
     """
 
-    def __init__(self, layer: int, layout: RankLayout, context: RankContext, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        layer: int,
+        layout: RankLayout,
+        context: RankContext,
+        dtype: torch.dtype,
+        options: MoEOptions | None = None,
+        nodes: tuple[RankContext, RankContext] | None = None,
+    ) -> None:
+        """``nodes`` (``context.split_nodes(…)``) makes the exchange two-stage: across nodes, then inside."""
         super().__init__()
         config = layout.config
+        self.layout, self.context, self.nodes = layout, context, nodes
+        self.options = MoEOptions() if options is None else options
         self.gate = TopKGate(config.dim, config.num_experts, config.num_experts_per_tok, dtype, context.device)
         hidden = layout.hidden[1] - layout.hidden[0]
         self.experts = Experts(len(layout.experts(layer)), config.dim, hidden, dtype, context.device)
-        self.way = build_dispatch(layer, layout, context)
+        self.assigner = Assigner(layout.plan.slot_of_LWE[layer], context, layout.parallel.attention == "tp")
+        self.way = self._choose_way()
 
-    def forward(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, Routing]:
-        """Rows [T, D] (T may be 0) to rows of the same order, and how they were routed. Collective over the ranks."""
+    def forward(self, x_TD: torch.Tensor, rows_per_rank: int | None = None) -> tuple[torch.Tensor, MoEReport]:
+        """Rows [T, D] (T may be 0) to rows of the same order, and what happened. Collective over the ranks.
+
+        Args:
+            rows_per_rank: a promise that no rank has more rows; lets the exchange keep static shapes.
+        """
         routing = self.gate(x_TD)
-        rows, handle = self.way.dispatch(x_TD, routing)
-        y_RD = self.experts(rows)
-        return self.way.combine(y_RD, handle), routing
+        cut = cut_to_capacity(
+            routing, self.assigner.at_home_E, self._capacity(x_TD.shape[0]), self.layout.plan.overflow
+        )
+        way = self._way_for(rows_per_rank)
+        if self.options.faster.schedule and isinstance(way, ExchangedDispatch | TwoStageDispatch):
+            chunks = num_chunks(self.context.world_size, self.options.faster.group_size)
+            y_TD, handles = run_in_chunks(way, self.experts, x_TD, cut, self.assigner, chunks)
+        else:
+            rows, handle = way.dispatch(x_TD, cut, self.assigner)
+            y_TD, handles = way.combine(self.experts(rows), handle), [handle]
+        return y_TD, MoEReport(routing, cut.dropped, cut.rerouted, tuple(handles))
 
+    def _capacity(self, tokens: int) -> int | None:
+        if self.layout.parallel.experts == "tp":
+            return None  # every rank has a part of every expert: none is cold
+        return cold_capacity(self.layout.plan, tokens, self.gate.top_k)
 
-def build_dispatch(layer: int, layout: RankLayout, context: RankContext) -> Dispatch:
-    """The way rows travel under the layout's attention and experts (DESIGN §2)."""
-    lookup = PlanLookup(layout.plan, layer, context.device)
-    match layout.parallel:
-        case ParallelConfig("tp", "tp"):
-            return SplitWidthDispatch(context)
-        case ParallelConfig("dp", "tp"):
-            return GatheredDispatch(context)
-        case ParallelConfig("tp", "ep"):
-            return ReplicatedDispatch(context, lookup)
-        case _:
-            return ExchangeDispatch(context, lookup)
+    def _choose_way(self) -> Dispatch:
+        """The way rows travel under the layout's attention and experts (DESIGN §2)."""
+        match self.layout.parallel:
+            case ParallelConfig("tp", "tp"):
+                return SplitWidthDispatch(self.context)
+            case ParallelConfig("dp", "tp"):
+                return GatheredDispatch(self.context)
+            case ParallelConfig("tp", "ep"):
+                return ReplicatedDispatch(self.context)
+        if self.nodes is not None:
+            return TwoStageDispatch(self.context, *self.nodes)
+        return ExchangedDispatch(self.context)
+
+    def _way_for(self, rows_per_rank: int | None) -> Dispatch:
+        is_exchanged = isinstance(self.way, ExchangedDispatch | TwoStageDispatch)
+        if rows_per_rank is None or not is_exchanged or self.options.exchange == "exact":
+            return self.way
+        return StaticDispatch(self.context, rows_per_rank)

@@ -9,11 +9,13 @@ import numpy as np
 import torch
 
 from mixtralkit.training.corpus import digest
+from mixtralkit.training.tokens import BOS_ID
 
 
 class BatchSampler:
-    """Windows of ``seq_len + 1`` tokens at random places of the domains' streams.
+    """Windows of ``seq_len + 1`` tokens at random places of the domains' streams, the first token made a begin token.
 
+    So a begin token comes before text from the middle of a document too, as it does before a prompt.
     A domain is drawn in proportion to ``tokens ** mix_power``: 1 draws every token equally often, 0 every domain.
     All tokens lie on ``device`` as one int32 tensor, so that a step copies only the places of its windows.
     """
@@ -43,7 +45,7 @@ class BatchSampler:
         """Tokens int64 [sequences of this rank, seq_len + 1] of the step: the ranks' parts make up the whole."""
         starts_B = self._draw(step)[share(self.sequences, rank, world_size)]
         places_BT = starts_B.to(self._tokens.device, non_blocking=True)[:, None] + self._window
-        return self._tokens[places_BT].long()
+        return _begun(self._tokens[places_BT].long())
 
     def _draw(self, step: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(digest("batch", self.seed, step))
@@ -60,9 +62,15 @@ def share(count: int, rank: int, world_size: int) -> slice:
 def windows(ids: np.ndarray, seq_len: int, sequences: int) -> list[torch.Tensor]:
     """A stream cut into batches [sequences, seq_len + 1] that predict each token but the first exactly once.
 
-    Neighbours share one token. The end is filled with -1, which is not to be scored; at least one batch.
+    The first token of each is a begin token, as in training. The end is filled with -1, which is not to be scored; at
+    least one batch.
     """
     count = max(1, math.ceil((len(ids) - 1) / seq_len))
     padded = torch.full((count * seq_len + 1,), -1, dtype=torch.int64)
     padded[: len(ids)] = torch.from_numpy(ids.astype(np.int64))
-    return list(padded.unfold(0, seq_len + 1, seq_len).split(sequences))
+    return list(_begun(padded.unfold(0, seq_len + 1, seq_len).clone()).split(sequences))
+
+
+def _begun(tokens_BT: torch.Tensor) -> torch.Tensor:
+    tokens_BT[:, 0] = BOS_ID
+    return tokens_BT

@@ -30,20 +30,29 @@ THANKS = ("Thanks", "Thank you", "Thank you!", "Thanks a lot!")
 THANKS_ANSWER = "You are welcome."
 SELF_COPIES = 40
 
-TOPICS = frozenset(
-    "angel anger beast blood bread brother child city cloud covenant creation darkness daughter death earth enemy evil "
-    "faith father fear fire fish flesh forgiveness friend gift glory gold grace harvest heart heaven honey hope house "
-    "joy judgment justice king kingdom lamb law life light lion love mercy money morning mother mountain name night "
-    "oil patience peace people poor power praise prayer priest prophet rain rest riches river rock salvation sea seed "
-    "servant shepherd sin sky sleep son song soul spirit stars stone strength sword temple throne tree truth vineyard "
-    "war water wealth well widow wife wilderness wind wine wisdom woman word work world".split()
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+TOPICS = _words(
+    """
+    angel anger beast blood bread brother child city cloud covenant creation darkness daughter death earth enemy
+    evil faith father fear fire fish flesh forgiveness friend gift glory gold grace harvest heart heaven honey hope
+    house joy judgment justice king kingdom lamb law life light lion love mercy money morning mother mountain name
+    night oil patience peace people poor power praise prayer priest prophet rain rest riches river rock salvation
+    sea seed servant shepherd sin sky sleep son song soul spirit stars stone strength sword temple throne tree truth
+    vineyard war water wealth well widow wife wilderness wind wine wisdom woman word work world
+    """
 )
-_CAPITALISED = frozenset(
-    "Afterward Also Amen And Another Arise Art As Ask Awake Be Because Behold Blessed Both But By Can Come Every For "
-    "From Go Have He Hear Her His How Howbeit If In Is It Let My Neither No Nor Not Notwithstanding Now O Of On One Or "
-    "Our Out Put Remember Say Saying See Shall She So Take Tell That The Their Then There Therefore These They Thine "
-    "This Those Thou Though Thus Thy To Until Unto Upon Verily We What When Where Wherefore Which While Who Whom "
-    "Whose Why Will With Woe Yea Yet You Your".split()
+_CAPITALISED = _words(
+    """
+    Afterward Also Amen And Another Arise Art As Ask Awake Be Because Behold Blessed Both But By Can Come Every For
+    From Go Have He Hear Her His How Howbeit If In Is It Let My Neither No Nor Not Notwithstanding Now O Of On One
+    Or Our Out Put Remember Say Saying See Shall She So Take Tell That The Their Then There Therefore These They
+    Thine This Those Thou Though Thus Thy To Until Unto Upon Verily We What When Where Wherefore Which While Who
+    Whom Whose Why Will With Woe Yea Yet You Your
+    """
 )
 
 
@@ -95,7 +104,9 @@ def _verse_pairs(document: Document) -> Iterator[tuple[str, str, str]]:
         if subjects:
             subject = _pick(subjects, place)
             ask = _pick(
-                ("Quote a verse about {}.", "Give me a verse about {}.", "What does scripture say about {}?"), place, "q"
+                ("Quote a verse about {}.", "Give me a verse about {}.", "What does scripture say about {}?"),
+                place,
+                "q",
             )
             yield place, ask.format(subject), f"{verse} ({place})"
         if digest("place", place) % 6 == 0:

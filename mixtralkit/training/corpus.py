@@ -83,7 +83,9 @@ def load_corpus(paths: Sequence[str | Path], heldout_percent: float = 4.0) -> di
     for domain, parts in corpus.items():
         for name in SPLITS:
             if not any(document.num_bytes for document in parts[name]):
-                raise ValueError(f"text: domain {domain!r} has no {name} text; give more files or another heldout_percent")
+                raise ValueError(
+                    f"text: domain {domain!r} has no {name} text; give more files or another heldout_percent"
+                )
     return dict(sorted(corpus.items()))
 
 

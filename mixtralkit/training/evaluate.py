@@ -48,13 +48,15 @@ def evaluate(
         sums = torch.zeros(2, dtype=torch.float64, device=context.device)
         counts = torch.zeros(model.params.n_layers, model.params.num_experts, device=context.device)
         for batch in windows(ids, seq_len, sequences):
-            own = batch[share(len(batch), context.rank, context.world_size)].to(context.device)
+            fill = batch.new_full((-len(batch) % context.world_size, batch.shape[1]), -1)  # no rank without rows
+            rows = torch.cat([batch, fill])
+            own = rows[share(len(rows), context.rank, context.world_size)].to(context.device)
             inputs, targets = own[:, :-1].clamp(min=0), own[:, 1:]
             with autocast:
                 logits, routings = model.train_logits(inputs)
             sums[0] += next_token_nats(logits, targets)
             sums[1] += (targets >= 0).sum()
-            counts += expert_counts(routings)
+            counts += expert_counts(routings, targets.flatten() >= 0)
         nats, scored = context.all_reduce(sums).tolist()
         counts = context.all_reduce(counts).cpu()
         figures[domain] = DomainFigures(

@@ -26,7 +26,7 @@ Log = Callable[[int, Mapping[str, float]], None]
 
 # Settings that a resumed run must share with the run it goes on with, for its curve to be the same.
 _BINDING = ("batch_tokens", "seq_len", "lr", "warmup", "weight_decay", "aux_loss", "clip", "mix_power", "seed", "zero")
-_TIMED_STEPS = (10, 40)  # a run of given minutes takes its speed from these steps
+_TIMED_STEPS = (10, 40)  # a run of given minutes takes its speed from these of its steps
 
 
 class Trainer:
@@ -45,6 +45,11 @@ class Trainer:
     ) -> None:
         if tokens.vocab_size != config.vocab_size:
             raise ValueError(f"vocab_size ({config.vocab_size}) must be the tokenizer's {tokens.vocab_size}")
+        if settings.sequences < context.world_size:
+            raise ValueError(
+                f"batch_tokens ({settings.batch_tokens}) must hold a sequence of {settings.seq_len} for each of "
+                f"{context.world_size} ranks"
+            )
         self.config, self.settings, self.context, self.tokens = config, settings, context, tokens
         plan = contiguous(config.n_layers, config.num_experts, context.world_size)
         parallel = ParallelConfig("dp" if context.world_size > 1 else "tp", "ep")
@@ -63,6 +68,7 @@ class Trainer:
         self._logits = torch.compile(self.model.train_logits) if settings.compile else self.model.train_logits
         self.done_steps = 0
         self.total_steps = settings.steps
+        self._first_timed_at = 0.0
 
     def step(self) -> torch.Tensor:
         """One optimizer step; float32 [loss in nats a token, load-balance loss, gradient norm] of the whole batch.
@@ -91,10 +97,11 @@ class Trainer:
         """
         settings, losses, recent = self.settings, [], []
         start = marked = time.monotonic()
+        before = self.done_steps
         while self.total_steps is None or self.done_steps < self.total_steps:
             recent.append(self.step())
             if self.total_steps is None:
-                self._time_run(time.monotonic() - start)
+                self._time_run(self.done_steps - before, start)
             last = self.done_steps == self.total_steps
             if self.done_steps % settings.log_every == 0 or last:
                 values = self.context.all_reduce(torch.stack(recent)).cpu()  # host sync
@@ -102,29 +109,31 @@ class Trainer:
                 seconds, marked = time.monotonic() - marked, time.monotonic()
                 log(self.done_steps, self._summary(values, settings.batch_tokens * len(recent) / seconds))
                 recent = []
-            if folder is not None and (last or settings.save_every and self.done_steps % settings.save_every == 0):
+            if folder is not None and (last or (settings.save_every and self.done_steps % settings.save_every == 0)):
                 self.save(folder)
         return losses
 
     def _summary(self, values: torch.Tensor, tokens_per_s: float) -> dict[str, float]:
         loss, balance, norm = values.mean(0).tolist()
-        rate = learning_rate(
-            self.done_steps - 1, self.total_steps or 1 << 60, self.settings.lr, self.settings.warmup
-        )
+        rate = learning_rate(self.done_steps - 1, self.total_steps or 1 << 60, self.settings.lr, self.settings.warmup)
         return {"loss": loss, "balance": balance, "grad_norm": norm, "lr": rate, "tokens_per_s": tokens_per_s}
 
-    def _time_run(self, elapsed_s: float) -> None:
-        """Fixes the number of steps that fit in ``minutes`` once enough of them were timed, alike on all ranks."""
+    def _time_run(self, steps: int, start: float) -> None:
+        """Fixes the number of steps that fit in ``minutes`` once enough of them were timed, alike on all ranks.
+
+        ``steps`` were taken since ``start`` (monotonic seconds).
+        """
         first, last = _TIMED_STEPS
-        limit_s = self.settings.minutes * 60
-        if self.context.device.type == "cuda" and self.done_steps in (first, last):
+        if self.context.device.type == "cuda" and steps in _TIMED_STEPS:
             torch.cuda.synchronize(self.context.device)
-        if self.done_steps == first:
-            self._first_timed_at = time.monotonic()
-        if self.done_steps >= last:
-            each_s = (time.monotonic() - self._first_timed_at) / (last - first)
-            self.total_steps = self.context.broadcast_object(self.done_steps + int((limit_s - elapsed_s) / each_s))
-        elif self.context.broadcast_object(elapsed_s) > limit_s:
+        now = time.monotonic()
+        left_s = self.settings.minutes * 60 - (now - start)
+        if steps == first:
+            self._first_timed_at = now
+        if steps == last:
+            more = int(left_s * (last - first) / (now - self._first_timed_at))
+            self.total_steps = self.context.broadcast_object(self.done_steps + max(0, more))
+        elif self.context.broadcast_object(left_s) < 0:
             self.total_steps = self.done_steps
 
     def save(self, folder: Path) -> None:

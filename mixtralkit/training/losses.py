@@ -16,11 +16,13 @@ def next_token_nats(logits_BTV: torch.Tensor, targets_BT: torch.Tensor) -> torch
     return F.cross_entropy(flat, targets_BT.flatten(), ignore_index=-1, reduction="sum")
 
 
-def expert_counts(routings: Sequence[Routing]) -> torch.Tensor:
-    """Rows each expert was chosen for, float32 [L, E]; no host synchronisation."""
-    num_experts = routings[0].logits_TE.shape[1]
-    ids_E = torch.arange(num_experts, device=routings[0].experts_TK.device)
-    return torch.stack([(r.experts_TK.reshape(-1, 1) == ids_E).sum(0) for r in routings]).float()
+def expert_counts(routings: Sequence[Routing], counted_T: torch.Tensor | None = None) -> torch.Tensor:
+    """Rows each expert was chosen for, float32 [L, E], of the tokens where ``counted_T``; no host synchronisation."""
+    experts_LTK = torch.stack([routing.experts_TK for routing in routings])
+    if counted_T is not None:
+        experts_LTK = experts_LTK.masked_fill(~counted_T[:, None], -1)
+    ids_E = torch.arange(routings[0].logits_TE.shape[1], device=experts_LTK.device)
+    return (experts_LTK.flatten(1)[..., None] == ids_E).sum(1, dtype=torch.float32)
 
 
 def load_balance(routings: Sequence[Routing], counts_LE: torch.Tensor, tokens: int) -> torch.Tensor:

@@ -1,0 +1,105 @@
+"""Rows over a cold expert's capacity: which are cut, and where they may go instead.
+
+Pangu's rule (see docs/hot-cold.md): an expert that is computed elsewhere takes at most
+``int(ceil(K·T·capacity_factor / E) · cold_token_percent)`` of a rank's T rows. Experts at home take all.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from mixtralkit.moe.gate import Routing
+from mixtralkit.planning.plan import ExpertPlan
+
+
+@dataclass(frozen=True)
+class CutRouting:
+    """Choices after the capacity.
+
+    Attributes:
+        experts_TK: int64 expert of each choice, -1 where the choice was dropped.
+        weights_TK: float32, zero where dropped.
+        dropped, rerouted: int64 scalars on the device, choices of this rank's rows.
+    """
+
+    experts_TK: torch.Tensor
+    weights_TK: torch.Tensor
+    dropped: torch.Tensor
+    rerouted: torch.Tensor
+
+
+def cold_capacity(plan: ExpertPlan, tokens: int, top_k: int) -> int | None:
+    """Rows of ``tokens`` that a cold expert takes; None without a limit."""
+    if plan.cold_capacity_factor is None:
+        return None
+    return int(math.ceil(top_k * tokens * plan.cold_capacity_factor / plan.num_experts) * plan.cold_token_percent)
+
+
+def cut_to_capacity(routing: Routing, home_E: torch.Tensor, capacity: int | None, overflow: str) -> CutRouting:
+    """Keeps each cold expert's ``capacity`` heaviest choices; the rest is dropped, or rerouted.
+
+    Ties go to the earlier row, so the cut is the same on every run. ``reroute`` offers a choice to the row's
+    next-best experts in turn, those of larger weight first, and takes the first with room; the row's weights become
+    the softmax over the experts it ends with. A choice that finds no room is dropped: weight zero.
+
+    Args:
+        home_E: True for experts without a limit.
+        capacity: rows; None returns the routing as it is.
+        overflow: ``"drop"`` or ``"reroute"``.
+    """
+    none = torch.zeros((), dtype=torch.int64, device=home_E.device)
+    if capacity is None:
+        return CutRouting(routing.experts_TK, routing.weights_TK, none, none)
+    num_experts = len(home_E)
+    over_TK = ~home_E[routing.experts_TK] & (_place_in_expert(routing.experts_TK, routing.weights_TK) >= capacity)
+    if overflow == "drop":
+        kept = routing.weights_TK.masked_fill(over_TK, 0.0)
+        return CutRouting(routing.experts_TK.masked_fill(over_TK, -1), kept, over_TK.sum(), none)
+
+    kept_TK = routing.experts_TK.masked_fill(over_TK, -1)
+    filled_E = torch.bincount((kept_TK + 1).flatten(), minlength=num_experts + 1)[1:]
+    room_E = torch.where(home_E, torch.full_like(filled_E, kept_TK.numel()), capacity - filled_E)
+    experts_TK = _reroute(routing, kept_TK, room_E)
+    chosen_TK = routing.logits_TE.gather(1, experts_TK.clamp(min=0)).masked_fill(experts_TK < 0, -torch.inf)
+    # A row that lost no choice keeps its weights to the last bit; a row that lost all has only zeros.
+    moved_T = over_TK.any(1, keepdim=True)
+    weights_TK = torch.where(moved_T, chosen_TK.softmax(-1).nan_to_num(0.0), routing.weights_TK)
+    dropped = (experts_TK < 0).sum()
+    return CutRouting(experts_TK, weights_TK, dropped, over_TK.sum() - dropped)
+
+
+def _reroute(routing: Routing, experts_TK: torch.Tensor, room_E: torch.Tensor) -> torch.Tensor:
+    """Fills the holes (-1) of ``experts_TK`` with next-best experts while ``room_E`` lasts."""
+    top_k, num_experts = experts_TK.shape[1], routing.logits_TE.shape[1]
+    order_TE = routing.logits_TE.argsort(dim=1, descending=True, stable=True)
+    # The gate's own choices come first in the order, however equal logits were sorted.
+    is_chosen_TE = torch.zeros_like(order_TE, dtype=torch.bool).scatter_(1, routing.experts_TK, True)
+    order_TE = order_TE.gather(1, (~is_chosen_TE.gather(1, order_TE)).int().argsort(dim=1, stable=True))
+    for place in range(top_k, num_experts):
+        offered_T = order_TE[:, place]
+        hole_TK = experts_TK < 0
+        first_hole_TK = hole_TK & (hole_TK.cumsum(1) == 1)  # the heaviest choice that still looks for an expert
+        wants_T = first_hole_TK.any(1)
+        weight_T = (routing.weights_TK * first_hole_TK).sum(1).masked_fill(~wants_T, -1.0)
+        in_line_T = _place_in_expert(offered_T.masked_fill(~wants_T, num_experts)[:, None], weight_T[:, None])[:, 0]
+        accepted_T = wants_T & (in_line_T < room_E[offered_T])
+        experts_TK = torch.where(first_hole_TK & accepted_T[:, None], offered_T[:, None], experts_TK)
+        room_E = (
+            room_E - torch.bincount(offered_T.masked_fill(~accepted_T, num_experts), minlength=num_experts + 1)[:-1]
+        )
+    return experts_TK
+
+
+def _place_in_expert(experts_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+    """0 for an expert's heaviest choice, 1 for the next, …; equal weights in row order."""
+    flat_N = experts_TK.flatten()
+    by_weight_N = weights_TK.detach().flatten().argsort(descending=True, stable=True)
+    order_N = by_weight_N[flat_N[by_weight_N].argsort(stable=True)]
+    sorted_N = flat_N[order_N]
+    counts = torch.bincount(sorted_N)
+    start_N = (counts.cumsum(0) - counts)[sorted_N]
+    index_N = torch.arange(len(flat_N), device=flat_N.device)
+    return torch.empty_like(flat_N).scatter_(0, order_N, index_N - start_N).view_as(experts_TK)

@@ -1,0 +1,149 @@
+"""Every format onto one, two and four ranks under every layout, against slices of the whole tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mixtralkit.checkpoint import FORMATS, CheckpointReader, RankFiles, load_into, open_checkpoint, save_checkpoint
+from mixtralkit.checkpoint import loader as loader_module
+from mixtralkit.config import ModelConfig, ParallelConfig
+from mixtralkit.distributed import RankContext, RankFailed
+from mixtralkit.layout import RankLayout
+from mixtralkit.planning.plan import ExpertPlan, contiguous, everywhere
+from tests.checkpoint.models import CONFIGS, random_tensors, write_one_file
+from tests.ranks import run_ranks
+
+
+def _layouts(config: ModelConfig, world_size: int) -> Iterator[tuple[ParallelConfig, ExpertPlan]]:
+    plain = contiguous(config.n_layers, config.num_experts, world_size)
+    for attention, experts in product(("tp", "dp"), ("tp", "ep")):
+        yield ParallelConfig(attention, experts), plain
+    yield ParallelConfig("dp", "ep"), everywhere(config.n_layers, config.num_experts, world_size)
+    yield ParallelConfig("tp", "ep"), _with_replicas(config, world_size)
+
+
+def _with_replicas(config: ModelConfig, world_size: int) -> ExpertPlan:
+    """Expert 0 everywhere, expert 1 on ranks 0 and 1, the last rank's experts in falling order."""
+    plan = contiguous(config.n_layers, config.num_experts, world_size)
+    slots = np.full((config.n_layers, world_size, config.num_experts + 1), -1)
+    for layer, rank in product(range(config.n_layers), range(world_size)):
+        held = [*plan.experts_of(layer, rank), 0, *([1] if rank < 2 else [])]
+        held = sorted(set(held), reverse=rank == world_size - 1)
+        slots[layer, rank, : len(held)] = held
+    return ExpertPlan(slots, config.num_experts)
+
+
+def _check_loads(
+    context: RankContext, reader: CheckpointReader, layout: RankLayout, whole: dict[str, torch.Tensor], dtype
+) -> None:
+    parameters = {name: torch.full(shape, torch.nan, dtype=dtype) for name, shape in layout.shapes().items()}
+    load_into(parameters, layout, reader, context)
+    for name, parameter in parameters.items():
+        assert not parameter.isnan().any(), f"{reader.folder.name}, {layout.parallel}: {name} is not filled"
+    for piece in layout.pieces():
+        wanted = whole[piece.source][slice(*piece.rows)]
+        wanted = wanted if piece.columns is None else wanted[:, slice(*piece.columns)]
+        got = parameters[piece.target][piece.at]
+        assert torch.equal(got, wanted.to(dtype)), f"{reader.folder.name}, {layout.parallel}: {piece}"
+
+
+def _rank_loads_all(context: RankContext, root: Path, config: ModelConfig, small_bytes: int) -> int:
+    loader_module.SMALL_BYTES = small_bytes
+    whole, checked = random_tensors(config), 0
+    for folder in sorted(root.iterdir()):
+        with open_checkpoint(folder) as reader:
+            for parallel, plan in _layouts(config, context.world_size):
+                try:
+                    layout = RankLayout(config, parallel, plan, context.rank)
+                except ValueError:
+                    continue
+                _check_loads(context, reader, layout, whole, torch.float32 if checked % 2 else torch.bfloat16)
+                checked += 1
+    return checked
+
+
+def _write_all(root: Path, config: ModelConfig) -> None:
+    tensors = random_tensors(config)
+    for format in FORMATS:
+        if format == "mistral-shards" and config.hidden_dim % 2:
+            continue
+        save_checkpoint(root / format, config, tensors, format)
+    for world_size, parallel in ((2, ParallelConfig("dp", "ep")), (3, ParallelConfig("dp", "tp"))):
+        ranks = RankFiles(world_size, parallel, _with_replicas(config, world_size))
+        save_checkpoint(root / f"ours-{world_size}", config, tensors, "mixtralkit", ranks=ranks)
+
+
+@pytest.mark.parametrize("name", ["grouped", "one_kv_head", "odd_heads"])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_every_format_loads_under_every_layout(tmp_path: Path, name: str, world_size: int) -> None:
+    config = CONFIGS[name]
+    _write_all(tmp_path, config)
+    checked = run_ranks(_rank_loads_all, world_size, tmp_path, config, 16)
+    least = 3 if name == "odd_heads" else 6  # five heads divide over one rank only
+    assert min(checked) == max(checked) >= least * len(list(tmp_path.iterdir()))
+
+
+def test_wide_rows_are_read_column_by_column(tmp_path: Path) -> None:
+    """Cut rows of more than ``NARROW_BYTES`` take the path without amplification."""
+    config = CONFIGS["wide"]
+    tensors = random_tensors(config)
+    for format in ("mistral", "mistral-split", "mistral-shards", "mistral-stacked", "hf"):
+        save_checkpoint(tmp_path / format, config, tensors, format)
+    assert min(run_ranks(_rank_loads_all, 2, tmp_path, config, 16)) == 30
+
+
+def _rank_counts_bytes(context: RankContext, folder: Path, config: ModelConfig) -> int:
+    layout = RankLayout(config, ParallelConfig("tp", "tp"), contiguous(1, 4, context.world_size), context.rank)
+    parameters = {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in layout.shapes().items()}
+    with open_checkpoint(folder) as reader:
+        before = _rchar()
+        load_into(parameters, layout, reader, context)
+        return _rchar() - before
+
+
+def _rchar() -> int:
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def test_ranks_together_read_the_file_once(tmp_path: Path) -> None:
+    config = CONFIGS["wide"]
+    path = write_one_file(tmp_path, config, random_tensors(config))
+    read = run_ranks(_rank_counts_bytes, 2, tmp_path, config)
+    assert sum(read) <= 1.1 * path.stat().st_size
+
+
+def _rank_of_failing(context: RankContext, folder: Path, config: ModelConfig) -> tuple[str, bool]:
+    layout = RankLayout(config, ParallelConfig("dp", "ep"), contiguous(2, 4, context.world_size), context.rank)
+    parameters = {name: torch.full(shape, torch.nan) for name, shape in layout.shapes().items()}
+    if context.rank == 1:
+        parameters["norm.weight"] = torch.zeros(3)
+    with open_checkpoint(folder) as reader, pytest.raises((ValueError, RankFailed)) as caught:
+        load_into(parameters, layout, reader, context)
+    return str(caught.value), all(p.isnan().all() for name, p in parameters.items() if name != "norm.weight")
+
+
+def test_ranks_agree_on_failure_before_anything_is_loaded(tmp_path: Path) -> None:
+    config = CONFIGS["grouped"]
+    write_one_file(tmp_path, config, random_tensors(config))
+    for said, untouched in run_ranks(_rank_of_failing, 2, tmp_path, config):
+        assert "norm.weight: found (3,), wanted (24,)" in said
+        assert untouched
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    config = CONFIGS["grouped"]
+    write_one_file(tmp_path, config, random_tensors(config))
+    layout = RankLayout.single(replace(config, hidden_dim=24))
+    parameters = {name: torch.empty(shape) for name, shape in layout.shapes().items()}
+    with (
+        open_checkpoint(tmp_path) as reader,
+        pytest.raises(ValueError, match=r"w13: found .*40.*, the model wants .*48"),
+    ):
+        load_into(parameters, layout, reader, RankContext())

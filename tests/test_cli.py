@@ -1,0 +1,153 @@
+"""Command lines become calls; help, errors and exit codes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mixtralkit.cli import UsageError, _Tool, describe
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def make(
+    text: str,
+    model: Path = Path("ckpts"),
+    count: int | None = 3,
+    ratio: float = 0.5,
+    fast: bool = False,
+    stop: tuple[str, ...] = (),
+) -> None:
+    """Makes something.
+
+    More about it.
+
+    Args:
+        text: What to make it
+            from.
+        count: How many.
+    """
+    CALLS.append((text, model, count, ratio, fast, stop))
+
+
+def other() -> None:
+    """Does something else."""
+    CALLS.append("other")
+
+
+CALLS: list = []
+
+
+def run(*arguments: str):
+    """What the command line calls."""
+    CALLS.clear()
+    _Tool({"make": make, "other": other}, "make", {"m": "model"}, "tool").run(list(arguments))
+    return CALLS[0]
+
+
+DEFAULTS = (Path("ckpts"), 3, 0.5, False, ())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "call"),
+    [
+        (["make", "a"], ("a", *DEFAULTS)),
+        (["--text", "a"], ("a", *DEFAULTS)),
+        (["--text=a", "-m", "x", "--fast", "--count", "7"], ("a", Path("x"), 7, 0.5, True, ())),
+        (["make", "-m=x", "--nofast", "a", "--ratio", "-1e-3"], ("a", Path("x"), 3, -0.001, False, ())),
+        (["--text", "a", "--stop", "b", "-1", "--count=none"], ("a", Path("ckpts"), None, 0.5, False, ("b", "-1"))),
+        (["--stop=b", "--stop=--c", "--fast", "true", "--text", "a"], ("a", Path("ckpts"), 3, 0.5, True, ("b", "--c"))),
+        (["other"], "other"),
+    ],
+)
+def test_arguments_become_a_call(arguments, call):
+    assert run(*arguments) == call
+
+
+@pytest.mark.parametrize("text", ["1e3", "True", "None", "[1, 2]", "{'a': 1}", "a\nb", "-5", "", '"q"', "日本 😀"])
+def test_text_stays_text(text):
+    assert run(f"--text={text}")[0] == text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--txt", "a"], "unknown option --txt; tool make --help"),
+        (["-x", "a"], "unknown option -x"),
+        (["make"], "TEXT is missing"),
+        (["make", "a", "b"], "unexpected argument 'b'"),
+        (["nothing"], "unknown command 'nothing'; the commands are make, other"),
+        (["make", "a", "--count"], "option --count needs a value"),
+        (["make", "a", "--count", "--fast"], "option --count needs a value"),
+        (["make", "a", "--count", "1.5"], "count \\('1.5'\\) must be a whole number"),
+        (["make", "a", "--count", "many"], "count \\('many'\\) must be a whole number"),
+        (["make", "a", "--ratio", "x"], "ratio \\('x'\\) must be a number"),
+        (["make", "a", "--fast=maybe"], "fast \\('maybe'\\) must be true or false"),
+        (["other", "--count", "3"], "unknown option --count"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, says):
+    with pytest.raises(UsageError, match=says):
+        run(*arguments)
+
+
+def test_help_lists_commands_and_options(capsys):
+    _Tool({"make": make, "other": other}, "make", {"m": "model"}, "tool").run(["--help"])
+    text = capsys.readouterr().out
+    for part in (
+        "usage: tool COMMAND",
+        "make   Makes something. (when no command",
+        "other  Does something else.",
+        "-m, --model PATH",
+        "--count N",
+        "How many. (default: 3)",
+        "What to make it from.",
+        "--stop TEXT …",
+    ):
+        assert part in text
+    _Tool({"make": make, "other": other}, "make", {}, "tool").run(["other", "-h"])
+    assert "Does something else." in capsys.readouterr().out
+
+
+def test_errors_become_one_line():
+    with pytest.raises(OSError, match="nowhere") as caught:
+        Path("/nowhere/at/all").read_bytes()
+    assert describe(caught.value) == "/nowhere/at/all: No such file or directory"
+    assert describe(ValueError("two\n  lines")) == "two lines"
+    assert describe(MemoryError()) == "out of memory"
+    assert describe(RuntimeError("[x/pair.cc:537] Read error [::1]:9: Connection reset by peer.")).startswith(
+        "another rank"
+    )
+
+
+SCRIPT = """
+import sys
+from mixtralkit.cli import run_tool
+def fail(kind: str) -> None:
+    '''Fails.'''
+    if kind == "pipe":
+        print("x" * 100000); sys.stdout.flush(); return
+    raise {"value": ValueError("bad value"), "stop": KeyboardInterrupt(), "bug": TypeError("bug")}[kind]
+run_tool(fail)
+"""
+
+
+def start(kind: str, **environ: str) -> subprocess.CompletedProcess:
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), **environ}
+    return subprocess.run([sys.executable, "-c", SCRIPT, kind], env=environ, capture_output=True, text=True, timeout=60)
+
+
+def test_an_error_ends_with_one_sentence_and_a_code():
+    done = start("value")
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "error: bad value\n")
+    assert (start("stop").returncode, start("stop").stderr) == (130, "error: interrupted\n")
+    assert "Traceback" in start("bug").stderr, "a bug of ours is not hidden"
+
+
+def test_another_rank_than_the_first_says_which_it_is():
+    done = start("value", RANK="1", WORLD_SIZE="2")
+    assert (done.returncode, done.stderr) == (1, "error: rank 1: bad value\n")
