@@ -42,7 +42,6 @@ def train_tiny(
     device: str | None = None,
     dtype: str | None = None,
     store_dtype: str = "bfloat16",
-    compile: bool = False,
 ) -> None:
     """Trains a small Mixtral and writes OUTPUT/checkpoint, OUTPUT/report.json and OUTPUT/state.
 
@@ -76,7 +75,6 @@ def train_tiny(
         device: cpu or cuda; cuda where there is one.
         dtype: of products; weights and optimizer are float32. bfloat16 on CUDA, float32 on CPU when not given.
         store_dtype: of the checkpoint.
-        compile: compile the model with torch.compile.
     """
     settings = TrainSettings(
         steps=1000 if steps is None and minutes is None else steps,
@@ -91,7 +89,6 @@ def train_tiny(
         mix_power=mix_power,
         seed=seed,
         zero=zero,
-        compile=compile,
         log_every=log_every,
         save_every=save_every,
     )

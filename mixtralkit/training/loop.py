@@ -65,7 +65,6 @@ class Trainer:
             tokens.train, settings.seq_len, settings.sequences, settings.seed, context.device, settings.mix_power
         )
         self.autocast = torch.autocast(context.device.type, autocast, enabled=autocast is not None)
-        self._logits = torch.compile(self.model.train_logits) if settings.compile else self.model.train_logits
         self.done_steps = 0
         self.total_steps = settings.steps
         self._first_timed_at = 0.0
@@ -78,7 +77,7 @@ class Trainer:
         settings = self.settings
         batch_BT = self.sampler.batch(self.done_steps, self.context.rank, self.context.world_size)
         with self.autocast:
-            logits_BTV, routings = self._logits(batch_BT[:, :-1])
+            logits_BTV, routings = self.model.train_logits(batch_BT[:, :-1])
         nats = next_token_nats(logits_BTV, batch_BT[:, 1:]) / settings.batch_tokens
         counts_LE = self.context.all_reduce(expert_counts(routings))
         balance = load_balance(routings, counts_LE, settings.batch_tokens)

@@ -19,7 +19,6 @@ class TrainSettings:
         clip: largest gradient norm; 0 does not clip.
         mix_power: domains are drawn in proportion to tokens ** mix_power.
         zero: split optimizer states over the ranks.
-        compile: compile the model; on CUDA only worth its minute for long runs.
         log_every, save_every: steps; save_every 0 saves at the end only.
     """
 
@@ -35,7 +34,6 @@ class TrainSettings:
     mix_power: float = 0.6
     seed: int = 1
     zero: bool = False
-    compile: bool = False
     log_every: int = 20
     save_every: int = 0
 

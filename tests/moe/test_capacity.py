@@ -1,0 +1,134 @@
+"""Rows over the capacity: a slow and obvious cut, one choice at a time, is the oracle."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from mixtralkit.distributed import RankContext
+from mixtralkit.moe.capacity import cold_capacity, cut_to_capacity
+from mixtralkit.moe.gate import Routing
+from mixtralkit.planning.plan import ExpertPlan, contiguous
+from tests.moe.layers import Whole, build
+from tests.ranks import run_ranks
+
+
+def _routing(seed: int, tokens: int, num_experts: int, top_k: int, skew: float = 0.0) -> Routing:
+    logits_TE = torch.randn(tokens, num_experts, generator=torch.Generator().manual_seed(seed))
+    logits_TE[:, 1] += skew
+    chosen, experts = logits_TE.topk(top_k)
+    return Routing(experts, chosen.softmax(-1), logits_TE)
+
+
+def _slow_drop(routing: Routing, home: set[int], capacity: int) -> list[list[int]]:
+    """Each cold expert in turn takes its heaviest choices, one at a time."""
+    experts = [list(row) for row in routing.experts_TK.tolist()]
+    for expert in range(routing.logits_TE.shape[1]):
+        if expert in home:
+            continue
+        wanting = [
+            (-float(routing.weights_TK[t, k]), t, k)
+            for t, row in enumerate(routing.experts_TK.tolist())
+            for k, e in enumerate(row)
+            if e == expert
+        ]
+        for _, t, k in sorted(wanting)[capacity:]:
+            experts[t][k] = -1
+    return experts
+
+
+def _slow_reroute(routing: Routing, home: set[int], capacity: int) -> list[list[int]]:
+    """Holes are offered next-best experts: all rows' first alternative, then all rows' second, …"""
+    experts = _slow_drop(routing, home, capacity)
+    num_experts, top_k = routing.logits_TE.shape[1], routing.experts_TK.shape[1]
+    room = {e: capacity - sum(row.count(e) for row in experts) for e in range(num_experts)}
+    for place in range(top_k, num_experts):
+        offers = []
+        for t, row in enumerate(experts):
+            ranking = sorted(range(num_experts), key=lambda e: -float(routing.logits_TE[t, e]))
+            if -1 in row:
+                k = row.index(-1)
+                offers.append((-float(routing.weights_TK[t, k]), t, k, ranking[place]))
+        for _, t, k, expert in sorted(offers):
+            if expert in home or room[expert] > 0:
+                experts[t][k] = expert
+                room[expert] -= 1
+    return experts
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("capacity", [0, 3, 9, 1000])
+@pytest.mark.parametrize("overflow", ["drop", "reroute"])
+def test_the_cut_equals_the_slow_one(seed, capacity, overflow):
+    num_experts, top_k = [(8, 2), (5, 1), (7, 3), (6, 6)][seed % 4]
+    routing, home = _routing(seed, 31, num_experts, top_k, skew=1.5), {0, 2}
+    home_E = torch.tensor([e in home for e in range(num_experts)])
+    cut = cut_to_capacity(routing, home_E, capacity, overflow)
+    slow = (_slow_drop if overflow == "drop" else _slow_reroute)(routing, home, capacity)
+    assert cut.experts_TK.tolist() == slow
+    assert int(cut.dropped) == sum(row.count(-1) for row in slow)
+    assert int(cut.dropped) + int(cut.rerouted) == sum(row.count(-1) for row in _slow_drop(routing, home, capacity))
+    assert bool((cut.weights_TK[cut.experts_TK < 0] == 0).all())
+    untouched = (cut.experts_TK == routing.experts_TK).all(1)
+    assert torch.equal(cut.weights_TK[untouched], routing.weights_TK[untouched])
+    if overflow == "reroute":
+        for t in torch.nonzero((cut.experts_TK >= 0).any(1)).flatten().tolist():
+            chosen = cut.experts_TK[t][cut.experts_TK[t] >= 0]
+            assert len(set(chosen.tolist())) == len(chosen)
+            if not untouched[t]:
+                kept = cut.weights_TK[t][cut.experts_TK[t] >= 0]
+                torch.testing.assert_close(kept, routing.logits_TE[t, chosen].softmax(-1))
+
+
+def test_lightest_go_first_and_ties_by_row():
+    logits = torch.tensor([[2.0, 1.0], [3.0, 1.0], [2.0, 1.0], [2.0, 1.0]])
+    routing = Routing(torch.zeros(4, 1, dtype=torch.int64), torch.tensor([[0.5], [0.9], [0.5], [0.1]]), logits)
+    cut = cut_to_capacity(routing, torch.tensor([False, True]), 2, "drop")
+    assert cut.experts_TK.flatten().tolist() == [0, 0, -1, -1]
+
+
+def test_capacity_is_pangus():
+    plan = ExpertPlan(contiguous(1, 8, 2).slots_LWS, 8, cold_capacity_factor=1.1, cold_token_percent=0.5)
+    assert cold_capacity(plan, 100, 2) == int(math.ceil(2 * 100 * 1.1 / 8) * 0.5) == 14
+    assert cold_capacity(contiguous(1, 8, 2), 100, 2) is None
+
+
+def _capacity_layer(context: RankContext, whole: Whole, plan: ExpertPlan, attention: str):
+    layer = build(whole, plan, context, attention=attention)
+    x_TD = whole.rows(40, context.rank if attention == "dp" else 0)
+    y_TD, report = layer(x_TD)
+    return x_TD, y_TD, int(report.dropped), int(report.rerouted)
+
+
+@pytest.mark.parametrize("attention", ["dp", "tp"])
+@pytest.mark.parametrize("overflow", ["drop", "reroute"])
+@pytest.mark.parametrize("factor", [0.3, 1.0])
+def test_the_layer_computes_what_the_cut_leaves(attention, overflow, factor):
+    """Experts 0 and 1 are hot; what remains of each row is added up expert by expert as the oracle would."""
+    whole = Whole(skew={3: 2.0, 0: 1.0})
+    slots = [[[0, 1, 2, 3, 4], [0, 1, 5, 6, 7]]]
+    plan = ExpertPlan(torch.tensor(slots).numpy(), 8, cold_capacity_factor=factor, overflow=overflow)
+    gate, w13, w2 = whole.weights()
+    for rank, (x_TD, y_TD, dropped, rerouted) in enumerate(run_ranks(_capacity_layer, 2, whole, plan, attention)):
+        home = set(slots[0][rank]) if attention == "dp" else {0, 1}
+        logits_TE = x_TD @ gate.T
+        chosen, experts = logits_TE.topk(2)
+        routing = Routing(experts, chosen.softmax(-1), logits_TE)
+        capacity = math.ceil(2 * 40 * factor / 8)
+        slow = (_slow_drop if overflow == "drop" else _slow_reroute)(routing, home, capacity)
+        expected = torch.zeros_like(x_TD)
+        for t, row in enumerate(slow):
+            kept = [e for e in row if e >= 0]
+            over = slow[t] != experts[t].tolist()
+            if overflow == "reroute" and over:
+                weights = logits_TE[t, kept].softmax(-1) if kept else []
+            else:
+                weights = [routing.weights_TK[t, k] for k, e in enumerate(row) if e >= 0]
+            for expert, weight in zip(kept, weights, strict=True):
+                gate_F, up_F = (w13[expert] @ x_TD[t]).chunk(2)
+                expected[t] += weight * (w2[expert] @ (torch.nn.functional.silu(gate_F) * up_F))
+        torch.testing.assert_close(y_TD, expected, rtol=1e-4, atol=1e-4)
+        assert dropped == sum(row.count(-1) for row in slow)
+        assert (rerouted > 0) == (overflow == "reroute") or rerouted == 0
