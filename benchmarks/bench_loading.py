@@ -2,7 +2,8 @@
 
 Writes a checkpoint of random weights with Mixtral's proportions, loads it on all ranks for three layouts, cold (pages
 evicted) and warm, and deletes it. In the same run the same processes plainly read the file, each its own stretch of
-it, in blocks of 16 MiB to one buffer, which is a ceiling: a load also fills memory that was never touched.
+it in blocks of 16 MiB, once into memory of its own as ``read()`` does (``of_plain`` is against this) and once into one
+buffer over and over, which drops what was read and so costs no new memory (``of_dropped``).
 
 Bytes read are ``rchar`` of ``/proc/self/io`` (what was asked of the kernel) and ``read_bytes`` (what came from the
 disk). Memory is the peak of the resident set over what it was before the load, less the rank's own parameters, in
@@ -40,15 +41,20 @@ POOL_NUMEL = 1 << 29
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to time: a layout to load under, or plain reading where both are empty."""
+    """One thing to time: a layout to load under, or plain reading (``plain`` is "kept" or "dropped")."""
 
-    attention: str
-    experts: str
     cold: bool
+    plain: str = ""
+    attention: str = ""
+    experts: str = ""
 
     @property
     def title(self) -> str:
-        what = f"load, attention {self.attention}, experts {self.experts}" if self.attention else "plain read"
+        what = (
+            f"load, attention {self.attention}, experts {self.experts}"
+            if not self.plain
+            else f"plain read, {self.plain}"
+        )
         return f"{what}, {'cold' if self.cold else 'warm'}"
 
 
@@ -85,7 +91,8 @@ def bench(
     config = _model(size_gb)
     with tempfile.TemporaryDirectory(dir=folder, prefix="bench-loading-") as made:
         _write(Path(made), config, format)
-        cases = [Case(a, e, cold) for cold, (a, e) in product((True, False), (("", ""), *LAYOUTS))]
+        kinds = [{"plain": "kept"}, {"plain": "dropped"}, *({"attention": a, "experts": e} for a, e in LAYOUTS)]
+        cases = [Case(cold, **kind) for cold, kind in product((True, False), kinds)]
         with tempfile.TemporaryDirectory() as shared:
             mp.spawn(_rank_main, (ranks, shared, made, config, cases * repeats, threads), nprocs=ranks)
             runs = json.loads((Path(shared) / "runs.json").read_text())
@@ -93,7 +100,7 @@ def bench(
     result = _result(config, cases, runs, file_bytes, ranks, threads, repeats, format)
     for row in result["cases"]:
         print(
-            f"{row['case']:45} {row['gb_per_s']:6.2f} GB/s  {row['of_plain']:5.2f} of plain  "
+            f"{row['case']:45} {row['gb_per_s']:6.2f} GB/s  {row['of_plain']:5.2f} of plain ({row['of_dropped']:.2f})  "
             f"asked {row['asked_of_file']:.3f} and from disk {row['from_disk_of_file']:.3f} of the file  "
             f"memory {row['extra_memory_in_tensors']:.2f} tensors"
         )
@@ -140,10 +147,10 @@ def _rank_main(
         context.barrier()
         if case.cold and context.is_first:
             _evict(Path(folder))
-        if case.attention:
-            measured = _load(context, Path(folder), config, case, threads)
+        if case.plain:
+            measured = _plain(context, Path(folder), case.plain == "kept")
         else:
-            measured = _plain(context, Path(folder))
+            measured = _load(context, Path(folder), config, case, threads)
         runs.append([asdict(one) for one in context.all_gather_objects(measured)])
     if context.is_first:
         (Path(shared) / "runs.json").write_text(json.dumps(runs))
@@ -173,17 +180,21 @@ def _load(context: RankContext, folder: Path, config: ModelConfig, case: Case, t
     return Measured(time.perf_counter() - start, asked, from_disk, memory)
 
 
-def _plain(context: RankContext, folder: Path) -> Measured:
-    buffer = memoryview(bytearray(BLOCK_BYTES))
-    context.barrier()
-    before, start = _read_so_far(), time.perf_counter()
+def _plain(context: RankContext, folder: Path, keep: bool) -> Measured:
+    stretches = []
     for path in _weights(folder):
         size = path.stat().st_size
-        at, end = (size * rank // context.world_size for rank in (context.rank, context.rank + 1))
+        stretches.append((path, *(size * rank // context.world_size for rank in (context.rank, context.rank + 1))))
+    kept = torch.empty(sum(end - at for _, at, end in stretches) if keep else BLOCK_BYTES, dtype=torch.uint8)
+    buffer, used = memoryview(kept.numpy()), 0
+    context.barrier()
+    before, start = _read_so_far(), time.perf_counter()
+    for path, at, end in stretches:
         with open(path, "rb", buffering=0) as file:
             file.seek(at)
             while at < end:
-                at += file.readinto(buffer[: min(BLOCK_BYTES, end - at)])
+                got = file.readinto(buffer[used : used + min(BLOCK_BYTES, end - at)])
+                at, used = at + got, used + got if keep else 0
     asked, from_disk = (b - a for a, b in zip(before, _read_so_far(), strict=True))
     context.barrier()
     return Measured(time.perf_counter() - start, asked, from_disk, 0)
@@ -210,14 +221,15 @@ def _result(
     for i, case in enumerate(cases):
         own_runs = runs[i :: len(cases)]
         middle = statistics.median(seconds[case])
-        plain = statistics.median(seconds[Case("", "", case.cold)])
+        kept, dropped = (statistics.median(seconds[Case(case.cold, plain)]) for plain in ("kept", "dropped"))
         rows.append(
             {
                 "case": case.title,
                 "seconds": middle,
                 "seconds_of_runs": seconds[case],
                 "gb_per_s": file_bytes / middle / 1e9,
-                "of_plain": plain / middle,
+                "of_plain": kept / middle,
+                "of_dropped": dropped / middle,
                 "asked_of_file": max(sum(r["asked"] for r in run) for run in own_runs) / file_bytes,
                 "from_disk_of_file": max(sum(r["from_disk"] for r in run) for run in own_runs) / file_bytes,
                 "extra_memory_in_tensors": max(r["memory"] for run in own_runs for r in run) / largest,

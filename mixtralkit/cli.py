@@ -242,7 +242,7 @@ class _Options:
         for name, head in heads.items():
             text = entries.get(name, "")
             default = self.parameters[name].default
-            if default not in (inspect.Parameter.empty, None, False, ()):
+            if not (default is inspect.Parameter.empty or default is None or default is False or default == ()):
                 text += f" (default: {default})"
             lines += _entry(f"  {head}", text, width + 4)
         return "\n".join([*lines, *_entry("  -h, --help", "Shows this.", width + 4)])

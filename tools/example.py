@@ -1,7 +1,6 @@
-"""Continue prompts, or chat, with any Mixtral checkpoint: on one rank, or on several with torchrun.
+"""Continues prompts, or chats, with any Mixtral checkpoint: ``python tools/example.py -m ckpts``.
 
-python tools/example.py -m ckpts
-torchrun --standalone --nproc_per_node=4 tools/example.py -m ckpts -t ckpts/tokenizer.model
+On several ranks: ``torchrun --standalone --nproc_per_node=4 tools/example.py -m ckpts -t ckpts/tokenizer.model``.
 """
 
 from __future__ import annotations
@@ -81,6 +80,7 @@ def generate(
         records = read_prompts(EXAMPLES if prompts is None else prompts)
         reader = open_checkpoint(model)
         sp = Tokenizer(model / "tokenizer.model" if tokenizer is None else tokenizer)
+        sp.check_vocabulary(reader.config.vocab_size)
         requests = _requests(sp, records, max_gen_len, sampling, stop)
         needed = max(len(request.prompt) + request.max_gen_len for request in requests)
         max_seq_len = min(reader.config.max_seq_len, needed) if max_seq_len is None else max_seq_len
@@ -117,8 +117,9 @@ def chat(
     experts: str = "auto",
     plan: Path | None = None,
 ) -> None:
-    """Talks with the model in Mistral's chat template: a line is a turn, /reset forgets, /quit leaves, Ctrl-C ends an
-    answer. Reads piped input too.
+    """Talks with the model, in Mistral's chat template.
+
+    A line is a turn, from a terminal or a pipe; /reset forgets, /quit or Ctrl-D leaves, Ctrl-C ends an answer.
 
     Args:
         model: Folder with the checkpoint, of any format that docs/checkpoints.md lists.

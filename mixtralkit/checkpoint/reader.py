@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from mixtralkit.checkpoint.discover import Found, recognise
-from mixtralkit.checkpoint.files import ByteFile, Region, read_index
+from mixtralkit.checkpoint.files import ByteFile, Region
+from mixtralkit.checkpoint.index import read_index
 from mixtralkit.checkpoint.names import STYLES, Slab, Stored, rank_tensors, stored_tensors
 from mixtralkit.layout import canonical_shapes
 

@@ -18,8 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
 from mixtralkit.checkpoint.discover import OURS_JSON, checkpoint_files
-from mixtralkit.checkpoint.files import SAFETENSORS_DTYPES, ByteFile, Region, read_index
+from mixtralkit.checkpoint.files import ByteFile, Region
 from mixtralkit.checkpoint.formats import FORMATS, RankFiles, side_files, weight_files
+from mixtralkit.checkpoint.index import SAFETENSORS_DTYPES, read_index
 from mixtralkit.checkpoint.names import Slab, Stored
 from mixtralkit.checkpoint.reader import BLOCK_BYTES, CheckpointReader
 from mixtralkit.config import DTYPES, ModelConfig, parse_dtype

@@ -10,6 +10,7 @@ import torch
 from mixtralkit.distributed import RankContext
 from mixtralkit.moe.balance import ranks_in_turn, spread_rows
 from mixtralkit.moe.capacity import CutRouting
+from mixtralkit.moe.counting import count_keys
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Assigner:
 
     def _spread_evenly(self, experts_N: torch.Tensor, lost_N: torch.Tensor) -> torch.Tensor:
         keyed_N = experts_N.masked_fill(lost_N, self.num_experts)
-        own_E = torch.bincount(keyed_N, minlength=self.num_experts + 1)[:-1]
+        own_E = count_keys(keyed_N, self.num_experts + 1)[:-1]
         everywhere = self.rows_are_everywhere
         counts_SE = own_E.unsqueeze(0) if everywhere else self.context.all_gather(own_E)  # S sources of rows
         counts_SE = counts_SE.cpu().numpy()  # host sync

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from mixtralkit.moe.counting import count_keys
+
 
 def spread_rows(counts_E: np.ndarray, fixed_W: np.ndarray, holds_WE: np.ndarray) -> np.ndarray:
     """Rows of each expert for each rank that holds it, the busiest rank's total as small as whole rows allow.
@@ -89,7 +91,7 @@ def ranks_in_turn(
     keys_N = experts_N.masked_fill(lost_N, len(first_row_E))
     order_N = keys_N.argsort(stable=True)
     sorted_N = experts_N[order_N]
-    counts_E = torch.bincount(keys_N, minlength=len(first_row_E) + 1)[:-1]
+    counts_E = count_keys(keys_N, len(first_row_E) + 1)[:-1]
     start_N = (counts_E.cumsum(0) - counts_E)[sorted_N]
     index_N = torch.arange(len(sorted_N), device=sorted_N.device) - start_N + first_row_E[sorted_N]
     ranks_N = (index_N[:, None] >= ends_EW[sorted_N]).sum(1)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mixtralkit.moe.counting import count_keys
 from mixtralkit.moe.gate import Routing
 from mixtralkit.planning.plan import ExpertPlan
 
@@ -54,13 +55,15 @@ def cut_to_capacity(routing: Routing, home_E: torch.Tensor, capacity: int | None
     if capacity is None:
         return CutRouting(routing.experts_TK, routing.weights_TK, none, none)
     num_experts = len(home_E)
-    over_TK = ~home_E[routing.experts_TK] & (_place_in_expert(routing.experts_TK, routing.weights_TK) >= capacity)
+    over_TK = ~home_E[routing.experts_TK] & (
+        _place_in_expert(routing.experts_TK, routing.weights_TK, num_experts) >= capacity
+    )
     if overflow == "drop":
         kept = routing.weights_TK.masked_fill(over_TK, 0.0)
         return CutRouting(routing.experts_TK.masked_fill(over_TK, -1), kept, over_TK.sum(), none)
 
     kept_TK = routing.experts_TK.masked_fill(over_TK, -1)
-    filled_E = torch.bincount((kept_TK + 1).flatten(), minlength=num_experts + 1)[1:]
+    filled_E = count_keys(kept_TK + 1, num_experts + 1)[1:]
     room_E = torch.where(home_E, torch.full_like(filled_E, kept_TK.numel()), capacity - filled_E)
     experts_TK = _reroute(routing, kept_TK, room_E)
     chosen_TK = routing.logits_TE.gather(1, experts_TK.clamp(min=0)).masked_fill(experts_TK < 0, -torch.inf)
@@ -84,22 +87,22 @@ def _reroute(routing: Routing, experts_TK: torch.Tensor, room_E: torch.Tensor) -
         first_hole_TK = hole_TK & (hole_TK.cumsum(1) == 1)  # the heaviest choice that still looks for an expert
         wants_T = first_hole_TK.any(1)
         weight_T = (routing.weights_TK * first_hole_TK).sum(1).masked_fill(~wants_T, -1.0)
-        in_line_T = _place_in_expert(offered_T.masked_fill(~wants_T, num_experts)[:, None], weight_T[:, None])[:, 0]
+        in_line_T = _place_in_expert(
+            offered_T.masked_fill(~wants_T, num_experts)[:, None], weight_T[:, None], num_experts
+        )[:, 0]
         accepted_T = wants_T & (in_line_T < room_E[offered_T])
         experts_TK = torch.where(first_hole_TK & accepted_T[:, None], offered_T[:, None], experts_TK)
-        room_E = (
-            room_E - torch.bincount(offered_T.masked_fill(~accepted_T, num_experts), minlength=num_experts + 1)[:-1]
-        )
+        room_E = room_E - count_keys(offered_T.masked_fill(~accepted_T, num_experts), num_experts + 1)[:-1]
     return experts_TK
 
 
-def _place_in_expert(experts_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
-    """0 for an expert's heaviest choice, 1 for the next, …; equal weights in row order."""
+def _place_in_expert(experts_TK: torch.Tensor, weights_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """0 for an expert's heaviest choice, 1 for the next, …; equal weights in row order. Ids up to num_experts."""
     flat_N = experts_TK.flatten()
     by_weight_N = weights_TK.detach().flatten().argsort(descending=True, stable=True)
     order_N = by_weight_N[flat_N[by_weight_N].argsort(stable=True)]
     sorted_N = flat_N[order_N]
-    counts = torch.bincount(sorted_N)
+    counts = count_keys(sorted_N, num_experts + 1)
     start_N = (counts.cumsum(0) - counts)[sorted_N]
     index_N = torch.arange(len(flat_N), device=flat_N.device)
     return torch.empty_like(flat_N).scatter_(0, order_N, index_N - start_N).view_as(experts_TK)

@@ -15,6 +15,7 @@ from mixtralkit.distributed import RankContext
 from mixtralkit.moe.assignment import Assigner
 from mixtralkit.moe.capacity import CutRouting
 from mixtralkit.moe.collectives import all_to_all
+from mixtralkit.moe.counting import count_keys
 from mixtralkit.moe.dispatch import for_rank, start_rows
 from mixtralkit.moe.exchange import Exchange, TravellingRows
 from mixtralkit.moe.experts import RoutedRows
@@ -69,7 +70,7 @@ class CoherentDispatch:
             return y_MD, ids_M
         leaving_N = (homes_R != rank).nonzero().squeeze(1)
         leaving_N = leaving_N[homes_R[leaving_N].argsort(stable=True)]
-        send_W = torch.bincount(homes_R[leaving_N], minlength=self.context.world_size)
+        send_W = count_keys(homes_R[leaving_N], self.context.world_size)
         # Both sides know what travels: a part from rank w for each of my rows that has a choice on w, by rising id.
         parts_WM = torch.zeros(self.context.world_size, len(mine_M), dtype=torch.bool, device=device)
         row_M = torch.arange(len(mine_M), device=device)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mixtralkit.moe.counting import count_keys
+
 
 @dataclass(frozen=True)
 class RoutedRows:
@@ -55,7 +57,7 @@ def weighted_expert_sum(rows: RoutedRows, w13_SGD: torch.Tensor, w2_SDF: torch.T
     order_N = keys_N.argsort(stable=True)
     place_RK = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N), device=order_N.device))
     place_RK = place_RK.view_as(rows.slots_RK)
-    counts_S = torch.bincount(keys_N, minlength=slots + 1)[:slots]
+    counts_S = count_keys(keys_N, slots + 1)[:slots]
     x_ND = rows.x_RD[order_N // top_k]
     y_ND = swiglu_grouped(x_ND, counts_S, w13_SGD, w2_SDF)
     gathered_RKD = y_ND[place_RK].float().masked_fill(~here_RK[..., None], 0.0)
