@@ -94,6 +94,7 @@ def bench(
         kinds = [{"plain": "kept"}, {"plain": "dropped"}, *({"attention": a, "experts": e} for a, e in LAYOUTS)]
         cases = [Case(cold, **kind) for cold, kind in product((True, False), kinds)]
         with tempfile.TemporaryDirectory() as shared:
+            os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)  # freed tensors go back, so that growth is seen
             mp.spawn(_rank_main, (ranks, shared, made, config, cases * repeats, threads), nprocs=ranks)
             runs = json.loads((Path(shared) / "runs.json").read_text())
         file_bytes = sum(path.stat().st_size for path in _weights(Path(made)))

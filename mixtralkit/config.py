@@ -257,6 +257,32 @@ class FasterOptions:
 
 
 @dataclass(frozen=True)
+class TopologyOptions:
+    """What FastMoE's topology-aware gate knows of the machine.
+
+    ``gpus_per_node`` ranks share a fast network; at most ``outgoing_fraction`` [0, 1] of a rank's rows leave it.
+    """
+
+    gpus_per_node: int = 8
+    outgoing_fraction: float = 0.14
+
+    def __post_init__(self) -> None:
+        if self.gpus_per_node < 1:
+            raise ValueError(f"gpus_per_node ({self.gpus_per_node}) must be at least 1")
+        if not 0 <= self.outgoing_fraction <= 1:
+            raise ValueError(f"outgoing_fraction ({self.outgoing_fraction}) must lie in [0, 1]")
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> TopologyOptions:
+        """Reads ``FMOE_TOPO_*`` of ``environ`` (None: of the process); errors name the variable."""
+        environ = os.environ if environ is None else environ
+        fraction = _number(environ, "FMOE_TOPO_OUTGOING_FRACTION", float, 0.14)
+        if fraction > 1:
+            raise ValueError(f"FMOE_TOPO_OUTGOING_FRACTION ({fraction}) must be at most 1")
+        return cls(_number(environ, "FMOE_TOPO_GPUS_PER_NODE", int, 8), fraction)
+
+
+@dataclass(frozen=True)
 class MoEOptions:
     """How the MoE layer runs a plan. None of it changes what is computed.
 
@@ -265,16 +291,22 @@ class MoEOptions:
         exchange: ``"exact"`` sends just the rows there are; ``"static"`` keeps room for every row of every rank, so
             that no shape depends on the routing and nothing waits for the host; ``"auto"`` is static for decode
             steps and exact otherwise.
+        shadow_memory_gb: most memory for copies of other ranks' experts on each rank, in 10⁹ bytes, with
+            ``faster.shadow``.
         backend: ``"mixtralkit"``, or ``"fastmoe"`` for the real library.
     """
 
     faster: FasterOptions = field(default_factory=FasterOptions)
     exchange: str = "auto"
+    shadow_memory_gb: float = 4.0
     backend: str = "mixtralkit"
 
     def __post_init__(self) -> None:
         if self.exchange not in ("auto", "exact", "static"):
             raise ValueError(f"exchange ({self.exchange!r}) must be 'auto', 'exact' or 'static'")
+        memory = self.shadow_memory_gb
+        if isinstance(memory, bool) or not isinstance(memory, int | float) or not 0 < memory < float("inf"):
+            raise ValueError(f"shadow_memory_gb ({memory!r}) must be a number above 0")
         if self.backend not in ("mixtralkit", "fastmoe"):
             raise ValueError(f"moe_backend ({self.backend!r}) must be 'mixtralkit' or 'fastmoe'")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mixtralkit.checkpoint import FORMATS, RankFiles, open_checkpoint, save_checkpoint
+from mixtralkit.checkpoint import RankFiles, open_checkpoint, save_checkpoint
 from mixtralkit.cli import run_tool
 from mixtralkit.config import ParallelConfig
 from mixtralkit.planning.plan import ExpertPlan
@@ -27,7 +27,9 @@ def convert(
     Args:
         source: folder with the checkpoint; what it holds is found by looking.
         target: folder to write to; made if needed.
-        format: FORMAT_LIST.
+        format: mistral (one consolidated.00.pth), mistral-safetensors, mistral-split (byte splits), mistral-stacked
+            (the eight-file release), mistral-shards (fairscale's cut), mistral-expert-shards (whole experts per
+            shard), hf, hf-packed (all experts of a layer in one tensor) or mixtralkit (rank-ready).
         shards: number of files, for the formats that have several.
         dtype: float32, bfloat16 or float16; as stored when not given.
         world_size: ranks to cut for (format mixtralkit); that of the plan, or 1.
@@ -49,8 +51,6 @@ def convert(
         )
     print(f"{target}: {format}, {sum(path.stat().st_size for path in files):,} bytes in {len(files)} files")
 
-
-convert.__doc__ = convert.__doc__.replace("FORMAT_LIST", "; ".join(f"{k} ({v})" for k, v in FORMATS.items()))
 
 if __name__ == "__main__":
     run_tool(convert)

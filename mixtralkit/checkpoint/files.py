@@ -173,5 +173,4 @@ class Region:
             self.file.read_into(memoryview(whole[:span].numpy()), start)
             out.copy_(whole.view(count, self.pitch)[:, :width].view(self.dtype))
             return
-        self.file.will_need(start, span)
         self.file.read_rows_into(out.view(torch.uint8).numpy(), start, self.pitch)

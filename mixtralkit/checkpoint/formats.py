@@ -24,7 +24,7 @@ FORMATS = {
     "hf-packed": "Hugging Face as transformers 5 holds it, all experts of a layer in one tensor; shards",
     "mixtralkit": "rank-ready: one safetensors per rank, for world_size, attention, experts, plan",
 }
-_DEFAULT_SHARDS = {
+DEFAULT_SHARDS = {
     "mistral-split": 11, "mistral-stacked": 8, "mistral-shards": 2, "mistral-expert-shards": 2,
 }  # fmt: skip
 _HUGGING_FACE_NUMEL = 2_500_000_000  # of one file when the number of files is not given: 5 GB in 16 bits
@@ -60,7 +60,7 @@ def weight_files(
         raise ValueError(f"shards ({shards}) cannot be given with format {format!r}")
     if shards is not None and shards < 1:
         raise ValueError(f"shards ({shards}) must be at least 1")
-    shards = shards or _DEFAULT_SHARDS.get(format)
+    shards = shards or DEFAULT_SHARDS.get(format)
     if format == "mixtralkit":
         layouts = ranks.layouts(config)
         return {f"rank-{x.rank:02d}-of-{len(layouts):02d}.safetensors": rank_tensors(x) for x in layouts}

@@ -1,7 +1,7 @@
 """Fills one rank's parameters from a checkpoint, straight to its device.
 
-A piece that several ranks hold is read by one of them and sent to the others, so that all ranks together read each
-byte once.
+Of the pieces that several ranks hold, the smaller ones are read by each of them, which the page cache makes cheap, as
+far as ``REREAD_SHARE`` goes; each larger one is read by one rank and sent to the others.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mixtralkit.checkpoint.reader import BLOCK_BYTES, Block, CheckpointReader
 from mixtralkit.distributed import RankContext
 from mixtralkit.layout import Piece, RankLayout
 
-SMALL_BYTES = 1 << 20  # pieces below this are read by every rank: sending them costs more
+REREAD_SHARE = 0.06  # of the checkpoint's bytes, over all ranks: what is read more than once
 
 _Key = tuple[str, tuple[int, int], "tuple[int, int] | None"]
 
@@ -86,26 +86,26 @@ def _key(piece: Piece) -> _Key:
 
 
 def _plan_transfers(layout: RankLayout, parameters: Mapping[str, torch.Tensor]) -> list[Transfer]:
-    """Pieces that more than one rank holds, each with the rank that reads it; the same list on every rank."""
+    """Pieces that one rank reads for others, spread evenly over the ranks; the same list on every rank."""
     holders: dict[_Key, list[int]] = {}
-    load = [0] * layout.world_size
-    itemsize = {name: tensor.dtype.itemsize for name, tensor in parameters.items()}
     sizes: dict[_Key, int] = {}
     for rank in range(layout.world_size):
         for piece in replace(layout, rank=rank).pieces():
-            key = _key(piece)
-            holders.setdefault(key, []).append(rank)
-            columns = piece.columns or (0, 1)
-            sizes[key] = (piece.rows[1] - piece.rows[0]) * (columns[1] - columns[0]) * itemsize[piece.target]
-    shared = [key for key, ranks in holders.items() if len(ranks) > 1 and sizes[key] >= SMALL_BYTES]
+            first, last = piece.columns or (0, 1)
+            holders.setdefault(_key(piece), []).append(rank)
+            itemsize = parameters[piece.target].dtype.itemsize
+            sizes[_key(piece)] = (piece.rows[1] - piece.rows[0]) * (last - first) * itemsize
+    load = [0] * layout.world_size
     for key, ranks in holders.items():
         if len(ranks) == 1:
             load[ranks[0]] += sizes[key]
-    transfers = []
-    for key in shared:
-        owner = min(holders[key], key=load.__getitem__)
-        load[owner] += sizes[key]
-        transfers.append(Transfer(key, owner, tuple(holders[key])))
+    transfers, reread_left = [], REREAD_SHARE * sum(sizes.values())
+    for key in sorted((key for key in holders if len(holders[key]) > 1), key=sizes.__getitem__):
+        reread_left -= sizes[key] * (len(holders[key]) - 1)
+        if reread_left < 0:
+            owner = min(holders[key], key=load.__getitem__)
+            load[owner] += sizes[key]
+            transfers.append(Transfer(key, owner, tuple(holders[key])))
     return transfers
 
 
@@ -128,8 +128,10 @@ def _read_all(
     for _ in range(threads):
         buffers.put(torch.empty(BLOCK_BYTES, dtype=torch.uint8, pin_memory=pinned))
 
-    def read(block: Block) -> int:
-        buffer = buffers.get()
+    def read(i: int) -> int:
+        block, buffer = blocks[i], buffers.get()
+        for later in blocks[i + threads : i + threads + 1]:
+            later.prefetch()
         try:
             block.read(buffer)
         finally:
@@ -142,7 +144,7 @@ def _read_all(
         disable=not (progress and context.is_first),
     )  # fmt: skip
     with bar, ThreadPoolExecutor(threads) as pool:
-        futures = [pool.submit(read, block) for block in blocks]
+        futures = [pool.submit(read, i) for i in range(len(blocks))]
         try:
             for future in as_completed(futures):
                 bar.update(future.result())

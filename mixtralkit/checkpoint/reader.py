@@ -49,6 +49,11 @@ class Block:
         """Bytes that are wanted from the file."""
         return self.out.numel() * self.region.dtype.itemsize
 
+    def prefetch(self) -> None:
+        """Asks the kernel to read it, and what lies between its rows, without waiting."""
+        end = self.region.position(self.row + self.out.shape[0] - 1, self.column + self.out.shape[1])
+        self.region.file.will_need(self.position, end - self.position)
+
     def read(self, scratch: torch.Tensor | None = None) -> None:
         """Fills ``out``: straight where it lies in memory as in the file, else through ``scratch`` (uint8)."""
         out, dtype = self.out, self.region.dtype

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from mixtralkit.checkpoint.discover import OURS_JSON, checkpoint_files
 from mixtralkit.checkpoint.files import ByteFile, Region
-from mixtralkit.checkpoint.formats import FORMATS, RankFiles, side_files, weight_files
+from mixtralkit.checkpoint.formats import DEFAULT_SHARDS, FORMATS, RankFiles, side_files, weight_files
 from mixtralkit.checkpoint.index import SAFETENSORS_DTYPES, read_index
 from mixtralkit.checkpoint.names import Slab, Stored
 from mixtralkit.checkpoint.reader import BLOCK_BYTES, CheckpointReader
@@ -97,10 +97,10 @@ def save_checkpoint(
         try:
             _write_all(partial, files, writer, progress)
             if format == "mistral-split":
-                _split(partial / "consolidated.00.pth", shards or 11)
+                _split(partial / "consolidated.00.pth", shards or DEFAULT_SHARDS[format])
             for name, text in side.items():
                 (partial / name).write_text(text, encoding="utf-8")
-            if tokenizer is not None and not (folder / "tokenizer.model").exists():
+            if tokenizer is not None and (overwrite or not (folder / "tokenizer.model").exists()):
                 shutil.copyfile(tokenizer, partial / "tokenizer.model")
         except OSError as error:
             raise _disk_error(folder, error) from None
@@ -130,7 +130,7 @@ def _old_files(folder: Path, overwrite: bool) -> list[Path]:
 
 
 def _move(partial: Path, folder: Path, old: list[Path]) -> list[Path]:
-    for path in old:
+    for path in old:  # first, so that a stop in between leaves too few files and never a mixture of two models
         path.unlink()
     written = []
     for path in sorted(partial.iterdir()):

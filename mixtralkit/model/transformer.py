@@ -14,6 +14,7 @@ from mixtralkit.model.kv_cache import KVCache
 from mixtralkit.model.norm import RMSNorm
 from mixtralkit.model.rope import rotations
 from mixtralkit.model.step import StepBatch
+from mixtralkit.moe.fmoe_backend import FastMoELayer
 from mixtralkit.moe.gate import Routing
 from mixtralkit.moe.layer import MoELayer, MoEReport
 
@@ -33,7 +34,8 @@ class Block(nn.Module):
         super().__init__()
         config = layout.config
         self.attention = Attention(layer, layout, context, dtype)
-        self.feed_forward = MoELayer(layer, layout, context, dtype, options, nodes)
+        moe_layer = FastMoELayer if options.backend == "fastmoe" else MoELayer
+        self.feed_forward = moe_layer(layer, layout, context, dtype, options, nodes)
         self.attention_norm = RMSNorm(config.dim, config.norm_eps, dtype, context.device)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps, dtype, context.device)
 

@@ -25,6 +25,7 @@ from mixtralkit.moe.dispatch import (
 from mixtralkit.moe.experts import Experts
 from mixtralkit.moe.gate import Routing, TopKGate
 from mixtralkit.moe.schedule import num_chunks, run_in_chunks
+from mixtralkit.moe.shadow import Home, LayerShadows, ShadowCache, ShadowReport
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,14 @@ class MoEReport:
         routing: the gate's choice, before any capacity.
         dropped, rerouted: int64 scalars, choices over a cold expert's capacity.
         handles: what dispatch learnt, one for each chunk (``exchange.ExchangeHandle`` for exact exchanges).
+        shadows: experts computed at home by a copy, None in a layer without shadows.
     """
 
     routing: Routing
     dropped: torch.Tensor
     rerouted: torch.Tensor
     handles: tuple[Any, ...]
+    shadows: ShadowReport | None = None
 
 
 class MoELayer(nn.Module):
@@ -58,8 +61,12 @@ class MoELayer(nn.Module):
         dtype: torch.dtype,
         options: MoEOptions | None = None,
         nodes: tuple[RankContext, RankContext] | None = None,
+        shadow_cache: ShadowCache | None = None,
     ) -> None:
-        """``nodes`` (``context.split_nodes(…)``) makes the exchange two-stage: across nodes, then inside."""
+        """``nodes`` (``context.split_nodes(…)``) makes the exchange two-stage: across nodes, then inside.
+
+        ``shadow_cache`` (``ShadowCache.for_model(…)``) is the one of all layers; None shadows nothing.
+        """
         super().__init__()
         config = layout.config
         self.layout, self.context, self.nodes = layout, context, nodes
@@ -69,6 +76,10 @@ class MoELayer(nn.Module):
         self.experts = Experts(len(layout.experts(layer)), config.dim, hidden, dtype, context.device)
         self.assigner = Assigner(layout.plan.slot_of_LWE[layer], context, layout.parallel.attention == "tp")
         self.way = self._choose_way()
+        self.shadows = None
+        if shadow_cache is not None:
+            slots_WE = layout.plan.slot_of_LWE[layer]
+            self.shadows = LayerShadows(layer, self.experts, slots_WE, shadow_cache, self.options.faster)
 
     def forward(self, x_TD: torch.Tensor, rows_per_rank: int | None = None) -> tuple[torch.Tensor, MoEReport]:
         """Rows [T, D] (T may be 0) to rows of the same order, and what happened. Collective over the ranks.
@@ -77,17 +88,23 @@ class MoELayer(nn.Module):
             rows_per_rank: a promise that no rank has more rows; lets the exchange keep static shapes.
         """
         routing = self.gate(x_TD)
-        cut = cut_to_capacity(
-            routing, self.assigner.at_home_E, self._capacity(x_TD.shape[0]), self.layout.plan.overflow
-        )
         way = self._way_for(rows_per_rank)
-        if self.options.faster.schedule and isinstance(way, ExchangedDispatch | TwoStageDispatch):
+        home = self._home(x_TD, routing, way)
+        cut = cut_to_capacity(
+            routing, home.assigner.at_home_E, self._capacity(x_TD.shape[0]), self.layout.plan.overflow
+        )
+        if self.options.faster.schedule and self._rows_travel(way):
             chunks = num_chunks(self.context.world_size, self.options.faster.group_size)
-            y_TD, handles = run_in_chunks(way, self.experts, x_TD, cut, self.assigner, chunks)
+            y_TD, handles = run_in_chunks(way, home.experts, home.x_TD, cut, home.assigner, chunks)
         else:
-            rows, handle = way.dispatch(x_TD, cut, self.assigner)
-            y_TD, handles = way.combine(self.experts(rows), handle), [handle]
-        return y_TD, MoEReport(routing, cut.dropped, cut.rerouted, tuple(handles))
+            rows, handle = way.dispatch(home.x_TD, cut, home.assigner)
+            y_TD, handles = way.combine(home.experts(rows), handle), [handle]
+        return y_TD, MoEReport(routing, cut.dropped, cut.rerouted, tuple(handles), home.report)
+
+    def _home(self, x_TD: torch.Tensor, routing: Routing, way: Dispatch) -> Home:
+        if self.shadows is None:
+            return Home(x_TD, self.assigner, self.experts)
+        return self.shadows.for_step(x_TD, routing.experts_TK, may_wait=self._rows_travel(way))
 
     def _capacity(self, tokens: int) -> int | None:
         if self.layout.parallel.experts == "tp":
@@ -108,7 +125,11 @@ class MoELayer(nn.Module):
         return ExchangedDispatch(self.context)
 
     def _way_for(self, rows_per_rank: int | None) -> Dispatch:
-        is_exchanged = isinstance(self.way, ExchangedDispatch | TwoStageDispatch)
-        if rows_per_rank is None or not is_exchanged or self.options.exchange == "exact":
+        if rows_per_rank is None or not self._rows_travel(self.way) or self.options.exchange == "exact":
             return self.way
         return StaticDispatch(self.context, rows_per_rank)
+
+    @staticmethod
+    def _rows_travel(way: Dispatch) -> bool:
+        """Whether rows go just where they are needed, in numbers that the host knows."""
+        return isinstance(way, ExchangedDispatch | TwoStageDispatch)

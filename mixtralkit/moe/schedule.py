@@ -5,7 +5,8 @@
     exchange   S0 │ S1 │ R0 │ S2 │ R1 │ R2      S: rows out and in    R: sums back
     experts       │ C0 │    C1   │  C2          C: experts
 
-Chunk g is computed while chunk g+1 arrives and the sums of chunk g-1 leave. The chunks are of rows, so that it also
+Chunk g is computed while chunk g+1 arrives and the sums of chunk g-1 leave: it waits for its own rows only, not for
+what was queued for the exchange after them. The chunks are of rows, so that it also
 helps where all ranks fit in one of FastMoE's groups. On a GPU the two lines are two streams; on a CPU the same calls
 run one after the other, with the same result.
 """
@@ -13,6 +14,7 @@ run one after the other, with the same result.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +23,7 @@ import torch
 from mixtralkit.moe.assignment import Assigner
 from mixtralkit.moe.capacity import CutRouting
 from mixtralkit.moe.dispatch import Dispatch
-from mixtralkit.moe.experts import Experts, RoutedRows
+from mixtralkit.moe.experts import RoutedRows
 
 
 def num_chunks(world_size: int, group_size: int) -> int:
@@ -46,7 +48,7 @@ class Lines:
 
 def run_in_chunks(
     way: Dispatch,
-    experts: Experts,
+    experts: Callable[[RoutedRows], torch.Tensor],
     x_TD: torch.Tensor,
     cut: CutRouting,
     assigner: Assigner,
@@ -59,22 +61,27 @@ def run_in_chunks(
     lines = Lines.for_device(x_TD.device)
     parts = _split(x_TD, cut, chunks)
 
-    def send(part: tuple[torch.Tensor, CutRouting]) -> tuple[RoutedRows, Any]:
-        with _on(lines.exchange, after=lines.experts if part is parts[0] else None):
-            return way.dispatch(*part, assigner)
+    def send(part: tuple[torch.Tensor, CutRouting]) -> tuple[RoutedRows, Any, torch.cuda.Event | None]:
+        with _on(lines.exchange):
+            rows, handle = way.dispatch(*part, assigner)
+            return rows, handle, _mark(lines.exchange)
 
+    _wait_for(lines.exchange, _mark(lines.experts))
     sent, sums, handles = send(parts[0]), [], []
     for number in range(chunks):
-        rows, handle = sent
-        with _on(lines.experts, after=lines.exchange):
+        rows, handle, arrived = sent
+        _wait_for(lines.experts, arrived)
+        with _on(lines.experts):
             y_RD = experts(_handed_over(rows, lines.experts))
+        computed = _mark(lines.experts)
         if number + 1 < chunks:
             sent = send(parts[number + 1])
-        with _on(lines.exchange, after=lines.experts):
+        _wait_for(lines.exchange, computed)
+        with _on(lines.exchange):
             sums.append(way.combine(_keep(y_RD, lines.exchange), handle))
         handles.append(handle)
-    with _on(lines.experts, after=lines.exchange):
-        return torch.cat([_keep(part, lines.experts) for part in sums]), handles
+    _wait_for(lines.experts, _mark(lines.exchange))
+    return torch.cat([_keep(part, lines.experts) for part in sums]), handles
 
 
 def _split(x_TD: torch.Tensor, cut: CutRouting, chunks: int) -> list[tuple[torch.Tensor, CutRouting]]:
@@ -84,16 +91,20 @@ def _split(x_TD: torch.Tensor, cut: CutRouting, chunks: int) -> list[tuple[torch
     return [(x, CutRouting(experts, weights, cut.dropped, cut.rerouted)) for x, experts, weights in columns]
 
 
-@contextlib.contextmanager
-def _on(stream: torch.cuda.Stream | None, after: torch.cuda.Stream | None):
-    """Work inside goes to ``stream``, once what is queued on ``after`` is done."""
-    if stream is None:
-        yield
-        return
-    if after is not None:
-        stream.wait_stream(after)
-    with torch.cuda.stream(stream):
-        yield
+def _on(stream: torch.cuda.Stream | None) -> contextlib.AbstractContextManager:
+    """Work inside goes to ``stream``."""
+    return contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)
+
+
+def _mark(stream: torch.cuda.Stream | None) -> torch.cuda.Event | None:
+    """A mark after what is queued on ``stream`` so far."""
+    return None if stream is None else stream.record_event()
+
+
+def _wait_for(stream: torch.cuda.Stream | None, mark: torch.cuda.Event | None) -> None:
+    """What is queued on ``stream`` from now on starts after ``mark``."""
+    if stream is not None:
+        stream.wait_event(mark)
 
 
 def _keep(x: torch.Tensor, stream: torch.cuda.Stream | None) -> torch.Tensor:

@@ -44,7 +44,7 @@ class ExpertPlan:
         slots = np.array(self.slots_LWS)  # a copy of our own, frozen below
         if slots.ndim != 3 or 0 in slots.shape[:2] or (slots.size and not np.issubdtype(slots.dtype, np.integer)):
             raise ValueError(f"slots (shape {slots.shape}, {slots.dtype}) must be whole numbers [layers][ranks][slots]")
-        slots = slots.astype(np.int32)
+        slots = slots.clip(-2, 2**31 - 1).astype(np.int32)  # ids too large for int32 stay out of range
         slots.flags.writeable = False
         object.__setattr__(self, "slots_LWS", slots)
         if isinstance(self.num_experts, bool) or not isinstance(self.num_experts, int) or self.num_experts < 1:

@@ -43,7 +43,10 @@ def _with_replicas(config: ModelConfig, world_size: int) -> ExpertPlan:
 def _check_loads(
     context: RankContext, reader: CheckpointReader, layout: RankLayout, whole: dict[str, torch.Tensor], dtype
 ) -> None:
-    parameters = {name: torch.full(shape, torch.nan, dtype=dtype) for name, shape in layout.shapes().items()}
+    parameters = {
+        name: torch.full(shape, torch.nan, dtype=dtype, device=context.device)
+        for name, shape in layout.shapes().items()
+    }
     load_into(parameters, layout, reader, context)
     for name, parameter in parameters.items():
         assert not parameter.isnan().any(), f"{reader.folder.name}, {layout.parallel}: {name} is not filled"
@@ -54,8 +57,8 @@ def _check_loads(
         assert torch.equal(got, wanted.to(dtype)), f"{reader.folder.name}, {layout.parallel}: {piece}"
 
 
-def _rank_loads_all(context: RankContext, root: Path, config: ModelConfig, small_bytes: int) -> int:
-    loader_module.SMALL_BYTES = small_bytes
+def _rank_loads_all(context: RankContext, root: Path, config: ModelConfig, reread_share: float) -> int:
+    loader_module.REREAD_SHARE = reread_share
     whole, checked = random_tensors(config), 0
     for folder in sorted(root.iterdir()):
         with open_checkpoint(folder) as reader:
@@ -85,7 +88,7 @@ def _write_all(root: Path, config: ModelConfig) -> None:
 def test_every_format_loads_under_every_layout(tmp_path: Path, name: str, world_size: int) -> None:
     config = CONFIGS[name]
     _write_all(tmp_path, config)
-    checked = run_ranks(_rank_loads_all, world_size, tmp_path, config, 16)
+    checked = run_ranks(_rank_loads_all, world_size, tmp_path, config, 0.0)
     least = 3 if name == "odd_heads" else 6  # five heads divide over one rank only
     assert min(checked) == max(checked) >= least * len(list(tmp_path.iterdir()))
 
@@ -96,16 +99,20 @@ def test_wide_rows_are_read_column_by_column(tmp_path: Path) -> None:
     tensors = random_tensors(config)
     for format in ("mistral", "mistral-split", "mistral-shards", "mistral-stacked", "hf"):
         save_checkpoint(tmp_path / format, config, tensors, format)
-    assert min(run_ranks(_rank_loads_all, 2, tmp_path, config, 16)) == 30
+    assert min(run_ranks(_rank_loads_all, 2, tmp_path, config, 0.0)) == 30
 
 
-def _rank_counts_bytes(context: RankContext, folder: Path, config: ModelConfig) -> int:
-    layout = RankLayout(config, ParallelConfig("tp", "tp"), contiguous(1, 4, context.world_size), context.rank)
-    parameters = {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in layout.shapes().items()}
-    with open_checkpoint(folder) as reader:
-        before = _rchar()
-        load_into(parameters, layout, reader, context)
-        return _rchar() - before
+def _rank_counts_bytes(context: RankContext, folder: Path, config: ModelConfig) -> list[int]:
+    counts = []
+    for attention, experts in product(("tp", "dp"), ("tp", "ep")):
+        parallel = ParallelConfig(attention, experts)
+        layout = RankLayout(config, parallel, contiguous(1, 4, context.world_size), context.rank)
+        parameters = {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in layout.shapes().items()}
+        with open_checkpoint(folder) as reader:
+            before = _rchar()
+            load_into(parameters, layout, reader, context)
+            counts.append(_rchar() - before)
+    return counts
 
 
 def _rchar() -> int:
@@ -115,8 +122,9 @@ def _rchar() -> int:
 def test_ranks_together_read_the_file_once(tmp_path: Path) -> None:
     config = CONFIGS["wide"]
     path = write_one_file(tmp_path, config, random_tensors(config))
-    read = run_ranks(_rank_counts_bytes, 2, tmp_path, config)
-    assert sum(read) <= 1.1 * path.stat().st_size
+    read = run_ranks(_rank_counts_bytes, 4, tmp_path, config)
+    for attempt in zip(*read, strict=True):
+        assert path.stat().st_size < sum(attempt) <= 1.1 * path.stat().st_size
 
 
 def _rank_of_failing(context: RankContext, folder: Path, config: ModelConfig) -> tuple[str, bool]:
@@ -147,3 +155,17 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
         pytest.raises(ValueError, match=r"w13: found .*40.*, the model wants .*48"),
     ):
         load_into(parameters, layout, reader, RankContext())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("name", ["one_kv_head", "wide"])
+def test_every_format_loads_onto_a_gpu(tmp_path: Path, name: str) -> None:
+    config = CONFIGS[name]
+    for format in FORMATS:
+        if format != "mistral-expert-shards":
+            save_checkpoint(tmp_path / format, config, random_tensors(config), format)
+    whole = {name: tensor.cuda() for name, tensor in random_tensors(config).items()}
+    for folder, dtype in product(tmp_path.iterdir(), (torch.float16, torch.bfloat16)):
+        with open_checkpoint(folder) as reader:
+            _check_loads(RankContext(device=torch.device("cuda")), reader, RankLayout.single(config), whole, dtype)
