@@ -310,6 +310,22 @@ class MoEOptions:
         if self.backend not in ("mixtralkit", "fastmoe"):
             raise ValueError(f"moe_backend ({self.backend!r}) must be 'mixtralkit' or 'fastmoe'")
 
+    @classmethod
+    def from_env(
+        cls,
+        schedule: bool | None = None,
+        shadow: bool | None = None,
+        group_size: int | None = None,
+        environ: Mapping[str, str] | None = None,
+        **others: Any,
+    ) -> MoEOptions:
+        """FasterMoE's switches as given, those of None from ``FMOE_FASTER_*``; ``others`` are this class's own."""
+        if group_size is not None and group_size < 1:
+            raise ValueError(f"faster_group_size ({group_size}) must be at least 1")
+        given = {"schedule": schedule, "shadow": shadow, "group_size": group_size}
+        faster = FasterOptions.from_env(environ)
+        return cls(replace(faster, **{name: value for name, value in given.items() if value is not None}), **others)
+
 
 def _switch(environ: Mapping[str, str], name: str) -> bool:
     value = environ.get(name, "")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mixtralkit.checkpoint import CheckpointReader, load_into, open_checkpoint
-from mixtralkit.config import FasterOptions, ModelConfig, MoEOptions, ParallelConfig, parse_dtype
+from mixtralkit.config import ModelConfig, MoEOptions, ParallelConfig, parse_dtype
 from mixtralkit.distributed import RankContext
 from mixtralkit.engine.chat import Message, encode_chat
 from mixtralkit.engine.generation import Engine
@@ -101,7 +101,7 @@ class Mixtral:
             config = reader.config.with_limits(max_seq_len, max_batch_size)
             tokenizer.check_vocabulary(config.vocab_size)
             layout = choose_layout(config, context, attention, experts, plan)
-            options = MoEOptions(faster=FasterOptions.from_env()) if options is None else options
+            options = MoEOptions.from_env() if options is None else options
             model = Transformer(layout, context, _choose_dtype(dtype, context.device), options)
             model.allocate_cache()
         load_into(model.named_tensors(), layout, reader, context, progress)

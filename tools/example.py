@@ -13,10 +13,11 @@ from tqdm import tqdm
 
 from mixtralkit.checkpoint import open_checkpoint
 from mixtralkit.cli import run_tool
-from mixtralkit.config import FasterOptions, MoEOptions, parse_dtype
+from mixtralkit.config import MoEOptions, parse_dtype
 from mixtralkit.distributed import RankContext
 from mixtralkit.engine.requests import Completion, Request, check_prompt
 from mixtralkit.engine.sampler import SamplingOptions
+from mixtralkit.engine.statistics import MoEStatistics
 from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.evaluation.prompt_sets import PromptRecord, ResultsWriter, read_prompts
 from mixtralkit.mixtral import Mixtral, check_world_size, encode_prompt
@@ -46,6 +47,13 @@ def generate(
     attention: str = "auto",
     experts: str = "auto",
     plan: Path | None = None,
+    exchange: str = "auto",
+    faster_schedule: bool | None = None,
+    faster_shadow: bool | None = None,
+    faster_group_size: int | None = None,
+    shadow_memory_gb: float = 4.0,
+    moe_backend: str = "mixtralkit",
+    moe_report: bool = False,
     num_gpus: int | None = None,
 ) -> None:
     """Continues prompts and prints them with the model's answers, or writes these to a file.
@@ -70,10 +78,22 @@ def generate(
         attention: tp splits heads over the ranks, dp the prompts; auto takes tp where the ranks divide the heads.
         experts: ep gives each rank whole experts, tp a part of each; auto takes ep.
         plan: plan.json that says which ranks hold which experts.
+        exchange: How rows travel to experts: exact sends just what there is, static keeps every shape fixed; auto is
+            static for decoding and exact otherwise.
+        faster_schedule: FasterMoE's smart schedule; left out, FMOE_FASTER_SCHEDULE_ENABLE decides.
+        faster_shadow: FasterMoE's shadowing; left out, FMOE_FASTER_SHADOW_ENABLE decides.
+        faster_group_size: Ranks of a group of the schedule; left out, FMOE_FASTER_GROUP_SIZE decides.
+        shadow_memory_gb: Most memory for shadows on each rank.
+        moe_backend: mixtralkit, or fastmoe for the real library.
+        moe_report: Print what each layer routed, dropped, sent and shadowed at the end.
         num_gpus: The number of ranks, for scripts that state it; torchrun decides it.
     """
     sampling = SamplingOptions(temperature, top_p, top_k, min_p, seed)
-    options = _checked(max_gen_len, max_seq_len, max_batch_size, dtype)
+    _check(max_gen_len, max_seq_len, max_batch_size, dtype)
+    moe = MoEOptions.from_env(
+        faster_schedule, faster_shadow, faster_group_size,
+        exchange=exchange, shadow_memory_gb=shadow_memory_gb, backend=moe_backend,
+    )  # fmt: skip
     context = RankContext.start(device)
     with context.agreed():
         check_world_size(context.world_size, num_gpus=num_gpus)
@@ -89,14 +109,16 @@ def generate(
     results = _Results(context, records, output)
     mixtral = Mixtral.load(
         reader, sp, context, max_seq_len, max_batch_size, seed,
-        dtype=dtype, attention=attention, experts=experts, plan=plan, options=options, progress=_is_watched(context),
+        dtype=dtype, attention=attention, experts=experts, plan=plan, options=moe, progress=_is_watched(context),
     )  # fmt: skip
+    statistics = _observe(mixtral, moe_report)
     waiting = requests[results.done :]
     with results, _progress(context, len(requests), results.done, max_batch_size) as bar:
         for event in mixtral.engine.run(waiting):
             if event.completion is not None:
                 results.add(event.completion)
                 bar.update()
+    _report(statistics)
     mixtral.close()
 
 
@@ -116,6 +138,13 @@ def chat(
     attention: str = "auto",
     experts: str = "auto",
     plan: Path | None = None,
+    exchange: str = "auto",
+    faster_schedule: bool | None = None,
+    faster_shadow: bool | None = None,
+    faster_group_size: int | None = None,
+    shadow_memory_gb: float = 4.0,
+    moe_backend: str = "mixtralkit",
+    moe_report: bool = False,
 ) -> None:
     """Talks with the model, in Mistral's chat template.
 
@@ -137,9 +166,21 @@ def chat(
         attention: tp splits heads over the ranks; auto takes it where the ranks divide the heads, else dp.
         experts: ep gives each rank whole experts, tp a part of each; auto takes ep.
         plan: plan.json that says which ranks hold which experts.
+        exchange: How rows travel to experts: exact sends just what there is, static keeps every shape fixed; auto is
+            static for decoding and exact otherwise.
+        faster_schedule: FasterMoE's smart schedule; left out, FMOE_FASTER_SCHEDULE_ENABLE decides.
+        faster_shadow: FasterMoE's shadowing; left out, FMOE_FASTER_SHADOW_ENABLE decides.
+        faster_group_size: Ranks of a group of the schedule; left out, FMOE_FASTER_GROUP_SIZE decides.
+        shadow_memory_gb: Most memory for shadows on each rank.
+        moe_backend: mixtralkit, or fastmoe for the real library.
+        moe_report: Print what each layer routed, dropped, sent and shadowed at the end.
     """
     sampling = SamplingOptions(temperature, top_p, top_k, min_p, seed)
-    options = _checked(max_gen_len, max_seq_len, 1, dtype)
+    _check(max_gen_len, max_seq_len, 1, dtype)
+    moe = MoEOptions.from_env(
+        faster_schedule, faster_shadow, faster_group_size,
+        exchange=exchange, shadow_memory_gb=shadow_memory_gb, backend=moe_backend,
+    )  # fmt: skip
     context = RankContext.start(device, timeout_s=CHAT_TIMEOUT_S)
     with context.agreed():
         reader = open_checkpoint(model)
@@ -147,14 +188,16 @@ def chat(
         max_seq_len = min(reader.config.max_seq_len, LONGEST_CHAT) if max_seq_len is None else max_seq_len
     mixtral = Mixtral.load(
         reader, sp, context, max_seq_len, 1, seed,
-        dtype=dtype, attention=attention, experts=experts, plan=plan, options=options, progress=_is_watched(context),
+        dtype=dtype, attention=attention, experts=experts, plan=plan, options=moe, progress=_is_watched(context),
     )  # fmt: skip
+    statistics = _observe(mixtral, moe_report)
     with Session(context.rank, context.world_size) as session:
         _converse(mixtral, session, system, max_gen_len, sampling)
+    _report(statistics)
     mixtral.close()
 
 
-def _checked(max_gen_len: int, max_seq_len: int | None, max_batch_size: int, dtype: str | None) -> MoEOptions:
+def _check(max_gen_len: int, max_seq_len: int | None, max_batch_size: int, dtype: str | None) -> None:
     """Says what is wrong with the options before anything is loaded."""
     for name, value in (
         ("max_gen_len", max_gen_len),
@@ -165,7 +208,20 @@ def _checked(max_gen_len: int, max_seq_len: int | None, max_batch_size: int, dty
             raise ValueError(f"{name} ({value}) must be at least 1")
     if dtype is not None:
         parse_dtype(dtype)
-    return MoEOptions(faster=FasterOptions.from_env())
+
+
+def _observe(mixtral: Mixtral, wanted: bool) -> MoEStatistics | None:
+    """Counts what the layers do, where somebody asked for it or rows may be dropped."""
+    if wanted or mixtral.model.layout.plan.cold_capacity_factor is not None:
+        mixtral.engine.observe = MoEStatistics(mixtral.model)
+    return mixtral.engine.observe
+
+
+def _report(statistics: MoEStatistics | None) -> None:
+    if statistics is not None:
+        table = statistics.table()
+        if statistics.context.is_first:
+            print(table, file=sys.stderr)
 
 
 def _requests(

@@ -13,7 +13,7 @@ from mixtralkit.engine.requests import Completion, Request, StreamEvent, check_p
 from mixtralkit.engine.sampler import logprobs_of, sample, uniform
 from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.model.step import StepBatch
-from mixtralkit.model.transformer import Transformer
+from mixtralkit.model.transformer import Observe, Transformer
 
 
 class Engine:
@@ -25,14 +25,21 @@ class Engine:
 
     Args:
         prefill_budget: prompt tokens that a rank runs in one step; longer prompts take several steps. Bounds memory.
+        observe: called with every step of this rank and its layers' reports.
     """
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, prefill_budget: int = 4096) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        prefill_budget: int = 4096,
+        observe: Observe | None = None,
+    ) -> None:
         if prefill_budget < 1:
             raise ValueError(f"prefill_budget ({prefill_budget}) must be at least 1")
         tokenizer.check_vocabulary(model.params.vocab_size)
         self.model, self.tokenizer, self.context = model, tokenizer, model.context
-        self.prefill_budget = prefill_budget
+        self.prefill_budget, self.observe = prefill_budget, observe
         self._shares_sequences = model.layout.parallel.attention == "dp" and model.context.world_size > 1
 
     def complete(self, requests: Many[Request]) -> list[Completion]:
@@ -63,14 +70,22 @@ class Engine:
             pieces = batcher.plan()
             wish = should_stop is not None and should_stop()
             own = pieces[self.context.rank if self._shares_sequences else 0]
-            stop, values = self._exchange(pieces, wish, self._step(own), should_stop is not None)
+            stop, values = self._exchange(
+                pieces, wish, self._step(own, self._static_rows(pieces)), should_stop is not None
+            )
             if stop:
                 yield from _interrupted(batcher)
                 return
             for rank_pieces, numbers in zip(pieces, values, strict=True):
                 yield from self._take(batcher, rank_pieces, numbers)
 
-    def _step(self, pieces: list[Piece]) -> torch.Tensor:
+    def _static_rows(self, pieces: list[list[Piece]]) -> int | None:
+        """The most tokens a rank has in this step, known to all, where fixed shapes pay: in decode."""
+        most = max(sum(piece.stop - piece.start for piece in own) for own in pieces)
+        is_decode = all(piece.stop - piece.start == 1 for own in pieces for piece in own)
+        return most if is_decode or self.model.options.exchange == "static" else None
+
+    def _step(self, pieces: list[Piece], rows_per_rank: int | None) -> torch.Tensor:
         """Runs this rank's pieces; the values of all pieces one after the other, float64 on the device.
 
         Of each piece: log-probabilities of its scored prompt tokens, then the sampled token and its log-probability.
@@ -88,7 +103,7 @@ class Engine:
             if piece.is_sampled:
                 sampled_rows.append(span.stop - 1)
         rows_N = torch.tensor(scored_rows + sampled_rows, dtype=torch.int64).to(device, non_blocking=True)
-        logits_NV = self.model.step(batch, self.model.cache, rows_N)
+        logits_NV = self.model.step(batch, self.model.cache, rows_N, rows_per_rank, self.observe)
         targets_M = torch.tensor(targets, dtype=torch.int64).to(device, non_blocking=True)
         prompt_logprobs_M = logprobs_of(logits_NV[: len(targets)], targets_M)
         sampled = [piece.sequence for piece in pieces if piece.is_sampled]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -17,6 +19,8 @@ from mixtralkit.model.step import StepBatch
 from mixtralkit.moe.fmoe_backend import FastMoELayer
 from mixtralkit.moe.gate import Routing
 from mixtralkit.moe.layer import MoELayer, MoEReport
+
+Observe = Callable[[StepBatch, list[MoEReport]], None]
 
 
 class Block(nn.Module):
@@ -96,7 +100,12 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def step(
-        self, batch: StepBatch, cache: KVCache, rows_N: torch.Tensor, rows_per_rank: int | None = None
+        self,
+        batch: StepBatch,
+        cache: KVCache,
+        rows_N: torch.Tensor,
+        rows_per_rank: int | None = None,
+        observe: Observe | None = None,
     ) -> torch.Tensor:
         """Runs the batch's tokens through the model, extending ``cache``; float32 logits [N, V] of rows ``rows_N``.
 
@@ -104,9 +113,12 @@ class Transformer(nn.Module):
 
         Args:
             rows_per_rank: a promise that no rank has more tokens in this step, for exchanges of static shape.
+            observe: called with the step and every layer's report, the reports' tensors still on the device.
         """
         attend = CachedAttention(batch, cache, self.params.sliding_window)
-        x_TD, _ = self._hidden(batch.tokens_T, batch.positions_T, attend, rows_per_rank)
+        x_TD, reports = self._hidden(batch.tokens_T, batch.positions_T, attend, rows_per_rank)
+        if observe is not None:
+            observe(batch, reports)
         return self._logits(x_TD[rows_N])
 
     @torch.no_grad()

@@ -112,8 +112,8 @@ class ShadowCache:
     """Resident copies of experts, shared by all layers of a model under one memory budget.
 
     Every rank keeps the same copies in the same places. When there is no room, the copy with the least predicted gain
-    makes room for one with more. A gain is the mean of what the layer's runs gave, each run counting half as much as
-    the one after it.
+    makes room for one with more. The gain of a run is the seconds that the expert's rows would take beyond those of
+    the layer's mean expert; of several runs, each counts half as much as the one after it.
 
     Attributes:
         places: how many copies the budget holds.
@@ -312,8 +312,8 @@ class LayerShadows:
         self.cache.drop_changed(self.layer, versions_W)
         at_home = self.everywhere | self.cache.places_of(self.layer).keys()
         chosen = choose_shadows(loads_E.tolist(), self.inference, at_home, self.cache.places)
-        still_away = [load for e, load in enumerate(loads_E) if e not in at_home and e not in chosen]
-        gain_E = (self.inference.s_per_row * (loads_E - max(still_away, default=0.0)).clip(min=0.0)).tolist()
+        # Over the mean expert, not over the next one: so the order of gains is that of loads, whatever is at home now.
+        gain_E = (self.inference.s_per_row * (loads_E - loads_E.mean()).clip(min=0.0)).tolist()
         self.cache.refresh(self.layer, gain_E)
         missing = [e for e in chosen if e not in at_home]
         moved = [e for e in missing if self.cache.fetch(self.layer, e, gain_E[e], versions_W)]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from mixtralkit.checkpoint import FORMATS, RankFiles, open_checkpoint, save_checkpoint
+from mixtralkit.checkpoint.names import stored_tensors
 from mixtralkit.config import ModelConfig, ParallelConfig
 from mixtralkit.planning.plan import contiguous
 from tests.checkpoint.models import (
@@ -195,8 +196,6 @@ def test_published_configurations(name: str) -> None:
     """The published numbers of parameters: 46.7 and 140.6 thousand million."""
     path = Path(__file__).parents[2] / "configs" / "models" / f"{name}.json"
     config = ModelConfig.from_file(path)
-    from mixtralkit.checkpoint.names import stored_tensors
-
     total = sum(stored.numel for stored in stored_tensors("packed", config).values())
     assert round(total / 1e8) == {"mixtral-8x7b": 467, "mixtral-8x22b": 1406}[name]
     assert len(stored_tensors("mistral", config)) == {"mixtral-8x7b": 995, "mixtral-8x22b": 1739}[name]

@@ -64,15 +64,15 @@ def test_noisy_gate(training, top_k):
         clean = x[n] @ gate.w_gate
         deviation = torch.log1p((x[n] @ gate.w_noise).exp()) + 0.01
         h = clean + noise[n] * deviation if training else clean
-        best = sorted(range(4), key=lambda e, h=h: -float(h[e]))[:top_k]
+        best = h.argsort(descending=True)[:top_k].tolist()
         assert idx[n].tolist() == best
         torch.testing.assert_close(score[n], h[best].softmax(0))
         for place, e in enumerate(best):
             importance[e] += h[best].softmax(0)[place]
         for e in range(4):
-            others = sorted((float(h[i]) for i in range(4) if i != e), reverse=True)
+            others = sorted((h[i].item() for i in range(4) if i != e), reverse=True)
             if training and top_k < 4:
-                z = (float(clean[e]) - others[top_k - 1]) / float(deviation[e])
+                z = (clean[e].item() - others[top_k - 1]) / deviation[e].item()
                 load[e] += 0.5 * (1 + math.erf(z / math.sqrt(2)))
             else:
                 load[e] += e in best

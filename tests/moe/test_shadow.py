@@ -168,11 +168,25 @@ def test_copies_follow_the_skew_under_a_budget_of_one(world_size):
     hit, none = ((1,), ()), ((), ())
     assert of_layer[0][:3] == [((1,), (1,)), hit, ((2,), (2,))]
     assert of_layer[1][:3] == [none, none, none]
-    # Layer 1's lead is that of layer 0's copy; each run without one halves its gain, and then it goes.
+    # Every run without a lead halves the gain of layer 0's copy, so that layer 1's makes it go.
     assert of_layer[1][3:6] == [((3,), (3,)), ((3,), ()), ((3,), ())]
     assert of_layer[0][3] == ((2,), ())
     assert of_layer[0][4:6] == [none, none]
     assert of_layer[0][6] == none, "a copy with as much gain is not pushed out"
+
+
+def _constant_skew(context: RankContext):
+    slow = MoEOptions(faster=FasterOptions(shadow=True, gpu_throughput=1e6))
+    layer = _build(HALF_SKEW, contiguous(1, 8, 2), context, slow, _cache(HALF_SKEW, context, 2 * ONE_EXPERT_GB))
+    x_TD = HALF_SKEW.rows(64, context.rank)
+    return [layer(x_TD)[1].shadows for _ in range(5)]
+
+
+def test_copies_stay_while_the_loads_do():
+    """More experts are worth a copy than there is room for: the hottest are kept, none takes turns with another."""
+    first, *later = run_ranks(_constant_skew, 2)[0]
+    assert len(first.broadcast) == 2
+    assert later == [replace(first, broadcast=(), bytes_broadcast=0)] * 4
 
 
 def _gradients(context: RankContext, whole: Whole, plan: ExpertPlan, rows: list[int], options: MoEOptions):

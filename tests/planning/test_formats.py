@@ -33,7 +33,6 @@ def equal_plans(draw) -> ExpertPlan:
 
 def _spread(rng, experts: int, ranks: int, slots: int) -> list[list[int]]:
     """Every expert once, dealt out in turn; then what each rank lacks, at random, without doubles."""
-    held = [[int(e) for e in rng.permutation(experts)[rank::ranks]] for rank in range(ranks)]
     order = rng.permutation(experts)
     held = [[int(e) for e in order[rank::ranks]] for rank in range(ranks)]
     for rank in held:
