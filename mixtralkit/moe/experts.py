@@ -59,6 +59,8 @@ def weighted_expert_sum(rows: RoutedRows, w13_SGD: torch.Tensor, w2_SDF: torch.T
     place_RK = place_RK.view_as(rows.slots_RK)
     counts_S = count_keys(keys_N, slots + 1)[:slots]
     x_ND = rows.x_RD[order_N // top_k]
+    if x_ND.requires_grad:  # what grouped_mm gives back for rows after its last group is whatever memory held
+        x_ND = x_ND.masked_fill((keys_N[order_N] == slots)[:, None], 0.0)
     y_ND = swiglu_grouped(x_ND, counts_S, w13_SGD, w2_SDF)
     gathered_RKD = y_ND[place_RK].float().masked_fill(~here_RK[..., None], 0.0)
     return (gathered_RKD * rows.weights_RK[..., None]).sum(1).type_as(rows.x_RD)

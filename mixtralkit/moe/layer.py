@@ -12,7 +12,7 @@ from mixtralkit.config import MoEOptions, ParallelConfig
 from mixtralkit.distributed import RankContext
 from mixtralkit.layout import RankLayout
 from mixtralkit.moe.assignment import Assigner
-from mixtralkit.moe.capacity import cold_capacity, cut_to_capacity
+from mixtralkit.moe.capacity import CutRouting, cold_capacity, cut_to_capacity
 from mixtralkit.moe.dispatch import (
     Dispatch,
     ExchangedDispatch,
@@ -88,11 +88,7 @@ class MoELayer(nn.Module):
             rows_per_rank: a promise that no rank has more rows; lets the exchange keep static shapes.
         """
         routing = self.gate(x_TD)
-        way = self._way_for(rows_per_rank)
-        home = self._home(x_TD, routing, way)
-        cut = cut_to_capacity(
-            routing, home.assigner.at_home_E, self._capacity(x_TD.shape[0]), self.layout.plan.overflow
-        )
+        way, home, cut = self.arrange(x_TD, routing, rows_per_rank)
         if self.options.faster.schedule and self._rows_travel(way):
             chunks = num_chunks(self.context.world_size, self.options.faster.group_size)
             y_TD, handles = run_in_chunks(way, home.experts, home.x_TD, cut, home.assigner, chunks)
@@ -101,10 +97,16 @@ class MoELayer(nn.Module):
             y_TD, handles = way.combine(home.experts(rows), handle), [handle]
         return y_TD, MoEReport(routing, cut.dropped, cut.rerouted, tuple(handles), home.report)
 
-    def _home(self, x_TD: torch.Tensor, routing: Routing, way: Dispatch) -> Home:
-        if self.shadows is None:
-            return Home(x_TD, self.assigner, self.experts)
-        return self.shadows.for_step(x_TD, routing.experts_TK, may_wait=self._rows_travel(way))
+    def arrange(
+        self, x_TD: torch.Tensor, routing: Routing, rows_per_rank: int | None = None
+    ) -> tuple[Dispatch, Home, CutRouting]:
+        """How these rows will travel, what is at home for them, and which of their choices fit. Collective."""
+        way = self._way_for(rows_per_rank)
+        home = Home(x_TD, self.assigner, self.experts)
+        if self.shadows is not None:
+            home = self.shadows.for_step(x_TD, routing.experts_TK, may_wait=self._rows_travel(way))
+        capacity = self._capacity(x_TD.shape[0])
+        return way, home, cut_to_capacity(routing, home.assigner.at_home_E, capacity, self.layout.plan.overflow)
 
     def _capacity(self, tokens: int) -> int | None:
         if self.layout.parallel.experts == "tp":
