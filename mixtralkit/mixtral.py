@@ -19,6 +19,7 @@ from mixtralkit.engine.sampler import SamplingOptions
 from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.layout import RankLayout
 from mixtralkit.model.transformer import Transformer
+from mixtralkit.planning.formats import load_plan
 from mixtralkit.planning.plan import ExpertPlan, contiguous
 
 
@@ -61,7 +62,8 @@ class Mixtral:
             seed: decides what is drawn at a temperature above 0.
             dtype: ``"bfloat16"``, ``"float16"`` or ``"float32"``; None for bfloat16 on CUDA and float32 on a CPU.
             device: ``"cpu"`` or ``"cuda"``; None for CUDA where there is one.
-            attention: ``"tp"``, ``"dp"`` or ``"auto"``: ``tp`` where the ranks divide the heads, else ``dp``.
+            attention: ``"tp"``, ``"dp"`` or ``"auto"``: ``tp`` where the ranks divide the heads, else ``dp``; also
+                ``dp`` where FasterMoE's schedule or shadows are on, which move rows.
             experts: ``"tp"``, ``"ep"`` or ``"auto"``, which is ``ep``.
             plan: which ranks hold which experts; None for each rank its even share.
             options: how the MoE layer runs; None reads ``FMOE_FASTER_*`` for its schedule and shadows.
@@ -100,8 +102,8 @@ class Mixtral:
             SamplingOptions(seed=seed)
             config = reader.config.with_limits(max_seq_len, max_batch_size)
             tokenizer.check_vocabulary(config.vocab_size)
-            layout = choose_layout(config, context, attention, experts, plan)
             options = MoEOptions.from_env() if options is None else options
+            layout = choose_layout(config, context, attention, experts, plan, options)
             model = Transformer(layout, context, _choose_dtype(dtype, context.device), options)
             model.allocate_cache()
         load_into(model.named_tensors(), layout, reader, context, progress)
@@ -264,6 +266,7 @@ def choose_layout(
     attention: str = "auto",
     experts: str = "auto",
     plan: str | Path | ExpertPlan | None = None,
+    options: MoEOptions | None = None,
 ) -> RankLayout:
     """This rank's share of the model; ``"auto"`` as in ``Mixtral.build``."""
     for name, value, ways in (
@@ -275,13 +278,14 @@ def choose_layout(
     world = context.world_size
     if attention == "auto":
         divides = config.n_heads % world == 0 and (config.n_kv_heads % world == 0 or world % config.n_kv_heads == 0)
-        attention = "tp" if divides else "dp"
+        rows_should_travel = options is not None and (options.faster.schedule or options.faster.shadow)
+        attention = "tp" if divides and not rows_should_travel else "dp"
     if experts == "auto":
         experts = "ep"
     if plan is None:
         plan = contiguous(config.n_layers, config.num_experts, world)
     elif not isinstance(plan, ExpertPlan):
-        plan = ExpertPlan.load(plan)
+        plan = load_plan(plan, num_experts=config.num_experts, world_size=world)
     return RankLayout(config, ParallelConfig(attention, experts), plan, context.rank)
 
 

@@ -59,7 +59,7 @@ class Engine:
             check_prompt(request.id, request.prompt, params.max_seq_len, params.vocab_size)
         if self.model.cache is None:
             self.model.allocate_cache()
-        ranks = self.context.world_size if self._shares_sequences else 1
+        ranks = self.model.ranks_with_own_sequences
         slots = -(-params.max_batch_size // ranks)
         batcher = Batcher(requests, self.tokenizer, slots, ranks, self.prefill_budget, params.max_seq_len)
         return self._loop(batcher, should_stop)

@@ -19,6 +19,7 @@ from mixtralkit.model.step import StepBatch
 from mixtralkit.moe.fmoe_backend import FastMoELayer
 from mixtralkit.moe.gate import Routing
 from mixtralkit.moe.layer import MoELayer, MoEReport
+from mixtralkit.moe.shadow import ShadowCache
 
 Observe = Callable[[StepBatch, list[MoEReport]], None]
 
@@ -34,12 +35,13 @@ class Block(nn.Module):
         dtype: torch.dtype,
         options: MoEOptions,
         nodes: tuple[RankContext, RankContext] | None,
+        shadow_cache: ShadowCache | None,
     ) -> None:
         super().__init__()
         config = layout.config
         self.attention = Attention(layer, layout, context, dtype)
         moe_layer = FastMoELayer if options.backend == "fastmoe" else MoELayer
-        self.feed_forward = moe_layer(layer, layout, context, dtype, options, nodes)
+        self.feed_forward = moe_layer(layer, layout, context, dtype, options, nodes, shadow_cache)
         self.attention_norm = RMSNorm(config.dim, config.norm_eps, dtype, context.device)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps, dtype, context.device)
 
@@ -75,8 +77,9 @@ class Transformer(nn.Module):
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim, _weight=None, **like)
         per_node = layout.plan.ranks_per_node
         nodes = context.split_nodes(per_node) if per_node and 1 < per_node < context.world_size else None
+        self.shadow_cache = ShadowCache.for_model(layout, context, dtype, self.options)
         self.layers = nn.ModuleList(
-            Block(i, layout, context, dtype, self.options, nodes) for i in range(config.n_layers)
+            Block(i, layout, context, dtype, self.options, nodes, self.shadow_cache) for i in range(config.n_layers)
         )
         self.norm = RMSNorm(config.dim, config.norm_eps, **like)
         self.output = nn.Linear(config.dim, layout.vocab[1] - layout.vocab[0], bias=False, **like)
@@ -91,12 +94,18 @@ class Transformer(nn.Module):
         return {name.replace("feed_forward.experts.", "feed_forward."): p for name, p in self.named_parameters()}
 
     def allocate_cache(self) -> KVCache:
-        """Takes the KV cache for ``params.max_batch_size`` sequences of ``params.max_seq_len`` tokens; kept."""
-        config = self.params
-        self.cache = KVCache.allocate(
-            self.layout, config.max_batch_size, config.max_seq_len, self.dtype, self.context.device
-        )
+        """Takes this rank's KV cache for sequences of ``params.max_seq_len`` tokens; kept.
+
+        ``params.max_batch_size`` counts sequences over all ranks: under ``dp`` a rank has room for its share.
+        """
+        slots = -(-self.params.max_batch_size // self.ranks_with_own_sequences)
+        self.cache = KVCache.allocate(self.layout, slots, self.params.max_seq_len, self.dtype, self.context.device)
         return self.cache
+
+    @property
+    def ranks_with_own_sequences(self) -> int:
+        """How many ranks divide the sequences among them: all under attention ``dp``, one under ``tp``."""
+        return self.context.world_size if self.layout.parallel.attention == "dp" else 1
 
     @torch.no_grad()
     def step(
@@ -130,10 +139,10 @@ class Transformer(nn.Module):
         batch_size, length = tokens_BT.shape
         if start_pos + length > self.params.max_seq_len:
             raise ValueError(f"tokens up to {start_pos + length} exceed max_seq_len ({self.params.max_seq_len})")
-        ranks = self.context.world_size if self.layout.parallel.attention == "dp" else 1
+        if batch_size > self.params.max_batch_size:
+            raise ValueError(f"batch of {batch_size} sequences exceeds max_batch_size ({self.params.max_batch_size})")
+        ranks = self.ranks_with_own_sequences
         share = -(-batch_size // ranks)
-        if share > self.params.max_batch_size:
-            raise ValueError(f"batch of {share} sequences exceeds max_batch_size ({self.params.max_batch_size})")
         first = share * self.context.rank if ranks > 1 else 0
         own = tokens_BT[first : first + share].tolist()
         batch = StepBatch.build([(i, start_pos, ids) for i, ids in enumerate(own)], self.context.device)
