@@ -127,9 +127,9 @@ class Case:
 
 
 def bench_moe_layer(
-    tokens: tuple[int, ...] = (1, 16, 64, 256),
-    routing: tuple[str, ...] = ("uniform", "skew:0.5"),
-    variants: tuple[str, ...] = ("all",),
+    tokens: str = "1,16,64,256",
+    routing: str = "uniform,skew:0.5",
+    variants: str = "all",
     dim: int | None = None,
     hidden: int | None = None,
     num_experts: int = 8,
@@ -143,9 +143,10 @@ def bench_moe_layer(
     """Times one MoE layer over the ranks, and its phases.
 
     Args:
-        tokens: rows of each rank.
-        routing: uniform; skew:S, one expert takes the share S of the routed rows; trace:FILE, a routing trace.
-        variants: names, or all.
+        tokens: numbers of rows of each rank, between commas.
+        routing: uniform; skew:S, one expert takes the share S of the routed rows; trace:FILE, a routing trace; or
+            several between commas.
+        variants: names between commas, or all.
         dim: model width; 4096 on CUDA, 512 on a CPU when not given.
         hidden: expert hidden width; 3.5 times dim when not given.
         num_experts: experts.
@@ -156,7 +157,9 @@ def bench_moe_layer(
         seed: of weights, rows and routing.
         output: JSON file for the results.
     """
-    names = [*VARIANTS, *BASELINES] if variants == ("all",) else list(variants)
+    names = [*VARIANTS, *BASELINES] if variants == "all" else variants.split(",")
+    if not all(count.isdigit() and int(count) for count in tokens.split(",")):
+        raise ValueError(f"tokens ({tokens!r}) must be whole numbers of at least 1 between commas")
     unknown = sorted(set(names) - set(VARIANTS) - set(BASELINES))
     if unknown:
         raise ValueError(f"variants ({', '.join(unknown)}) must be among {', '.join([*VARIANTS, *BASELINES])}")
@@ -172,8 +175,8 @@ def bench_moe_layer(
     torch.set_grad_enabled(False)
     weights = _weights(config, torch_dtype, context.device, seed)
     results = []
-    for kind in routing:
-        for count in tokens:
+    for kind in routing.split(","):
+        for count in map(int, tokens.split(",")):
             case = _case(context, config, weights, count, kind, seed)
             for name in names:
                 results.append(

@@ -4,6 +4,185 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mixtralkit.planning.hardware import Hardware
+
+if TYPE_CHECKING:
+    from mixtralkit.config import ModelConfig
+
+# Ranks and slots of a row's choices, its weights and its number travel beside it (``moe.exchange.pack``).
+_PACKED_BYTES = 4
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a model that cost time.
+
+    Attributes:
+        dim, hidden, num_experts, top_k, heads, kv_heads, head_dim, vocab: as in the model's configuration.
+        data_bytes: of a number in rows and weights.
+    """
+
+    dim: int
+    hidden: int
+    num_experts: int
+    top_k: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    data_bytes: int = 2
+
+    @classmethod
+    def of(cls, config: ModelConfig, data_bytes: int = 2) -> ModelShape:
+        """The sizes of ``config``, with numbers of ``data_bytes``."""
+        return cls(
+            config.dim, config.hidden_dim, config.num_experts, config.num_experts_per_tok,
+            config.n_heads, config.n_kv_heads, config.head_dim, config.vocab_size, data_bytes,
+        )  # fmt: skip
+
+    @property
+    def expert_bytes(self) -> int:
+        """Weights of one expert."""
+        return 3 * self.dim * self.hidden * self.data_bytes
+
+    @property
+    def row_bytes(self) -> int:
+        """A row, on its way to its expert or back as a sum."""
+        return self.dim * self.data_bytes
+
+    @property
+    def packed_bytes(self) -> int:
+        """What travels beside a row on its way out."""
+        return _PACKED_BYTES * (3 * self.top_k + 1)
+
+
+@dataclass(frozen=True)
+class KernelCounts:
+    """Kernels of a layer's steps, as the operations of ``MoELayer`` in plain torch are counted."""
+
+    attention: int = 30
+    gate: int = 10
+    dispatch: int = 60
+    replicas: int = 20
+    experts: int = 25
+    combine: int = 5
+
+
+@dataclass(frozen=True)
+class TimeModel:
+    """Predicts seconds of a layer's steps on every rank from what the rank has to do.
+
+    Arrays end in the ranks W; any dimensions before it are kept. ``docs/cost-model.md`` has the formulas.
+    """
+
+    shape: ModelShape
+    hardware: Hardware
+    world_size: int = 1
+    ranks_per_node: int | None = None
+    kernels: KernelCounts = KernelCounts()
+
+    def __post_init__(self) -> None:
+        self.hardware.networks(self.world_size, self.ranks_per_node)
+
+    def product_s(self, rows: np.ndarray | float, weights: float) -> np.ndarray:
+        """A product of ``rows`` rows with a matrix of so many ``weights``: the slower of arithmetic and reading."""
+        rows = np.asarray(rows, float)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            arithmetic = np.where(rows > 0, 2 * weights * rows / self.hardware.matrix_rate(rows), 0.0)
+        reading = weights * self.shape.data_bytes / self.hardware.memory_bandwidth
+        return np.where(rows > 0, np.maximum(arithmetic, reading), 0.0)
+
+    def expert_s(self, rows: np.ndarray | float, split: int = 1) -> np.ndarray:
+        """One expert, or its ``split``-th part, on one rank for ``rows`` choices; 0 for none.
+
+        Its three matrices, and the copies of its rows: gathered, 2F wide and F wide between the products, summed.
+        """
+        shape, hidden = self.shape, self.shape.hidden / split
+        copies = (4 * shape.dim + 6 * hidden) * shape.data_bytes / self.hardware.memory_bandwidth
+        return self.product_s(rows, 3 * shape.dim * hidden) + np.asarray(rows, float) * copies
+
+    def experts_s(self, rows_WE: np.ndarray, split: int = 1) -> np.ndarray:
+        """All experts of each rank, one after the other: rows [..., W, E] → seconds [..., W]."""
+        return self.launches_s(self.kernels.experts) + self.expert_s(rows_WE, split).sum(-1)
+
+    def gate_s(self, tokens_W: np.ndarray) -> np.ndarray:
+        """Norm and gate of so many tokens."""
+        return self.launches_s(self.kernels.gate) + self.product_s(tokens_W, self.shape.dim * self.shape.num_experts)
+
+    def attention_s(self, tokens_W: np.ndarray, context: float, span: int = 1, split: int = 1) -> np.ndarray:
+        """Attention without its all-reduce.
+
+        Args:
+            tokens_W: tokens of the step on each rank.
+            context: tokens of each sequence that are in the cache already.
+            span: tokens of the step that belong to one sequence; 1 in decode.
+            split: ranks that share the heads.
+        """
+        shape, tokens_W = self.shape, np.asarray(tokens_W, float)
+        heads, kv_heads = shape.heads / split, max(shape.kv_heads / split, 1)
+        weights = shape.dim * shape.head_dim * (2 * heads + 2 * kv_heads)
+        cache = tokens_W / span * (context + span) * 2 * kv_heads * shape.head_dim * shape.data_bytes
+        flop = 4 * tokens_W * (context + (span + 1) / 2) * heads * shape.head_dim
+        reading, arithmetic = cache / self.hardware.memory_bandwidth, flop / self.hardware.peak_flops
+        launches = self.launches_s(self.kernels.attention)
+        return launches + self.product_s(tokens_W, weights) + np.maximum(reading, arithmetic)
+
+    def head_s(self, rows_W: np.ndarray, split: int = 1) -> np.ndarray:
+        """The output matrix for ``rows_W`` rows, the vocabulary shared by ``split`` ranks, logits gathered."""
+        shape, rows_W = self.shape, np.asarray(rows_W, float)
+        seconds = self.product_s(rows_W, shape.dim * shape.vocab / split)
+        if split > 1:
+            seconds = seconds + self.all_gather_s(float(rows_W.max(initial=0)) * shape.vocab / split * 4)
+        return seconds
+
+    def launches_s(self, kernels: int) -> float:
+        """So many kernels that have nothing to do."""
+        return kernels * self.hardware.launch_s
+
+    def exchange_s(
+        self, out_NW: Sequence[np.ndarray], into_NW: Sequence[np.ndarray], messages: int = 1
+    ) -> np.ndarray:
+        """Rows between ranks: over before the busiest rank's busier direction is, on the slower of the networks.
+
+        Args:
+            out_NW, into_NW: for each network in use (inside, across) bytes [..., W] that leave and reach each rank.
+            messages: collectives that carry them.
+        """
+        seconds, latency = 0.0, 0.0
+        for (network, members), out_W, into_W in zip(self._networks, out_NW, into_NW, strict=True):
+            busiest = np.maximum(out_W, into_W).max(-1)
+            seconds = np.maximum(seconds, busiest / network.exchange.bandwidth)
+            latency = max(latency, network.latency_s("exchange", members))
+        return seconds + messages * latency
+
+    def all_reduce_s(self, size: np.ndarray | float) -> np.ndarray | float:
+        """The sum over all ranks of ``size`` bytes, as a ring: 2·(W-1)/W of them leave each rank."""
+        return self._collective_s("all_reduce", size * ring_share(self.world_size))
+
+    def all_gather_s(self, size: np.ndarray | float) -> np.ndarray | float:
+        """Every rank's ``size`` bytes to every other."""
+        return self._collective_s("exchange", size * (self.world_size - 1))
+
+    def broadcast_s(self, size: np.ndarray | float) -> np.ndarray | float:
+        """``size`` bytes of one rank to all."""
+        return self._collective_s("broadcast", size * (self.world_size > 1))
+
+    def _collective_s(self, kind: str, size: np.ndarray | float) -> np.ndarray | float:
+        slowest = min(getattr(network, kind).bandwidth for network, _ in self._networks)
+        return size / slowest + sum(network.latency_s(kind, members) for network, members in self._networks)
+
+    @property
+    def _networks(self):
+        return self.hardware.networks(self.world_size, self.ranks_per_node)
+
+
+def ring_share(world_size: int) -> float:
+    """Of an all-reduced buffer, the part that leaves each rank."""
+    return 2 * (world_size - 1) / world_size
 
 
 @dataclass(frozen=True)

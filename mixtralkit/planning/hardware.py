@@ -1,0 +1,184 @@
+"""What a machine can do: the figures that the time model reads, from JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Link:
+    """One kind of collective: ``latency_s`` of an empty one, and ``bandwidth`` in bytes/s out of each rank.
+
+    Bytes are those that leave a rank for the wire. Of an all-reduce of M bytes over W ranks they are 2·M·(W-1)/W.
+    """
+
+    latency_s: float
+    bandwidth: float
+
+    def __post_init__(self) -> None:
+        _check_number("latency_s", self.latency_s, zero=True)
+        _check_number("bandwidth", self.bandwidth)
+
+
+@dataclass(frozen=True)
+class Network:
+    """The wires between ``members``: ranks of a node, or nodes.
+
+    Attributes:
+        members: how many were measured. Latencies grow with log2 of the members in use.
+        exchange: all-to-all with unequal splits; also stands for all-gather.
+        all_reduce, broadcast: those.
+    """
+
+    members: int
+    exchange: Link
+    all_reduce: Link
+    broadcast: Link
+
+    def __post_init__(self) -> None:
+        if isinstance(self.members, bool) or not isinstance(self.members, int) or self.members < 2:
+            raise ValueError(f"members ({self.members!r}) must be a whole number of at least 2")
+
+    def latency_s(self, kind: str, members: int) -> float:
+        """Latency of collective ``kind`` among ``members``; 0 when there is nobody to talk to."""
+        link: Link = getattr(self, kind)
+        return link.latency_s * math.log2(members) / math.log2(self.members) if members > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A machine's measured figures.
+
+    Attributes:
+        name, date, machine, source: what was measured, when, on what, and how.
+        data_bytes: of a number in the matrix products that were measured.
+        memory_bandwidth: bytes/s of reading weights.
+        matrix_rates: (rows, FLOP/s) of a product of so many rows with weights that no cache holds, by rising rows.
+        launch_s: a small kernel queued after others.
+        sync_s: waiting for a number from the device.
+        overlaps: whether exchange and products run at the same time (streams of a GPU).
+        inside: between the ranks of a node.
+        across: between nodes, each rank with its own share of the wire; None when only one node is known.
+    """
+
+    name: str
+    date: str
+    machine: str
+    source: str
+    data_bytes: int
+    memory_bandwidth: float
+    matrix_rates: tuple[tuple[float, float], ...]
+    launch_s: float
+    sync_s: float
+    overlaps: bool
+    inside: Network
+    across: Network | None = None
+
+    def __post_init__(self) -> None:
+        if self.data_bytes not in (1, 2, 4, 8):
+            raise ValueError(f"data_bytes ({self.data_bytes!r}) must be 1, 2, 4 or 8")
+        _check_number("memory_bandwidth", self.memory_bandwidth)
+        _check_number("launch_s", self.launch_s, zero=True)
+        _check_number("sync_s", self.sync_s, zero=True)
+        if not isinstance(self.overlaps, bool):
+            raise ValueError(f"overlaps ({self.overlaps!r}) must be true or false")
+        if not self.matrix_rates:
+            raise ValueError("matrix_rates must have at least one pair of rows and FLOP/s")
+        for rows, rate in self.matrix_rates:
+            _check_number("matrix_rates: rows", rows)
+            _check_number("matrix_rates: FLOP/s", rate)
+        rows = [rows for rows, _ in self.matrix_rates]
+        if any(b <= a for a, b in zip(rows, rows[1:], strict=False)):
+            raise ValueError(f"matrix_rates: rows ({', '.join(f'{r:g}' for r in rows)}) must rise")
+
+    @property
+    def peak_flops(self) -> float:
+        """The best matrix rate that was measured, FLOP/s."""
+        return max(rate for _, rate in self.matrix_rates)
+
+    def matrix_rate(self, rows: np.ndarray | float) -> np.ndarray:
+        """FLOP/s of a product of ``rows`` rows: between the measured points on a line of log rate over log rows.
+
+        Below the first point the time is that point's, so the rate falls with the rows; above the last it stays.
+        """
+        known_rows, known_rates = np.array(self.matrix_rates, float).T
+        rows = np.asarray(rows, float)
+        inside = np.exp(np.interp(np.log(np.maximum(rows, 1e-9)), np.log(known_rows), np.log(known_rates)))
+        return inside * np.minimum(rows / known_rows[0], 1.0)
+
+    def networks(self, world_size: int, ranks_per_node: int | None) -> tuple[tuple[Network, int], ...]:
+        """The networks in use and the members in each: inside first, then across if there are several nodes."""
+        per_node = world_size if ranks_per_node is None else min(ranks_per_node, world_size)
+        inside = ((self.inside, per_node),)
+        if per_node == world_size:
+            return inside
+        if self.across is None:
+            raise ValueError(f"across of hardware {self.name} (null) must be given: {world_size} ranks span nodes")
+        return (*inside, (self.across, world_size // per_node))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of a hardware file."""
+        return asdict(self)
+
+    def save(self, path: str | Path) -> None:
+        """Writes a hardware file."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Hardware:
+        """Reads what ``to_dict`` gives; a ValueError names the field that is missing, unknown or wrong."""
+        values = _known_fields(cls, content, "hardware")
+        values["inside"] = _network(values["inside"], "inside")
+        if values.get("across") is not None:
+            values["across"] = _network(values["across"], "across")
+        try:
+            values["matrix_rates"] = tuple((rows, rate) for rows, rate in values["matrix_rates"])
+        except (TypeError, ValueError):
+            raise ValueError("matrix_rates must be a list of pairs of rows and FLOP/s") from None
+        return cls(**values)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Hardware:
+        """Reads a hardware file; errors name it."""
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+def _network(content: Any, name: str) -> Network:
+    try:
+        values = _known_fields(Network, content, name)
+        for kind in ("exchange", "all_reduce", "broadcast"):
+            values[kind] = Link(**_known_fields(Link, values[kind], kind))
+        return Network(**values)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _known_fields(cls: type, content: Any, name: str) -> dict[str, Any]:
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{name} must be a JSON object, not {type(content).__name__}")
+    names = [f.name for f in fields(cls)]
+    missing = [n for n in names if n not in content and n != "across"]
+    unknown = [n for n in content if n not in names]
+    if missing or unknown:
+        parts = [f"lacks {', '.join(missing)}"] if missing else []
+        parts += [f"has unknown {', '.join(unknown)}"] if unknown else []
+        raise ValueError(f"{name} {' and '.join(parts)}")
+    return dict(content)
+
+
+def _check_number(name: str, value: Any, zero: bool = False) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 <= value < float("inf") or (value == 0 and not zero):
+        raise ValueError(f"{name} ({value!r}) must be a number {'of at least' if zero else 'above'} 0")

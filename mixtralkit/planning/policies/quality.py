@@ -1,0 +1,94 @@
+"""How good a plan is before it runs: crossings, balance and memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mixtralkit.planning.plan import ExpertPlan
+from mixtralkit.planning.policies.inputs import checked_loads, memory_gb
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Figures of a plan on given routing.
+
+    Attributes:
+        crossings_per_token: times that a token changes rank between consecutive layers when it stays where its last
+            expert was (ExFlow's context coherence); None without transitions.
+        uniform_crossings_per_token: the same if every expert followed every other equally often, none replicated.
+        node_crossings_per_token: of those, between nodes; None without transitions.
+        balancedness_mean_over_max: mean over the layers of mean/max load of the ranks, 1 is even.
+        max_over_mean: mean over the layers of max/mean.
+        slots_per_rank: largest number of experts on a rank, mean over the layers.
+    """
+
+    crossings_per_token: float | None
+    uniform_crossings_per_token: float
+    node_crossings_per_token: float | None
+    balancedness_mean_over_max: float
+    max_over_mean: float
+    slots_per_rank: float
+
+    def memory_gb_per_rank(self, num_layers: int, expert_bytes: int) -> float:
+        """10⁹ bytes of experts on the fullest rank, all layers."""
+        return memory_gb(1, num_layers, expert_bytes) * self.slots_per_rank
+
+
+def measure(plan: ExpertPlan, loads_LE: np.ndarray, transitions_LEE: np.ndarray | None = None) -> Quality:
+    """Figures of ``plan`` for these loads.
+
+    Args:
+        loads_LE: rows of each expert.
+        transitions_LEE: [layers - 1, E, E] weight of expert a in a layer and b in the next for the same token.
+    """
+    loads_LW = rank_loads(plan, loads_LE)
+    mean_L, max_L = loads_LW.mean(1), loads_LW.max(1)
+    per_node = plan.ranks_per_node or plan.world_size
+    crossings = [None, None]
+    if transitions_LEE is not None:
+        crossings = [crossings_per_token(plan, transitions_LEE, size) for size in (1, per_node)]
+    return Quality(
+        crossings_per_token=crossings[0],
+        uniform_crossings_per_token=(plan.num_layers - 1) * (1 - 1 / plan.world_size),
+        node_crossings_per_token=crossings[1],
+        balancedness_mean_over_max=float((mean_L / max_L).mean()),
+        max_over_mean=float((max_L / mean_L).mean()),
+        slots_per_rank=float(plan.holds_LWE.sum(2).max(1).mean()),
+    )
+
+
+def rank_loads(plan: ExpertPlan, loads_LE: np.ndarray) -> np.ndarray:
+    """Rows of each rank [L, W], an expert's rows in equal parts over its replicas; the running layer does no worse."""
+    loads_LE = checked_loads(loads_LE, plan.world_size)
+    if loads_LE.shape != (plan.num_layers, plan.num_experts):
+        raise ValueError(f"loads (shape {loads_LE.shape}) must be the plan's {(plan.num_layers, plan.num_experts)}")
+    return np.einsum("le,lwe->lw", loads_LE / plan.copies_LWE.sum(1), plan.holds_LWE)
+
+
+def crossings_per_token(plan: ExpertPlan, transitions_LEE: np.ndarray, ranks: int = 1) -> float:
+    """Expected moves of a token over all layers between groups of ``ranks`` consecutive ranks.
+
+    A token stays on its rank where that holds the next expert, else it goes to one of the expert's ranks, each as
+    likely, those of its own group first. With replicas, where it stood is followed through the layers by the
+    distribution that transitions give, as if its path had no longer memory.
+    """
+    groups_W = np.arange(plan.world_size) // ranks
+    near_WW = groups_W[:, None] == groups_W
+    holds = plan.holds_LWE[0]
+    at_EW = (holds / holds.sum(0)).T
+    crossings = 0.0
+    for layer, weight_EE in enumerate(transitions_LEE):
+        holds_WE = plan.holds_LWE[layer + 1]
+        near_WE = near_WW.astype(float) @ holds_WE
+        weight_WE = at_EW.T @ (weight_EE / max(weight_EE.sum(), 1e-300))  # a token on rank w wants expert e
+        moves_WE = weight_WE * ~holds_WE
+        crossings += float((moves_WE * (near_WE == 0)).sum()) if ranks > 1 else float(moves_WE.sum())
+        close_WE = np.divide(moves_WE, near_WE, out=np.zeros_like(moves_WE), where=near_WE > 0)
+        far_E = (moves_WE * (near_WE == 0)).sum(0) / holds_WE.sum(0)
+        arrive_WE = weight_WE * holds_WE + holds_WE * (near_WW.astype(float) @ close_WE + far_E)
+        share_E = arrive_WE.sum(0)
+        even_WE = holds_WE / holds_WE.sum(0)
+        at_EW = np.where(share_E > 0, arrive_WE / np.where(share_E > 0, share_E, 1), even_WE).T
+    return crossings
