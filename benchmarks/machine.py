@@ -18,7 +18,7 @@ def describe_run(context: RankContext) -> dict[str, object]:
     """Date, command, commit, versions and machine, as values for JSON."""
     found = {
         "date": datetime.date.today().isoformat(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join(Path(word).name if "/" in word else word for word in sys.argv),
         "commit": _commit(),
         "torch": torch.__version__,
         "python": platform.python_version(),
