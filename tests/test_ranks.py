@@ -43,7 +43,7 @@ def test_values_come_back_in_rank_order(world_size):
 
 
 def test_a_rank_that_raises_ends_the_others():
-    with pytest.raises(RankError, match="rank 1 says no|Connection closed"):
+    with pytest.raises(RankError, match=r"rank 1 says no|Connection closed"):
         run_ranks(_fail_on_rank_1, 2, timeout_s=20)
 
 
@@ -53,7 +53,7 @@ def test_agreed_raises_on_every_rank():
 
 
 def test_a_killed_rank_is_reported():
-    with pytest.raises(RankError, match="exit code -9|Connection closed"):
+    with pytest.raises(RankError, match=r"exit code -9|Connection closed"):
         run_ranks(_die, 2, timeout_s=20)
 
 

@@ -8,7 +8,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from mixtralkit.config import ModelConfig, ParallelConfig
 from mixtralkit.distributed import RankContext
-from mixtralkit.layout import RankLayout, canonical_shapes
+from mixtralkit.layout import RankLayout
 from mixtralkit.model.kv_cache import KVCache
 from mixtralkit.model.step import StepBatch
 from mixtralkit.model.transformer import Transformer
@@ -161,13 +161,13 @@ def _greedy_on_ranks(context: RankContext, config: ModelConfig, seed: int, ways:
 def _possible_ways(config: ModelConfig, world_size: int) -> list[ParallelConfig]:
     plan, ways = contiguous(config.n_layers, config.num_experts, world_size), []
     for parallel in [ParallelConfig(a, e) for a in ("tp", "dp") for e in ("tp", "ep")]:
-        try:
-            RankLayout(config, parallel, plan)
+        divides = config.n_heads % world_size == 0
+        divides &= config.n_kv_heads % world_size == 0 or world_size % config.n_kv_heads == 0
+        if parallel.attention == "dp" or divides:
             ways.append(parallel)
-        except ValueError as error:
-            assert parallel.attention == "tp"
-            assert "world size" in str(error)
-            assert config.n_heads % world_size or (config.n_kv_heads % world_size and world_size % config.n_kv_heads)
+            continue
+        with pytest.raises(ValueError, match="world size"):
+            RankLayout(config, parallel, plan)
     return ways
 
 
