@@ -5,7 +5,9 @@ On several ranks: ``torchrun --standalone --nproc_per_node=4 tools/example.py -m
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from mixtralkit.checkpoint import open_checkpoint
 from mixtralkit.cli import run_tool
 from mixtralkit.config import MoEOptions, parse_dtype
 from mixtralkit.distributed import RankContext
+from mixtralkit.engine.recorder import RoutingRecorder, together
 from mixtralkit.engine.requests import Completion, Request, check_prompt
 from mixtralkit.engine.sampler import SamplingOptions
 from mixtralkit.engine.statistics import MoEStatistics
@@ -22,6 +25,7 @@ from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.evaluation.prompt_sets import PromptRecord, ResultsWriter, read_prompts
 from mixtralkit.mixtral import Mixtral, check_world_size, encode_prompt
 from mixtralkit.terminal import Session
+from mixtralkit.version import __version__
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "configs" / "prompts" / "examples.jsonl"
 LONGEST_CHAT = 8192  # tokens, where the model could do more and nobody asked for it
@@ -54,6 +58,7 @@ def generate(
     shadow_memory_gb: float = 4.0,
     moe_backend: str = "mixtralkit",
     moe_report: bool = False,
+    record_routing: Path | None = None,
     num_gpus: int | None = None,
 ) -> None:
     """Continues prompts and prints them with the model's answers, or writes these to a file.
@@ -86,6 +91,7 @@ def generate(
         shadow_memory_gb: Most memory for shadows on each rank.
         moe_backend: mixtralkit, or fastmoe for the real library.
         moe_report: Print what each layer routed, dropped, sent and shadowed at the end.
+        record_routing: Write the experts that every token took to this trace, .npz (docs/traces.md).
         num_gpus: The number of ranks, for scripts that state it; torchrun decides it.
     """
     sampling = SamplingOptions(temperature, top_p, top_k, min_p, seed)
@@ -111,9 +117,13 @@ def generate(
         reader, sp, context, max_seq_len, max_batch_size, seed,
         dtype=dtype, attention=attention, experts=experts, plan=plan, options=moe, progress=_is_watched(context),
     )  # fmt: skip
-    statistics = _observe(mixtral, moe_report)
+    statistics = _statistics(mixtral, moe_report)
     waiting = requests[results.done :]
-    with results, _progress(context, len(requests), results.done, max_batch_size) as bar:
+    with (
+        _recording(mixtral, statistics, record_routing, model, prompts),
+        results,
+        _progress(context, len(requests), results.done, max_batch_size) as bar,
+    ):
         for event in mixtral.engine.run(waiting):
             if event.completion is not None:
                 results.add(event.completion)
@@ -145,6 +155,7 @@ def chat(
     shadow_memory_gb: float = 4.0,
     moe_backend: str = "mixtralkit",
     moe_report: bool = False,
+    record_routing: Path | None = None,
 ) -> None:
     """Talks with the model, in Mistral's chat template.
 
@@ -174,6 +185,7 @@ def chat(
         shadow_memory_gb: Most memory for shadows on each rank.
         moe_backend: mixtralkit, or fastmoe for the real library.
         moe_report: Print what each layer routed, dropped, sent and shadowed at the end.
+        record_routing: Write the experts that every token took to this trace, .npz (docs/traces.md).
     """
     sampling = SamplingOptions(temperature, top_p, top_k, min_p, seed)
     _check(max_gen_len, max_seq_len, 1, dtype)
@@ -190,8 +202,11 @@ def chat(
         reader, sp, context, max_seq_len, 1, seed,
         dtype=dtype, attention=attention, experts=experts, plan=plan, options=moe, progress=_is_watched(context),
     )  # fmt: skip
-    statistics = _observe(mixtral, moe_report)
-    with Session(context.rank, context.world_size) as session:
+    statistics = _statistics(mixtral, moe_report)
+    with (
+        _recording(mixtral, statistics, record_routing, model),
+        Session(context.rank, context.world_size) as session,
+    ):
         _converse(mixtral, session, system, max_gen_len, sampling)
     _report(statistics)
     mixtral.close()
@@ -210,11 +225,29 @@ def _check(max_gen_len: int, max_seq_len: int | None, max_batch_size: int, dtype
         parse_dtype(dtype)
 
 
-def _observe(mixtral: Mixtral, wanted: bool) -> MoEStatistics | None:
+def _statistics(mixtral: Mixtral, wanted: bool) -> MoEStatistics | None:
     """Counts what the layers do, where somebody asked for it or rows may be dropped."""
-    if wanted or mixtral.model.layout.plan.cold_capacity_factor is not None:
-        mixtral.engine.observe = MoEStatistics(mixtral.model)
-    return mixtral.engine.observe
+    is_needed = wanted or mixtral.model.layout.plan.cold_capacity_factor is not None
+    return MoEStatistics(mixtral.model) if is_needed else None
+
+
+@contextlib.contextmanager
+def _recording(
+    mixtral: Mixtral,
+    statistics: MoEStatistics | None,
+    record_routing: Path | None,
+    model: Path,
+    prompts: Path | None = None,
+) -> Iterator[None]:
+    """Inside it the engine counts, and writes the trace where one is wanted."""
+    mixtral.engine.observe = statistics
+    if record_routing is None:
+        yield
+        return
+    meta = {"model": model.name, "prompts": prompts and prompts.name, "version": __version__}
+    with RoutingRecorder(mixtral.model, record_routing, meta) as recorder:
+        mixtral.engine.observe = together(statistics, recorder)
+        yield
 
 
 def _report(statistics: MoEStatistics | None) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from mixtralkit.cli import run_tool
-from mixtralkit.config import parse_dtype
+from mixtralkit.config import MoEOptions, parse_dtype
 from mixtralkit.distributed import RankContext
 from mixtralkit.training.loop import Trainer
 from mixtralkit.training.run import load_config, prepare_tokens, run_training
@@ -45,8 +45,9 @@ def train_tiny(
 ) -> None:
     """Trains a small Mixtral and writes OUTPUT/checkpoint, OUTPUT/report.json and OUTPUT/state.
 
-    Runs alone or under torchrun; attention is data parallel and experts are spread over the ranks. Reports loss, bits
-    per byte of held-out text and the load of experts, by domain.
+    Runs alone or under torchrun; attention is data parallel and experts are spread over the ranks, with FasterMoE's
+    schedule and shadows where FMOE_FASTER_* ask for them. Reports loss, bits per byte of held-out text and the load of
+    experts, by domain.
 
     Args:
         output: folder for the results.
@@ -104,7 +105,8 @@ def train_tiny(
         model_config = load_config(config, token_set.vocab_size)
         if context.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = products is not torch.float32
-    trainer = Trainer(model_config, token_set, settings, context, None if products is torch.float32 else products)
+    autocast = None if products is torch.float32 else products
+    trainer = Trainer(model_config, token_set, settings, context, autocast, MoEOptions.from_env())
     run_training(trainer, output, resume=resume, log_dir=log_dir, dtype=parse_dtype(store_dtype))
     context.stop()
 

@@ -25,7 +25,8 @@ class Engine:
 
     Args:
         prefill_budget: prompt tokens that a rank runs in one step; longer prompts take several steps. Bounds memory.
-        observe: called with every step of this rank and its layers' reports.
+        observe: called with every step of this rank and its layers' reports. A span's ``sequence`` is the request's
+            id, behind those of earlier runs.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Engine:
         tokenizer.check_vocabulary(model.params.vocab_size)
         self.model, self.tokenizer, self.context = model, tokenizer, model.context
         self.prefill_budget, self.observe = prefill_budget, observe
+        self._sequences_before = 0
         self._shares_sequences = model.layout.parallel.attention == "dp" and model.context.world_size > 1
 
     def complete(self, requests: Many[Request]) -> list[Completion]:
@@ -62,17 +64,20 @@ class Engine:
         ranks = self.model.ranks_with_own_sequences
         slots = -(-params.max_batch_size // ranks)
         batcher = Batcher(requests, self.tokenizer, slots, ranks, self.prefill_budget, params.max_seq_len)
-        return self._loop(batcher, should_stop)
+        before = self._sequences_before
+        self._sequences_before += max((request.id + 1 for request in requests), default=0)
+        return self._loop(batcher, should_stop, before)
 
-    def _loop(self, batcher: Batcher, should_stop: Callable[[], bool] | None) -> Iterator[StreamEvent]:
+    def _loop(
+        self, batcher: Batcher, should_stop: Callable[[], bool] | None, sequences_before: int
+    ) -> Iterator[StreamEvent]:
         while batcher:
             batcher.admit()
             pieces = batcher.plan()
             wish = should_stop is not None and should_stop()
             own = pieces[self.context.rank if self._shares_sequences else 0]
-            stop, values = self._exchange(
-                pieces, wish, self._step(own, self._static_rows(pieces)), should_stop is not None
-            )
+            own_values = self._step(own, self._static_rows(pieces), sequences_before)
+            stop, values = self._exchange(pieces, wish, own_values, should_stop is not None)
             if stop:
                 yield from _interrupted(batcher)
                 return
@@ -85,7 +90,7 @@ class Engine:
         is_decode = all(piece.stop - piece.start == 1 for own in pieces for piece in own)
         return most if is_decode or self.model.options.exchange == "static" else None
 
-    def _step(self, pieces: list[Piece], rows_per_rank: int | None) -> torch.Tensor:
+    def _step(self, pieces: list[Piece], rows_per_rank: int | None, sequences_before: int) -> torch.Tensor:
         """Runs this rank's pieces; the values of all pieces one after the other, float64 on the device.
 
         Of each piece: log-probabilities of its scored prompt tokens, then the sampled token and its log-probability.
@@ -94,6 +99,7 @@ class Engine:
         batch = StepBatch.build(
             [(piece.sequence.slot, piece.start, piece.sequence.ids(piece.start, piece.stop)) for piece in pieces],
             device,
+            [sequences_before + piece.sequence.request.id for piece in pieces],
         )
         scored_rows, sampled_rows, targets = [], [], []
         for piece, span in zip(pieces, batch.spans, strict=True):

@@ -12,13 +12,15 @@ import torch
 class Span:
     """One sequence's tokens of a step: rows ``start:stop`` of the flattened tokens.
 
-    ``slot`` is the sequence's place in the KV cache, ``position`` that of its first token of this step.
+    ``slot`` is the sequence's place in the KV cache, ``position`` that of its first token of this step, ``sequence``
+    a number to know it by when its slot has another one.
     """
 
     slot: int
     position: int
     start: int
     stop: int
+    sequence: int
 
 
 @dataclass(frozen=True)
@@ -31,14 +33,23 @@ class StepBatch:
     spans: tuple[Span, ...]
 
     @classmethod
-    def build(cls, pieces: Sequence[tuple[int, int, Sequence[int]]], device: torch.device | str) -> StepBatch:
-        """From (slot, position of the first token, token ids) of each sequence; no sequence is an empty step."""
+    def build(
+        cls,
+        pieces: Sequence[tuple[int, int, Sequence[int]]],
+        device: torch.device | str,
+        sequences: Sequence[int] | None = None,
+    ) -> StepBatch:
+        """From (slot, position of the first token, token ids) of each sequence; no sequence is an empty step.
+
+        ``sequences`` are their numbers; None takes the slots.
+        """
         tokens: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
         spans: list[Span] = []
-        for slot, position, ids in pieces:
-            spans.append(Span(slot, position, len(tokens), len(tokens) + len(ids)))
+        for i, (slot, position, ids) in enumerate(pieces):
+            number = slot if sequences is None else sequences[i]
+            spans.append(Span(slot, position, len(tokens), len(tokens) + len(ids), number))
             tokens.extend(ids)
             positions.extend(range(position, position + len(ids)))
             slots.extend([slot] * len(ids))

@@ -13,6 +13,7 @@ from mixtralkit.distributed import RankContext
 from mixtralkit.layout import RankLayout
 from mixtralkit.moe.assignment import Assigner
 from mixtralkit.moe.capacity import CutRouting, cold_capacity, cut_to_capacity
+from mixtralkit.moe.coherent import CoherentDispatch
 from mixtralkit.moe.dispatch import (
     Dispatch,
     ExchangedDispatch,
@@ -96,6 +97,22 @@ class MoELayer(nn.Module):
             rows, handle = way.dispatch(home.x_TD, cut, home.assigner)
             y_TD, handles = way.combine(home.experts(rows), handle), [handle]
         return y_TD, MoEReport(routing, cut.dropped, cut.rerouted, tuple(handles), home.report)
+
+    def forward_moving(self, x_TD: torch.Tensor, ids_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same sums, left where they are computed: rows that live here from now on [M, D], and their ids [M].
+
+        Context-coherent routing (``moe/coherent.py``): a row moves to the rank of its heaviest choice, by one exchange,
+        and stays until a later layer moves it on. For rows that each rank has of its own. Collective.
+
+        Args:
+            ids_T: int64 numbers below 2^24 that tell the rows of all ranks apart; they travel with them.
+        """
+        if not self._rows_travel(self.way):
+            raise ValueError("rows can only move with attention 'dp' and experts 'ep'")
+        routing, way = self.gate(x_TD), CoherentDispatch(self.context)
+        _, home, cut = self.arrange(x_TD, routing)
+        rows, handle = way.dispatch(home.x_TD, cut, home.assigner, ids_T)
+        return way.combine(home.experts(rows), handle)
 
     def arrange(
         self, x_TD: torch.Tensor, routing: Routing, rows_per_rank: int | None = None

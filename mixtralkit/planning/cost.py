@@ -143,9 +143,7 @@ class TimeModel:
         """So many kernels that have nothing to do."""
         return kernels * self.hardware.launch_s
 
-    def exchange_s(
-        self, out_NW: Sequence[np.ndarray], into_NW: Sequence[np.ndarray], messages: int = 1
-    ) -> np.ndarray:
+    def exchange_s(self, out_NW: Sequence[np.ndarray], into_NW: Sequence[np.ndarray], messages: int = 1) -> np.ndarray:
         """Rows between ranks: over before the busiest rank's busier direction is, on the slower of the networks.
 
         Args:
@@ -164,8 +162,14 @@ class TimeModel:
         return self._collective_s("all_reduce", size * ring_share(self.world_size))
 
     def all_gather_s(self, size: np.ndarray | float) -> np.ndarray | float:
-        """Every rank's ``size`` bytes to every other."""
-        return self._collective_s("exchange", size * (self.world_size - 1))
+        """Every rank's ``size`` bytes to every other, straight."""
+        (_, here), *_ = self._networks
+        peers = (here - 1, self.world_size - here)[: len(self._networks)]
+        seconds = [
+            size * count / network.exchange.bandwidth for (network, _), count in zip(self._networks, peers, strict=True)
+        ]
+        latencies = [network.latency_s("exchange", members) for network, members in self._networks]
+        return np.maximum.reduce(seconds) + max(latencies)
 
     def broadcast_s(self, size: np.ndarray | float) -> np.ndarray | float:
         """``size`` bytes of one rank to all."""
@@ -206,6 +210,7 @@ class ShadowModel:
         matrices: m of an expert.
         compute_rounds: products with each matrix, a backward pass counting twice.
         exchanges: times that a row travels.
+        broadcast_bandwidth: bytes/s at which weights reach every rank; None, as in the paper, takes W.
     """
 
     d_model: int
@@ -216,10 +221,13 @@ class ShadowModel:
     matrices: int
     compute_rounds: int
     exchanges: int
+    broadcast_bandwidth: float | None = None
 
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
+            if f.name == "broadcast_bandwidth" and value is None:
+                continue
             if not 0 < value < float("inf"):
                 raise ValueError(f"{f.name} ({value!r}) must be a number above 0")
 
@@ -249,6 +257,15 @@ class ShadowModel:
         """A forward pass: Mixtral in 16 bits by default."""
         return cls(d_model, alpha, net_bandwidth, gpu_throughput, data_bytes, matrices, compute_rounds=1, exchanges=2)
 
+    @classmethod
+    def from_hardware(cls, shape: ModelShape, hardware: Hardware) -> ShadowModel:
+        """A forward pass on a machine that was measured, all ranks on one node."""
+        return cls(
+            shape.dim, shape.hidden / shape.dim, hardware.inside.exchange.bandwidth, hardware.peak_flops,
+            shape.data_bytes, matrices=3, compute_rounds=1, exchanges=2,
+            broadcast_bandwidth=hardware.inside.broadcast.bandwidth,
+        )  # fmt: skip
+
     @property
     def exchange_s_per_row(self) -> float:
         """Seconds that a row spends on the wire."""
@@ -263,7 +280,8 @@ class ShadowModel:
     @property
     def s_per_shadow(self) -> float:
         """Seconds that the weights of an expert take to every rank."""
-        return self.matrices * self.alpha * self.d_model**2 * self.data_bytes / self.net_bandwidth
+        weights = self.matrices * self.alpha * self.d_model**2
+        return weights * self.data_bytes / (self.broadcast_bandwidth or self.net_bandwidth)
 
     @property
     def break_even_rows(self) -> float:

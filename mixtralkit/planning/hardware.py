@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -95,7 +96,7 @@ class Hardware:
             _check_number("matrix_rates: rows", rows)
             _check_number("matrix_rates: FLOP/s", rate)
         rows = [rows for rows, _ in self.matrix_rates]
-        if any(b <= a for a, b in zip(rows, rows[1:], strict=False)):
+        if any(b <= a for a, b in itertools.pairwise(rows)):
             raise ValueError(f"matrix_rates: rows ({', '.join(f'{r:g}' for r in rows)}) must rise")
 
     @property

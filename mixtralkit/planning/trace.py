@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from mixtralkit.planning.trace_parts import parts_of, read_parts
+
 
 @dataclass(frozen=True)
 class LayerStatistics:
@@ -207,10 +209,13 @@ class RoutingTrace:
         arrays = {"experts": self.experts, "sequence": self.sequence, "position": self.position}
         if self.weights is not None:
             arrays["weights"] = self.weights
+        unfinished = Path(f"{path}.unfinished")
         try:
-            with open(path, "wb") as file:  # by handle: numpy would add a suffix to a name without one
+            with open(unfinished, "wb") as file:  # by handle: numpy would add a suffix to a name without one
                 np.savez(file, **arrays, num_experts=self.num_experts, meta=json.dumps(dict(self.meta)))
+            unfinished.replace(path)
         except OSError as error:
+            unfinished.unlink(missing_ok=True)
             raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
 
     @classmethod
@@ -218,19 +223,28 @@ class RoutingTrace:
         """Reads a trace; errors name the file.
 
         Also ``.npy`` of whole numbers, [tokens, layers] (ExFlow) or [tokens, layers, top_k] (vLLM's routed experts),
-        and ``.npz`` with one such array for every sequence.
+        and ``.npz`` with one such array for every sequence. A trace whose recording was stopped is read from its parts.
 
         Args:
             num_experts: experts of the model, for files that do not say; left out, the highest id decides, with a
                 warning. Where the file says it, both must agree.
         """
         try:
-            arrays = _read_arrays(Path(path))
+            parts = [] if Path(path).exists() else parts_of(path)
+            arrays = read_parts(parts) if parts else _read_arrays(Path(path))
             if "experts" in arrays:
                 return _own(cls, arrays, num_experts)
             if set(arrays) & {"weights", "sequence", "position"}:
                 raise ValueError(f"experts are missing; it has {', '.join(arrays)}")
             return _foreign(cls, list(arrays.values()), num_experts)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    @classmethod
+    def from_parts(cls, path: str | Path) -> RoutingTrace:
+        """Reads what the ranks have recorded so far of the trace at ``path``; errors name it."""
+        try:
+            return _own(cls, read_parts(parts_of(path)), None)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mixtralkit.config import ModelConfig, ParallelConfig
+from mixtralkit.config import ModelConfig, MoEOptions, ParallelConfig
 from mixtralkit.distributed import RankContext
 from mixtralkit.layout import RankLayout
 from mixtralkit.model.transformer import Transformer
@@ -33,6 +33,7 @@ class Trainer:
     """A model in training on this rank. Every method is collective.
 
     Weights and optimizer are float32; ``autocast`` is the dtype of the products, None for float32 throughout.
+    ``options`` say how the MoE layers run; the curve is the same for all of them.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Trainer:
         settings: TrainSettings,
         context: RankContext,
         autocast: torch.dtype | None = None,
+        options: MoEOptions | None = None,
     ) -> None:
         if tokens.vocab_size != config.vocab_size:
             raise ValueError(f"vocab_size ({config.vocab_size}) must be the tokenizer's {tokens.vocab_size}")
@@ -54,7 +56,7 @@ class Trainer:
         plan = contiguous(config.n_layers, config.num_experts, context.world_size)
         parallel = ParallelConfig("dp" if context.world_size > 1 else "tp", "ep")
         self.layout = RankLayout(config, parallel, plan, context.rank)
-        self.model = Transformer(self.layout, context, torch.float32)
+        self.model = Transformer(self.layout, context, torch.float32, options)
         self.model.initialize(settings.seed)
         self.model.requires_grad_(True)
         self.parameters = self.model.named_tensors()

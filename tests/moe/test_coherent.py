@@ -7,8 +7,6 @@ import torch
 
 from mixtralkit.distributed import RankContext
 from mixtralkit.moe import coherent
-from mixtralkit.moe.capacity import cut_to_capacity
-from mixtralkit.moe.coherent import CoherentDispatch
 from mixtralkit.moe.reference import moe_reference
 from mixtralkit.planning.plan import contiguous
 from tests.moe.layers import Whole, build, random_plan
@@ -18,7 +16,7 @@ from tests.ranks import run_ranks
 def _three_layers(context: RankContext, whole: Whole, random: bool):
     """Rows pass the same layer three times without going home; also counts the exchanges of the sums."""
     plan = random_plan(3, 8, context.world_size) if random else contiguous(1, 8, context.world_size)
-    layer, way = build(whole, plan, context), CoherentDispatch(context)
+    layer = build(whole, plan, context)
     x_TD = whole.rows([11, 0, 5, 8][context.rank], context.rank)
     ids_T = torch.arange(len(x_TD)) + 100 * context.rank
     second_exchanges = 0
@@ -31,9 +29,7 @@ def _three_layers(context: RankContext, whole: Whole, random: bool):
 
     coherent.all_to_all = counted
     for _ in range(3):
-        cut = cut_to_capacity(layer.gate(x_TD), layer.assigner.at_home_E, None, "drop")
-        rows, handle = way.dispatch(x_TD, cut, layer.assigner, ids_T)
-        x_TD, ids_T = way.combine(layer.experts(rows), handle)
+        x_TD, ids_T = layer.forward_moving(x_TD, ids_T)
     return x_TD, ids_T, second_exchanges
 
 

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from mixtralkit.config import FasterOptions, MoEOptions
 from mixtralkit.distributed import RankContext
@@ -177,3 +178,42 @@ def test_hot_rows_are_never_sent():
     for experts_TK, sent in run_ranks(_count_rows, 4, UNIFORM, everywhere(1, 8, 4), 64):
         assert len(experts_TK) == 64
         assert sent == [0, 0, 0, 0]
+
+
+def _count_bytes(context: RankContext, whole: Whole, plan: ExpertPlan, tokens: int, exchange: str):
+    """Bytes of rows and choices that leave this rank for others, and rows by destination."""
+    sent_bytes = 0
+    original = dist.all_to_all_single, RankContext.all_gather
+
+    def all_to_all(out, x, receive, send, group):
+        nonlocal sent_bytes
+        row_bytes = x[0].numel() * x.element_size() if len(x) else 0
+        sent_bytes += row_bytes * (sum(send) - send[context.rank])
+        return original[0](out, x, receive, send, group=group)
+
+    def all_gather(self, x):
+        nonlocal sent_bytes
+        if x.is_floating_point():  # counts are whole numbers
+            sent_bytes += x.numel() * x.element_size() * (self.world_size - 1)
+        return original[1](self, x)
+
+    layer = build(whole, plan, context)
+    x_TD = whole.rows(tokens, context.rank)
+    _, report = layer(x_TD)
+    dist.all_to_all_single, RankContext.all_gather = all_to_all, all_gather
+    layer(x_TD, rows_per_rank=tokens + 3 if exchange == "static" else None)
+    return sent_bytes, report.handles[0].send, report.handles[0].receive
+
+
+def test_bytes_of_the_exact_exchange_are_the_analytic_count():
+    """Out: a row and 3K+1 numbers of four bytes for each row sent; back: one row for each row received."""
+    for sent_bytes, send, receive in run_ranks(_count_bytes, 4, HALF_SKEW, random_plan(9, 8, 4), 50, "exact"):
+        row_bytes, choice_bytes = HALF_SKEW.dim * 4, (3 * HALF_SKEW.top_k + 1) * 4
+        assert sent_bytes == sum(send) * (row_bytes + choice_bytes) + sum(receive) * row_bytes
+
+
+def test_bytes_of_the_static_exchange_are_the_analytic_count():
+    """Out: room for every row to every other rank; back: the same number of rows."""
+    for sent_bytes, *_ in run_ranks(_count_bytes, 4, HALF_SKEW, random_plan(9, 8, 4), 50, "static"):
+        row_bytes, choice_bytes = HALF_SKEW.dim * 4, (3 * HALF_SKEW.top_k + 1) * 4
+        assert sent_bytes == 3 * 53 * (row_bytes + choice_bytes) + 3 * 53 * row_bytes

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mixtralkit.config import FasterOptions, MoEOptions
 from mixtralkit.distributed import RankContext
 from mixtralkit.training.loop import Trainer
 from mixtralkit.training.settings import TrainSettings
@@ -18,23 +19,30 @@ def settings(**changes) -> TrainSettings:
     return TrainSettings(**{**values, "aux_loss": 0.1, "clip": 0.5, **changes})
 
 
-def trainer(context: RankContext = RankContext(), **changes) -> Trainer:  # noqa: B008 - frozen
-    return Trainer(small_config(), small_tokens(), settings(**changes), context)
+# Its figures make copies look cheap, so that some experts are shadowed.
+FASTER = MoEOptions(FasterOptions(schedule=True, shadow=True, net_bandwidth=1e13, gpu_throughput=1e9))
 
 
-def curve(context: RankContext, zero: bool):
+def trainer(context: RankContext = RankContext(), options: MoEOptions | None = None, **changes) -> Trainer:  # noqa: B008
+    return Trainer(small_config(), small_tokens(), settings(**changes), context, options=options)
+
+
+def curve(context: RankContext, zero: bool, options: MoEOptions | None = None):
     logged = []
-    run = trainer(context, zero=zero)
+    run = trainer(context, options, zero=zero)
     losses = run.train(log=lambda step, values: logged.append((step, values["balance"], values["grad_norm"])))
     figures = {domain: (f.bits_per_byte, f.load_LE) for domain, f in run.evaluate().items()}
     return losses, logged, run.whole_tensors(torch.float32), figures
 
 
-@pytest.mark.parametrize(("world_size", "zero"), [(2, False), (4, False), (2, True), (4, True)])
-def test_curve_is_that_of_one_rank(world_size, zero):
+@pytest.mark.parametrize(
+    ("world_size", "zero", "options"),
+    [(2, False, None), (4, False, None), (2, True, None), (4, True, None), (2, True, FASTER), (4, False, FASTER)],
+)
+def test_curve_is_that_of_one_rank(world_size, zero, options):
     losses, logged, tensors, figures = curve(RankContext(), False)
     assert losses[-1] < losses[0]
-    results = run_ranks(curve, world_size, zero, timeout_s=90)
+    results = run_ranks(curve, world_size, zero, options, timeout_s=90)
     for got_losses, got_logged, _, got_figures in results:
         torch.testing.assert_close(torch.tensor(got_losses), torch.tensor(losses), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(torch.tensor(got_logged), torch.tensor(logged), rtol=1e-3, atol=1e-4)

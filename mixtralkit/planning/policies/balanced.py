@@ -83,10 +83,7 @@ def rebalance_experts(
     phy2log = np.empty((num_layers, num_gpus, slots), np.int64)
     for layer, loads_E in enumerate(loads_LE):
         phy2log[layer] = min(
-            (
-                _place(loads_E, nodes, gpus, slots)
-                for nodes in _experts_of_nodes(loads_E, num_groups, num_nodes)
-            ),
+            (_place(loads_E, nodes, gpus, slots) for nodes in _experts_of_nodes(loads_E, num_groups, num_nodes)),
             key=lambda slots_WS: _peak(_holds(slots_WS, num_experts), loads_E),
         )
     return phy2log.reshape(num_layers, num_replicas), *_inverse(phy2log.reshape(num_layers, -1), num_experts)

@@ -48,7 +48,7 @@ def measure(plan: ExpertPlan, loads_LE: np.ndarray, transitions_LEE: np.ndarray 
     per_node = plan.ranks_per_node or plan.world_size
     crossings = [None, None]
     if transitions_LEE is not None:
-        crossings = [crossings_per_token(plan, transitions_LEE, size) for size in (1, per_node)]
+        crossings = [float(crossings_J(plan, transitions_LEE, size).sum()) for size in (1, per_node)]
     return Quality(
         crossings_per_token=crossings[0],
         uniform_crossings_per_token=(plan.num_layers - 1) * (1 - 1 / plan.world_size),
@@ -67,28 +67,30 @@ def rank_loads(plan: ExpertPlan, loads_LE: np.ndarray) -> np.ndarray:
     return np.einsum("le,lwe->lw", loads_LE / plan.copies_LWE.sum(1), plan.holds_LWE)
 
 
-def crossings_per_token(plan: ExpertPlan, transitions_LEE: np.ndarray, ranks: int = 1) -> float:
-    """Expected moves of a token over all layers between groups of ``ranks`` consecutive ranks.
+def crossings_J(plan: ExpertPlan, transitions_LEE: np.ndarray, ranks: int = 1) -> np.ndarray:
+    """Expected moves of a token between groups of ``ranks`` consecutive ranks, for each pair of layers [L-1].
 
     A token stays on its rank where that holds the next expert, else it goes to one of the expert's ranks, each as
     likely, those of its own group first. With replicas, where it stood is followed through the layers by the
     distribution that transitions give, as if its path had no longer memory.
     """
-    groups_W = np.arange(plan.world_size) // ranks
-    near_WW = groups_W[:, None] == groups_W
-    holds = plan.holds_LWE[0]
-    at_EW = (holds / holds.sum(0)).T
-    crossings = 0.0
+    wanted = (plan.num_layers - 1, plan.num_experts, plan.num_experts)
+    if transitions_LEE.shape != wanted:
+        raise ValueError(f"transitions (shape {transitions_LEE.shape}) must be the plan's {wanted}")
+    group_W = np.arange(plan.world_size) // ranks
+    near_WW = (group_W[:, None] == group_W).astype(float)
+    at_EW = (plan.holds_LWE[0] / plan.holds_LWE[0].sum(0)).T
+    crossings = np.zeros(len(transitions_LEE))
     for layer, weight_EE in enumerate(transitions_LEE):
         holds_WE = plan.holds_LWE[layer + 1]
-        near_WE = near_WW.astype(float) @ holds_WE
-        weight_WE = at_EW.T @ (weight_EE / max(weight_EE.sum(), 1e-300))  # a token on rank w wants expert e
-        moves_WE = weight_WE * ~holds_WE
-        crossings += float((moves_WE * (near_WE == 0)).sum()) if ranks > 1 else float(moves_WE.sum())
-        close_WE = np.divide(moves_WE, near_WE, out=np.zeros_like(moves_WE), where=near_WE > 0)
-        far_E = (moves_WE * (near_WE == 0)).sum(0) / holds_WE.sum(0)
-        arrive_WE = weight_WE * holds_WE + holds_WE * (near_WW.astype(float) @ close_WE + far_E)
-        share_E = arrive_WE.sum(0)
+        wants_WE = at_EW.T @ (weight_EE / max(weight_EE.sum(), 1e-300))  # a token on rank w wants expert e
+        near_WE = near_WW @ holds_WE
+        leaves_WE = np.where(near_WE == 0, wants_WE, 0)
+        shifts_WE = np.where((near_WE > 0) & ~holds_WE, wants_WE, 0)
+        crossings[layer] = leaves_WE.sum() + (shifts_WE.sum() if ranks == 1 else 0)
+        close_WE = near_WW @ np.divide(shifts_WE, near_WE, out=np.zeros_like(wants_WE), where=near_WE > 0)
         even_WE = holds_WE / holds_WE.sum(0)
-        at_EW = np.where(share_E > 0, arrive_WE / np.where(share_E > 0, share_E, 1), even_WE).T
+        arrive_WE = holds_WE * (wants_WE + close_WE) + even_WE * leaves_WE.sum(0)
+        total_E = arrive_WE.sum(0)
+        at_EW = np.where(total_E > 0, arrive_WE / np.where(total_E > 0, total_E, 1), even_WE).T
     return crossings

@@ -47,4 +47,3 @@ def shadow(
         policy="shadow",
         meta={"rows": rows, "steps": steps, "shadows": [len(hot) for hot in hot_L]},
     )
-

@@ -1,0 +1,96 @@
+"""The plan: its questions answered as loops would, its JSON round trip, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mixtralkit.planning.plan import ExpertPlan, contiguous, everywhere
+from tests.moe.layers import random_plan
+
+
+@given(st.integers(0, 10_000), st.integers(1, 12), st.integers(1, 6))
+def test_look_ups_say_what_the_slots_say(seed, num_experts, world_size):
+    plan = random_plan(seed, num_experts, world_size)
+    for rank in range(world_size):
+        held = [int(e) for e in plan.slots_LWS[0, rank] if e >= 0]
+        assert plan.experts_of(0, rank) == tuple(held)
+        for expert in range(num_experts):
+            assert plan.holds_LWE[0, rank, expert] == (expert in held)
+            assert plan.slot_of_LWE[0, rank, expert] == (held.index(expert) if expert in held else -1)
+    for expert in range(num_experts):
+        assert plan.hot_LE[0, expert] == all(expert in plan.experts_of(0, rank) for rank in range(world_size))
+
+
+@given(st.integers(0, 10_000))
+def test_json_round_trip(seed):
+    plan = random_plan(seed, 8, 4, cold_capacity_factor=1.25, overflow="reroute", ranks_per_node=2, meta={"from": "x"})
+    again = ExpertPlan.from_dict(json.loads(json.dumps(plan.to_dict())))
+    assert again.to_dict() == plan.to_dict()
+
+
+def test_contiguous_cuts_as_evenly_as_it_can():
+    plan = contiguous(2, 10, 4)
+    assert [len(plan.experts_of(1, rank)) for rank in range(4)] == [2, 3, 2, 3]
+    assert sorted(e for rank in range(4) for e in plan.experts_of(0, rank)) == list(range(10))
+    assert not plan.hot_LE.any()
+    assert everywhere(1, 3, 2).hot_LE.all()
+
+
+def test_slots_are_frozen():
+    plan = contiguous(1, 4, 2)
+    with pytest.raises(ValueError, match="read-only"):
+        plan.slots_LWS[0, 0, 0] = 3
+
+
+@pytest.mark.parametrize(
+    ("slots", "changes", "says"),
+    [
+        ([[[0, 1], [2, 4]]], {}, r"layer 0, rank 1 holds expert 4, outside 0 … 3"),
+        ([[[0, 1], [2, -2]]], {}, r"layer 0, rank 1 holds expert -2"),
+        ([[[0, 0], [2, 3]]], {}, r"layer 0, rank 0 holds expert 0 twice"),
+        ([[[0, 1], [2, 1]]], {}, r"layer 0 has no slot for expert 3"),
+        ([[0, 1], [2, 3]], {}, r"slots .* must be whole numbers \[layers\]\[ranks\]\[slots\]"),
+        ([[[0.5, 1], [2, 3]]], {}, r"whole numbers"),
+        ([[[0, 1], [2, 3]]], {"ranks_per_node": 3}, r"ranks_per_node \(3\) must divide world_size \(2\)"),
+        ([[[0, 1], [2, 3]]], {"cold_capacity_factor": -1}, r"cold_capacity_factor \(-1\)"),
+        ([[[0, 1], [2, 3]]], {"cold_capacity_factor": float("nan")}, r"cold_capacity_factor \(nan\)"),
+        ([[[0, 1], [2, 3]]], {"cold_token_percent": 0}, r"cold_token_percent \(0\) must lie in \(0, 1\]"),
+        ([[[0, 1], [2, 3]]], {"overflow": "keep"}, r"overflow \('keep'\) must be one of drop, reroute"),
+    ],
+)
+def test_what_is_wrong_is_named(slots, changes, says):
+    with pytest.raises(ValueError, match=says):
+        ExpertPlan(np.array(slots), 4, **changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"version": 2}, r"version \(2\) must be 1"),
+        ({"world_size": 3}, r"world_size \(3\) differs from the 2 that slots has"),
+        ({"slots": "abc"}, r"slots"),
+        ({"slots": None}, r"slots must be lists"),
+        ({"num_experts": True}, r"num_experts \(True\)"),
+    ],
+)
+def test_a_file_that_is_wrong_is_named(tmp_path, change, says):
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps({**contiguous(1, 4, 2).to_dict(), **change}))
+    with pytest.raises(ValueError, match=says) as caught:
+        ExpertPlan.load(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_plan_for_something_else_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"world_size \(2\) must be 4"):
+        contiguous(1, 4, 2).check_fits(1, 4, 4)
+    with pytest.raises(ValueError, match="cannot be read"):
+        ExpertPlan.load(tmp_path / "none.json")
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(ValueError, match=r"broken\.json"):
+        ExpertPlan.load(tmp_path / "broken.json")

@@ -1,0 +1,130 @@
+"""The time model's formulas by hand on a machine of round figures, and its predictions for other systems' layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mixtralkit.planning.cost import KernelCounts, ModelShape, ShadowModel, TimeModel
+from mixtralkit.planning.hardware import Hardware
+from mixtralkit.planning.plan import contiguous
+from mixtralkit.planning.replay import Execution
+from mixtralkit.planning.simulate import sample_routing, simulate
+from tests.configs import small_config
+from tests.planning.machines import machine
+
+SHAPE = ModelShape(dim=1000, hidden=2000, num_experts=8, top_k=2, heads=10, kv_heads=2, head_dim=100, vocab=5000)
+FREE = KernelCounts(0, 0, 0, 0, 0, 0)
+
+
+def _model(world_size: int = 4, ranks_per_node: int | None = None, **changes) -> TimeModel:
+    return TimeModel(SHAPE, machine(across=True, **changes), world_size, ranks_per_node, FREE)
+
+
+def test_few_rows_take_as_long_as_reading_the_weights_and_many_as_their_arithmetic():
+    model = _model(memory_bandwidth=1e11)
+    weights = 3 * 1000 * 2000
+    assert model.product_s(1, weights) == pytest.approx(weights * 2 / 1e11)
+    assert model.product_s(0, weights) == 0
+    assert model.product_s(1000, weights) == pytest.approx(2 * weights * 1000 / 1e14)
+    rows = np.arange(0, 3000, 7)
+    assert (np.diff(model.product_s(rows, weights)) >= -1e-12).all(), "more rows never take less time"
+
+
+def test_an_expert_is_its_products_and_the_copies_of_its_rows():
+    copies = 300 * (4 * 1000 + 6 * 2000) * 2 / 1e12
+    assert _model().expert_s(300) == pytest.approx(6 * 1000 * 2000 * 300 / 1e14 + copies)
+    half = 6 * 1000 * 1000 * 300 / 1e14 + 300 * (4 * 1000 + 6 * 1000) * 2 / 1e12
+    assert _model().expert_s(300, split=2) == pytest.approx(half)
+    assert _model().expert_s(0) == 0
+
+
+def test_experts_of_a_rank_add_up():
+    rows_WE = np.array([[10, 0, 200], [0, 0, 0]])
+    model = _model()
+    np.testing.assert_allclose(model.experts_s(rows_WE), [model.expert_s(10) + model.expert_s(200), 0])
+
+
+def test_an_exchange_lasts_as_long_as_its_busiest_rank_in_its_busier_direction():
+    out, into = np.array([1e6, 5e6, 0, 0]), np.array([0, 0, 6e6, 0])
+    assert _model().exchange_s([out], [into], messages=3) == pytest.approx(6e6 / 1e10 + 3e-5)
+
+
+def test_the_slower_network_decides():
+    near, far = np.array([8e6, 0, 0, 0]), np.array([1e6, 0, 0, 0])
+    none = np.zeros(4)
+    assert _model(4, 2).exchange_s([near, far], [none, none]) == pytest.approx(1e6 / 1e9 + 1e-4)
+    assert _model(4, 2).exchange_s([near * 2, far], [none, none]) == pytest.approx(16e6 / 1e10 + 1e-4)
+
+
+def test_collectives():
+    assert _model(4).all_reduce_s(8e6) == pytest.approx(2 * 3 / 4 * 8e6 / 1e10 + 1e-5)
+    assert _model(4).all_gather_s(8e6) == pytest.approx(3 * 8e6 / 1e10 + 1e-5)
+    assert _model(8, 4).all_gather_s(8e6) == pytest.approx(4 * 8e6 / 1e9 + 1e-4)
+    assert _model(8, 4).all_reduce_s(8e6) == pytest.approx(2 * 7 / 8 * 8e6 / 1e9 + 1e-5 + 1e-4)
+    assert _model(2).broadcast_s(8e6) == pytest.approx(8e6 / 1e10 + 0.5e-5)
+
+
+def test_one_rank_talks_to_nobody():
+    alone = _model(1)
+    assert alone.all_reduce_s(1e6) == alone.all_gather_s(1e6) == alone.broadcast_s(1e6) == 0
+    assert alone.exchange_s([np.zeros(1)], [np.zeros(1)]) == 0
+
+
+def test_attention_by_hand():
+    """Weights once, then the larger of reading the cache and the products with it."""
+    weights = 1000 * 100 * (2 * 10 + 2 * 2)
+    tokens, context = np.array([4]), 4999
+    cache = 4 * 5000 * 2 * 2 * 100 * 2 / 1e12
+    model = _model()
+    assert model.attention_s(tokens, context)[0] == pytest.approx(float(model.product_s(4, weights)) + cache)
+    flop = 4 * 512 * (0 + 513 / 2) * 10 * 100 / 1e14
+    prompt = model.attention_s(np.array([512]), 0, span=512)[0]
+    reading = 512 * 2 * 2 * 100 * 2 / 1e12
+    assert prompt == pytest.approx(float(model.product_s(512, weights)) + max(flop, reading))
+
+
+def test_kernels_that_wait_for_each_other_cost_their_launches():
+    model = TimeModel(SHAPE, machine(), 4)
+    kernels = KernelCounts()
+    assert model.gate_s(np.zeros(4)).tolist() == pytest.approx([kernels.gate * 1e-6] * 4)
+    assert model.experts_s(np.zeros((4, 8))).tolist() == pytest.approx([kernels.experts * 1e-6] * 4)
+
+
+def test_sizes_of_a_configuration():
+    config = small_config()
+    shape = ModelShape.of(config, data_bytes=4)
+    assert (shape.dim, shape.hidden, shape.num_experts, shape.top_k, shape.kv_heads) == (48, 56, 8, 2, 2)
+    assert (shape.row_bytes, shape.expert_bytes, shape.packed_bytes) == (192, 3 * 48 * 56 * 4, 28)
+
+
+def test_the_shadow_choice_takes_its_figures_from_the_same_machine():
+    costs = ShadowModel.from_hardware(SHAPE, machine())
+    assert costs.s_per_row == pytest.approx(6 * 1000 * 2000 / 1e14 + 2 * 1000 * 2 / 1e10)
+    assert costs.s_per_shadow == pytest.approx(TimeModel(SHAPE, machine(), 4).broadcast_s(SHAPE.expert_bytes) - 1e-5)
+
+
+# Milliseconds of one Mixtral layer on four H200, slowest rank: plain all-to-all with torch.grouped_mm, and tensor
+# parallel; routing uniform, or one expert with half of all rows. Measured on 2026-11-20.
+MEASURED = {
+    ("uniform", 16): (0.72, 0.34), ("uniform", 64): (0.66, 0.38),
+    ("uniform", 1024): (1.90, 1.83), ("uniform", 4096): (5.97, 6.68),
+    ("skewed", 16): (0.68, 0.36), ("skewed", 64): (0.74, 0.40),
+    ("skewed", 1024): (3.24, 1.88), ("skewed", 4096): (13.29, 6.96),
+}  # fmt: skip
+
+
+def test_predictions_for_four_h200_are_near_what_was_measured():
+    hardware = Hardware.load(Path(__file__).parents[2] / "configs" / "hardware" / "h200.json")
+    shape = ModelShape(4096, 14336, 8, 2, 32, 8, 128, 32000)
+    loads = {"uniform": np.ones((1, 8)), "skewed": np.array([[7.0, *[1.0] * 7]])}
+    errors = []
+    for (routing, tokens), measured in MEASURED.items():
+        trace = sample_routing(loads[routing], 4 * tokens, 2)
+        for layout, ms in zip(("ep", "tp"), measured, strict=True):
+            found = simulate(contiguous(1, 8, 4), trace, shape, hardware, Execution(layout))
+            errors.append(abs(found.phases_LP[0, 1:].sum() * 1e3 / ms - 1))
+    assert np.median(errors) < 0.1
+    assert max(errors) < 0.25

@@ -1,0 +1,76 @@
+"""Which rank computes what, for many steps at once, against the layer's own code a step at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mixtralkit.moe import capacity
+from mixtralkit.moe.balance import spread_rows
+from mixtralkit.moe.gate import Routing
+from mixtralkit.planning.plan import ExpertPlan
+from mixtralkit.planning.traffic import cut_to_capacity, once_per_member, pour
+from tests.moe.layers import random_plan
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_poured_rows_are_complete_and_nearly_as_even_as_the_layers(seed):
+    rng = np.random.default_rng(seed)
+    holds_WE = random_plan(seed, 16, 6).holds_LWE[0]
+    counts_GE, fixed_GW = rng.poisson(200, (5, 16)), rng.poisson(150, (5, 6))
+    rows_GEW = pour(counts_GE, fixed_GW, holds_WE)
+    assert (rows_GEW >= 0).all()
+    assert (rows_GEW.sum(2) == counts_GE).all()
+    assert not rows_GEW[:, ~holds_WE.T].any()
+    for group in range(5):
+        best = (spread_rows(counts_GE[group], fixed_GW[group], holds_WE).sum(0) + fixed_GW[group]).max()
+        assert best <= (rows_GEW[group].sum(0) + fixed_GW[group]).max() <= 1.2 * best
+
+
+def test_one_expert_is_poured_into_the_lowest():
+    holds_WE = np.array([[True], [True], [False], [True]])
+    poured = pour(np.array([[10], [1], [0]]), np.array([[5, 0, 0, 9]] * 3), holds_WE)
+    assert poured[:, 0].tolist() == [[2, 8, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("overflow", ["drop", "reroute"])
+@pytest.mark.parametrize("seed", range(10))
+def test_the_cut_is_the_layers(seed, overflow):
+    """``drop`` takes the same choices. ``reroute`` loses as many; where they go only the layer knows."""
+    rng = np.random.default_rng(seed)
+    tokens, places = 20 + seed, 3
+    plan = ExpertPlan(random_plan(seed, 8, places).slots_LWS, 8, cold_capacity_factor=0.7, overflow=overflow)
+    logits = torch.tensor(rng.normal(size=(places * tokens, 8)) + np.eye(8)[2], dtype=torch.float32)
+    chosen, experts = logits.topk(2)
+    weights = chosen.softmax(-1).half().float()
+    home_SE = plan.holds_LWE[0]
+    place_T = np.repeat(np.arange(places), tokens)
+    found_TK, dropped, rerouted = cut_to_capacity(plan, home_SE, experts.numpy(), weights.numpy(), place_T)
+    limit = capacity.cold_capacity(plan, tokens, 2)
+    expected, lost, moved = [], 0, 0
+    for place in range(places):
+        rows = slice(place * tokens, (place + 1) * tokens)
+        routing = Routing(experts[rows], weights[rows], logits[rows])
+        cut = capacity.cut_to_capacity(routing, torch.tensor(home_SE[place]), limit, overflow)
+        expected.append(cut.experts_TK.numpy())
+        lost, moved = lost + int(cut.dropped), moved + int(cut.rerouted)
+    if overflow == "drop":
+        assert (found_TK == np.concatenate(expected)).all()
+    assert (dropped, rerouted) == (lost, moved)
+    assert dropped + rerouted > 0
+    for place in range(places):
+        mine_TK = found_TK[place_T == place]
+        counts_E = np.bincount(mine_TK[mine_TK >= 0], minlength=8)
+        assert (counts_E[~home_SE[place]] <= limit).all()
+        assert all(len({*row[row >= 0]}) == (row >= 0).sum() for row in mine_TK), "an expert twice in a row"
+
+
+def test_once_per_member():
+    members = np.array([[2, 2, 1], [-1, 3, 3], [0, -1, 0], [1, 2, 3]])
+    assert once_per_member(members).tolist() == [
+        [True, False, True],
+        [False, True, False],
+        [True, False, False],
+        [True, True, True],
+    ]

@@ -1,0 +1,156 @@
+"""Which experts a prompt set uses: ``python tools/profile_experts.py -m ckpts --prompts FILE --output trace.npz``.
+
+Runs on one process or under ``torchrun``. ``show TRACE`` prints the same table of a trace that is there.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from mixtralkit.checkpoint import open_checkpoint
+from mixtralkit.cli import run_tool
+from mixtralkit.config import MoEOptions
+from mixtralkit.distributed import RankContext
+from mixtralkit.engine.recorder import RoutingRecorder
+from mixtralkit.engine.requests import Request, check_prompt
+from mixtralkit.engine.sampler import SamplingOptions
+from mixtralkit.engine.tokenizer import Tokenizer
+from mixtralkit.evaluation.prompt_sets import read_prompts
+from mixtralkit.mixtral import Mixtral, encode_prompt
+from mixtralkit.planning.trace import RoutingTrace
+from mixtralkit.version import __version__
+
+
+def profile(
+    prompts: Path,
+    output: Path,
+    model: Path = Path("ckpts"),
+    tokenizer: Path | None = None,
+    plot: Path | None = None,
+    max_gen_len: int = 64,
+    max_seq_len: int | None = None,
+    max_batch_size: int = 8,
+    temperature: float = 0.0,
+    seed: int = 1,
+    dtype: str | None = None,
+    device: str | None = None,
+    attention: str = "auto",
+    experts: str = "auto",
+) -> None:
+    """Runs a prompt set, records which experts every token takes, and prints how evenly the layers use them.
+
+    Args:
+        prompts: Prompts, .jsonl (an object with "prompt" or "messages" a line) or .txt (a prompt a line).
+        output: Trace to write, .npz (docs/traces.md).
+        model: Folder with the checkpoint, of any format that docs/checkpoints.md lists.
+        tokenizer: Sentencepiece model; left out, tokenizer.model in the model's folder.
+        plot: Draw a heat map of the loads, layers by experts, to this .png.
+        max_gen_len: Most tokens to generate for each prompt; 0 profiles the prompts alone.
+        max_seq_len: Most tokens of a prompt with its answer; left out, what the prompts need and the model can.
+        max_batch_size: Prompts that run at a time.
+        temperature: 0 takes the likeliest token each time; higher is more varied.
+        seed: The same seed gives the same text.
+        dtype: bfloat16, float16 or float32; left out, bfloat16 on a GPU and float32 on a CPU.
+        device: cpu or cuda; left out, cuda where there is one.
+        attention: tp splits heads over the ranks, dp the prompts; auto takes tp where the ranks divide the heads.
+        experts: ep gives each rank whole experts, tp a part of each; auto takes ep.
+    """
+    sampling = SamplingOptions(temperature=temperature, seed=seed)
+    context = RankContext.start(device)
+    with context.agreed():
+        reader = open_checkpoint(model)
+        sp = Tokenizer(model / "tokenizer.model" if tokenizer is None else tokenizer)
+        requests = [
+            Request(i, encode_prompt(sp, i, record.prompt), max_gen_len, sampling)
+            for i, record in enumerate(read_prompts(prompts))
+        ]
+        needed = max(len(request.prompt) + request.max_gen_len for request in requests)
+        max_seq_len = min(reader.config.max_seq_len, needed) if max_seq_len is None else max_seq_len
+        for request in requests:
+            check_prompt(request.id, request.prompt, max_seq_len, reader.config.vocab_size)
+    mixtral = Mixtral.load(
+        reader, sp, context, max_seq_len, max_batch_size, seed,
+        dtype=dtype, attention=attention, experts=experts, options=MoEOptions(),
+    )  # fmt: skip
+    meta = {"model": model.name, "prompts": prompts.name, "version": __version__}
+    with (
+        RoutingRecorder(mixtral.model, output, meta) as mixtral.engine.observe,
+        tqdm(total=len(requests), unit="prompt", disable=not (context.is_first and sys.stderr.isatty())) as bar,
+    ):
+        for event in mixtral.engine.run(requests):
+            bar.update(event.completion is not None)
+    with context.agreed():
+        if context.is_first:
+            _present(RoutingTrace.load(output), output, plot)
+    mixtral.close()
+
+
+def show(trace: Path, num_experts: int | None = None, plot: Path | None = None) -> None:
+    """Prints how evenly a trace's layers use their experts.
+
+    Args:
+        trace: Trace, .npz or .npy of any kind that docs/traces.md lists.
+        num_experts: Experts of the model, for a trace that does not say.
+        plot: Draw a heat map of the loads, layers by experts, to this .png.
+    """
+    _present(RoutingTrace.load(trace, num_experts), trace, plot)
+
+
+def _present(trace: RoutingTrace, path: Path, plot: Path | None) -> None:
+    sequences = len(np.unique(trace.sequence))
+    print(f"{path}: {trace.num_tokens:,} tokens of {sequences:,} sequences, {trace.num_layers} layers, "
+          f"{trace.top_k} of {trace.num_experts} experts")  # fmt: skip
+    print(table(trace))
+    if plot is not None:
+        draw_loads(trace, plot)
+
+
+def table(trace: RoutingTrace) -> str:
+    """Load in per cent of the choices, max/mean, mean/max, entropy and repetition, a layer a line."""
+    wide = trace.num_experts > 16  # experts no longer fit on a line
+    heads = [] if wide else [f"{'e' + str(e):>5}" for e in range(trace.num_experts)]
+    lines = ["layer " + "".join([*heads, "  max/mean", "  mean/max", "  entropy", "  repetition"])]
+    total = max(trace.num_tokens * trace.top_k, 1)
+    for i, layer in enumerate(trace.statistics()):
+        loads = "" if wide else "".join(f"{100 * load / total:5.1f}" for load in layer.load_E)
+        lines.append(
+            f"{i:5} {loads}{layer.max_over_mean:10.2f}{layer.mean_over_max:10.2f}{layer.entropy:9.2f}"
+            f"{100 * layer.repetition:11.1f}%"
+        )
+    return "\n".join(lines)
+
+
+def draw_loads(trace: RoutingTrace, path: Path) -> None:
+    """A heat map of each expert's load over the layer's mean, layers by experts."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("plot needs matplotlib: pip install 'mixtralkit[plot]'") from None
+    loads_LE = trace.loads_LE()
+    relative_LE = loads_LE / np.maximum(loads_LE.mean(1, keepdims=True), 1e-9)
+    layers, experts = relative_LE.shape
+    figure = Figure(figsize=(min(3 + 0.55 * experts, 16), min(1.6 + 0.33 * layers, 16)), layout="constrained")
+    axes = figure.add_subplot()
+    most = max(2.0, float(relative_LE.max()))
+    image = axes.imshow(relative_LE, cmap="viridis", vmin=0, vmax=most, aspect="auto")
+    axes.set(xlabel="expert", ylabel="layer", title=f"load / mean, {trace.num_tokens:,} tokens")
+    axes.set_xticks(range(0, experts, -(-experts // 16)))
+    axes.set_yticks(range(0, layers, -(-layers // 32)))
+    if experts <= 16:
+        for layer, expert in np.ndindex(layers, experts):
+            value = relative_LE[layer, expert]
+            colour = "black" if value > 0.6 * most else "white"
+            axes.text(expert, layer, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
+    figure.colorbar(image, ax=axes)
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+if __name__ == "__main__":
+    run_tool({"profile": profile, "show": show}, default="profile", short={"m": "model", "t": "tokenizer"})
