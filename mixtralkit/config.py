@@ -195,7 +195,9 @@ def _from_hugging_face(params: Mapping[str, Any]) -> ModelConfig:
     if rope.get("rope_type", "default") != "default":
         raise ValueError(f"rope_parameters.rope_type ({rope['rope_type']!r}) must be 'default'")
     theta = params.get("rope_theta") or rope.get("rope_theta") or 1e6
-    return ModelConfig(**values, rope_theta=theta, sliding_window=params.get("sliding_window"), extra=extra)
+    window = params.get("sliding_window")
+    window = int(window) if isinstance(window, str) and window.isdigit() else window  # the eight-file release has text
+    return ModelConfig(**values, rope_theta=theta, sliding_window=window, extra=extra)
 
 
 def _derived_head_dim(dim: Any, n_heads: Any) -> int:
