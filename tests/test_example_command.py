@@ -67,7 +67,9 @@ def test_prints_mixtralkits_blocks(folder, example, capsys):
     example.generate(model=folder, tokenizer=folder / "tokenizer.model", max_gen_len=6, temperature=0)
     blocks = capsys.readouterr().out.split(f"{RULE}Example START{RULE}\n\n[Prompt]:\n")[1:]
     assert len(blocks) == 3
-    expected = Mixtral.build(folder).text_completion(["Who are you?"], temperature=0, max_gen_len=6)[0]["generation"]
+    dialog = [{"role": "user", "content": "Who are you?"}]
+    answer = Mixtral.build(folder).chat_completion([dialog], temperature=0, max_gen_len=6)[0]
+    expected = answer["generation"]["content"]
     assert blocks[0] == f"Who are you?\n\n[Response]:\n{expected}\n\n{RULE}Example END{RULE}\n\n"
 
 

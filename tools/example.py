@@ -80,7 +80,8 @@ def generate(
         stop: Texts that end an answer.
         dtype: bfloat16, float16 or float32; left out, bfloat16 on a GPU and float32 on a CPU.
         device: cpu or cuda; left out, cuda where there is one.
-        attention: tp splits heads over the ranks, dp the prompts; auto takes tp where the ranks divide the heads.
+        attention: tp splits heads over the ranks, dp the prompts; auto takes tp where the ranks divide the heads and
+            neither faster_schedule nor faster_shadow is on.
         experts: ep gives each rank whole experts, tp a part of each; auto takes ep.
         plan: plan.json that says which ranks hold which experts.
         exchange: How rows travel to experts: exact sends just what there is, static keeps every shape fixed; auto is
@@ -174,7 +175,8 @@ def chat(
         seed: The same seed and the same conversation give the same text.
         dtype: bfloat16, float16 or float32; left out, bfloat16 on a GPU and float32 on a CPU.
         device: cpu or cuda; left out, cuda where there is one.
-        attention: tp splits heads over the ranks; auto takes it where the ranks divide the heads, else dp.
+        attention: tp splits heads over the ranks; auto takes it where the ranks divide the heads and neither
+            faster_schedule nor faster_shadow is on, else dp.
         experts: ep gives each rank whole experts, tp a part of each; auto takes ep.
         plan: plan.json that says which ranks hold which experts.
         exchange: How rows travel to experts: exact sends just what there is, static keeps every shape fixed; auto is
@@ -315,7 +317,9 @@ def _result(completion: Completion) -> dict[str, Any]:
 
 def _print_block(record: PromptRecord, completion: Completion) -> None:
     prompt = record.prompt
-    if not isinstance(prompt, str):
+    if not isinstance(prompt, str) and len(prompt) == 1:
+        prompt = prompt[0]["content"]
+    elif not isinstance(prompt, str):
         prompt = "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
     line = "=" * 30
     tqdm.write(f"{line}Example START{line}\n\n[Prompt]:\n{prompt}\n\n[Response]:\n{completion.text}\n")
