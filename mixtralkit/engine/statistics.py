@@ -38,30 +38,28 @@ class MoEStatistics:
         self.context = model.context
         self.tokens_are_shared = model.layout.parallel.attention == "tp"
         layers = model.params.n_layers
-        self._on_device = torch.zeros(layers, 3, dtype=torch.int64, device=self.context.device)
-        self._on_host = torch.zeros(layers, 3, dtype=torch.int64)
+        self._cut_L2 = torch.zeros(layers, 2, dtype=torch.int64, device=self.context.device)  # dropped, rerouted
+        self._host_L4 = torch.zeros(layers, 4, dtype=torch.int64)  # choices, sent, shadows, shadow bytes
 
     def __call__(self, batch: StepBatch, reports: list[MoEReport]) -> None:
-        self._on_device += torch.stack([torch.stack([r.dropped, r.rerouted, r.dropped * 0]) for r in reports])
-        for layer, report in enumerate(reports):
-            self._on_device[layer, 2] += report.routing.experts_TK.numel()
-            sent = sum(sum(rows) for handle in report.handles for rows in _sent(handle))
-            shadows = report.shadows
-            if shadows is not None and self.context.is_first:  # every rank reports the same ones
-                self._on_host[layer, 1] += len(shadows.broadcast)
-                self._on_host[layer, 2] += shadows.bytes_broadcast
-            self._on_host[layer, 0] += sent
+        counts_for_all = self.context.is_first or not self.tokens_are_shared
+        if not counts_for_all:
+            return  # rank 0 has the same rows
+        self._cut_L2 += torch.stack([torch.stack([report.dropped, report.rerouted]) for report in reports])
+        for report, row in zip(reports, self._host_L4, strict=True):
+            row[0] += report.routing.experts_TK.numel()
+            row[1] += sum(sum(rows) for handle in report.handles for rows in _sent(handle))
+            if report.shadows is not None and self.context.is_first:  # every rank reports the same ones
+                row[2] += len(report.shadows.broadcast)
+                row[3] += report.shadows.bytes_broadcast
 
     def totals(self) -> list[LayerTotals]:
         """Sums over the ranks, by layer. Collective; synchronises host and device."""
-        on_device = self._on_device.clone()
-        if not self.tokens_are_shared:
-            on_device = self.context.all_reduce(on_device)
-        on_host = self.context.all_reduce(self._on_host.to(self.context.device))
-        rows = zip(on_device.tolist(), on_host.tolist(), strict=True)
+        together = torch.cat([self._cut_L2, self._host_L4.to(self.context.device)], dim=1)
+        rows = self.context.all_reduce(together).tolist()
         return [
             LayerTotals(choices, dropped, rerouted, sent, shadows, size)
-            for (dropped, rerouted, choices), (sent, shadows, size) in rows
+            for dropped, rerouted, choices, sent, shadows, size in rows
         ]
 
     def table(self) -> str:
