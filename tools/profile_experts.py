@@ -1,6 +1,7 @@
 """Which experts a prompt set uses: ``python tools/profile_experts.py -m ckpts --prompts FILE --output trace.npz``.
 
-Runs on one process or under ``torchrun``. ``show TRACE`` prints the same table of a trace that is there.
+Runs on one process or under ``torchrun``. ``show TRACE`` prints the same table of a trace that is there, ``popularity
+TRACE`` how well the experts of a layer follow from those before it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from mixtralkit.engine.sampler import SamplingOptions
 from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.evaluation.prompt_sets import read_prompts
 from mixtralkit.mixtral import Mixtral, encode_prompt
+from mixtralkit.planning.popularity import PathPopularity, accuracy
 from mixtralkit.planning.trace import RoutingTrace
 from mixtralkit.version import __version__
 
@@ -100,6 +102,43 @@ def show(trace: Path, num_experts: int | None = None, plot: Path | None = None) 
     _present(RoutingTrace.load(trace, num_experts), trace, plot)
 
 
+def popularity(
+    trace: Path,
+    num_experts: int | None = None,
+    path_length: int = 6,
+    batch: int = 256,
+    fraction: float = 0.5,
+    keep: int | None = None,
+    output: Path | None = None,
+) -> None:
+    """Estimates each layer's load from the tokens' paths (Lina), and says how often it is right.
+
+    Counts a part of the trace's sequences and tries the estimate on the rest, with the last 0, 1, 2 … layers.
+
+    Args:
+        trace: Trace, .npz or .npy of any kind that docs/traces.md lists.
+        num_experts: Experts of the model, for a trace that does not say.
+        path_length: Most layers of a path, up to 6.
+        batch: Tokens of a batch whose load is estimated.
+        fraction: Share of the tokens that is counted.
+        keep: Count only so many likeliest experts of each path; left out, all.
+        output: Write the profile of the counted part to this file, .npz.
+    """
+    whole = RoutingTrace.load(trace, num_experts)
+    if whole.num_layers < 2:
+        raise ValueError(f"{trace}: a trace of 1 layer has no paths to learn from")
+    counted, tried = whole.split(fraction)
+    paths = PathPopularity.fit(counted, path_length)
+    print(f"{trace}: counted {counted.num_tokens:,} tokens, tried {tried.num_tokens:,} in batches of {batch}")
+    print("layers looked at  batches right  tokens right   (means over layers 1 and up)")
+    for length in range(path_length + 1):
+        found = accuracy(paths, tried, batch, length, keep)
+        batches, tokens = (float(right_L[1:].mean()) for right_L in (found.batches_L, found.tokens_L))
+        print(f"{length:16}{100 * batches:14.1f}%{100 * tokens:13.1f}%")
+    if output is not None:
+        paths.save(output)
+
+
 def _present(trace: RoutingTrace, path: Path, plot: Path | None) -> None:
     sequences = len(np.unique(trace.sequence))
     print(f"{path}: {trace.num_tokens:,} tokens of {sequences:,} sequences, {trace.num_layers} layers, "
@@ -153,4 +192,5 @@ def draw_loads(trace: RoutingTrace, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_tool({"profile": profile, "show": show}, default="profile", short={"m": "model", "t": "tokenizer"})
+    commands = {"profile": profile, "show": show, "popularity": popularity}
+    run_tool(commands, default="profile", short={"m": "model", "t": "tokenizer"})

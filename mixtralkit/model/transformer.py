@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,9 @@ from mixtralkit.model.step import StepBatch
 from mixtralkit.moe.fmoe_backend import FastMoELayer
 from mixtralkit.moe.gate import Routing
 from mixtralkit.moe.layer import MoELayer, MoEReport
+from mixtralkit.moe.move import MoveReport
 from mixtralkit.moe.shadow import ShadowCache
+from mixtralkit.planning.plan import ExpertPlan
 
 Observe = Callable[[StepBatch, list[MoEReport]], None]
 
@@ -106,6 +109,18 @@ class Transformer(nn.Module):
     def ranks_with_own_sequences(self) -> int:
         """How many ranks divide the sequences among them: all under attention ``dp``, one under ``tp``."""
         return self.context.world_size if self.layout.parallel.attention == "dp" else 1
+
+    def adopt(self, layer: int, plan: ExpertPlan) -> MoveReport:
+        """Goes over to ``plan``, which differs from the running one in ``layer`` alone, between two steps.
+
+        Collective; see ``MoELayer.adopt``.
+        """
+        layout = replace(self.layout, plan=plan)
+        report = self.layers[layer].feed_forward.adopt(layout)
+        self.layout = layout
+        for block in self.layers:
+            block.feed_forward.layout = layout
+        return report
 
     @torch.no_grad()
     def step(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from mixtralkit.moe.dispatch import (
 )
 from mixtralkit.moe.experts import Experts
 from mixtralkit.moe.gate import Routing, TopKGate
+from mixtralkit.moe.move import MoveReport, move_experts
 from mixtralkit.moe.schedule import num_chunks, run_in_chunks
 from mixtralkit.moe.shadow import Home, LayerShadows, ShadowCache, ShadowReport
 
@@ -70,17 +71,42 @@ class MoELayer(nn.Module):
         """
         super().__init__()
         config = layout.config
-        self.layout, self.context, self.nodes = layout, context, nodes
+        self.layer, self.layout, self.context, self.nodes = layer, layout, context, nodes
         self.options = MoEOptions() if options is None else options
         self.gate = TopKGate(config.dim, config.num_experts, config.num_experts_per_tok, dtype, context.device)
         hidden = layout.hidden[1] - layout.hidden[0]
         self.experts = Experts(len(layout.experts(layer)), config.dim, hidden, dtype, context.device)
-        self.assigner = Assigner(layout.plan.slot_of_LWE[layer], context, layout.parallel.attention == "tp")
         self.way = self._choose_way()
+        self._look_up(shadow_cache)
+
+    def _look_up(self, shadow_cache: ShadowCache | None) -> None:
+        """What follows from the slots of this layer in the layout's plan."""
+        slots_WE = self.layout.plan.slot_of_LWE[self.layer]
+        self.assigner = Assigner(slots_WE, self.context, self.layout.parallel.attention == "tp")
         self.shadows = None
         if shadow_cache is not None:
-            slots_WE = layout.plan.slot_of_LWE[layer]
-            self.shadows = LayerShadows(layer, self.experts, slots_WE, shadow_cache, self.options.faster)
+            self.shadows = LayerShadows(self.layer, self.experts, slots_WE, shadow_cache, self.options.faster)
+
+    def adopt(self, layout: RankLayout) -> MoveReport:
+        """Goes over to this layer's slots in another plan, between two steps. Collective.
+
+        Experts that a rank lacks come from others, copies for shadows are forgotten; results stay the same.
+
+        Raises:
+            ValueError: the layouts differ in more than the slots of their plans, experts are 'tp', or weights train.
+        """
+        old, new = self.layout.plan, layout.plan
+        if layout.parallel.experts != "ep":
+            raise ValueError(f"experts ({layout.parallel.experts!r}) must be 'ep' for a new plan between steps")
+        if self.experts.w13.requires_grad:
+            raise ValueError("a new plan between steps needs weights that do not train")
+        if replace(layout, plan=old) != self.layout or old.ranks_per_node != new.ranks_per_node:
+            raise ValueError("a new plan between steps must have the model, ranks and ranks_per_node of the old one")
+        slots = (plan.slot_of_LWE[self.layer] for plan in (old, new))
+        report = move_experts(self.experts, *slots, self.context, new.ranks_per_node)
+        self.layout = layout
+        self._look_up(None if self.shadows is None else self.shadows.cache)
+        return report
 
     def forward(self, x_TD: torch.Tensor, rows_per_rank: int | None = None) -> tuple[torch.Tensor, MoEReport]:
         """Rows [T, D] (T may be 0) to rows of the same order, and what happened. Collective over the ranks.

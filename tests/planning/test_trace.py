@@ -47,8 +47,8 @@ def test_transitions_are_those_of_a_loop(weighted):
             shares = trace.weights[token, layer : layer + 2].astype(np.float64) if weighted else np.full((2, 2), 0.5)
             shares /= shares.sum(1, keepdims=True)
             for i, j in np.ndindex(2, 2):
-                pair = trace.experts[token, layer, i], trace.experts[token, layer + 1, j]
-                found[layer, *pair] += shares[0, i] * shares[1, j]
+                a, b = trace.experts[token, layer, i], trace.experts[token, layer + 1, j]
+                found[layer, a, b] += shares[0, i] * shares[1, j]
     np.testing.assert_allclose(trace.transitions_LEE(weighted), found, rtol=1e-5)
     np.testing.assert_allclose(trace.transitions_LEE(weighted).sum((1, 2)), trace.num_tokens, rtol=1e-5)
 
@@ -187,7 +187,7 @@ def test_files_that_are_no_traces(tmp_path):
     for name in ("cut.npz", "text.npy", "objects.npy"):
         with pytest.raises(ValueError, match=f"{name}: is not a whole .npy or .npz file of plain arrays"):
             RoutingTrace.load(tmp_path / name)
-    with pytest.raises(ValueError, match="absent.npz: cannot be read"):
+    with pytest.raises(ValueError, match=r"absent.npz: cannot be read"):
         RoutingTrace.load(tmp_path / "absent.npz")
     with pytest.raises(ValueError, match=r"whole.npz: num_experts \(8\) must be the 5 that the file says"):
         RoutingTrace.load(whole, 8)
@@ -242,5 +242,5 @@ def test_parts_of_different_runs_are_not_mixed(tmp_path):
 
 def test_a_foreign_archive_of_other_things(tmp_path):
     np.savez(tmp_path / "odd.npz", experts=ONE, meta=json.dumps([]), num_experts=3)
-    with pytest.raises(ValueError, match="odd.npz: meta must be a JSON object"):
+    with pytest.raises(ValueError, match=r"odd.npz: meta must be a JSON object"):
         RoutingTrace.load(tmp_path / "odd.npz")

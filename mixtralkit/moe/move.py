@@ -1,0 +1,116 @@
+"""Experts from rank to rank: a layer's weights follow a new plan.
+
+::
+
+    rank 0  e0 e1 ──┐ stays: e1          e1 e2
+    rank 1  e2 e3 ──┼─► e2 from rank 1   e3 e0      each rank gets whole experts it lacks
+            old     └─► e0 from rank 0   new        from the nearest rank that has them
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from mixtralkit.distributed import RankContext
+from mixtralkit.moe.experts import Experts
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One expert's weights: from ``source``, which has them, to ``target``, which does not."""
+
+    expert: int
+    source: int
+    target: int
+
+
+@dataclass(frozen=True)
+class MoveReport:
+    """What moved in one layer; the same on every rank.
+
+    Attributes:
+        transfers: experts that crossed from rank to rank, in the order in which they did.
+        bytes_moved: size of their weights.
+    """
+
+    transfers: tuple[Transfer, ...] = ()
+    bytes_moved: int = 0
+
+
+def transfers(old_WE: np.ndarray, new_WE: np.ndarray, ranks_per_node: int | None = None) -> tuple[Transfer, ...]:
+    """Who sends what, by rising expert and target: from the target's own node if that has it, and in turn.
+
+    Args:
+        old_WE, new_WE: whether (or in which slot, -1 for none) each rank holds each expert. Every expert is somewhere
+            in ``old_WE``.
+        ranks_per_node: None when all ranks are on one.
+    """
+    old_WE, new_WE = _holds(old_WE), _holds(new_WE)
+    node_W = np.arange(len(old_WE)) // (ranks_per_node or len(old_WE))
+    sends_W = np.zeros(len(old_WE), int)
+    found = []
+    for expert, target in np.argwhere((new_WE & ~old_WE).T).tolist():
+        owners = np.flatnonzero(old_WE[:, expert])
+        source = min(owners, key=lambda w: (node_W[w] != node_W[target], sends_W[w], abs(w - target)))
+        sends_W[source] += 1
+        found.append(Transfer(expert, int(source), target))
+    return tuple(found)
+
+
+@torch.no_grad()
+def move_experts(
+    experts: Experts,
+    old_WE: np.ndarray,
+    new_WE: np.ndarray,
+    context: RankContext,
+    ranks_per_node: int | None = None,
+) -> MoveReport:
+    """Gives ``experts`` the weights of the new slots, in their order. Collective.
+
+    Takes memory for the layer's new experts beside the old ones until they are there. The parameters stay the same
+    objects, with new tensors inside.
+
+    Args:
+        old_WE, new_WE: slot of each expert on each rank, -1 where it is not held.
+
+    Raises:
+        RankFailed: another rank had no memory for it. Then no rank's weights have changed.
+    """
+    ways = transfers(old_WE, new_WE, ranks_per_node)
+    old_E, new_E = old_WE[context.rank], new_WE[context.rank]
+    parameters = (experts.w13, experts.w2)
+    with context.agreed():
+        fresh = [weights.new_empty(int((new_E >= 0).sum()), *weights.shape[1:]) for weights in parameters]
+    kept = np.flatnonzero((old_E >= 0) & (new_E >= 0))
+    for weights, target in zip(parameters, fresh, strict=True):
+        for expert in kept:
+            target[new_E[expert]].copy_(weights[old_E[expert]])
+    operations = []
+    for way in ways:
+        for weights, target in zip(parameters, fresh, strict=True):
+            if way.source == context.rank:
+                operations.append(_operation(dist.isend, weights[old_E[way.expert]], way.target, context))
+            elif way.target == context.rank:
+                operations.append(_operation(dist.irecv, target[new_E[way.expert]], way.source, context))
+    for work in dist.batch_isend_irecv(operations) if operations else ():
+        work.wait()
+    for weights, target in zip(parameters, fresh, strict=True):
+        weights.data = target
+    return MoveReport(ways, len(ways) * bytes_each(experts))
+
+
+def bytes_each(experts: Experts) -> int:
+    """Size of one expert's weights."""
+    return sum(weights.shape[1:].numel() * weights.element_size() for weights in (experts.w13, experts.w2))
+
+
+def _operation(kind, weights: torch.Tensor, peer: int, context: RankContext) -> dist.P2POp:
+    return dist.P2POp(kind, weights, group=context.group, group_peer=peer)
+
+
+def _holds(table_WE: np.ndarray) -> np.ndarray:
+    return table_WE if table_WE.dtype == bool else table_WE >= 0

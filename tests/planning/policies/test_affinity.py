@@ -1,0 +1,219 @@
+"""Affinity against all placements, against a general solver's model, and at the sizes it is for."""
+
+from __future__ import annotations
+
+import itertools
+import time
+
+import numpy as np
+import pytest
+
+from mixtralkit.planning.plan import ExpertPlan
+from mixtralkit.planning.policies.affinity import affinity
+from mixtralkit.planning.policies.chain import solve_exactly, stays
+from mixtralkit.planning.policies.chain_search import search, upper_bound
+from mixtralkit.planning.policies.inputs import Budget
+from mixtralkit.planning.policies.quality import crossings_J, measure
+from mixtralkit.planning.synthetic import RoutingProcess
+
+SIZES = [(4, 2), (4, 4), (6, 3), (6, 2), (3, 3), (8, 4), (8, 2), (5, 1)]
+
+
+def random_transitions(random: np.random.Generator, layers: int, experts: int, evenness: float = 0.5) -> np.ndarray:
+    return random.dirichlet(np.full(experts, evenness), size=(layers - 1, experts)) / experts
+
+
+def all_placements(experts: int, world_size: int) -> np.ndarray:
+    """Rank of each expert, every way to put equally many on each rank."""
+    every = itertools.product(range(world_size), repeat=experts)
+    return np.array([p for p in every if all(p.count(w) == experts // world_size for w in range(world_size))])
+
+
+def fewest_crossings(
+    weights: np.ndarray, world_size: int, shares_LE: np.ndarray | None = None, cap: float = np.inf
+) -> float:
+    """Over every placement of every layer, those above ``cap`` left out."""
+    places_PE = all_placements(weights.shape[1], world_size)
+    one_hot = np.eye(world_size)[places_PE]
+    least_P = np.zeros(len(places_PE))
+    for layer in range(len(weights) + 1):
+        if layer:
+            stay_PQ = np.einsum("pew,ef,qfw->pq", one_hot, weights[layer - 1], one_hot, optimize=True)
+            least_P = (least_P[:, None] + weights[layer - 1].sum() - stay_PQ).min(0)
+        if shares_LE is not None:
+            over_P = np.einsum("pew,e->pw", one_hot, shares_LE[layer]).max(1) > cap * (1 + 1e-9)
+            least_P = np.where(over_P, np.inf, least_P)
+    return float(least_P.min())
+
+
+def crossings(plan: ExpertPlan, weights: np.ndarray) -> float:
+    """Counted pair by pair."""
+    rank_LE = plan.holds_LWE.argmax(1)
+    experts = range(plan.num_experts)
+    return sum(
+        weights[layer, a, b]
+        for layer, a, b in itertools.product(range(len(weights)), experts, experts)
+        if rank_LE[layer, a] != rank_LE[layer + 1, b]
+    )
+
+
+@pytest.mark.parametrize("case", range(100))
+def test_equals_brute_force(case):
+    random = np.random.default_rng(case)
+    experts, world_size = SIZES[case % len(SIZES)]
+    layers = 2 if experts == 8 and world_size == 4 else int(random.integers(2, 5))
+    weights = random_transitions(random, layers, experts)
+    plan = affinity(weights, world_size)
+    assert crossings(plan, weights) == pytest.approx(fewest_crossings(weights, world_size), abs=1e-9)
+    assert plan.meta["exact"]
+    assert plan.meta["crossings_bound"] == pytest.approx(crossings(plan, weights), abs=1e-9)
+    assert measure(plan, np.ones((layers, experts)), weights).crossings_per_token == pytest.approx(
+        crossings(plan, weights)
+    )
+
+
+@pytest.mark.parametrize("case", range(12))
+def test_capped_equals_brute_force_of_those_under_the_cap(case):
+    random = np.random.default_rng(case)
+    experts, world_size = [(6, 3), (8, 2), (6, 2)][case % 3]
+    weights = random_transitions(random, 3, experts)
+    loads_LE = random.dirichlet(np.full(experts, 4), size=3)
+    shares_LE = loads_LE * world_size
+    one_hot = np.eye(world_size)[all_placements(experts, world_size)]
+    least = np.einsum("pew,le->lpw", one_hot, shares_LE).max(2).min(1).max()
+    cap = float(least * 1.05)
+    plan = affinity(weights, world_size, loads_LE=loads_LE, load_cap=cap)
+    assert np.einsum("le,lwe->lw", shares_LE, plan.holds_LWE).max() <= cap * (1 + 1e-9)
+    assert crossings(plan, weights) == pytest.approx(fewest_crossings(weights, world_size, shares_LE, cap))
+    with pytest.raises(ValueError, match=r"load_cap .* must be at least"):
+        affinity(weights, world_size, loads_LE=loads_LE, load_cap=float(least * 0.99))
+
+
+def test_nodes_come_first_and_ranks_within_them():
+    random = np.random.default_rng(1)
+    for layers, world_size, per_node in ((3, 4, 2), (4, 6, 3), (3, 6, 2)):
+        experts = world_size
+        weights = random_transitions(random, layers, experts)
+        plan = affinity(weights, world_size, ranks_per_node=per_node)
+        fewest = fewest_crossings(weights, world_size // per_node)
+        assert crossings_J(plan, weights, per_node).sum() == pytest.approx(fewest)
+        # inside every node: no exchange of two ranks' experts from some layer on lowers the crossings
+        for node, layer in itertools.product(range(world_size // per_node), range(layers)):
+            for a, b in itertools.combinations(range(node * per_node, (node + 1) * per_node), 2):
+                slots = plan.slots_LWS.copy()
+                slots[layer:, [a, b]] = slots[layer:, [b, a]]
+                other = ExpertPlan(slots, experts, ranks_per_node=per_node)
+                assert crossings(plan, weights) <= crossings(other, weights) + 1e-9
+
+
+def test_load_cap_with_nodes_keeps_every_rank_under_it():
+    random = np.random.default_rng(2)
+    weights, loads_LE = random_transitions(random, 4, 8), random.dirichlet(np.full(8, 6), size=4)
+    plan = affinity(weights, 4, ranks_per_node=2, loads_LE=loads_LE, load_cap=1.5)
+    assert np.einsum("le,lwe->lw", loads_LE * 4, plan.holds_LWE).max() <= 1.5 * (1 + 1e-9)
+
+
+def test_32_layers_on_4_gpus_from_50000_tokens_in_two_seconds():
+    """And better than steepest-descent swaps from 20 random placements, which is what general local search does."""
+    trace = RoutingProcess.random(32, 8, affinity=1.0, seed=3).trace(50_000, seed=4)
+    start = time.perf_counter()
+    weights = trace.transitions_LEE()
+    plan = affinity(weights, 4)
+    assert time.perf_counter() - start < 2
+    assert plan.meta["exact"]
+    ours = measure(plan, trace.loads_LE(), weights).crossings_per_token
+    assert ours < 0.9 * 31 * 0.75
+    others = []
+    for seed in range(20):
+        random = np.random.default_rng(seed)
+        ranks_LE = np.array([random.permutation(8) % 4 for _ in range(32)])
+        others.append(31 - swaps(weights / weights.sum((1, 2), keepdims=True), ranks_LE))
+    assert ours <= min(others) + 1e-9
+
+
+def swaps(weights: np.ndarray, ranks_LE: np.ndarray) -> float:
+    value, improved = stays(weights, ranks_LE), True
+    while improved:
+        improved = False
+        for layer, a, b in itertools.product(range(len(ranks_LE)), range(8), range(8)):
+            trial = ranks_LE.copy()
+            trial[layer, [a, b]] = trial[layer, [b, a]]
+            near = slice(max(layer - 1, 0), layer + 2)
+            w = weights[near.start : layer + 1]
+            if a < b and stays(w, trial[near]) > stays(w, ranks_LE[near]) + 1e-12:
+                ranks_LE, improved = trial, True
+    value = stays(weights, ranks_LE)
+    return value
+
+
+def test_8_gpus_in_50_ms_after_aggregation():
+    weights = random_transitions(np.random.default_rng(0), 32, 8)
+    affinity(weights, 8)
+    start = time.perf_counter()
+    plan = affinity(weights, 8)
+    assert time.perf_counter() - start < 0.05
+    assert plan.meta["exact"]
+
+
+@pytest.mark.parametrize("case", range(10))
+def test_search_and_bound_enclose_the_optimum(case):
+    random = np.random.default_rng(case)
+    experts, parts = [(8, 4), (6, 3), (8, 2), (10, 2), (4, 4)][case % 5]
+    weights = random_transitions(random, 6, experts)
+    best = stays(weights, solve_exactly(weights, 6, parts))
+    found = search(weights, 6, parts, np.ones((6, experts)))
+    assert all(np.bincount(labels_N).tolist() == [experts // parts] * parts for labels_N in found)
+    assert best * 0.98 <= stays(weights, found) <= best + 1e-9
+    assert upper_bound(weights, parts) >= best - 1e-9
+
+
+def planted(random: np.random.Generator, layers: int, experts: int, parts: int, inside: float) -> np.ndarray:
+    """Tokens stay in their part with probability ``inside``, under labels nobody is told."""
+    labels_LE = np.array([random.permutation(experts) % parts for _ in range(layers)])
+    weights = random.dirichlet(np.full(experts, 1.1), size=(layers - 1, experts))
+    same = labels_LE[:-1, :, None] == labels_LE[1:, None, :]
+    within = weights * same * (inside / (weights * same).sum(2, keepdims=True))
+    without = weights * ~same * ((1 - inside) / (weights * ~same).sum(2, keepdims=True))
+    return (within + without) / experts
+
+
+@pytest.mark.parametrize(("experts", "world_size", "inside", "gap"), [(16, 4, 0.8, 0.02), (64, 8, 0.4, 0.02)])
+def test_large_sizes_find_planted_parts_within_two_percent_of_the_bound(experts, world_size, inside, gap):
+    weights = planted(np.random.default_rng(0), 12, experts, world_size, inside)
+    plan = affinity(weights, world_size)
+    ours = crossings(plan, weights)
+    assert not plan.meta["exact"]
+    assert ours <= 11 * (1 - inside) + 1e-9
+    assert plan.meta["crossings_bound"] <= ours <= plan.meta["crossings_bound"] * (1 + gap)
+
+
+def test_large_sizes_keep_the_cap():
+    random = np.random.default_rng(0)
+    weights, loads_LE = random_transitions(random, 4, 16), random.dirichlet(np.full(16, 8), size=4)
+    free = affinity(weights, 4)
+    capped = affinity(weights, 4, loads_LE=loads_LE, load_cap=1.05)
+    peak = {p: np.einsum("le,lwe->lw", loads_LE * 4, p.holds_LWE).max() for p in (free, capped)}
+    assert peak[capped] <= 1.05 * (1 + 1e-9) < peak[free]
+    assert crossings(capped, weights) <= 3 * 0.75  # and not worse than any placement
+
+
+def test_same_input_same_plan():
+    weights = random_transitions(np.random.default_rng(0), 5, 16)
+    assert (affinity(weights, 4).slots_LWS == affinity(weights.copy(), 4).slots_LWS).all()
+
+
+@pytest.mark.parametrize(
+    ("transitions", "options", "sentence"),
+    [
+        (np.ones((2, 8, 8)), {"world_size": 3}, r"num_experts \(8\) must be a multiple of world_size \(3\)"),
+        (np.ones((2, 8, 8)), {"world_size": 4, "ranks_per_node": 3}, r"ranks_per_node \(3\) must divide"),
+        (np.ones((2, 8, 7)), {"world_size": 4}, r"transitions \(shape \(2, 8, 7\)\)"),
+        (np.full((2, 8, 8), np.nan), {"world_size": 4}, "layer 0, experts 0 and 0 have nan"),
+        (np.ones((2, 8, 8)), {"world_size": 4, "budget": Budget(slots_per_rank=1)}, "at least 2 .* it lacks 1"),
+        (np.ones((2, 8, 8)), {"world_size": 4, "load_cap": 1.2}, "needs loads"),
+    ],
+)
+def test_bad_input_is_one_sentence(transitions, options, sentence):
+    with pytest.raises(ValueError, match=sentence) as error:
+        affinity(transitions, **options)
+    assert "\n" not in str(error.value)

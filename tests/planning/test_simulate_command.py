@@ -1,0 +1,72 @@
+"""tools/simulate.py and tools/measure_hardware.py, started as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mixtralkit.planning.hardware import Hardware
+from mixtralkit.planning.plan import everywhere
+from mixtralkit.planning.simulate import sample_routing
+
+ROOT = Path(__file__).parents[2]
+
+
+def _run(*words: object, timeout_s: float = 60) -> subprocess.CompletedProcess:
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *map(str, words)], capture_output=True, text=True, timeout=timeout_s, env=environ
+    )
+
+
+def test_plans_side_by_side(tmp_path):
+    sample_routing(np.arange(1.0, 17).reshape(2, 8), 100, 2).save(tmp_path / "trace.npz")
+    everywhere(2, 8, 4).save(tmp_path / "all.json")
+    done = _run(
+        ROOT / "tools" / "simulate.py", tmp_path / "trace.npz", "--plan", "contiguous", tmp_path / "all.json",
+        "--layout", "ep", "tp", "--world_size", 4, "--batch", 8, "--plot", tmp_path / "it.png",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [line["plan"] for line in lines] == ["contiguous/ep", "contiguous/tp", "all/ep", "all/tp"]
+    assert lines[2]["bytes_inside"] == 0 < lines[0]["bytes_inside"]
+    assert all(sum(line["rows_by_rank"]) == pytest.approx(2 * 2 * 100) for line in lines)
+    assert all(len(line["seconds_by_layer"]) == 2 for line in lines)
+    assert (tmp_path / "it.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ((), "--world_size is missing: plan contiguous needs it"),
+        (("--world_size", 4, "--ranks_per_node", 3), "ranks_per_node (3) must divide world_size (4)"),
+        (("--world_size", 4, "--hardware", "none.json"), "none.json: cannot be read"),
+        (("--world_size", 4, "--layout", "pp"), "layout ('pp') must be one of tp, "),
+    ],
+)
+def test_bad_options_end_with_one_sentence(tmp_path, words, sentence):
+    sample_routing(np.ones((1, 8)), 8, 2).save(tmp_path / "trace.npz")
+    done = _run(ROOT / "tools" / "simulate.py", tmp_path / "trace.npz", *words)
+    assert done.returncode == 1
+    assert sentence in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_measured_machine_can_be_read(tmp_path):
+    done = _run(
+        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "tools" / "measure_hardware.py",
+        "tiny", "--device", "cpu", "--dim", 64, "--hidden", 64, "--message_mb", 0.1, "--output", tmp_path / "tiny.json",
+        timeout_s=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    measured = Hardware.load(tmp_path / "tiny.json")
+    assert measured.inside.members == 2
+    assert measured.data_bytes == 4
+    assert not measured.overlaps

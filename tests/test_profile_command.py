@@ -1,0 +1,80 @@
+"""tools/profile_experts.py: a prompt set to a trace, its table and its picture, and the popularity of a trace."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mixtralkit.planning.popularity import PathPopularity
+from mixtralkit.planning.synthetic import RoutingProcess
+from mixtralkit.planning.trace import RoutingTrace
+from tests.engine.parts import engine_config, make_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+TOOL = ROOT / "tools" / "profile_experts.py"
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("profile_experts", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = make_checkpoint(tmp_path_factory.mktemp("checkpoint"), engine_config(max_seq_len=128))
+    prompts = ["In the beginning", "def add(first, second):", "Who are you?"]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
+    return folder
+
+
+def test_on_two_ranks_as_on_one(tool, folder, tmp_path, capsys):
+    one, two, plot = tmp_path / "one.npz", tmp_path / "two.npz", tmp_path / "loads.png"
+    tool.profile(folder / "prompts.jsonl", one, model=folder, plot=plot, max_gen_len=5)
+    lines = capsys.readouterr().out.splitlines()
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", TOOL]
+    options = ["-m", folder, "--prompts", folder / "prompts.jsonl", "--output", two, "--max_gen_len", 5]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [str(word) for word in (*start, *options, "--attention", "dp")]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    a, b = RoutingTrace.load(one), RoutingTrace.load(two)
+    for name in ("experts", "sequence", "position"):
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+    assert done.stdout.splitlines()[1:] == lines[1:]
+    assert len(lines) == 2 + a.num_layers
+    assert set(a.sequence) == {0, 1, 2}
+    assert (a.meta["model"], a.meta["prompts"]) == (folder.name, "prompts.jsonl")
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_table_has_the_loads(tool):
+    ids = np.array([[0, 1], [0, 2], [0, 1], [0, 3]])[:, None]
+    line = tool.table(RoutingTrace(ids, 4)).splitlines()[1]
+    assert line.split() == ["0", "50.0", "25.0", "12.5", "12.5", "2.00", "0.50", "1.75", "100.0%"]
+
+
+def test_popularity_of_a_trace(tool, tmp_path, capsys):
+    process = RoutingProcess.random(4, 4, affinity=1.0, memory=2)
+    process.trace(4000, top_k=1, sequence_length=100).save(tmp_path / "t.npz")
+    tool.popularity(tmp_path / "t.npz", path_length=2, batch=50, output=tmp_path / "profile.npz")
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["0", "1", "2"]
+    tokens = [float(row[2].rstrip("%")) for row in rows]
+    assert tokens[0] < tokens[1] < tokens[2]
+    assert PathPopularity.load(tmp_path / "profile.npz").path_length == 2
+
+
+def test_a_trace_of_one_layer_has_no_paths(tool, tmp_path):
+    RoutingProcess.random(1, 4).trace(100).save(tmp_path / "t.npz")
+    with pytest.raises(ValueError, match="a trace of 1 layer has no paths to learn from"):
+        tool.popularity(tmp_path / "t.npz")
