@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Mapping
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from mixtralkit.json_file import load_json
 
 DTYPES = {
     "float32": torch.float32, "fp32": torch.float32,
@@ -90,12 +91,7 @@ class ModelConfig:
     @classmethod
     def from_file(cls, path: str | Path) -> ModelConfig:
         """``from_dict`` of a JSON file; errors name the file."""
-        try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        return load_json(path, cls.from_dict)
 
     def to_mistral(self) -> dict[str, Any]:
         """The content of a ``params.json``."""
@@ -294,14 +290,27 @@ class MoEOptions:
             that no shape depends on the routing and nothing waits for the host; ``"auto"`` is static for decode
             steps and exact otherwise.
         shadow_memory_gb: most memory for copies of other ranks' experts on each rank, in 10⁹ bytes, with
-            ``faster.shadow``.
+            ``faster.shadow`` or ``dynamic``.
         backend: ``"mixtralkit"``, or ``"fastmoe"`` for the real library.
+        dynamic: ``"two_phase"`` copies experts for the next layer while a layer computes (docs/two-phase.md), or
+            ``"none"``.
+        popularity: the profile (``planning.popularity``) that ``two_phase`` estimates from, a file.
+        finetune_threshold: total-variation distance [0, 1] of estimated and real shares above which ``two_phase``
+            corrects; None corrects where the 2K most popular experts are not the estimated ones.
     """
 
     faster: FasterOptions = field(default_factory=FasterOptions)
     exchange: str = "auto"
     shadow_memory_gb: float = 4.0
     backend: str = "mixtralkit"
+    dynamic: str = "none"
+    popularity: str | Path | None = None
+    finetune_threshold: float | None = None
+
+    @property
+    def copies_experts(self) -> bool:
+        """Whether experts are copied to other ranks while the model runs."""
+        return self.faster.shadow or self.dynamic == "two_phase"
 
     def __post_init__(self) -> None:
         if self.exchange not in ("auto", "exact", "static"):
@@ -311,6 +320,26 @@ class MoEOptions:
             raise ValueError(f"shadow_memory_gb ({memory!r}) must be a number above 0")
         if self.backend not in ("mixtralkit", "fastmoe"):
             raise ValueError(f"moe_backend ({self.backend!r}) must be 'mixtralkit' or 'fastmoe'")
+        self._check_dynamic()
+
+    def _check_dynamic(self) -> None:
+        if self.dynamic not in ("none", "two_phase"):
+            raise ValueError(f"dynamic ({self.dynamic!r}) must be 'none' or 'two_phase'")
+        if self.dynamic == "none":
+            for name in ("popularity", "finetune_threshold"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} ({getattr(self, name)}) needs dynamic 'two_phase'")
+            return
+        if self.popularity is None:
+            raise ValueError(
+                "popularity must name a profile with dynamic 'two_phase'; "
+                "tools/profile_experts.py popularity TRACE --output FILE makes one"
+            )
+        if self.backend == "fastmoe":
+            raise ValueError("dynamic ('two_phase') needs moe_backend 'mixtralkit'")
+        limit = self.finetune_threshold
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 <= limit <= 1):
+            raise ValueError(f"finetune_threshold ({limit!r}) must be a number in [0, 1]")
 
     @classmethod
     def from_env(

@@ -199,13 +199,12 @@ def _print_notes(plan: ExpertPlan) -> None:
     """What a policy has to say beside its plan."""
     meta = plan.meta
     if plan.policy == "auto":
-        counts = {name: meta["layers"].count(name) for name in dict.fromkeys(meta["layers"])}
-        chosen = ", ".join(f"{name} in {count} layers" for name, count in counts.items())
-        print(f"chosen: {chosen}")
         print(
-            f"expected: {meta['expected_step_s'] * 1e3:.3f} ms a step of {meta['batch']} tokens a rank on "
-            f"{meta['hardware']} ({meta['layout']}); contiguous {meta['contiguous_step_s'] * 1e3:.3f} ms"
+            f"chosen: {meta['chosen']}, expected {meta['expected_step_s'] * 1e3:.3f} ms a step of {meta['batch']} "
+            f"tokens a rank on {meta['hardware']} ({meta['layout']})"
         )
+        for name, step_s in sorted(meta["candidates_step_s"].items(), key=lambda item: item[1]):
+            print(f"  {step_s * 1e3:9.3f} ms  {name}")
     elif plan.policy == "affinity":
         print(
             f"{'exact' if meta['exact'] else 'not proven to be the best'}; "

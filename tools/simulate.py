@@ -10,18 +10,16 @@ import numpy as np
 
 from mixtralkit.cli import run_tool
 from mixtralkit.config import ModelConfig
-from mixtralkit.moe.balance import spread_rows
 from mixtralkit.planning.cost import ModelShape
 from mixtralkit.planning.hardware import Hardware
 from mixtralkit.planning.plan import ExpertPlan, contiguous, everywhere
 from mixtralkit.planning.replay import PHASES, Execution
 from mixtralkit.planning.simulate import Simulation, simulate
 from mixtralkit.planning.trace import RoutingTrace
-from mixtralkit.planning.traffic import pour
 
 _CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+_RANKS_SHOWN = 32  # one by one; of more ranks only the least, the median and the most
 _NAMED = {"contiguous": contiguous, "everywhere": everywhere}
-_FEW_RANKS = 32  # the layer's own spread over replicas is used up to here; beyond, it takes too long
 
 
 def main(
@@ -71,9 +69,8 @@ def main(
             expert_plan = replace(expert_plan, ranks_per_node=ranks_per_node)
         for way in layout:
             execution = Execution(way, batch, chunks, context, span)
-            spread = _layers_spread if expert_plan.world_size <= _FEW_RANKS else pour
             label = _label(name, way, results)
-            results[label] = simulate(expert_plan, routing, shape, machine, execution, spread)
+            results[label] = simulate(expert_plan, routing, shape, machine, execution)
     print(_totals(results))
     print(_by_layer(results))
     print(_by_rank(results))
@@ -95,10 +92,6 @@ def _load_plan(name: str, routing: RoutingTrace, world_size: int | None) -> Expe
     if world_size is None:
         raise ValueError(f"--world_size is missing: plan {name} needs it")
     return _NAMED[name](routing.num_layers, routing.num_experts, world_size)
-
-
-def _layers_spread(counts_GE: np.ndarray, fixed_GW: np.ndarray, holds_WE: np.ndarray) -> np.ndarray:
-    return np.stack([spread_rows(c, fixed, holds_WE) for c, fixed in zip(counts_GE, fixed_GW, strict=True)])
 
 
 def _label(name: str, layout: str, taken: dict[str, Simulation]) -> str:
@@ -137,7 +130,7 @@ def _by_layer(results: dict[str, Simulation]) -> str:
 
 def _by_rank(results: dict[str, Simulation]) -> str:
     ranks = max(result.world_size for result in results.values())
-    if ranks > _FEW_RANKS:
+    if ranks > _RANKS_SHOWN:
         rows = [
             [name, *(f"{pick(result.rows_LW.sum(0)):.0f}" for result in results.values())]
             for name, pick in (("least", np.min), ("median", np.median), ("most", np.max))
@@ -167,7 +160,7 @@ def _links(results: dict[str, Simulation]) -> str:
 
 
 def _arrays(result: Simulation) -> dict[str, object]:
-    few = result.world_size <= _FEW_RANKS
+    few = result.world_size <= _RANKS_SHOWN
     return {
         "seconds_by_layer": result.seconds_L.tolist(),
         "max_over_mean_by_layer": result.max_over_mean_L.tolist(),

@@ -9,6 +9,8 @@ from collections.abc import Sequence as Many
 import torch
 
 from mixtralkit.engine.batching import Batcher, Piece
+from mixtralkit.engine.plan_manager import PlanManager
+from mixtralkit.engine.recorder import together
 from mixtralkit.engine.requests import Completion, Request, StreamEvent, check_prompt
 from mixtralkit.engine.sampler import logprobs_of, sample, uniform
 from mixtralkit.engine.tokenizer import Tokenizer
@@ -27,6 +29,7 @@ class Engine:
         prefill_budget: prompt tokens that a rank runs in one step; longer prompts take several steps. Bounds memory.
         observe: called with every step of this rank and its layers' reports. A span's ``sequence`` is the request's
             id, behind those of earlier runs.
+        plan_manager: makes new plans from the loads and moves layers between steps.
     """
 
     def __init__(
@@ -35,12 +38,13 @@ class Engine:
         tokenizer: Tokenizer,
         prefill_budget: int = 4096,
         observe: Observe | None = None,
+        plan_manager: PlanManager | None = None,
     ) -> None:
         if prefill_budget < 1:
             raise ValueError(f"prefill_budget ({prefill_budget}) must be at least 1")
         tokenizer.check_vocabulary(model.params.vocab_size)
         self.model, self.tokenizer, self.context = model, tokenizer, model.context
-        self.prefill_budget, self.observe = prefill_budget, observe
+        self.prefill_budget, self.observe, self.plan_manager = prefill_budget, observe, plan_manager
         self._sequences_before = 0
         self._shares_sequences = model.layout.parallel.attention == "dp" and model.context.world_size > 1
 
@@ -72,6 +76,8 @@ class Engine:
         self, batcher: Batcher, should_stop: Callable[[], bool] | None, sequences_before: int
     ) -> Iterator[StreamEvent]:
         while batcher:
+            if self.plan_manager is not None:
+                self.plan_manager.between_steps()
             batcher.admit()
             pieces = batcher.plan()
             wish = should_stop is not None and should_stop()
@@ -109,7 +115,8 @@ class Engine:
             if piece.is_sampled:
                 sampled_rows.append(span.stop - 1)
         rows_N = torch.tensor(scored_rows + sampled_rows, dtype=torch.int64).to(device, non_blocking=True)
-        logits_NV = self.model.step(batch, self.model.cache, rows_N, rows_per_rank, self.observe)
+        observe = together(self.observe, self.plan_manager)
+        logits_NV = self.model.step(batch, self.model.cache, rows_N, rows_per_rank, observe)
         targets_M = torch.tensor(targets, dtype=torch.int64).to(device, non_blocking=True)
         prompt_logprobs_M = logprobs_of(logits_NV[: len(targets)], targets_M)
         sampled = [piece.sequence for piece in pieces if piece.is_sampled]

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 
 from mixtralkit.distributed import RankContext
-from mixtralkit.moe.balance import ranks_in_turn, spread_rows
+from mixtralkit.moe.balance import ranks_in_turn
 from mixtralkit.moe.capacity import CutRouting
 from mixtralkit.moe.counting import count_keys
+from mixtralkit.planning.spread import spread_rows
 
 
 @dataclass(frozen=True)

@@ -93,14 +93,16 @@ class MoELayer(nn.Module):
         Experts that a rank lacks come from others, copies for shadows are forgotten; results stay the same.
 
         Raises:
-            ValueError: the layouts differ in more than the slots of their plans, experts are 'tp', or weights train.
+            ValueError: another model, ranks or ranks_per_node; experts 'tp'; weights that train.
+            RankFailed: another rank had no memory for it; then nothing has changed.
         """
         old, new = self.layout.plan, layout.plan
         if layout.parallel.experts != "ep":
             raise ValueError(f"experts ({layout.parallel.experts!r}) must be 'ep' for a new plan between steps")
         if self.experts.w13.requires_grad:
             raise ValueError("a new plan between steps needs weights that do not train")
-        if replace(layout, plan=old) != self.layout or old.ranks_per_node != new.ranks_per_node:
+        ranks = [(plan.world_size, plan.ranks_per_node) for plan in (old, new)]
+        if replace(layout, plan=old) != self.layout or ranks[0] != ranks[1]:
             raise ValueError("a new plan between steps must have the model, ranks and ranks_per_node of the old one")
         slots = (plan.slot_of_LWE[self.layer] for plan in (old, new))
         report = move_experts(self.experts, *slots, self.context, new.ranks_per_node)

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,6 +28,11 @@ from mixtralkit.moe.counting import count_keys
 from mixtralkit.moe.experts import Experts, RoutedRows, weighted_expert_sum
 from mixtralkit.planning.cost import ShadowModel, choose_shadows
 
+if TYPE_CHECKING:
+    from mixtralkit.moe.two_phase import PhaseReport
+
+Send = Callable[[torch.Tensor, int], None]  # a tensor of the given rank to all, into the same tensor there
+
 
 @dataclass(frozen=True)
 class ShadowReport:
@@ -36,11 +42,13 @@ class ShadowReport:
         experts: those computed at home thanks to a copy, by rising id.
         broadcast: those among them whose weights moved for it.
         bytes_broadcast: size of those weights; each rank but an expert's owner received them once.
+        phases: how the estimate fared, None where there was none.
     """
 
     experts: tuple[int, ...] = ()
     broadcast: tuple[int, ...] = ()
     bytes_broadcast: int = 0
+    phases: PhaseReport | None = None
 
 
 @dataclass(frozen=True)
@@ -143,7 +151,7 @@ class ShadowCache:
         every rank has all rows or a part of all experts anyway.
         """
         travels = context.world_size > 1 and layout.parallel == ParallelConfig("dp", "ep")
-        if not (options.faster.shadow and travels):
+        if not (options.copies_experts and travels):
             return None
         config = layout.config
         most = config.n_layers * config.num_experts
@@ -206,9 +214,22 @@ class ShadowCache:
                 copy.gain = gain_E[expert] if copy.gain is None else (copy.gain + gain_E[expert]) / 2
 
     @torch.no_grad()
-    def fetch(self, layer: int, expert: int, gain: float | None, versions_W: Sequence[int]) -> bool:
-        """Copies an expert, unless all room is taken by copies with as much gain (None has the most). Collective."""
-        place = self._make_room(gain)
+    def fetch(
+        self,
+        layer: int,
+        expert: int,
+        gain: float | None,
+        versions_W: Sequence[int],
+        send: Send | None = None,
+        in_use: int | None = None,
+    ) -> bool:
+        """Copies an expert, unless all room is taken by copies with as much gain (None has the most). Collective.
+
+        Args:
+            send: moves the weights; None does it before this returns.
+            in_use: a layer whose copies stay.
+        """
+        place = self._make_room(gain, in_use)
         if place is None:
             return False
         source = self._sources[layer]
@@ -216,16 +237,21 @@ class ShadowCache:
         own = (source.experts.w13, source.experts.w2)
         for copies, weights in zip(self.pool, own, strict=True):
             target = weights[slot] if owner == self.context.rank else copies[place]
-            dist.broadcast(target, group_src=owner, group=self.context.group)
+            (send or self._send_now)(target, owner)
         self._copies[layer, expert] = _Copy(place, versions_W[owner], gain)
         self.changes += 1
         return True
 
-    def _make_room(self, gain: float | None) -> int | None:
+    def _send_now(self, weights: torch.Tensor, owner: int) -> None:
+        dist.broadcast(weights, group_src=owner, group=self.context.group)
+
+    def _make_room(self, gain: float | None, in_use: int | None) -> int | None:
         taken = {copy.place for copy in self._copies.values()}
         if len(taken) < self.places:
             return next(place for place in range(self.places) if place not in taken)
-        replaceable = {key: copy.gain for key, copy in self._copies.items() if copy.gain is not None}
+        replaceable = {
+            key: copy.gain for key, copy in self._copies.items() if copy.gain is not None and key[0] != in_use
+        }
         victim = min(replaceable, key=lambda key: (replaceable[key], key), default=None)
         if victim is None or (gain is not None and replaceable[victim] >= gain):
             return None
@@ -301,27 +327,58 @@ class LayerShadows:
         """
         trains = torch.is_grad_enabled() and self.experts.w13.requires_grad
         if not may_wait:
-            return self._with_places(x_TD, {} if trains else self.cache.places_of(self.layer), ())
+            return self._with_places(x_TD, {} if trains else self.cache.places_of(self.layer))
         counts_E = count_keys(experts_TK, len(self.copies_E))
         message = torch.cat([counts_E, self.cache.version(self.layer)[None]])
         gathered = self.context.all_gather(message).cpu().numpy()  # host sync: who is hot
         loads_E = gathered[:, :-1].sum(0) / self.copies_E
-        return self._train(x_TD, loads_E) if trains else self._infer(x_TD, loads_E, gathered[:, -1].tolist())
+        if trains:
+            return self._train(x_TD, loads_E)
+        versions_W = gathered[:, -1].tolist()
+        self.refresh(loads_E, versions_W)
+        return self.home(x_TD, self.bring(loads_E, versions_W))
 
-    def _infer(self, x_TD: torch.Tensor, loads_E: np.ndarray, versions_W: list[int]) -> Home:
+    def refresh(self, loads_E: np.ndarray, versions_W: Sequence[int]) -> None:
+        """Takes a run's real loads into the gains of the copies, and drops those of weights that have changed."""
+        self.cache.drop_changed(self.layer, versions_W)
+        self.cache.refresh(self.layer, self._gains(loads_E))
+
+    def bring(
+        self,
+        loads_E: np.ndarray,
+        versions_W: Sequence[int],
+        hidden_s: float = 0.0,
+        send: Send | None = None,
+        in_use: int | None = None,
+    ) -> list[int]:
+        """Chooses by these loads, for each replica of an expert, and copies what is missing; the experts that move.
+
+        Collective. ``hidden_s`` is as in ``choose_shadows``, ``send`` and ``in_use`` as in ``ShadowCache.fetch``.
+        """
         self.cache.drop_changed(self.layer, versions_W)
         at_home = self.everywhere | self.cache.places_of(self.layer).keys()
-        chosen = choose_shadows(loads_E.tolist(), self.inference, at_home, self.cache.places)
-        # Over the mean expert, not over the next one: so the order of gains is that of loads, whatever is at home now.
-        gain_E = (self.inference.s_per_row * (loads_E - loads_E.mean()).clip(min=0.0)).tolist()
-        self.cache.refresh(self.layer, gain_E)
+        chosen = choose_shadows(loads_E.tolist(), self.inference, at_home, self.cache.places, hidden_s)
+        gain_E = self._gains(loads_E)
         missing = [e for e in chosen if e not in at_home]
-        moved = [e for e in missing if self.cache.fetch(self.layer, e, gain_E[e], versions_W)]
-        return self._with_places(x_TD, self.cache.places_of(self.layer), moved)
+        return [e for e in missing if self.cache.fetch(self.layer, e, gain_E[e], versions_W, send, in_use)]
 
-    def _with_places(self, x_TD: torch.Tensor, places: dict[int, int], moved: Sequence[int]) -> Home:
+    def home(self, x_TD: torch.Tensor, moved: Sequence[int], phases: PhaseReport | None = None) -> Home:
+        """What the layer's copies make of these rows; ``moved`` and ``phases`` are for the report."""
+        return self._with_places(x_TD, self.cache.places_of(self.layer), moved, phases)
+
+    def _gains(self, loads_E: np.ndarray) -> list[float]:
+        # Over the mean expert, not over the next one: so the order of gains is that of loads, whatever is at home now.
+        return (self.inference.s_per_row * (loads_E - loads_E.mean()).clip(min=0.0)).tolist()
+
+    def _with_places(
+        self,
+        x_TD: torch.Tensor,
+        places: dict[int, int],
+        moved: Sequence[int] = (),
+        phases: PhaseReport | None = None,
+    ) -> Home:
         experts = ShadowedExperts(self.experts, *self.cache.pool) if places else self.experts
-        return Home(x_TD, self._assigner(places), experts, self._report(places, moved))
+        return Home(x_TD, self._assigner(places), experts, self._report(places, moved, phases))
 
     def _train(self, x_TD: torch.Tensor, loads_E: np.ndarray) -> Home:
         """Weights change every step, so a shadow lasts for one; its gradients are added to its owner's."""
@@ -347,5 +404,5 @@ class LayerShadows:
             self._overlay = places, Assigner(slots_WE, self.context, rows_are_everywhere=False)
         return self._overlay[1]
 
-    def _report(self, places: dict[int, int], moved: Sequence[int]) -> ShadowReport:
-        return ShadowReport(tuple(sorted(places)), tuple(moved), len(moved) * self.cache.bytes_each)
+    def _report(self, places: dict[int, int], moved: Sequence[int], phases: PhaseReport | None = None) -> ShadowReport:
+        return ShadowReport(tuple(sorted(places)), tuple(moved), len(moved) * self.cache.bytes_each, phases)

@@ -295,7 +295,11 @@ class ShadowModel:
 
 
 def choose_shadows(
-    loads_E: Sequence[float], model: ShadowModel, resident: Collection[int] = (), most: int | None = None
+    loads_E: Sequence[float],
+    model: ShadowModel,
+    resident: Collection[int] = (),
+    most: int | None = None,
+    hidden_s: float = 0.0,
 ) -> tuple[int, ...]:
     """Experts to compute at home on every rank in this step, by falling load.
 
@@ -308,12 +312,14 @@ def choose_shadows(
         resident: experts whose weights are on every rank already. Shadowing them costs nothing, so each that has
             rows is taken.
         most: how many others may be taken; None sets no limit.
+        hidden_s: seconds during which weights move for nothing, because other work goes on meanwhile.
     """
     order = [e for e in sorted(range(len(loads_E)), key=lambda e: (-loads_E[e], e)) if loads_E[e] > 0]
     away = [e for e in order if e not in resident]
     taken, time = 0, model.s_per_row * _load_at(loads_E, away, 0)
     while taken < len(away) and (most is None or taken < most):
-        with_next = model.s_per_row * _load_at(loads_E, away, taken + 1) + (taken + 1) * model.s_per_shadow
+        moving_s = max(0.0, (taken + 1) * model.s_per_shadow - hidden_s)
+        with_next = model.s_per_row * _load_at(loads_E, away, taken + 1) + moving_s
         if with_next >= time:
             break
         taken, time = taken + 1, with_next

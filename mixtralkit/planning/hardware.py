@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from mixtralkit.json_file import load_json
+
 
 @dataclass(frozen=True)
 class Link:
@@ -148,12 +150,7 @@ class Hardware:
     @classmethod
     def load(cls, path: str | Path) -> Hardware:
         """Reads a hardware file; errors name it."""
-        try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        return load_json(path, cls.from_dict)
 
 
 def _network(content: Any, name: str) -> Network:

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from mixtralkit.json_file import load_json
+
 VERSION = 1
 OVERFLOWS = ("drop", "reroute")
 
@@ -177,12 +179,7 @@ class ExpertPlan:
     @classmethod
     def load(cls, path: str | Path) -> ExpertPlan:
         """Reads ``plan.json``; errors name the file."""
-        try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        return load_json(path, cls.from_dict)
 
 
 def contiguous(num_layers: int, num_experts: int, world_size: int) -> ExpertPlan:

@@ -11,7 +11,7 @@ from mixtralkit.planning.hardware import Hardware
 from mixtralkit.planning.plan import ExpertPlan
 from mixtralkit.planning.replay import PHASES, Execution, Replay
 from mixtralkit.planning.trace import RoutingTrace
-from mixtralkit.planning.traffic import Spread, pour
+from mixtralkit.planning.traffic import Spread, share_out
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +120,7 @@ def simulate(
     shape: ModelShape,
     hardware: Hardware,
     execution: Execution | None = None,
-    spread: Spread = pour,
+    spread: Spread = share_out,
     kernels: KernelCounts | None = None,
 ) -> Simulation:
     """Runs the tokens of ``trace`` in steps of ``batch`` a rank, in their order, through every layer of ``plan``.
@@ -129,7 +129,7 @@ def simulate(
 
     Args:
         execution: None is ``ep``, the whole trace in one step.
-        spread: how rows are shared by replicas, see ``traffic.pour``.
+        spread: how rows are shared by replicas, see ``traffic.share_out``.
     """
     execution = Execution() if execution is None else execution
     plan.check_fits(trace.num_layers, trace.num_experts, plan.world_size)

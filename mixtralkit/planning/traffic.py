@@ -11,16 +11,27 @@ from dataclasses import dataclass
 import numpy as np
 
 from mixtralkit.planning.plan import ExpertPlan
+from mixtralkit.planning.spread import spread_rows
 
 # (counts_GE of rows that are free to go to any replica, fixed_GW rows at home, holds_WE) -> rows [G, E, W]
 Spread = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+
+
+FEW_RANKS = 32
+
+
+def share_out(counts_GE: np.ndarray, fixed_GW: np.ndarray, holds_WE: np.ndarray) -> np.ndarray:
+    """Rows of each expert for each of its replicas: as the layer does for up to ``FEW_RANKS``, else by ``pour``."""
+    if len(holds_WE) > FEW_RANKS:
+        return pour(counts_GE, fixed_GW, holds_WE)
+    return np.stack([spread_rows(c, fixed, holds_WE) for c, fixed in zip(counts_GE, fixed_GW, strict=True)])
 
 
 def pour(counts_GE: np.ndarray, fixed_GW: np.ndarray, holds_WE: np.ndarray) -> np.ndarray:
     """Rows of each expert for each of its replicas: expert after expert, into the rank with the least so far.
 
     Experts with fewer replicas go first. The layer starts so too and then moves rows along chains of replicas until
-    no rank can be relieved (``moe.balance.spread_rows``); that finer spread takes too long for thousands of ranks.
+    no rank can be relieved (``planning.spread.spread_rows``); that finer spread takes too long for thousands of ranks.
     """
     groups, (world_size, num_experts) = len(counts_GE), holds_WE.shape
     rows_GEW = np.zeros((groups, num_experts, world_size), np.int64)

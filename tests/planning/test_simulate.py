@@ -12,13 +12,13 @@ import torch.distributed as dist
 from mixtralkit.config import FasterOptions, MoEOptions
 from mixtralkit.distributed import RankContext
 from mixtralkit.moe import coherent, exchange
-from mixtralkit.moe.balance import spread_rows
 from mixtralkit.moe.capacity import cut_to_capacity
 from mixtralkit.moe.coherent import CoherentDispatch
 from mixtralkit.planning.cost import ModelShape
 from mixtralkit.planning.plan import ExpertPlan, contiguous, everywhere
 from mixtralkit.planning.replay import Execution
 from mixtralkit.planning.simulate import predict, sample_routing, simulate
+from mixtralkit.planning.spread import spread_rows
 from mixtralkit.planning.trace import RoutingTrace
 from tests.moe.layers import Whole, build, random_plan
 from tests.planning.machines import machine

@@ -1,8 +1,8 @@
-"""Tries the other policies within the budget and takes, for each layer, what the time model says is fastest."""
+"""Tries the other policies within the budget and takes what the time model says is fastest."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -22,7 +22,7 @@ from mixtralkit.planning.trace import RoutingTrace
 
 Recipe = Callable[[RoutingTrace], ExpertPlan]
 
-_AS_FAST = 1.001  # times within a thousandth are equal: the plan with fewer slots is taken
+_AS_FAST = 1.001
 
 
 def auto(
@@ -36,9 +36,10 @@ def auto(
 ) -> ExpertPlan:
     """The plan with the least predicted time of a step under the budget.
 
-    Candidates are made from one half of the trace and timed on the other, so that none wins by fitting noise. Where
-    layers do not depend on each other each takes its own candidate. The winner is made again from the whole trace;
-    ``meta`` says what was chosen, which seconds a step are expected and what every candidate and ``contiguous`` take.
+    Candidates are made from one half of the trace and timed on the other, then the other way round, so that none wins
+    by fitting noise. The one with the least mean time, or among those within a thousandth the one with fewest slots,
+    is made again from the whole trace; ``meta`` says which it is, the seconds a step expected of it, and those of
+    every candidate.
 
     Args:
         shape, hardware: what ``simulate`` needs; ``shape`` of this trace's experts and choices.
@@ -50,35 +51,26 @@ def auto(
     budget = budget or Budget()
     execution = execution or Execution(batch=64)
     slots = budget.slots(trace.num_layers, trace.num_experts, world_size)
-    fit, check = trace.split(0.5)
-    check = fill_steps(check, (execution.batch or check.num_tokens) * world_size)
     recipes = _recipes(trace, world_size, slots, ranks_per_node, shape, hardware, execution)
-    plans = {name: make(fit) for name, make in recipes.items()}
-    found = {name: simulate(plan, check, shape, hardware, execution) for name, plan in plans.items()}
-    seconds = {name: result.step_s for name, result in found.items()}
-    name = _fastest(seconds, {name: _slots_of(plan).mean() for name, plan in plans.items()})
-    names = [name] * trace.num_layers
-    expected_s = seconds[name]
-    if execution.layout != "coherent":
-        names = [
-            _fastest(
-                {name: float(result.seconds_L[layer]) for name, result in found.items()},
-                {name: _slots_of(plan)[layer] for name, plan in plans.items()},
-            )
-            for layer in range(trace.num_layers)
-        ]
-        expected_s = simulate(_mixed(plans, names), check, shape, hardware, execution).step_s
-    chosen = _mixed({name: recipes[name](trace) for name in dict.fromkeys(names)}, names)
+    halves = trace.split(0.5)
+    seconds, used = dict.fromkeys(recipes, 0.0), dict.fromkeys(recipes, 0.0)
+    for fit, check in (halves, halves[::-1]):
+        check = fill_steps(check, (execution.batch or check.num_tokens) * world_size)
+        for name, make in recipes.items():
+            plan = make(fit)
+            seconds[name] += simulate(plan, check, shape, hardware, execution).step_s / 2
+            used[name] += float(plan.holds_LWE.sum(2).max(1).mean()) / 2
+    least = min(seconds.values())
+    chosen = min((name for name in seconds if seconds[name] <= least * _AS_FAST), key=lambda name: used[name])
     meta = {
-        "expected_step_s": expected_s,
-        "contiguous_step_s": seconds["contiguous"],
+        "chosen": chosen,
+        "expected_step_s": seconds[chosen],
         "candidates_step_s": seconds,
-        "layers": names,
         "layout": execution.layout,
         "batch": execution.batch,
         "hardware": hardware.name,
     }
-    return replace(chosen, policy="auto", ranks_per_node=ranks_per_node, meta=meta)
+    return replace(recipes[chosen](trace), policy="auto", meta=meta)
 
 
 def fill_steps(trace: RoutingTrace, tokens: int) -> RoutingTrace:
@@ -126,26 +118,3 @@ def _recipes(
 def _doubling(most: int) -> list[int]:
     """1, 2, 4 … and ``most``; nothing below 1."""
     return sorted({min(2**i, most) for i in range(most.bit_length() + 1)}) if most > 0 else []
-
-
-def _fastest(seconds: Mapping[str, float], slots: Mapping[str, float]) -> str:
-    """Of those as fast as the fastest, the one with fewest slots, the first among equals."""
-    least = min(seconds.values())
-    return min((name for name in seconds if seconds[name] <= least * _AS_FAST), key=lambda name: slots[name])
-
-
-def _slots_of(plan: ExpertPlan) -> np.ndarray:
-    """Experts on the fullest rank of each layer."""
-    return plan.holds_LWE.sum(2).max(1)
-
-
-def _mixed(plans: Mapping[str, ExpertPlan], names: list[str]) -> ExpertPlan:
-    """Each layer of the plan that is named for it."""
-    first = plans[names[0]]
-    most = max(plan.slots_LWS.shape[2] for plan in plans.values())
-    slots_LWS = np.full((first.num_layers, first.world_size, most), -1)
-    for layer, name in enumerate(names):
-        own_WS = plans[name].slots_LWS[layer]
-        slots_LWS[layer, :, : own_WS.shape[1]] = own_WS
-    used = int((slots_LWS >= 0).any((0, 1)).nonzero()[0].max()) + 1
-    return replace(first, slots_LWS=slots_LWS[:, :, :used])

@@ -74,7 +74,7 @@ def checked_loads(loads_LE: Any, world_size: int) -> np.ndarray:
 
     ValueError for another shape, a load that is not a number of at least 0, or no rank.
     """
-    loads = np.array(loads_LE, dtype=np.float64)
+    loads = np.asarray(loads_LE).astype(np.float64)  # a copy of our own
     if loads.ndim != 2 or 0 in loads.shape:
         raise ValueError(f"loads (shape {loads.shape}) must be [layers, experts]")
     if world_size < 1:

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from mixtralkit.moe.balance import spread_rows
 from mixtralkit.planning.policies.balanced import balanced, rebalance_experts
 from mixtralkit.planning.policies.inputs import Budget
 from mixtralkit.planning.policies.quality import measure
+from mixtralkit.planning.spread import spread_rows
 
 
 def packed(loads: list[float], packs: int) -> list[list[int]]:
@@ -77,7 +77,7 @@ def test_never_worse_than_the_public_algorithm_and_never_twice_on_a_rank(case):
     public = public_algorithm(loads.tolist(), replicas, groups, nodes, gpus)
     ours = rebalance_experts(loads[None], replicas, groups, nodes, gpus)[0].reshape(gpus, -1).tolist()
     assert all(len(set(experts)) == len(experts) for experts in ours)
-    assert set(sum(ours, [])) == set(range(len(loads)))
+    assert {expert for experts in ours for expert in experts} == set(range(len(loads)))
     assert peak_as_run(ours, loads) <= peak(public, loads) * (1 + 2e-4)
     if all(len(set(experts)) == len(experts) for experts in public):
         assert peak(ours, loads) <= peak(public, loads) * (1 + 1e-9)

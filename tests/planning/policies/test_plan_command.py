@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from mixtralkit.planning.formats import load_plan
 from mixtralkit.planning.synthetic import RoutingProcess
@@ -21,10 +23,11 @@ KEYS = {
 }  # fmt: skip
 
 
-def plan_experts(*options: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / "tools" / "plan_experts.py", *map(str, options)]
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environ)
+plan_experts = runpy.run_path(str(ROOT / "tools" / "plan_experts.py"))["plan_experts"]
+
+
+def figures_of(text: str) -> dict[str, object]:
+    return json.loads(text.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +38,13 @@ def trace(tmp_path_factory):
 
 
 @pytest.mark.parametrize("policy", ["contiguous", "hot_cold", "two_phase", "affinity", "balanced", "shadow", "auto"])
-def test_every_policy_writes_a_plan_and_its_figures(trace, tmp_path, policy):
+def test_every_policy_writes_a_plan_and_its_figures(trace, tmp_path, capsys, policy):
     out = tmp_path / "plan.json"
-    options = ("--slots_per_rank", 3, "--ranks_per_node", 2, "--hardware", ROOT / "configs/hardware/h200-nodes.json")
-    done = plan_experts(trace, "--policy", policy, "--world_size", 4, "--output", out, *options)
-    assert done.returncode == 0, done.stderr
-    figures = json.loads(done.stdout.splitlines()[-1])
+    plan_experts(
+        trace, policy, world_size=4, output=out, slots_per_rank=3, ranks_per_node=2,
+        hardware=ROOT / "configs" / "hardware" / "h200-nodes.json",
+    )  # fmt: skip
+    figures = figures_of(capsys.readouterr().out)
     assert set(figures) >= KEYS
     assert figures["policy"] == policy
     plan = load_plan(out)
@@ -51,42 +55,49 @@ def test_every_policy_writes_a_plan_and_its_figures(trace, tmp_path, policy):
 
 @pytest.mark.parametrize(
     ("format", "name"),
-    [("sglang", "plan.pt"), ("tensorrt_llm", "plan.yaml"), ("vllm", "plan.json"), ("exflow", "plan.csv")],
+    [("sglang", "sglang.pt"), ("tensorrt_llm", "plan.yaml"), ("vllm", "vllm.json"), ("exflow", "plan.csv")],
 )
 def test_foreign_formats_hold_the_same_plan(trace, tmp_path, format, name):
-    own, foreign = tmp_path / "own.json", tmp_path / name if name != "plan.json" else tmp_path / "vllm.json"
-    for path, options in ((own, ()), (foreign, ("--format", format))):
-        done = plan_experts(trace, "--policy", "affinity", "--output", path, *options)
-        assert done.returncode == 0, done.stderr
+    own, foreign = tmp_path / "own.json", tmp_path / name
+    plan_experts(trace, "affinity", output=own)
+    plan_experts(trace, "affinity", output=foreign, format=format)
     read = load_plan(foreign, num_experts=8, world_size=4)
     assert (read.holds_LWE == load_plan(own).holds_LWE).all()
 
 
-def test_loads_of_sglang_and_a_picture(tmp_path):
-    import torch
-
+def test_loads_of_sglang_and_a_picture(tmp_path, capsys):
     torch.save({"logical_count": torch.randint(1, 99, (5, 4, 8))}, tmp_path / "loads.pt")
-    done = plan_experts(
-        tmp_path / "loads.pt", "--policy", "balanced", "--output", tmp_path / "p.json", "--plot", tmp_path / "p.png"
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["crossings_per_token"] is None
-    assert (tmp_path / "p.png").stat().st_size > 10_000
+    plan_experts(tmp_path / "loads.pt", "balanced", output=tmp_path / "plan.json", plot=tmp_path / "plan.png")
+    assert figures_of(capsys.readouterr().out)["crossings_per_token"] is None
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
+    with pytest.raises(ValueError, match="policy affinity needs every token's experts"):
+        plan_experts(tmp_path / "loads.pt", "affinity", output=tmp_path / "plan.json")
 
 
-def test_bad_input_is_one_sentence(trace, tmp_path):
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"policy": "magic"}, r"policy \('magic'\) must be one of contiguous"),
+        ({"memory_gb": 1.0}, "it lacks 1.82 GB"),
+        ({"policy": "affinity", "world_size": 3}, r"must be a multiple of world_size \(3\)"),
+        ({"format": "xml"}, r"format \('xml'\) must be one of mixtralkit"),
+        ({"world_size": 0}, r"world_size \(0\) must be at least 1"),
+        ({"policy": "hot_cold", "hot_per": "node"}, "needs ranks_per_node"),
+    ],
+)
+def test_bad_options_are_one_sentence(trace, tmp_path, options, sentence):
+    with pytest.raises(ValueError, match=sentence) as error:
+        plan_experts(trace, output=tmp_path / "plan.json", **options)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "plan.json").exists()
+
+
+def test_a_bad_trace_ends_the_command_with_one_sentence(tmp_path):
     np.save(tmp_path / "ids.npy", np.full((4, 2, 2), [0, 8], np.int16))
-    for options, sentence in (
-        ((trace, "--policy", "magic"), "policy ('magic') must be one of contiguous"),
-        ((trace, "--memory_gb", 1), "it lacks 1.82 GB"),
-        ((trace, "--policy", "affinity", "--world_size", 3), "must be a multiple of world_size (3)"),
-        ((trace, "--format", "xml"), "format ('xml') must be one of mixtralkit"),
-        ((tmp_path / "ids.npy", "--num_experts", 8), "takes expert 8, outside 0 … 7"),
-        ((tmp_path / "none.npz",), "none.npz: cannot be read"),
-        ((trace, "--world_size", 0), "world_size (0) must be at least 1"),
-    ):
-        done = plan_experts(*options, "--output", tmp_path / "plan.json")
-        assert done.returncode == 1
-        assert sentence in done.stderr
-        assert len(done.stderr.strip().splitlines()) == 1
-        assert not (tmp_path / "plan.json").exists()
+    command = [sys.executable, ROOT / "tools" / "plan_experts.py", tmp_path / "ids.npy", "--num_experts", "8"]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environ, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "takes expert 8, outside 0 … 7" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "plan.json").exists()

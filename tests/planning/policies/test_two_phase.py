@@ -15,7 +15,7 @@ def test_half_of_the_rows_take_half_of_the_ranks():
 
 
 def test_what_fits_nowhere_goes_to_the_lightest_rank():
-    """n = 0.7, 0.7, 0.6 on two ranks of three slots: the third fits neither, so the first of the equal ones takes it."""
+    """n = 0.7, 0.7, 0.6 on two ranks of three slots: the third fits neither, the first of the equal ones takes it."""
     assert assign(np.array([35, 35, 30]), 2, 3) == [[0, 2], [1]]
 
 
@@ -25,7 +25,7 @@ def test_every_expert_once_at_least_and_never_twice_on_a_rank(case):
     experts, ranks = int(random.integers(1, 20)), int(random.integers(1, 9))
     slots = -(-experts // ranks) + int(random.integers(0, 3))
     assigned = assign(random.dirichlet(np.full(experts, 0.3)), ranks, slots)
-    assert set(sum(assigned, [])) == set(range(experts))
+    assert {expert for rank in assigned for expert in rank} == set(range(experts))
     assert all(len(set(rank)) == len(rank) <= slots for rank in assigned)
 
 

@@ -1,0 +1,102 @@
+"""Is a new plan of a layer worth moving its weights?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mixtralkit.model.transformer import Transformer
+from mixtralkit.moe.move import Transfer, transfers
+from mixtralkit.planning.cost import ModelShape, TimeModel
+from mixtralkit.planning.hardware import Hardware
+from mixtralkit.planning.plan import ExpertPlan
+from mixtralkit.planning.replay import Execution
+from mixtralkit.planning.simulate import sample_routing, simulate
+
+_SAMPLED_TOKENS = 2048  # at least so many, in steps of the real size, tell two plans apart
+
+
+@dataclass(frozen=True)
+class MoveJudge:
+    """Weighs the seconds that a new plan saves in ``steps`` steps against those that moving to it takes.
+
+    Attributes:
+        shape, hardware: what the time model needs.
+        steps: over which a plan has to pay.
+        attention: ``"tp"`` or ``"dp"``.
+        exchange: of the layer's options.
+        decode_tokens: steps with at most so many tokens a rank are taken as decoding.
+        margin: how many times its price a move must save; above 1 moves less often.
+    """
+
+    shape: ModelShape
+    hardware: Hardware
+    steps: int
+    attention: str = "dp"
+    exchange: str = "auto"
+    decode_tokens: int = 1
+    margin: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps ({self.steps}) must be at least 1")
+        if not 0 <= self.margin < float("inf"):
+            raise ValueError(f"margin ({self.margin}) must be a number of at least 0")
+
+    @classmethod
+    def for_model(cls, model: Transformer, hardware: Hardware, steps: int, margin: float = 1.0) -> MoveJudge:
+        """For this model as it runs."""
+        plan = model.layout.plan
+        hardware.networks(plan.world_size, plan.ranks_per_node)
+        decode_tokens = -(-model.params.max_batch_size // model.ranks_with_own_sequences)
+        return cls(
+            ModelShape.of(model.params, model.dtype.itemsize), hardware, steps,
+            model.layout.parallel.attention, model.options.exchange, decode_tokens, margin,
+        )  # fmt: skip
+
+    def pays(self, now: ExpertPlan, wish: ExpertPlan, loads_1E: np.ndarray, tokens: int) -> bool:
+        """Whether going from ``now`` to ``wish``, plans of one layer, saves more than it costs.
+
+        Args:
+            loads_1E: rows of each expert.
+            tokens: of a rank's step.
+        """
+        saved_s = self.gain_s(now, wish, loads_1E, tokens) * self.steps
+        return saved_s > self.margin * self.move_s(now, wish)
+
+    def gain_s(self, now: ExpertPlan, wish: ExpertPlan, loads_1E: np.ndarray, tokens: int) -> float:
+        """Predicted seconds that a step of the layer gets shorter; both plans replay the same sampled tokens."""
+        in_step = tokens * now.world_size
+        sample = sample_routing(loads_1E, in_step * max(1, _SAMPLED_TOKENS // in_step), self.shape.top_k)
+        execution = Execution(self.layout(now, tokens), tokens)
+        before, after = (simulate(plan, sample, self.shape, self.hardware, execution) for plan in (now, wish))
+        return before.step_s - after.step_s
+
+    def move_s(self, now: ExpertPlan, wish: ExpertPlan) -> float:
+        """Predicted seconds of the move: the busiest rank's bytes on the slower network, and copying what stays."""
+        model = TimeModel(self.shape, self.hardware, now.world_size, now.ranks_per_node)
+        ways = transfers(now.holds_LWE[0], wish.holds_LWE[0], now.ranks_per_node)
+        stays_W = (now.holds_LWE[0] & wish.holds_LWE[0]).sum(1)
+        copied_s = 2 * stays_W.max() * self.shape.expert_bytes / self.hardware.memory_bandwidth
+        return copied_s + float(model.exchange_s(*self._bytes(ways, now), messages=1))
+
+    def _bytes(self, ways: tuple[Transfer, ...], now: ExpertPlan) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """For each network, inside nodes and across, bytes that leave and reach each rank."""
+        per_node = now.ranks_per_node or now.world_size
+        networks = len(self.hardware.networks(now.world_size, now.ranks_per_node))
+        out_NW, into_NW = np.zeros((2, networks, now.world_size))
+        for way in ways:
+            network = int(way.source // per_node != way.target // per_node)
+            out_NW[network, way.source] += self.shape.expert_bytes
+            into_NW[network, way.target] += self.shape.expert_bytes
+        return list(out_NW), list(into_NW)
+
+    def layout(self, plan: ExpertPlan, tokens: int) -> str:
+        """How steps of so many tokens mostly run."""
+        if self.attention == "tp":
+            return "tp_ep"
+        if self.exchange == "static" or (self.exchange == "auto" and tokens <= self.decode_tokens):
+            return "static"
+        per_node = plan.ranks_per_node or 1
+        return "two_stage" if 1 < per_node < plan.world_size else "ep"

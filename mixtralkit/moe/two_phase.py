@@ -1,0 +1,304 @@
+"""Lina's two phases while the model runs: weights for the next layer move while this one computes (ATC'23, §5).
+
+::
+
+    gate of i ── counts, paths ──┬── experts of i ─ attention ─ gate of i+1 ── counts ──► phase two: keep, or correct
+                                 └─► estimate of i+1 ─► phase one: copies move ────────►
+
+The estimate travels in the all-gather that brings the counts of layer i, so that every rank decides alike and none has
+to be told. Copies of hot experts on every rank (``moe/shadow.py``) are the means. See docs/two-phase.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from mixtralkit.config import ModelConfig, MoEOptions
+from mixtralkit.distributed import RankContext
+from mixtralkit.moe.counting import count_keys
+from mixtralkit.moe.shadow import Home, LayerShadows
+from mixtralkit.planning.policies.two_phase import check_estimate
+from mixtralkit.planning.popularity import PathPopularity, extend_paths
+
+if TYPE_CHECKING:
+    from mixtralkit.moe.layer import MoELayer
+
+TABLES_GB = 1.0  # most memory for the chances of all paths, in 10⁹ bytes
+Moment = float | torch.cuda.Event
+
+
+@dataclass(frozen=True)
+class Timing:
+    """When weights moved and when this rank waited for them; each rank has its own.
+
+    Attributes:
+        started, arrived: of phase one's copies.
+        needed, there: before and after waiting for these.
+        corrected: after phase two's own copies.
+    """
+
+    started: Moment
+    arrived: Moment
+    needed: Moment
+    there: Moment
+    corrected: Moment
+
+    @property
+    def hidden_s(self) -> float:
+        """Seconds that weights moved while the rank did other work; on a GPU it waits for the device."""
+        return max(0.0, _seconds(self.started, self.arrived) - _seconds(self.needed, self.there))
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds that the rank could not go on because weights moved; on a GPU it waits for the device."""
+        return _seconds(self.needed, self.corrected)
+
+
+@dataclass(frozen=True)
+class PhaseReport:
+    """How a layer's estimate fared; the same on every rank, but for the timing.
+
+    Attributes:
+        right: whether the estimated 2K most popular experts were the real ones.
+        distance: total-variation distance [0, 1] of the estimated and the real shares.
+        corrected: whether phase two chose again, with the real counts.
+        bytes_ahead: weights that phase one moved, out of ``ShadowReport.bytes_broadcast``.
+        timing: None where nothing moved.
+    """
+
+    right: bool
+    distance: float
+    corrected: bool
+    bytes_ahead: int
+    timing: Timing | None = field(default=None, compare=False)
+
+
+class Move:
+    """Weights on their way to every rank, beside what the device computes meanwhile.
+
+    They have a group of their own, and on a GPU a stream of their own, so that no row queues behind them.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, stream: torch.cuda.Stream | None) -> None:
+        self._group, self._stream = group, stream
+        self._works: list[dist.Work] = []
+        self._arrivals: list[float] = []
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream(stream.device))  # whoever reads a place we write is before us
+        self.started = _now(stream)
+
+    def send(self, weights: torch.Tensor, owner: int) -> None:
+        """Starts a broadcast; a ``shadow.Send``."""
+        on_stream = contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+        with on_stream:
+            work = dist.broadcast(weights, group_src=owner, group=self._group, async_op=True)
+            if self._stream is not None:
+                work.wait()  # holds up the stream, not the host
+            else:
+                work.get_future().add_done_callback(lambda _: self._arrivals.append(time.perf_counter()))
+        self._works.append(work)
+
+    def __bool__(self) -> bool:
+        return bool(self._works)
+
+    def finish(self) -> tuple[Moment, Moment, Moment]:
+        """Work from here on sees the weights; when they arrived, and the moments before and after waiting."""
+        if self._stream is None:
+            needed = _now(None)
+            for work in self._works:
+                work.wait()
+            there = _now(None)
+            is_known = len(self._arrivals) == len(self._works)  # the last call-back may be on its way
+            return max(self._arrivals, default=there) if is_known else there, needed, there
+        current = torch.cuda.current_stream(self._stream.device)
+        arrived, needed = _now(self._stream), _now(current)
+        current.wait_event(arrived)
+        return arrived, needed, _now(current)
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """What phase one did for a layer: by which estimate, what moves, and how."""
+
+    estimate_E: np.ndarray
+    experts: list[int]
+    move: Move
+
+
+@dataclass(frozen=True)
+class _Loads:
+    """A layer's rows of each expert, and its weights' versions on each rank; of all ranks."""
+
+    rows_E: np.ndarray
+    versions_W: list[int]
+
+
+class Flight:
+    """One step's way through the layers: the paths of its rows, and what is under way for the next layer."""
+
+    def __init__(self, phases: TwoPhase) -> None:
+        self._phases = phases
+        self._paths_T: torch.Tensor | int = 0
+        self._ahead: _Ahead | None = None
+
+    def at(self, shadows: LayerShadows, x_TD: torch.Tensor, experts_TK: torch.Tensor) -> Home:
+        """What is at home for these rows in a layer, once the next layer's copies are on their way. Collective.
+
+        Layers are visited in order. The first has no estimate: it chooses by its real counts alone.
+
+        Args:
+            experts_TK: int64 choices of this rank's rows, before any capacity.
+        """
+        following = self._phases.shadows_of(shadows.layer + 1)
+        here, ahead = self._gather(shadows, following, experts_TK)
+        home = self._second_phase(shadows, x_TD, here, experts_TK.shape[1])
+        self._ahead = None
+        if following is not None:
+            hidden_s = shadows.inference.s_per_row * here.rows_E.sum() / shadows.context.world_size
+            self._ahead = self._first_phase(following, ahead, hidden_s)
+        return home
+
+    def _gather(
+        self, shadows: LayerShadows, following: LayerShadows | None, experts_TK: torch.Tensor
+    ) -> tuple[_Loads, _Loads | None]:
+        """Counts of this layer and the estimate for the next, in one message."""
+        popularity, cache = self._phases.popularity, shadows.cache
+        message = [count_keys(experts_TK, popularity.num_experts), cache.version(shadows.layer)[None]]
+        if following is not None:
+            self._paths_T = extend_paths(
+                self._paths_T, experts_TK[:, 0], popularity.path_length, popularity.num_experts
+            )
+            message += [self._phases.estimate(following.layer, self._paths_T), cache.version(following.layer)[None]]
+        gathered = shadows.context.all_gather(torch.cat([part.double() for part in message]))
+        parts = gathered.cpu().numpy().reshape(len(gathered), -1, popularity.num_experts + 1)  # host sync
+        loads = [_Loads(parts[:, i, :-1].sum(0), parts[:, i, -1].astype(int).tolist()) for i in range(parts.shape[1])]
+        return loads[0], (loads[1] if following is not None else None)
+
+    def _first_phase(self, following: LayerShadows, estimate: _Loads, hidden_s: float) -> _Ahead:
+        """Starts to move what the estimate wants; what an even share of this layer's rows takes costs nothing."""
+        move = self._phases.move()
+        loads_E = estimate.rows_E / following.copies_E
+        in_use = following.layer - 1
+        experts = following.bring(loads_E, estimate.versions_W, hidden_s, move.send, in_use)
+        return _Ahead(estimate.rows_E, experts, move)
+
+    def _second_phase(self, shadows: LayerShadows, x_TD: torch.Tensor, real: _Loads, top_k: int) -> Home:
+        """Keeps phase one's choice, or chooses again by the real counts and waits for what is missing."""
+        loads_E, ahead = real.rows_E / shadows.copies_E, self._ahead
+        if ahead is None:
+            shadows.refresh(loads_E, real.versions_W)
+            return shadows.home(x_TD, shadows.bring(loads_E, real.versions_W))
+        moments = ahead.move.finish()
+        shadows.refresh(loads_E, real.versions_W)
+        check = check_estimate(ahead.estimate_E, real.rows_E, top_k, self._phases.threshold)
+        late = shadows.bring(loads_E, real.versions_W) if check.corrected else []
+        timing = Timing(ahead.move.started, *moments, self._phases.now()) if ahead.move or late else None
+        size = len(ahead.experts) * shadows.cache.bytes_each
+        phases = PhaseReport(check.right, check.distance, check.corrected, size, timing)
+        return shadows.home(x_TD, [*ahead.experts, *late], phases)
+
+
+class TwoPhase:
+    """What the steps of a model share: the chances of every path, the rule for corrections, the way weights move."""
+
+    def __init__(
+        self,
+        layers: Sequence[MoELayer],
+        popularity: PathPopularity,
+        context: RankContext,
+        threshold: float | None = None,
+    ) -> None:
+        """``threshold`` is ``MoEOptions.finetune_threshold``."""
+        self._layers, self.popularity, self.threshold = layers, popularity, threshold
+        self.context = context
+        self._tables = self._dense_tables()
+
+    @classmethod
+    def for_model(
+        cls, layers: Sequence[MoELayer], config: ModelConfig, context: RankContext, options: MoEOptions
+    ) -> TwoPhase | None:
+        """As the options say; None where they do not, or where no rows travel.
+
+        Raises:
+            ValueError: the profile cannot be read, or is of another model.
+        """
+        if options.dynamic != "two_phase":
+            return None
+        popularity = PathPopularity.load(options.popularity)
+        for name, wanted in (
+            ("num_layers", config.n_layers),
+            ("num_experts", config.num_experts),
+            ("top_k", config.num_experts_per_tok),
+        ):
+            if getattr(popularity, name) != wanted:
+                raise ValueError(
+                    f"{options.popularity}: {name} ({getattr(popularity, name)}) must be the model's {wanted}"
+                )
+        if layers[0].shadows is None:
+            return None
+        return cls(layers, popularity, context, options.finetune_threshold)
+
+    def begin(self) -> Flight | None:
+        """A step's state, to be given to every layer in turn; None in training, where copies last for one layer."""
+        return None if torch.is_grad_enabled() else Flight(self)
+
+    def shadows_of(self, layer: int) -> LayerShadows | None:
+        """Of a layer as it is now (a new plan replaces them); None behind the last."""
+        return self._layers[layer].shadows if layer < len(self._layers) else None
+
+    def estimate(self, layer: int, paths_T: torch.Tensor) -> torch.Tensor:
+        """float64 [E], ``PathPopularity.estimate`` on the device, for rows with these paths up to the layer before."""
+        return self._tables[layer][paths_T].double().sum(0)
+
+    def move(self) -> Move:
+        """A way for weights to travel, beside the rest."""
+        return Move(self._group, self._stream)
+
+    def now(self) -> Moment:
+        """This moment in the work of this rank."""
+        return _now(None if self._stream is None else torch.cuda.current_stream(self.context.device))
+
+    @cached_property
+    def _group(self) -> dist.ProcessGroup:
+        return dist.new_group(backend=dist.get_backend(self.context.group))  # collective: made in the first step
+
+    @cached_property
+    def _stream(self) -> torch.cuda.Stream | None:
+        return torch.cuda.Stream(self.context.device) if self.context.device.type == "cuda" else None
+
+    def _dense_tables(self) -> list[torch.Tensor]:
+        """K · P_path(e) of every layer, float32 [paths, E]: a look-up needs no host."""
+        popularity, experts = self.popularity, self.popularity.num_experts
+        paths = [experts ** min(popularity.path_length, layer) for layer in range(popularity.num_layers)]
+        size_gb = sum(paths) * experts * 4 / 1e9
+        if size_gb > TABLES_GB:
+            raise ValueError(
+                f"popularity: paths of path_length ({popularity.path_length}) layers over {experts} experts take "
+                f"{size_gb:.3g} GB, at most {TABLES_GB:g} is possible; profile shorter paths"
+            )
+        chances = (popularity.predict(layer, np.arange(count)) for layer, count in enumerate(paths))
+        return [torch.from_numpy(popularity.top_k * table).to(self.context.device) for table in chances]
+
+
+def _now(stream: torch.cuda.Stream | None) -> Moment:
+    if stream is None:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(stream)
+    return event
+
+
+def _seconds(start: Moment, end: Moment) -> float:
+    if isinstance(start, float):
+        return end - start
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
