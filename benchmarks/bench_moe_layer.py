@@ -25,6 +25,7 @@ from mixtralkit.cli import run_tool
 from mixtralkit.config import FasterOptions, ModelConfig, MoEOptions, ParallelConfig, parse_dtype
 from mixtralkit.distributed import RankContext
 from mixtralkit.layout import RankLayout
+from mixtralkit.moe.fmoe_backend import FastMoELayer
 from mixtralkit.moe.gate import Routing
 from mixtralkit.moe.layer import MoELayer
 from mixtralkit.moe.shadow import ShadowCache
@@ -45,6 +46,7 @@ class Variant:
     static: bool = False
     schedule: bool = False
     shadow: bool = False
+    backend: str = "mixtralkit"
 
 
 VARIANTS = {
@@ -60,6 +62,7 @@ VARIANTS = {
     "shadow+schedule": Variant(shadow=True, schedule=True),
     "everywhere": Variant(hot=-1),
     "tensor_parallel": Variant(experts="tp"),
+    "fastmoe": Variant(backend="fastmoe"),  # not among "all": the real library is seldom there
 }
 BASELINES = ("loop_over_experts", "padded_all_gather")
 
@@ -115,9 +118,10 @@ class Case:
         )
         options = MoEOptions(FasterOptions.from_env(), exchange="exact" if not variant.static else "static")
         faster = FasterOptions(**{**vars(options.faster), "schedule": variant.schedule, "shadow": variant.shadow})
-        options = MoEOptions(faster, options.exchange)
+        options = MoEOptions(faster, options.exchange, backend=variant.backend)
         cache = ShadowCache.for_model(layout, self.context, self.dtype, options)
-        layer = MoELayer(0, layout, self.context, self.dtype, options, shadow_cache=cache)
+        kind = FastMoELayer if variant.backend == "fastmoe" else MoELayer
+        layer = kind(0, layout, self.context, self.dtype, options, shadow_cache=cache)
         mine, part = list(layout.experts(0)), slice(*layout.hidden)
         w1, w3 = self.w13_EGD[mine].chunk(2, dim=1)
         layer.experts.w13.copy_(torch.cat([w1[:, part], w3[:, part]], dim=1))
@@ -146,7 +150,7 @@ def bench_moe_layer(
         tokens: numbers of rows of each rank, between commas.
         routing: uniform; skew:S, one expert takes the share S of the routed rows; trace:FILE, a routing trace; or
             several between commas.
-        variants: names between commas, or all.
+        variants: names between commas, or all; fastmoe, the layer through the real library, must be named.
         dim: model width; 4096 on CUDA, 512 on a CPU when not given.
         hidden: expert hidden width; 3.5 times dim when not given.
         num_experts: experts.
@@ -157,7 +161,8 @@ def bench_moe_layer(
         seed: of weights, rows and routing.
         output: JSON file for the results.
     """
-    names = [*VARIANTS, *BASELINES] if variants == "all" else variants.split(",")
+    usual = [name for name, variant in VARIANTS.items() if variant.backend == "mixtralkit"]
+    names = [*usual, *BASELINES] if variants == "all" else variants.split(",")
     if not all(count.isdigit() and int(count) for count in tokens.split(",")):
         raise ValueError(f"tokens ({tokens!r}) must be whole numbers of at least 1 between commas")
     unknown = sorted(set(names) - set(VARIANTS) - set(BASELINES))
@@ -256,7 +261,7 @@ def _measure(case: Case, name: str, repeats: int) -> dict:
         run(number)
     whole = [_timed(case, lambda: run(number)) for number in range(repeats)]  # noqa: B023
     found = {"ms": _slowest(case, whole), "spread_ms": _spread(case, whole), "error": error}
-    if layer is not None:
+    if isinstance(layer, MoELayer):
         found |= _phases(case, layer, repeats) | _counts(case, layer)
     return found
 

@@ -63,7 +63,7 @@ class Mixtral:
             dtype: ``"bfloat16"``, ``"float16"`` or ``"float32"``; None for bfloat16 on CUDA and float32 on a CPU.
             device: ``"cpu"`` or ``"cuda"``; None for CUDA where there is one.
             attention: ``"tp"``, ``"dp"`` or ``"auto"``: ``tp`` where the ranks divide the heads, else ``dp``; also
-                ``dp`` where FasterMoE's schedule or shadows are on, which move rows.
+                ``dp`` where FasterMoE's schedule or shadows, or two phases, are on: they need rows that travel.
             experts: ``"tp"``, ``"ep"`` or ``"auto"``, which is ``ep``.
             plan: which ranks hold which experts; None for each rank its even share.
             options: how the MoE layer runs; None reads ``FMOE_FASTER_*`` for its schedule and shadows.
@@ -278,7 +278,7 @@ def choose_layout(
     world = context.world_size
     if attention == "auto":
         divides = config.n_heads % world == 0 and (config.n_kv_heads % world == 0 or world % config.n_kv_heads == 0)
-        rows_should_travel = options is not None and (options.faster.schedule or options.faster.shadow)
+        rows_should_travel = options is not None and (options.faster.schedule or options.copies_experts)
         attention = "tp" if divides and not rows_should_travel else "dp"
     if experts == "auto":
         experts = "ep"

@@ -57,6 +57,9 @@ def generate(
     faster_group_size: int | None = None,
     shadow_memory_gb: float = 4.0,
     moe_backend: str = "mixtralkit",
+    dynamic: str = "none",
+    popularity: Path | None = None,
+    finetune_threshold: float | None = None,
     moe_report: bool = False,
     record_routing: Path | None = None,
     num_gpus: int | None = None,
@@ -81,7 +84,7 @@ def generate(
         dtype: bfloat16, float16 or float32; left out, bfloat16 on a GPU and float32 on a CPU.
         device: cpu or cuda; left out, cuda where there is one.
         attention: tp splits heads over the ranks, dp the prompts; auto takes tp where the ranks divide the heads and
-            neither faster_schedule nor faster_shadow is on.
+            faster_schedule, faster_shadow and dynamic are off.
         experts: ep gives each rank whole experts, tp a part of each; auto takes ep.
         plan: plan.json that says which ranks hold which experts.
         exchange: How rows travel to experts: exact sends just what there is, static keeps every shape fixed; auto is
@@ -89,8 +92,12 @@ def generate(
         faster_schedule: FasterMoE's smart schedule; left out, FMOE_FASTER_SCHEDULE_ENABLE decides.
         faster_shadow: FasterMoE's shadowing; left out, FMOE_FASTER_SHADOW_ENABLE decides.
         faster_group_size: Ranks of a group of the schedule; left out, FMOE_FASTER_GROUP_SIZE decides.
-        shadow_memory_gb: Most memory for shadows on each rank.
+        shadow_memory_gb: Most memory for copies of other ranks' experts on each rank, in 10^9 bytes.
         moe_backend: mixtralkit, or fastmoe for the real library.
+        dynamic: two_phase copies experts for the next layer while a layer computes (docs/two-phase.md); or none.
+        popularity: Profile that two_phase estimates from; tools/profile_experts.py popularity makes one.
+        finetune_threshold: Distance of estimated and real loads, 0 to 1, above which two_phase corrects; left out, it
+            corrects where other experts are popular than estimated.
         moe_report: Print what each layer routed, dropped, sent and shadowed at the end.
         record_routing: Write the experts that every token took to this trace, .npz (docs/traces.md).
         num_gpus: The number of ranks, for scripts that state it; torchrun decides it.
@@ -100,6 +107,7 @@ def generate(
     moe = MoEOptions.from_env(
         faster_schedule, faster_shadow, faster_group_size,
         exchange=exchange, shadow_memory_gb=shadow_memory_gb, backend=moe_backend,
+        dynamic=dynamic, popularity=popularity, finetune_threshold=finetune_threshold,
     )  # fmt: skip
     context = RankContext.start(device)
     with context.agreed():
@@ -155,6 +163,9 @@ def chat(
     faster_group_size: int | None = None,
     shadow_memory_gb: float = 4.0,
     moe_backend: str = "mixtralkit",
+    dynamic: str = "none",
+    popularity: Path | None = None,
+    finetune_threshold: float | None = None,
     moe_report: bool = False,
     record_routing: Path | None = None,
 ) -> None:
@@ -184,8 +195,12 @@ def chat(
         faster_schedule: FasterMoE's smart schedule; left out, FMOE_FASTER_SCHEDULE_ENABLE decides.
         faster_shadow: FasterMoE's shadowing; left out, FMOE_FASTER_SHADOW_ENABLE decides.
         faster_group_size: Ranks of a group of the schedule; left out, FMOE_FASTER_GROUP_SIZE decides.
-        shadow_memory_gb: Most memory for shadows on each rank.
+        shadow_memory_gb: Most memory for copies of other ranks' experts on each rank, in 10^9 bytes.
         moe_backend: mixtralkit, or fastmoe for the real library.
+        dynamic: two_phase copies experts for the next layer while a layer computes (docs/two-phase.md); or none.
+        popularity: Profile that two_phase estimates from; tools/profile_experts.py popularity makes one.
+        finetune_threshold: Distance of estimated and real loads, 0 to 1, above which two_phase corrects; left out, it
+            corrects where other experts are popular than estimated.
         moe_report: Print what each layer routed, dropped, sent and shadowed at the end.
         record_routing: Write the experts that every token took to this trace, .npz (docs/traces.md).
     """
@@ -194,6 +209,7 @@ def chat(
     moe = MoEOptions.from_env(
         faster_schedule, faster_shadow, faster_group_size,
         exchange=exchange, shadow_memory_gb=shadow_memory_gb, backend=moe_backend,
+        dynamic=dynamic, popularity=popularity, finetune_threshold=finetune_threshold,
     )  # fmt: skip
     context = RankContext.start(device, timeout_s=CHAT_TIMEOUT_S)
     with context.agreed():

@@ -63,7 +63,7 @@ class MoveJudge:
             tokens: of a rank's step.
         """
         saved_s = self.gain_s(now, wish, loads_1E, tokens) * self.steps
-        return saved_s > self.margin * self.move_s(now, wish)
+        return bool(saved_s > self.margin * self.move_s(now, wish))
 
     def gain_s(self, now: ExpertPlan, wish: ExpertPlan, loads_1E: np.ndarray, tokens: int) -> float:
         """Predicted seconds that a step of the layer gets shorter; both plans replay the same sampled tokens."""
@@ -71,7 +71,7 @@ class MoveJudge:
         sample = sample_routing(loads_1E, in_step * max(1, _SAMPLED_TOKENS // in_step), self.shape.top_k)
         execution = Execution(self.layout(now, tokens), tokens)
         before, after = (simulate(plan, sample, self.shape, self.hardware, execution) for plan in (now, wish))
-        return before.step_s - after.step_s
+        return float(before.step_s - after.step_s)
 
     def move_s(self, now: ExpertPlan, wish: ExpertPlan) -> float:
         """Predicted seconds of the move: the busiest rank's bytes on the slower network, and copying what stays."""

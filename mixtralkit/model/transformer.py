@@ -22,6 +22,7 @@ from mixtralkit.moe.gate import Routing
 from mixtralkit.moe.layer import MoELayer, MoEReport
 from mixtralkit.moe.move import MoveReport
 from mixtralkit.moe.shadow import ShadowCache
+from mixtralkit.moe.two_phase import Flight, TwoPhase
 from mixtralkit.planning.plan import ExpertPlan
 
 Observe = Callable[[StepBatch, list[MoEReport]], None]
@@ -49,10 +50,15 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps, dtype, context.device)
 
     def forward(
-        self, x_TD, rope: tuple[torch.Tensor, torch.Tensor], attend: Attend, rows_per_rank: int | None
+        self,
+        x_TD,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        attend: Attend,
+        rows_per_rank: int | None,
+        flight: Flight | None,
     ) -> tuple[torch.Tensor, MoEReport]:
         x_TD = x_TD + self.attention(self.attention_norm(x_TD), rope, attend)
-        y_TD, report = self.feed_forward(self.ffn_norm(x_TD), rows_per_rank)
+        y_TD, report = self.feed_forward(self.ffn_norm(x_TD), rows_per_rank, flight)
         return x_TD + y_TD, report
 
 
@@ -84,6 +90,8 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(
             Block(i, layout, context, dtype, self.options, nodes, self.shadow_cache) for i in range(config.n_layers)
         )
+        moe_layers = [block.feed_forward for block in self.layers]
+        self.two_phase = TwoPhase.for_model(moe_layers, config, context, self.options)
         self.norm = RMSNorm(config.dim, config.norm_eps, **like)
         self.output = nn.Linear(config.dim, layout.vocab[1] - layout.vocab[0], bias=False, **like)
         self.requires_grad_(False)
@@ -182,9 +190,10 @@ class Transformer(nn.Module):
         self, tokens_T, positions_T, attend: Attend, rows_per_rank: int | None = None
     ) -> tuple[torch.Tensor, list[MoEReport]]:
         rope = rotations(positions_T, self.params.head_dim, self.params.rope_theta)
+        flight = None if self.two_phase is None else self.two_phase.begin()
         x_TD, reports = self.tok_embeddings(tokens_T), []
         for block in self.layers:
-            x_TD, report = block(x_TD, rope, attend, rows_per_rank)
+            x_TD, report = block(x_TD, rope, attend, rows_per_rank, flight)
             reports.append(report)
         return x_TD, reports
 

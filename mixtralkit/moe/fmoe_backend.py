@@ -49,10 +49,12 @@ class FastMoELayer(nn.Module):
         self.gate = TopKGate(config.dim, config.num_experts, config.num_experts_per_tok, dtype, context.device)
         self.experts = Experts(self.slots, config.dim, config.hidden_dim, dtype, context.device)
 
-    def forward(self, x_TD: torch.Tensor, rows_per_rank: int | None = None) -> tuple[torch.Tensor, MoEReport]:
+    def forward(
+        self, x_TD: torch.Tensor, rows_per_rank: int | None = None, flight: None = None
+    ) -> tuple[torch.Tensor, MoEReport]:
         """Rows [T, D] (T may be 0) to rows of the same order, and what happened. Collective over the ranks.
 
-        ``rows_per_rank`` is ignored: the library's exchange has exact splits.
+        ``rows_per_rank`` is ignored: the library's exchange has exact splits; and ``flight``, which is None here.
         """
         routing = self.gate(x_TD)
         tokens, top_k = routing.experts_TK.shape

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -28,6 +28,9 @@ from mixtralkit.moe.gate import Routing, TopKGate
 from mixtralkit.moe.move import MoveReport, move_experts
 from mixtralkit.moe.schedule import num_chunks, run_in_chunks
 from mixtralkit.moe.shadow import Home, LayerShadows, ShadowCache, ShadowReport
+
+if TYPE_CHECKING:
+    from mixtralkit.moe.two_phase import Flight
 
 
 @dataclass(frozen=True)
@@ -110,14 +113,17 @@ class MoELayer(nn.Module):
         self._look_up(None if self.shadows is None else self.shadows.cache)
         return report
 
-    def forward(self, x_TD: torch.Tensor, rows_per_rank: int | None = None) -> tuple[torch.Tensor, MoEReport]:
+    def forward(
+        self, x_TD: torch.Tensor, rows_per_rank: int | None = None, flight: Flight | None = None
+    ) -> tuple[torch.Tensor, MoEReport]:
         """Rows [T, D] (T may be 0) to rows of the same order, and what happened. Collective over the ranks.
 
         Args:
             rows_per_rank: a promise that no rank has more rows; lets the exchange keep static shapes.
+            flight: what the layer before has learnt and begun for this one (``moe/two_phase.py``).
         """
         routing = self.gate(x_TD)
-        way, home, cut = self.arrange(x_TD, routing, rows_per_rank)
+        way, home, cut = self.arrange(x_TD, routing, rows_per_rank, flight)
         if self.options.faster.schedule and self._rows_travel(way):
             chunks = num_chunks(self.context.world_size, self.options.faster.group_size)
             y_TD, handles = run_in_chunks(way, home.experts, home.x_TD, cut, home.assigner, chunks)
@@ -143,12 +149,14 @@ class MoELayer(nn.Module):
         return way.combine(home.experts(rows), handle)
 
     def arrange(
-        self, x_TD: torch.Tensor, routing: Routing, rows_per_rank: int | None = None
+        self, x_TD: torch.Tensor, routing: Routing, rows_per_rank: int | None = None, flight: Flight | None = None
     ) -> tuple[Dispatch, Home, CutRouting]:
         """How these rows will travel, what is at home for them, and which of their choices fit. Collective."""
         way = self._way_for(rows_per_rank)
         home = Home(x_TD, self.assigner, self.experts)
-        if self.shadows is not None:
+        if flight is not None and self.shadows is not None and self._rows_travel(way):
+            home = flight.at(self.shadows, x_TD, routing.experts_TK)
+        elif self.shadows is not None:
             home = self.shadows.for_step(x_TD, routing.experts_TK, may_wait=self._rows_travel(way))
         capacity = self._capacity(x_TD.shape[0])
         return way, home, cut_to_capacity(routing, home.assigner.at_home_E, capacity, self.layout.plan.overflow)

@@ -249,11 +249,9 @@ class ShadowCache:
         taken = {copy.place for copy in self._copies.values()}
         if len(taken) < self.places:
             return next(place for place in range(self.places) if place not in taken)
-        replaceable = {
-            key: copy.gain for key, copy in self._copies.items() if copy.gain is not None and key[0] != in_use
-        }
-        victim = min(replaceable, key=lambda key: (replaceable[key], key), default=None)
-        if victim is None or (gain is not None and replaceable[victim] >= gain):
+        gains = {key: copy.gain for key, copy in self._copies.items() if copy.gain is not None and key[0] != in_use}
+        victim = min(gains, key=lambda key: (gains[key], key), default=None)
+        if victim is None or (gain is not None and gains[victim] >= gain):
             return None
         place = self._copies[victim].place
         self._forget([victim])
@@ -327,7 +325,7 @@ class LayerShadows:
         """
         trains = torch.is_grad_enabled() and self.experts.w13.requires_grad
         if not may_wait:
-            return self._with_places(x_TD, {} if trains else self.cache.places_of(self.layer))
+            return self.home(x_TD, use_copies=not trains)
         counts_E = count_keys(experts_TK, len(self.copies_E))
         message = torch.cat([counts_E, self.cache.version(self.layer)[None]])
         gathered = self.context.all_gather(message).cpu().numpy()  # host sync: who is hot
@@ -362,23 +360,17 @@ class LayerShadows:
         missing = [e for e in chosen if e not in at_home]
         return [e for e in missing if self.cache.fetch(self.layer, e, gain_E[e], versions_W, send, in_use)]
 
-    def home(self, x_TD: torch.Tensor, moved: Sequence[int], phases: PhaseReport | None = None) -> Home:
-        """What the layer's copies make of these rows; ``moved`` and ``phases`` are for the report."""
-        return self._with_places(x_TD, self.cache.places_of(self.layer), moved, phases)
+    def home(
+        self, x_TD: torch.Tensor, moved: Sequence[int] = (), phases: PhaseReport | None = None, use_copies: bool = True
+    ) -> Home:
+        """These rows, and the layer's copies; ``moved`` and ``phases`` are for the report."""
+        places = self.cache.places_of(self.layer) if use_copies else {}
+        experts = ShadowedExperts(self.experts, *self.cache.pool) if places else self.experts
+        return Home(x_TD, self._assigner(places), experts, self._report(places, moved, phases))
 
     def _gains(self, loads_E: np.ndarray) -> list[float]:
         # Over the mean expert, not over the next one: so the order of gains is that of loads, whatever is at home now.
         return (self.inference.s_per_row * (loads_E - loads_E.mean()).clip(min=0.0)).tolist()
-
-    def _with_places(
-        self,
-        x_TD: torch.Tensor,
-        places: dict[int, int],
-        moved: Sequence[int] = (),
-        phases: PhaseReport | None = None,
-    ) -> Home:
-        experts = ShadowedExperts(self.experts, *self.cache.pool) if places else self.experts
-        return Home(x_TD, self._assigner(places), experts, self._report(places, moved, phases))
 
     def _train(self, x_TD: torch.Tensor, loads_E: np.ndarray) -> Home:
         """Weights change every step, so a shadow lasts for one; its gradients are added to its owner's."""

@@ -1,4 +1,4 @@
-"""Expert popularity one layer ahead, from the experts that tokens took so far (Lina, ATC'23, §5)."""
+"""Expert popularity one layer ahead, from the experts that tokens took so far (Lina, ATC'23)."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mixtralkit.planning.trace_parts import parts_of, read_parts
+from mixtralkit.planning.trace_parts import check_replaceable, parts_of, read_parts
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,8 @@ class RoutingTrace:
         return found
 
     def save(self, path: str | Path) -> None:
-        """Writes the trace as ``.npz`` (``docs/traces.md``)."""
+        """Writes the trace as ``.npz`` (``docs/traces.md``), whole or not at all."""
+        check_replaceable(path)
         arrays = {"experts": self.experts, "sequence": self.sequence, "position": self.position}
         if self.weights is not None:
             arrays["weights"] = self.weights

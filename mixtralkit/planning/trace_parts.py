@@ -23,8 +23,16 @@ def parts_of(path: str | Path) -> list[Path]:
     return sorted(Path(found) for found in glob.glob(f"{glob.escape(str(path))}.rank*.part"))
 
 
+def check_replaceable(path: str | Path) -> None:
+    """ValueError where something is at ``path`` that a file must not take the place of, such as a device."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError(f"{path}: is no ordinary file, so no trace can take its place")
+
+
 def check_unused(path: str | Path) -> None:
-    """ValueError where a stopped run left parts of a trace at ``path``, which must not be mixed with another run's."""
+    """ValueError where a stopped run left parts of a trace at ``path``, which must not be mixed with another run's, or
+    where no trace can be."""
+    check_replaceable(path)
     left = parts_of(path)
     if left:
         raise ValueError(f"{left[0]}: a stopped run left it, with its routing; move it away or remove it")

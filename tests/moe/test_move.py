@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -57,7 +58,8 @@ def test_every_rank_gets_just_what_it_lacks(seed):
 def _assert_consistent(layer, plan: ExpertPlan, rank: int) -> None:
     gate, w13, w2 = WHOLE.weights()
     mine = list(plan.experts_of(0, rank))
-    assert torch.equal(layer.experts.w13, w13[mine]) and torch.equal(layer.experts.w2, w2[mine])
+    assert torch.equal(layer.experts.w13, w13[mine])
+    assert torch.equal(layer.experts.w2, w2[mine])
     assert layer.layout.plan is plan
     np.testing.assert_array_equal(layer.assigner.holds_WE, plan.holds_LWE[0])
     y_TD, _ = layer(x_TD := WHOLE.rows(ROWS[rank], rank))
@@ -83,7 +85,7 @@ def test_a_layer_goes_from_plan_to_plan(world_size, per_node):
     plans += [everywhere(1, 8, world_size), contiguous(1, 8, world_size)]
     plans = [replace(plan, ranks_per_node=per_node) for plan in plans]
     holds = [plan.holds_LWE[0] for plan in plans]
-    wanted = [0] + [int((b & ~a).sum()) * EXPERT_BYTES for a, b in zip(holds, holds[1:], strict=False)]
+    wanted = [0] + [int((b & ~a).sum()) * EXPERT_BYTES for a, b in itertools.pairwise(holds)]
     options = MoEOptions(FasterOptions(schedule=per_node is None))
     assert run_ranks(_adopt_all, world_size, plans, options) == [wanted] * world_size
 
@@ -113,7 +115,7 @@ def _shadowed(context: RankContext):
 
 def test_shadows_of_a_moved_layer_are_forgotten():
     for before, places in run_ranks(_shadowed, 2):
-        assert before[0] and before[1]
+        assert all(before)
         assert places == [set(), set(before[1])]
 
 

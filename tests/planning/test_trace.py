@@ -102,6 +102,14 @@ def test_file_round_trip(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["trace"]
 
 
+def test_only_ordinary_files_are_replaced(tmp_path):
+    """Saving renames over the target: run as root it once took the place of /dev/full."""
+    with pytest.raises(ValueError, match="is no ordinary file"):
+        random_trace().save(tmp_path)
+    with pytest.raises(ValueError, match=r"absent/t: cannot be written"):
+        random_trace().save(tmp_path / "absent" / "t")
+
+
 @pytest.mark.parametrize(("dtype", "top_k"), [(np.int64, None), (np.int8, 2), (np.int16, 1)])
 def test_foreign_arrays(tmp_path, dtype, top_k):
     """ExFlow's [tokens, layers] and vLLM's [tokens, layers, top_k]."""

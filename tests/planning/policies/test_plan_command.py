@@ -101,3 +101,14 @@ def test_a_bad_trace_ends_the_command_with_one_sentence(tmp_path):
     assert "takes expert 8, outside 0 … 7" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "plan.json").exists()
+
+
+def test_bench_plans_measures_on_another_trace(trace, tmp_path, capsys):
+    other = tmp_path / "other.npz"
+    RoutingProcess.random(4, 8, affinity=1.0, seed=3).trace(300, sequence_length=50, seed=2).save(other)
+    bench_plans = runpy.run_path(str(ROOT / "benchmarks" / "bench_plans.py"))["bench_plans"]
+    bench_plans(trace, check=other, world_sizes=(4,), batches=(64,))
+    found = {row["policy"]: row for row in figures_of(capsys.readouterr().out)["rows"]}
+    assert found["everywhere"]["crossings"] == 0
+    assert found["affinity"]["crossings, fit"] < found["contiguous"]["crossings, fit"]
+    assert found["balanced, 3 slots"]["mean/max, fit"] > found["contiguous"]["mean/max, fit"]

@@ -1,0 +1,277 @@
+"""Plans that change between steps: the same tokens, moves that pay, one layer a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mixtralkit.checkpoint import open_checkpoint
+from mixtralkit.config import FasterOptions, MoEOptions
+from mixtralkit.distributed import RankContext, RankFailed
+from mixtralkit.engine.plan_judge import MoveJudge
+from mixtralkit.engine.plan_manager import PlanManager, PlanStatistics, nearest_ranks, with_layer
+from mixtralkit.engine.plan_policies import make_policy
+from mixtralkit.engine.tokenizer import Tokenizer
+from mixtralkit.mixtral import Mixtral
+from mixtralkit.moe.move import transfers
+from mixtralkit.planning.cost import ModelShape
+from mixtralkit.planning.plan import ExpertPlan, contiguous
+from tests.engine.parts import engine_config, make_model, make_tokenizer
+from tests.moe.layers import random_plan
+from tests.planning.machines import machine
+from tests.ranks import run_ranks
+
+CKPTS = Path(__file__).resolve().parent.parent.parent / "ckpts"
+PROMPTS = ["In the beginning", "def read(path):\n", "NAME\n       tar -", "The function returns", "Moses"]
+NEW_TOKENS = 16
+# Shadows are cheap in this model's eyes, so that the policy takes some.
+EAGER = {"net_bandwidth": 1e13, "gpu_throughput": 1e9}
+
+
+class AnyPlan:
+    """A policy that takes another random plan every time: replicas, uneven ranks, hot experts."""
+
+    def __init__(self) -> None:
+        self.seed = 0
+
+    def __call__(self, loads_1E: np.ndarray, tokens: int) -> ExpertPlan:
+        self.seed += 1
+        return random_plan(self.seed, loads_1E.shape[1], self.world_size)
+
+    def on(self, world_size: int) -> AnyPlan:
+        self.world_size = world_size
+        return self
+
+
+@dataclass(frozen=True)
+class Way:
+    attention: str = "dp"
+    exchange: str = "auto"
+    schedule: bool = False
+    shadow: bool = False
+    nodes: int | None = None
+    batch: int = 8
+
+    def options(self) -> MoEOptions:
+        return MoEOptions(FasterOptions(self.schedule, self.shadow, **EAGER), self.exchange)
+
+
+WAYS = [
+    Way("tp"),
+    Way(batch=2),
+    Way(exchange="static", shadow=True),
+    Way(exchange="exact", schedule=True, shadow=True),
+    Way(exchange="exact", nodes=2),
+]
+
+
+def _load(context: RankContext, way: Way) -> Mixtral:
+    reader = open_checkpoint(CKPTS)
+    plan = replace(contiguous(reader.config.n_layers, 8, context.world_size), ranks_per_node=way.nodes)
+    return Mixtral.load(
+        reader, Tokenizer(CKPTS / "tokenizer.model"), context, 64, way.batch, dtype="float32",
+        attention=way.attention, experts="ep", plan=plan, options=way.options(),
+    )  # fmt: skip
+
+
+def _tokens(mixtral: Mixtral) -> list[list[int]]:
+    return [completion.tokens for completion in mixtral.complete(PROMPTS, NEW_TOKENS, temperature=0)]
+
+
+def _text(context: RankContext, ways: list[Way]) -> list[tuple[list[list[int]], PlanStatistics, int]]:
+    found = []
+    for way in ways:
+        mixtral = _load(context, way)
+        manager = PlanManager(mixtral.model, AnyPlan().on(context.world_size), update_step=2)
+        mixtral.engine.plan_manager = manager
+        answers = _tokens(mixtral)
+        layout = mixtral.model.layout
+        shapes = {name: tuple(tensor.shape) for name, tensor in mixtral.model.named_tensors().items()}
+        assert shapes == layout.shapes()
+        found.append((answers, replace(manager.statistics, longest_pause_s=0.0), layout.plan.slots_LWS.tolist()))
+    return found
+
+
+@cache
+def _alone() -> list[list[int]]:
+    return _tokens(_load(RankContext(), Way("tp")))
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_moving_experts_changes_no_token(world_size):
+    ways = [way for way in WAYS if way.nodes != world_size]
+    results = run_ranks(_text, world_size, ways, timeout_s=240)
+    for place, way in enumerate(ways):
+        answers, statistics, _ = results[0][place]
+        assert answers == _alone(), way
+        assert statistics.adopted == statistics.considered >= 2
+        assert statistics.layers_moved > 6
+        assert statistics.experts_moved > 12
+        assert all(of_rank[place] == results[0][place] for of_rank in results), "ranks must do the same"
+
+
+def _model(context: RankContext, attention: str = "dp", **changes):
+    return make_model(context, engine_config(num_experts=8, num_experts_per_tok=2, **changes), attention)
+
+
+def _counted(context: RankContext, attention: str, folder: Path):
+    """Loads as the policy saw them, against those of every rank's routing, and moves between consecutive steps."""
+    mixtral = Mixtral.from_parts(_model(context, attention), Tokenizer(folder / "tokenizer.model"))
+    seen, moved, steps = [], [], []
+
+    def policy(loads_1E: np.ndarray, tokens: int) -> ExpertPlan:
+        seen.append(loads_1E[0].tolist())
+        return random_plan(len(seen), 8, context.world_size)
+
+    manager = PlanManager(mixtral.model, policy, update_step=4)
+    mixtral.engine.plan_manager = manager
+
+    def observe(batch, reports) -> None:
+        steps.append([np.bincount(r.routing.experts_TK.flatten().numpy(), minlength=8).tolist() for r in reports])
+        moved.append(manager.statistics.layers_moved)
+
+    mixtral.engine.observe = observe
+    mixtral.complete([[1, 5 + i, 7] for i in range(6)], 12, temperature=0)
+    return seen, moved, steps
+
+
+@pytest.mark.parametrize("attention", ["dp", "tp"])
+def test_loads_are_those_of_all_ranks_and_a_step_waits_for_one_layer(attention, tmp_path):
+    make_tokenizer(tmp_path)
+    results = run_ranks(_counted, 2, attention, tmp_path)
+    seen, moved, _ = results[0]
+    steps = np.array([of_rank[2] for of_rank in results])
+    layers = steps.shape[2]
+    steps = steps.sum(0) if attention == "dp" else steps[0]
+    np.testing.assert_array_equal(seen[:layers], steps[:2].sum(0))  # the first half of the first window
+    assert len(seen) >= 2 * layers
+    assert set(np.diff(moved)) == {0, 1}
+    assert results[1][0] == [], "one rank plans"
+
+
+def _failing(context: RankContext, folder: Path) -> str:
+    mixtral = Mixtral.from_parts(_model(context), Tokenizer(folder / "tokenizer.model"))
+
+    def policy(loads_1E: np.ndarray, tokens: int) -> ExpertPlan:
+        raise ValueError("no plan today")
+
+    mixtral.engine.plan_manager = PlanManager(mixtral.model, policy, update_step=2)
+    try:
+        mixtral.complete([[1, 5, 7]], 12, temperature=0)
+    except (ValueError, RankFailed) as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_policy_that_fails_stops_all_ranks(tmp_path):
+    make_tokenizer(tmp_path)
+    assert run_ranks(_failing, 2, tmp_path) == ["no plan today", "rank 0: no plan today"]
+
+
+MACHINE = machine()
+SHAPE = ModelShape(4096, 14336, 8, 2, 32, 8, 128, 32000)
+SKEWED = np.array([[40, 30, 5, 5, 5, 5, 5, 5]])
+NOW, EVENED = contiguous(1, 8, 4), ExpertPlan(np.array([[[0, 2], [1, 3], [4, 5], [6, 7]]]), 8)
+
+
+def test_a_move_pays_only_over_enough_steps():
+    judge = MoveJudge(SHAPE, MACHINE, steps=1, exchange="exact")
+    gain_s, move_s = judge.gain_s(NOW, EVENED, SKEWED, 256), judge.move_s(NOW, EVENED)
+    assert gain_s > 0
+    least = int(move_s / gain_s) + 1
+    assert least > 1
+    for steps, pays in ((least - 1, False), (least, True)):
+        assert replace(judge, steps=steps).pays(NOW, EVENED, SKEWED, 256) is pays
+    assert not replace(judge, steps=least, margin=2.0).pays(NOW, EVENED, SKEWED, 256)
+    even = np.full((1, 8), 10)
+    assert not replace(judge, steps=1000).pays(EVENED, ExpertPlan(EVENED.slots_LWS[:, ::-1], 8), even, 256)
+
+
+def test_the_price_of_a_move_is_the_busiest_ranks_bytes():
+    judge = MoveJudge(SHAPE, MACHINE, steps=1)
+    assert [way.target for way in transfers(NOW.holds_LWE[0], EVENED.holds_LWE[0])] == [1, 0]
+    link = MACHINE.inside.exchange
+    copied_s = 2 * 2 * SHAPE.expert_bytes / MACHINE.memory_bandwidth  # ranks 2 and 3 keep two
+    latency_s = MACHINE.inside.latency_s("exchange", 4)
+    assert judge.move_s(NOW, EVENED) == pytest.approx(SHAPE.expert_bytes / link.bandwidth + latency_s + copied_s)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_ranks_are_matched_so_that_fewest_experts_move(seed):
+    old, new = (random_plan(seed + 50 * i, 8, 4) for i in (0, 1))
+    holds_WE = new.holds_LWE[0]
+    shuffled = new.slots_LWS[0][np.random.default_rng(seed).permutation(4)]
+    found = ExpertPlan(nearest_ranks(old.holds_LWE[0], shuffled)[None], 8).holds_LWE[0]
+    assert sorted(map(tuple, found)) == sorted(map(tuple, holds_WE))
+    assert len(transfers(old.holds_LWE[0], found)) <= len(transfers(old.holds_LWE[0], holds_WE))
+    on_nodes = ExpertPlan(nearest_ranks(old.holds_LWE[0], new.slots_LWS[0], 2)[None], 8).holds_LWE[0]
+    for node in (slice(0, 2), slice(2, 4)):
+        assert sorted(map(tuple, on_nodes[node])) == sorted(map(tuple, holds_WE[node]))
+
+
+def test_one_layer_of_a_plan_is_replaced():
+    plan = replace(contiguous(3, 8, 2), cold_capacity_factor=1.5)
+    wide = np.array([[0, 1, 2, 3, 4], [4, 5, 6, 7, -1]])
+    found = with_layer(plan, 1, wide)
+    assert found.slots_LWS[1].tolist() == wide.tolist()
+    assert found.experts_of(0, 0) == found.experts_of(2, 0) == (0, 1, 2, 3)
+    assert found.cold_capacity_factor == 1.5
+    assert with_layer(found, 1, plan.slots_LWS[1]).experts_of(1, 1) == (4, 5, 6, 7)
+
+
+@pytest.mark.parametrize("name", ["contiguous", "hot_cold", "two_phase", "balanced", "shadow", "auto"])
+def test_policies_by_name_keep_to_their_slots(name):
+    model = _plan_only(contiguous(2, 8, 4))
+    policy = make_policy(name, model, MoveJudge.for_model(model, MACHINE, 64), slots_per_rank=3)
+    plan = policy(SKEWED, 64)
+    plan.check_fits(1, 8, 4)
+    assert plan.holds_LWE.sum(2).max() <= 3
+    if name == "balanced":
+        assert plan.holds_LWE[0, :, 0].sum() > 1
+
+
+def _plan_only(plan: ExpertPlan):
+    """What policy and judge read of a model of several ranks, on one."""
+    model = _model(RankContext(), n_layers=2)
+    model.layout = replace(model.layout, plan=plan)
+    return model
+
+
+def test_replicas_need_slots():
+    model = _plan_only(contiguous(2, 8, 4))
+    make = partial(make_policy, model=model, judge=MoveJudge.for_model(model, MACHINE, 64))
+    assert make("balanced")(SKEWED, 64).holds_LWE.sum() == 8
+    assert make("hot_cold", hot_experts=2)(SKEWED, 64).hot_LE[0].tolist() == [True] * 2 + [False] * 6
+    with pytest.raises(ValueError, match="affinity"):
+        make("affinity")
+    with pytest.raises(ValueError, match=r"slots_per_rank \(1\) must be at least 2"):
+        make("balanced", slots_per_rank=1)
+    with pytest.raises(ValueError, match=r"hot_experts \(2\) needs policy 'hot_cold'"):
+        make("balanced", hot_experts=2)
+    with pytest.raises(ValueError, match=r"hot_experts \(9\) must lie in 0"):
+        make("hot_cold", hot_experts=9)
+
+
+def test_what_cannot_be_managed():
+    policy = AnyPlan().on(1)
+    with pytest.raises(ValueError, match=r"update_step \(1\) must be at least 2"):
+        PlanManager(_model(RankContext()), policy, 1)
+    model = make_model(RankContext(), engine_config(), experts="tp")
+    with pytest.raises(ValueError, match="update_step needs experts 'ep', not 'tp'"):
+        PlanManager(model, policy, 8)
+    with pytest.raises(ValueError, match=r"margin \(-1\)"):
+        MoveJudge(SHAPE, MACHINE, 8, margin=-1)
+
+
+def test_one_rank_has_nothing_to_move(tmp_path):
+    mixtral = Mixtral.from_parts(_model(RankContext()), make_tokenizer(tmp_path))
+    model = mixtral.model
+    judge = MoveJudge.for_model(model, MACHINE, 4)
+    mixtral.engine.plan_manager = manager = PlanManager(model, make_policy("balanced", model, judge), 4, judge)
+    mixtral.complete([[1, 5, 7]], 12, temperature=0)
+    assert manager.statistics.considered > 0
+    assert manager.statistics.layers_moved == 0
