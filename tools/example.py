@@ -186,8 +186,8 @@ def chat(
         seed: The same seed and the same conversation give the same text.
         dtype: bfloat16, float16 or float32; left out, bfloat16 on a GPU and float32 on a CPU.
         device: cpu or cuda; left out, cuda where there is one.
-        attention: tp splits heads over the ranks; auto takes it where the ranks divide the heads and neither
-            faster_schedule nor faster_shadow is on, else dp.
+        attention: tp splits heads over the ranks; auto takes it where the ranks divide the heads and
+            faster_schedule, faster_shadow and dynamic are off, else dp.
         experts: ep gives each rank whole experts, tp a part of each; auto takes ep.
         plan: plan.json that says which ranks hold which experts.
         exchange: How rows travel to experts: exact sends just what there is, static keeps every shape fixed; auto is

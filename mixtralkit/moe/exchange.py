@@ -81,10 +81,13 @@ class Exchange:
         """
         context, device = self.context, rows.x_RD.device
         goes_WR = _one_hot(members_RK, context.world_size)
-        stays_R = goes_WR[context.rank].nonzero().squeeze(1)  # host sync
-        goes_WR[context.rank] = False
-        to_N, row_N = goes_WR.nonzero(as_tuple=True)  # host sync; by member, then by row
-        send, receive = exchange_counts(goes_WR.sum(1), context)
+        counts_WW = context.all_gather(goes_WR.sum(1)).tolist()  # host sync: the splits of an exact exchange
+        send, receive = counts_WW[context.rank], [row[context.rank] for row in counts_WW]
+        to_M, row_M = goes_WR.nonzero_static(size=sum(send)).unbind(1)  # by member, then by row; no second sync
+        before, staying = sum(send[: context.rank]), send[context.rank]
+        stays_R = row_M[before : before + staying]
+        to_N, row_N = (torch.cat([x[:before], x[before + staying :]]) for x in (to_M, row_M))
+        send[context.rank] = receive[context.rank] = 0
         leaving = rows.take(row_N)
         arrived_RD = all_to_all(leaving.x_RD, context, send, receive)
         arrived = unpack(all_to_all(pack(leaving), context, send, receive), arrived_RD)
@@ -133,14 +136,6 @@ class StaticExchange:
         splits = [y_RD.shape[0] // world] * world
         parts_WTD = all_to_all(y_RD, self.context, splits, splits).unflatten(0, (world, -1))
         return parts_WTD[:, :own_rows].sum(0)
-
-
-def exchange_counts(send_W: torch.Tensor, context: RankContext) -> tuple[list[int], list[int]]:
-    """Rows this member sends to each, and receives from each; one small all-gather."""
-    if context.group is None:
-        return [0], [0]
-    counts_WW = context.all_gather(send_W).tolist()  # host sync: the splits of an exact exchange
-    return counts_WW[context.rank], [row[context.rank] for row in counts_WW]
 
 
 def pack(rows: TravellingRows) -> torch.Tensor:

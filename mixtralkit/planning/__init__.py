@@ -1,1 +1,1 @@
-"""From routing traces to expert plans; numpy only, no model and no ``torch.distributed``."""
+"""From routing traces to expert plans; NumPy and SciPy only, no model and no ``torch.distributed``."""

@@ -1,0 +1,340 @@
+"""Two phases change nothing but where rows are computed, decide as plain counting does, and alike on every rank."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from mixtralkit.checkpoint import open_checkpoint
+from mixtralkit.config import FasterOptions, MoEOptions
+from mixtralkit.distributed import RankContext
+from mixtralkit.engine.recorder import RoutingRecorder
+from mixtralkit.engine.statistics import MoEStatistics
+from mixtralkit.engine.tokenizer import Tokenizer
+from mixtralkit.mixtral import Mixtral
+from mixtralkit.moe.layer import MoELayer, MoEReport
+from mixtralkit.moe.reference import moe_reference
+from mixtralkit.moe.shadow import LayerShadows, ShadowCache
+from mixtralkit.moe.two_phase import TwoPhase
+from mixtralkit.planning.cost import ShadowModel, choose_shadows
+from mixtralkit.planning.plan import ExpertPlan, contiguous
+from mixtralkit.planning.policies.two_phase import check_estimate
+from mixtralkit.planning.popularity import PathPopularity, extend_paths
+from mixtralkit.planning.trace import RoutingTrace
+from tests.moe.layers import Whole, build, random_plan
+from tests.ranks import run_ranks
+
+LAYERS, EXPERTS = 4, 8
+WHOLES = [Whole(seed=seed, skew={(3 * seed) % 8: 3.0}) for seed in range(LAYERS)]
+EXPERT_BYTES = 3 * 16 * 24 * 4
+ROWS = [70, 7, 0, 1]  # different on each rank, one of them empty
+EAGER = FasterOptions(net_bandwidth=1e13, gpu_throughput=1e9)  # any lead pays
+
+
+@dataclass(frozen=True)
+class Case:
+    """A stack of layers over the ranks and the steps it runs."""
+
+    plan: ExpertPlan
+    popularity: PathPopularity
+    threshold: float | None = None
+    faster: FasterOptions = EAGER
+    memory_gb: float = 1.0
+    rows: tuple[int, ...] = tuple(ROWS)
+    steps: int = 2
+    static: bool = False
+
+
+def _next(x_TD: torch.Tensor, y_TD: torch.Tensor) -> torch.Tensor:
+    x_TD = x_TD + y_TD
+    return torch.cat([torch.nn.functional.normalize(x_TD[:, :-1]) * 4, torch.ones_like(x_TD[:, -1:])], dim=1)
+
+
+def _oracle(x_TD: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Rows behind the stack, and the first choices and others of every layer [T, K]."""
+    chosen = []
+    for whole in WHOLES:
+        gate, w13, w2 = whole.weights()
+        chosen.append((x_TD @ gate.T).topk(whole.top_k).indices)
+        x_TD = _next(x_TD, moe_reference(x_TD, gate, w13, w2, whole.top_k))
+    return x_TD, chosen
+
+
+@cache
+def _popularity(path_length: int = 2) -> PathPopularity:
+    """Of other rows than the tests run."""
+    _, chosen = _oracle(Whole(seed=77).rows(400))
+    return PathPopularity.fit(RoutingTrace(torch.stack(chosen, 1).numpy().astype(np.int16), EXPERTS), path_length)
+
+
+def _stack(case: Case, context: RankContext) -> tuple[list[MoELayer], TwoPhase]:
+    whole = WHOLES[0]
+    cache = ShadowCache(context, whole.dim, whole.hidden, torch.float32, case.memory_gb, LAYERS * EXPERTS)
+    options, layers = MoEOptions(case.faster), []
+    for number, whole in enumerate(WHOLES):
+        layer = build(whole, case.plan, context, options=options)
+        layer.shadows = LayerShadows(number, layer.experts, case.plan.slot_of_LWE[0], cache, case.faster)
+        layers.append(layer)
+    return layers, TwoPhase(layers, case.popularity, context, case.threshold)
+
+
+@torch.no_grad()
+def _step(layers: list[MoELayer], phases: TwoPhase, x_TD: torch.Tensor, rows: int | None) -> list[MoEReport]:
+    """One step through the stack, compared with the oracle."""
+    expected, _ = _oracle(x_TD)
+    flight, reports = phases.begin(), []
+    for layer in layers:
+        y_TD, report = layer(x_TD, rows, flight)
+        x_TD = _next(x_TD, y_TD)
+        reports.append(report)
+    torch.testing.assert_close(x_TD, expected, rtol=1e-3, atol=1e-3)
+    return reports
+
+
+def _run(context: RankContext, cases: list[Case]):
+    """Of each case and step: the shadow report of every layer, and this rank's choices."""
+    results = []
+    for case in cases:
+        layers, phases = _stack(case, context)
+        steps = []
+        for step in range(case.steps):
+            x_TD = Whole(seed=5 + step).rows(case.rows[context.rank], context.rank)
+            reports = _step(layers, phases, x_TD, max(case.rows) if case.static else None)
+            steps.append(([r.shadows for r in reports], [r.routing.experts_TK.numpy() for r in reports]))
+        results.append(steps)
+    return results
+
+
+def _nodes(plan: ExpertPlan) -> ExpertPlan:
+    return replace(plan, ranks_per_node=2)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_two_phases_change_nothing(world_size):
+    plain, replicas = contiguous(1, 8, world_size), random_plan(3, 8, world_size)
+    cases = [
+        Case(plain, _popularity()),
+        Case(replicas, _popularity(), threshold=0.0),
+        Case(plain, _popularity(), threshold=1.0, faster=replace(EAGER, schedule=True)),
+        Case(plain, _popularity(0), memory_gb=3.5 * EXPERT_BYTES / 1e9),
+    ]
+    if world_size == 4:
+        cases.append(Case(_nodes(replicas), _popularity(), faster=replace(EAGER, schedule=True)))
+    results = run_ranks(_run, world_size, cases)
+    for of_case in zip(*results, strict=True):
+        for of_step in zip(*of_case, strict=True):
+            assert all(shadows == of_step[0][0] for shadows, _ in of_step), "ranks must decide alike"
+    moved = [sum(s.phases.bytes_ahead for s in steps[0][0][1:]) for steps in results[0]]
+    assert all(moved), "every case must have copies that came ahead"
+
+
+def _expected(case: Case, choices: list[np.ndarray], layer: int):
+    """What the two phases must find in a layer, from the choices of all ranks, counted on the host."""
+    paths_T = np.zeros(len(choices[0]), np.int64)
+    for earlier in range(layer):
+        paths_T = extend_paths(paths_T, choices[earlier][:, 0].astype(np.int64), case.popularity.path_length, EXPERTS)
+    estimate_E = case.popularity.estimate(layer, paths_T)
+    return check_estimate(estimate_E, np.bincount(choices[layer].ravel(), minlength=EXPERTS), 2, case.threshold)
+
+
+@pytest.mark.parametrize("threshold", [None, 0.0, 0.1, 1.0])
+def test_decisions_are_those_of_plain_counting(threshold):
+    case = Case(contiguous(1, 8, 2), _popularity(), threshold, steps=4)
+    results = [steps for (steps,) in run_ranks(_run, 2, [case])]
+    kept = set()
+    for of_ranks in zip(*results, strict=True):
+        choices = [np.concatenate(parts) for parts in zip(*(chosen for _, chosen in of_ranks), strict=True)]
+        shadows = of_ranks[0][0]
+        assert shadows[0].phases is None, "nothing comes before the first layer"
+        for layer in range(1, LAYERS):
+            found, expected = shadows[layer].phases, _expected(case, choices, layer)
+            assert (found.right, found.corrected) == (expected.right, expected.corrected)
+            assert found.distance == pytest.approx(expected.distance, abs=1e-6)
+            kept.add(not found.corrected)
+            if not found.corrected:
+                assert found.bytes_ahead == shadows[layer].bytes_broadcast, "nothing comes late without a correction"
+    assert kept == {0.0: {False}, 1.0: {True}}.get(threshold, {False, True})
+
+
+def _count_broadcasts(context: RankContext, case: Case):
+    started, broadcast = [], dist.broadcast
+
+    def counted(tensor, *args, **more):
+        started.append((tensor.numel() * tensor.element_size(), more.get("async_op", False)))
+        return broadcast(tensor, *args, **more)
+
+    dist.broadcast = counted
+    layers, phases = _stack(case, context)
+    found = []
+    for _ in range(2):
+        x_TD = Whole(seed=5).rows(case.rows[context.rank], context.rank)
+        shadows = [report.shadows for report in _step(layers, phases, x_TD, None)]
+        ahead = sum(s.phases.bytes_ahead for s in shadows[1:])
+        late = sum(s.bytes_broadcast for s in shadows) - ahead
+        found.append((ahead, late, sum(n for n, free in started if free), sum(n for n, free in started if not free)))
+        timings = [s.phases.timing for s in shadows[1:]]
+        assert all((t is None) == (s.bytes_broadcast == 0) for t, s in zip(timings, shadows[1:], strict=True))
+        assert all(t.hidden_s >= 0 and t.waited_s >= 0 for t in timings if t)
+        started.clear()
+    return found
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.0])
+def test_bytes_are_those_that_moved_and_residents_do_not_move_again(threshold):
+    case = Case(contiguous(1, 8, 2), _popularity(), threshold, rows=(70, 40))
+    for first, second in run_ranks(_count_broadcasts, 2, case):
+        ahead, late, moved_beside, moved_at_once = first
+        assert (ahead, late) == (moved_beside, moved_at_once)
+        assert ahead > 0
+        assert second == (0, 0, 0, 0)
+
+
+def test_static_steps_use_residents_and_move_nothing():
+    case = Case(contiguous(1, 8, 2), _popularity(), rows=(5, 3), static=True)
+    for ((steps),) in run_ranks(_run, 2, [case]):
+        assert all(s.phases is None and s.bytes_broadcast == 0 for shadows, _ in steps for s in shadows)
+
+
+def _tight(context: RankContext, case: Case):
+    layers, phases = _stack(case, context)
+    cache, lost, fetch = layers[0].shadows.cache, [], ShadowCache.fetch
+
+    def watched(self, layer, *args, **more):
+        before = self.places_of(layer - 1)
+        done = fetch(self, layer, *args, **more)
+        if len(args) > 3 and args[3] is not None:  # phase one, while the layer before computes
+            lost.append(before.items() - self.places_of(layer - 1).items())
+        return done
+
+    ShadowCache.fetch = watched
+    _step(layers, phases, Whole(seed=5).rows(case.rows[context.rank], context.rank), None)
+    return cache.places, lost
+
+
+def test_copies_in_use_are_not_pushed_out():
+    """The next layer's copies must not land where this layer's experts are being read."""
+    case = Case(contiguous(1, 8, 2), _popularity(), threshold=0.0, rows=(70, 40), memory_gb=2.5 * EXPERT_BYTES / 1e9)
+    for places, lost in run_ranks(_tight, 2, case):
+        assert places == 2
+        assert lost
+        assert not any(lost)
+
+
+def test_training_has_no_estimates():
+    _, phases = _stack(Case(contiguous(1, 8, 1), _popularity()), RankContext())
+    assert phases.begin() is None
+    with torch.no_grad():
+        assert phases.begin() is not None
+    assert phases.shadows_of(LAYERS) is None
+
+
+@pytest.mark.parametrize("path_length", [0, 1, 6])
+def test_the_estimate_on_the_device_is_the_profiles(path_length):
+    popularity = _popularity(path_length)
+    _, phases = _stack(Case(contiguous(1, 8, 1), popularity), RankContext())
+    rng = np.random.default_rng(0)
+    for layer in range(LAYERS):
+        codes_T = rng.integers(0, EXPERTS ** min(path_length, layer), 50)
+        found_E = phases.estimate(layer, torch.from_numpy(codes_T)).numpy()
+        np.testing.assert_allclose(found_E, popularity.estimate(layer, codes_T), rtol=1e-5)
+
+
+def test_tables_that_are_too_large_are_refused():
+    keys = [np.zeros(0, np.int64)] * 8
+    with pytest.raises(ValueError, match=r"path_length \(5\) layers over 64 experts take .* GB"):
+        TwoPhase([], PathPopularity(64, 2, 5, keys, keys), RankContext())
+
+
+def test_hidden_seconds_make_shadows_cheaper():
+    """A copy that costs ten times what its expert's rows do is taken once nine tenths of it are hidden."""
+    model = ShadowModel.for_inference(16, 1.5, net_bandwidth=1e9, gpu_throughput=1e9)
+    loads = [model.break_even_rows / 10, 0, 0, 0]
+    hidden = 0.9 * model.s_per_shadow
+    assert choose_shadows(loads, model) == ()
+    assert choose_shadows(loads, model, hidden_s=hidden * 0.999) == ()
+    assert choose_shadows(loads, model, hidden_s=hidden * 1.001) == (0,)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dynamic": "three_phase"}, "dynamic ('three_phase') must be 'none' or 'two_phase'"),
+        ({"dynamic": "two_phase"}, "popularity must name a profile with dynamic 'two_phase'"),
+        ({"popularity": "p.npz"}, "popularity (p.npz) needs dynamic 'two_phase'"),
+        ({"finetune_threshold": 0.5}, "finetune_threshold (0.5) needs dynamic 'two_phase'"),
+        (
+            {"dynamic": "two_phase", "popularity": "p", "finetune_threshold": 1.5},
+            "finetune_threshold (1.5) must be a number in [0, 1]",
+        ),
+        ({"dynamic": "two_phase", "popularity": "p", "backend": "fastmoe"}, "needs moe_backend 'mixtralkit'"),
+    ],
+)
+def test_bad_options_are_named(options, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        MoEOptions(**options)
+
+
+def test_a_profile_of_another_model_is_refused(tmp_path):
+    _popularity().save(tmp_path / "profile.npz")
+    config = WHOLES[0].config()
+    options = MoEOptions(dynamic="two_phase", popularity=tmp_path / "profile.npz")
+    with pytest.raises(ValueError, match=r"profile.npz: num_layers \(4\) must be the model's 1"):
+        TwoPhase.for_model([], config, RankContext(), options)
+    with pytest.raises(ValueError, match="cannot be read"):
+        TwoPhase.for_model([], config, RankContext(), replace(options, popularity=tmp_path / "none.npz"))
+
+
+CKPTS = Path(__file__).resolve().parent.parent.parent / "ckpts"
+PROMPTS = ["In the beginning", "def read(path):\n", "NAME\n       tar -", "The function returns", "Moses"]
+
+
+def _mixtral(context: RankContext, attention: str, options: MoEOptions) -> Mixtral:
+    return Mixtral.load(
+        open_checkpoint(CKPTS), Tokenizer(CKPTS / "tokenizer.model"), context, 64, 8, dtype="float32",
+        attention=attention, experts="ep", options=options,
+    )  # fmt: skip
+
+
+def _text(context: RankContext, ways: list[MoEOptions]):
+    found = []
+    for options in ways:
+        mixtral = _mixtral(context, "dp", options)
+        mixtral.engine.observe = statistics = MoEStatistics(mixtral.model)
+        done = mixtral.complete(PROMPTS, 16, temperature=0)
+        found.append(([c.tokens for c in done], statistics.totals(), statistics.phases.totals(), statistics.table()))
+    return found
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory) -> tuple[list[list[int]], Path]:
+    """The shipped model's greedy text on one rank, and the popularity profile of that run."""
+    folder = tmp_path_factory.mktemp("popularity")
+    mixtral = _mixtral(RankContext(), "tp", MoEOptions())
+    with RoutingRecorder(mixtral.model, folder / "trace.npz") as mixtral.engine.observe:
+        done = mixtral.complete(PROMPTS, 16, temperature=0)
+    PathPopularity.fit(RoutingTrace.load(folder / "trace.npz"), 3).save(folder / "profile.npz")
+    return [completion.tokens for completion in done], folder / "profile.npz"
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_greedy_text_of_the_shipped_model_stays(shipped, world_size):
+    text, profile = shipped
+    exact = MoEOptions(EAGER, "exact", dynamic="two_phase", popularity=profile)
+    tight = replace(exact, faster=replace(EAGER, schedule=True), finetune_threshold=0.2, shadow_memory_gb=1e-3)
+    for results in run_ranks(_text, world_size, [replace(exact, exchange="auto"), exact, tight], timeout_s=240):
+        for way, (tokens, totals, phases, table) in zip(("auto", "exact", "tight"), results, strict=True):
+            assert tokens == text, way
+            steps = phases[1].estimates
+            assert phases[0].estimates == 0
+            assert all(layer.estimates == steps and 0 <= layer.right <= steps for layer in phases[1:])
+            assert all(layer.corrections == steps - layer.right for layer in phases) or way == "tight"
+            assert all(p.bytes_ahead <= t.shadow_bytes for p, t in zip(phases, totals, strict=True))
+            assert sum(p.bytes_ahead for p in phases) > 0
+            assert len(table.splitlines()) == 2 * (len(totals) + 1) + 1
