@@ -17,6 +17,9 @@ from mixtralkit.checkpoint import open_checkpoint
 from mixtralkit.cli import run_tool
 from mixtralkit.config import MoEOptions, parse_dtype
 from mixtralkit.distributed import RankContext
+from mixtralkit.engine.plan_judge import MoveJudge
+from mixtralkit.engine.plan_manager import PlanManager
+from mixtralkit.engine.plan_policies import make_policy
 from mixtralkit.engine.recorder import RoutingRecorder, together
 from mixtralkit.engine.requests import Completion, Request, check_prompt
 from mixtralkit.engine.sampler import SamplingOptions
@@ -25,9 +28,11 @@ from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.evaluation.prompt_sets import PromptRecord, ResultsWriter, read_prompts
 from mixtralkit.mixtral import Mixtral, check_world_size, encode_prompt
 from mixtralkit.terminal import Session
+from mixtralkit.planning.hardware import Hardware
 from mixtralkit.version import __version__
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "configs" / "prompts" / "examples.jsonl"
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+EXAMPLES, MACHINES = CONFIGS / "prompts" / "examples.jsonl", CONFIGS / "hardware"
 LONGEST_CHAT = 8192  # tokens, where the model could do more and nobody asked for it
 CHAT_TIMEOUT_S = 30 * 24 * 3600.0  # ranks wait for a person
 
@@ -61,6 +66,11 @@ def generate(
     popularity: Path | None = None,
     finetune_threshold: float | None = None,
     moe_report: bool = False,
+    update_step: int | None = None,
+    policy: str = "balanced",
+    slots_per_rank: int | None = None,
+    hot_experts: int | None = None,
+    hardware: Path | None = None,
     record_routing: Path | None = None,
     num_gpus: int | None = None,
 ) -> None:
@@ -99,6 +109,12 @@ def generate(
         finetune_threshold: Distance of estimated and real loads, 0 to 1, above which two_phase corrects; left out, it
             corrects where other experts are popular than estimated.
         moe_report: Print what each layer routed, dropped, sent and shadowed at the end.
+        update_step: Make a new plan every so many steps from the loads that were seen, and move experts where that
+            pays (docs/plan-manager.md).
+        policy: What makes it: contiguous, hot_cold, two_phase, balanced, shadow or auto.
+        slots_per_rank: Most experts of a rank in each layer of such a plan; left out, as many as the first plan has.
+        hot_experts: Experts of each layer that hot_cold puts on every rank.
+        hardware: File with the machine's speeds, configs/hardware/*.json, which say whether a move pays.
         record_routing: Write the experts that every token took to this trace, .npz (docs/traces.md).
         num_gpus: The number of ranks, for scripts that state it; torchrun decides it.
     """
@@ -127,6 +143,7 @@ def generate(
         dtype=dtype, attention=attention, experts=experts, plan=plan, options=moe, progress=_is_watched(context),
     )  # fmt: skip
     statistics = _statistics(mixtral, moe_report)
+    mixtral.engine.plan_manager = _plan_manager(mixtral, update_step, policy, slots_per_rank, hot_experts, hardware)
     waiting = requests[results.done :]
     with (
         _recording(mixtral, statistics, record_routing, model, prompts),
@@ -137,7 +154,7 @@ def generate(
             if event.completion is not None:
                 results.add(event.completion)
                 bar.update()
-    _report(statistics)
+    _report(statistics, mixtral.engine.plan_manager)
     mixtral.close()
 
 
@@ -167,6 +184,11 @@ def chat(
     popularity: Path | None = None,
     finetune_threshold: float | None = None,
     moe_report: bool = False,
+    update_step: int | None = None,
+    policy: str = "balanced",
+    slots_per_rank: int | None = None,
+    hot_experts: int | None = None,
+    hardware: Path | None = None,
     record_routing: Path | None = None,
 ) -> None:
     """Talks with the model, in Mistral's chat template.
@@ -202,6 +224,12 @@ def chat(
         finetune_threshold: Distance of estimated and real loads, 0 to 1, above which two_phase corrects; left out, it
             corrects where other experts are popular than estimated.
         moe_report: Print what each layer routed, dropped, sent and shadowed at the end.
+        update_step: Make a new plan every so many steps from the loads that were seen, and move experts where that
+            pays (docs/plan-manager.md).
+        policy: What makes it: contiguous, hot_cold, two_phase, balanced, shadow or auto.
+        slots_per_rank: Most experts of a rank in each layer of such a plan; left out, as many as the first plan has.
+        hot_experts: Experts of each layer that hot_cold puts on every rank.
+        hardware: File with the machine's speeds, configs/hardware/*.json, which say whether a move pays.
         record_routing: Write the experts that every token took to this trace, .npz (docs/traces.md).
     """
     sampling = SamplingOptions(temperature, top_p, top_k, min_p, seed)
@@ -221,12 +249,13 @@ def chat(
         dtype=dtype, attention=attention, experts=experts, plan=plan, options=moe, progress=_is_watched(context),
     )  # fmt: skip
     statistics = _statistics(mixtral, moe_report)
+    mixtral.engine.plan_manager = _plan_manager(mixtral, update_step, policy, slots_per_rank, hot_experts, hardware)
     with (
         _recording(mixtral, statistics, record_routing, model),
         Session(context.rank, context.world_size) as session,
     ):
         _converse(mixtral, session, system, max_gen_len, sampling)
-    _report(statistics)
+    _report(statistics, mixtral.engine.plan_manager)
     mixtral.close()
 
 
@@ -268,11 +297,33 @@ def _recording(
         yield
 
 
-def _report(statistics: MoEStatistics | None) -> None:
+def _plan_manager(
+    mixtral: Mixtral,
+    update_step: int | None,
+    policy: str,
+    slots_per_rank: int | None,
+    hot_experts: int | None,
+    hardware: Path | None,
+) -> PlanManager | None:
+    """What makes new plans between steps, where that is wanted."""
+    if update_step is None:
+        return None
+    model, context = mixtral.model, mixtral.model.context
+    if hardware is None:
+        hardware = MACHINES / ("h200.json" if context.device.type == "cuda" else "cpu-2core.json")
+    with context.agreed():
+        judge = MoveJudge.for_model(model, Hardware.load(hardware), update_step)
+        make_plan = make_policy(policy, model, judge, slots_per_rank, hot_experts)
+    return PlanManager(model, make_plan, update_step, judge)
+
+
+def _report(statistics: MoEStatistics | None, plan_manager: PlanManager | None) -> None:
     if statistics is not None:
         table = statistics.table()
         if statistics.context.is_first:
             print(table, file=sys.stderr)
+    if plan_manager is not None and plan_manager.context.is_first:
+        print(plan_manager.statistics, file=sys.stderr)
 
 
 def _requests(

@@ -23,6 +23,7 @@ from mixtralkit.model.step import StepBatch
 from mixtralkit.model.transformer import Transformer
 from mixtralkit.moe.counting import count_keys
 from mixtralkit.moe.layer import MoEReport
+from mixtralkit.moe.move import open_links
 from mixtralkit.planning.plan import ExpertPlan
 
 
@@ -74,7 +75,7 @@ class PlanManager:
     """
 
     def __init__(self, model: Transformer, policy: Policy, update_step: int, judge: MoveJudge | None = None) -> None:
-        """``judge`` decides what is worth its move; None adopts every plan.
+        """Collective. ``judge`` decides what is worth its move; None adopts every plan.
 
         Raises:
             ValueError: ``update_step`` below 2, experts not 'ep', or moe_backend 'fastmoe'.
@@ -96,6 +97,7 @@ class PlanManager:
         self._next_layer = layers
         self._moved_before = 0
         self._restart()
+        open_links(self.context)
 
     def __call__(self, batch: StepBatch, reports: list[MoEReport]) -> None:
         """Counts a step (an ``Observe``); nothing waits for the device."""

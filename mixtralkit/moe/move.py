@@ -103,6 +103,16 @@ def move_experts(
     return MoveReport(ways, len(ways) * bytes_each(experts))
 
 
+def open_links(context: RankContext) -> None:
+    """Lets every pair of ranks meet once, so that the first move does not wait for NCCL to connect them. Collective."""
+    numbers_W = torch.zeros(context.world_size, device=context.device)
+    others = [rank for rank in range(context.world_size) if rank != context.rank]
+    operations = [_operation(dist.isend, numbers_W[context.rank :][:1], rank, context) for rank in others]
+    operations += [_operation(dist.irecv, numbers_W[rank:][:1], rank, context) for rank in others]
+    for work in dist.batch_isend_irecv(operations) if operations else ():
+        work.wait()
+
+
 def bytes_each(experts: Experts) -> int:
     """Size of one expert's weights."""
     return sum(weights.shape[1:].numel() * weights.element_size() for weights in (experts.w13, experts.w2))

@@ -334,7 +334,7 @@ def test_greedy_text_of_the_shipped_model_stays(shipped, world_size):
             steps = phases[1].estimates
             assert phases[0].estimates == 0
             assert all(layer.estimates == steps and 0 <= layer.right <= steps for layer in phases[1:])
-            assert all(layer.corrections == steps - layer.right for layer in phases) or way == "tight"
+            assert all(layer.corrections == steps - layer.right for layer in phases[1:]) or way == "tight"
             assert all(p.bytes_ahead <= t.shadow_bytes for p, t in zip(phases, totals, strict=True))
             assert sum(p.bytes_ahead for p in phases) > 0
             assert len(table.splitlines()) == 2 * (len(totals) + 1) + 1
