@@ -27,8 +27,8 @@ from mixtralkit.engine.statistics import MoEStatistics
 from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.evaluation.prompt_sets import PromptRecord, ResultsWriter, read_prompts
 from mixtralkit.mixtral import Mixtral, check_world_size, encode_prompt
-from mixtralkit.terminal import Session
 from mixtralkit.planning.hardware import Hardware
+from mixtralkit.terminal import Session
 from mixtralkit.version import __version__
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"

@@ -45,6 +45,7 @@ def plot_plan(plan: ExpertPlan, loads_LE: np.ndarray, transitions_LEE: np.ndarra
     else:
         right.axhline(1 - 1 / plan.world_size, color="black", linestyle=":", label="uniform")
         right.set(xlabel="layer", ylabel="share of tokens", title="Tokens that come from another rank", ylim=(0, 1))
+    right.xaxis.get_major_locator().set_params(integer=True)
     right.legend(loc="lower right")
     try:
         figure.savefig(path, dpi=120)
