@@ -20,10 +20,11 @@ from mixtralkit.mixtral import Mixtral
 from mixtralkit.moe.move import transfers
 from mixtralkit.planning.cost import ModelShape
 from mixtralkit.planning.plan import ExpertPlan, contiguous
-from tests.engine.parts import engine_config, make_model, make_tokenizer
+from tests.engine.parts import engine_config, make_checkpoint, make_model, make_tokenizer
 from tests.moe.layers import random_plan
 from tests.planning.machines import machine
 from tests.ranks import run_ranks
+from tests.test_example_command import run
 
 CKPTS = Path(__file__).resolve().parent.parent.parent / "ckpts"
 PROMPTS = ["In the beginning", "def read(path):\n", "NAME\n       tar -", "The function returns", "Moses"]
@@ -275,3 +276,15 @@ def test_one_rank_has_nothing_to_move(tmp_path):
     mixtral.complete([[1, 5, 7]], 12, temperature=0)
     assert manager.statistics.considered > 0
     assert manager.statistics.layers_moved == 0
+
+
+def test_the_command_says_what_became_of_its_plans(tmp_path):
+    make_checkpoint(tmp_path, engine_config(max_seq_len=64))
+    options = ("-m", tmp_path, "--max_gen_len", 20, "--temperature", 0, "--attention", "dp")
+    managed = run(2, *options, "--update_step", 4, "--policy", "balanced", "--slots_per_rank", 3)
+    assert managed.returncode == 0, managed.stderr
+    assert "plans: " in managed.stderr
+    assert managed.stdout == run(1, *options).stdout
+    wrong = run(1, *options, "--update_step", 4, "--policy", "best")
+    assert wrong.returncode == 1
+    assert "policy ('best') must be one of contiguous, hot_cold" in wrong.stderr
