@@ -81,13 +81,12 @@ class Exchange:
         """
         context, device = self.context, rows.x_RD.device
         goes_WR = _one_hot(members_RK, context.world_size)
+        # nonzero waits for the host; nonzero_static does not, and took 0.3 ms longer for it on H200
+        stays_R = goes_WR[context.rank].nonzero().squeeze(1)  # host sync
+        goes_WR[context.rank] = False
+        to_N, row_N = goes_WR.nonzero(as_tuple=True)  # host sync; by member, then by row
         counts_WW = context.all_gather(goes_WR.sum(1)).tolist()  # host sync: the splits of an exact exchange
         send, receive = counts_WW[context.rank], [row[context.rank] for row in counts_WW]
-        to_M, row_M = goes_WR.nonzero_static(size=sum(send)).unbind(1)  # by member, then by row; no second sync
-        before, staying = sum(send[: context.rank]), send[context.rank]
-        stays_R = row_M[before : before + staying]
-        to_N, row_N = (torch.cat([x[:before], x[before + staying :]]) for x in (to_M, row_M))
-        send[context.rank] = receive[context.rank] = 0
         leaving = rows.take(row_N)
         arrived_RD = all_to_all(leaving.x_RD, context, send, receive)
         arrived = unpack(all_to_all(pack(leaving), context, send, receive), arrived_RD)

@@ -269,7 +269,9 @@ class TwoPhase:
 
     @cached_property
     def _group(self) -> dist.ProcessGroup:
-        return dist.new_group(backend=dist.get_backend(self.context.group))  # collective: made in the first step
+        group = dist.new_group(backend=dist.get_backend(self.context.group))  # collective: made in the first step
+        dist.all_reduce(torch.zeros(1, device=self.context.device), group=group)  # connects, which is no move's time
+        return group
 
     @cached_property
     def _stream(self) -> torch.cuda.Stream | None:

@@ -278,10 +278,11 @@ def test_one_rank_has_nothing_to_move(tmp_path):
     assert manager.statistics.layers_moved == 0
 
 
+@pytest.mark.slow
 def test_the_command_says_what_became_of_its_plans(tmp_path):
-    make_checkpoint(tmp_path, engine_config(max_seq_len=64))
+    make_checkpoint(tmp_path, engine_config(max_seq_len=256))
     options = ("-m", tmp_path, "--max_gen_len", 20, "--temperature", 0, "--attention", "dp")
-    managed = run(2, *options, "--update_step", 4, "--policy", "balanced", "--slots_per_rank", 3)
+    managed = run(2, *options, "--update_step", 4, "--policy", "balanced", "--slots_per_rank", 5)
     assert managed.returncode == 0, managed.stderr
     assert "plans: " in managed.stderr
     assert managed.stdout == run(1, *options).stdout
