@@ -98,7 +98,9 @@ class TextStream:
         if not 0 <= token < self._tokenizer.n_words:
             raise ValueError(f"token id ({token}) must lie in 0 … {self._tokenizer.n_words - 1}")
         data = self._tokenizer.piece_bytes[token]
-        if self._at_start and data:
+        if not data:
+            return self.finish()  # a control token ends an unfinished character, as in sentencepiece
+        if self._at_start:
             self._at_start = False
             if self._tokenizer.sp_model.id_to_piece(token).startswith(_SPACE):
                 data = data[1:]

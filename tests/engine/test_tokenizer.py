@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mixtralkit.engine.tokenizer import TextStream, Tokenizer
@@ -32,6 +32,7 @@ def test_text_comes_back(tokenizer, text):
 
 
 @given(st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=30))
+@example([197, 1, 131])  # the two bytes of one character with a control token between them
 @settings(deadline=None, max_examples=300)
 def test_any_ids_decode_as_sentencepiece_decodes_them(tokenizer, ids):
     expected = tokenizer.sp_model.decode(ids)
