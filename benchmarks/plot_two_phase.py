@@ -20,7 +20,7 @@ def draw(summary: dict[str, Any], folder: Path) -> None:
     _draw_corrected(right, results)
     figure.savefig(folder / "two-phase-estimates.png", dpi=90)
     figure = Figure(figsize=(10, 3.8), layout="constrained")
-    for axes, trace in zip(figure.subplots(1, 2, sharey=True), TRACES, strict=True):
+    for axes, trace in zip(figure.subplots(1, 2), TRACES, strict=True):
         _draw_moves(axes, results, trace)
     figure.savefig(folder / "two-phase-moves.png", dpi=90)
 
@@ -62,5 +62,6 @@ def _draw_moves(axes, results: list[dict[str, Any]], trace: str) -> None:
     axes.bar(names, ahead, color="tab:green", label="ahead (phase one)")
     axes.bar(names, late, bottom=ahead, color="tab:red", label="after the gate")
     axes.set(xlabel="rule of phase two", title=f"{trace}: weights moved, l = 3")
-    axes.set_ylabel("MB a step")
-    axes.legend()
+    axes.set(ylabel="MB a step", ylim=(0, 1.3 * max(map(sum, zip(ahead, late, strict=True)))))
+    axes.tick_params(axis="x", labelsize=8)
+    axes.legend(loc="upper left", ncols=2)

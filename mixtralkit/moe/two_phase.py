@@ -94,7 +94,7 @@ class Move:
         self._arrivals: list[float] = []
         if stream is not None:
             stream.wait_stream(torch.cuda.current_stream(stream.device))  # whoever reads a place we write is before us
-        self.started = _now(stream)
+        self._started = _now(stream)
 
     def send(self, weights: torch.Tensor, owner: int) -> None:
         """Starts a broadcast; a ``shadow.Send``."""
@@ -110,19 +110,21 @@ class Move:
     def __bool__(self) -> bool:
         return bool(self._works)
 
-    def finish(self) -> tuple[Moment, Moment, Moment]:
-        """Work from here on sees the weights; when they arrived, and the moments before and after waiting."""
+    def finish(self) -> tuple[Moment, Moment, Moment, Moment]:
+        """Work from here on sees the weights; the first four moments of a ``Timing``, all the same if none moved."""
+        if not self._works:
+            return (_now(self._stream and torch.cuda.current_stream(self._stream.device)),) * 4
         if self._stream is None:
             needed = _now(None)
             for work in self._works:
                 work.wait()
             there = _now(None)
             is_known = len(self._arrivals) == len(self._works)  # the last call-back may be on its way
-            return max(self._arrivals, default=there) if is_known else there, needed, there
+            return self._started, max(self._arrivals) if is_known else there, needed, there
         current = torch.cuda.current_stream(self._stream.device)
         arrived, needed = _now(self._stream), _now(current)
         current.wait_event(arrived)
-        return arrived, needed, _now(current)
+        return self._started, arrived, needed, _now(current)
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,7 @@ class Flight:
         shadows.refresh(loads_E, real.versions_W)
         check = check_estimate(ahead.estimate_E, real.rows_E, top_k, self._phases.threshold)
         late = shadows.bring(loads_E, real.versions_W) if check.corrected else []
-        timing = Timing(ahead.move.started, *moments, self._phases.now()) if ahead.move or late else None
+        timing = Timing(*moments, self._phases.now()) if ahead.move or late else None
         size = len(ahead.experts) * shadows.cache.bytes_each
         phases = PhaseReport(check.right, check.distance, check.corrected, size, timing)
         return shadows.home(x_TD, [*ahead.experts, *late], phases)
