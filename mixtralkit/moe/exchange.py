@@ -81,7 +81,6 @@ class Exchange:
         """
         context, device = self.context, rows.x_RD.device
         goes_WR = _one_hot(members_RK, context.world_size)
-        # nonzero waits for the host; nonzero_static does not, and took 0.3 ms longer for it on H200
         stays_R = goes_WR[context.rank].nonzero().squeeze(1)  # host sync
         goes_WR[context.rank] = False
         to_N, row_N = goes_WR.nonzero(as_tuple=True)  # host sync; by member, then by row
