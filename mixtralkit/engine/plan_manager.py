@@ -19,9 +19,9 @@ from scipy.optimize import linear_sum_assignment
 
 from mixtralkit.engine.plan_judge import MoveJudge
 from mixtralkit.engine.plan_policies import Policy
+from mixtralkit.kernels.counting import count_keys
 from mixtralkit.model.step import StepBatch
 from mixtralkit.model.transformer import Transformer
-from mixtralkit.moe.counting import count_keys
 from mixtralkit.moe.layer import MoEReport
 from mixtralkit.moe.move import open_links
 from mixtralkit.planning.plan import ExpertPlan

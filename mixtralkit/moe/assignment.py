@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from mixtralkit.distributed import RankContext
+from mixtralkit.kernels.counting import count_keys
 from mixtralkit.moe.balance import ranks_in_turn
 from mixtralkit.moe.capacity import CutRouting
-from mixtralkit.moe.counting import count_keys
 from mixtralkit.planning.spread import spread_rows
 
 

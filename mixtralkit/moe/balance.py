@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mixtralkit.moe.counting import count_keys
+from mixtralkit.kernels.counting import count_keys
 
 
 def ranks_in_turn(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mixtralkit.moe.counting import count_keys
+from mixtralkit.kernels.counting import count_keys
 from mixtralkit.moe.gate import Routing
 from mixtralkit.planning.plan import ExpertPlan
 

@@ -16,10 +16,10 @@ from torch import nn
 
 from mixtralkit.config import FasterOptions
 from mixtralkit.distributed import RankContext
+from mixtralkit.kernels.counting import count_keys
 from mixtralkit.moe.assignment import Assignment
 from mixtralkit.moe.capacity import CutRouting
 from mixtralkit.moe.collectives import enter_replicated, sum_over_ranks
-from mixtralkit.moe.counting import count_keys
 from mixtralkit.moe.dispatch import ExchangedDispatch
 from mixtralkit.moe.experts import RoutedRows
 from mixtralkit.moe.gates import BaseGate, NaiveGate

@@ -14,8 +14,9 @@ from torch import nn
 
 from mixtralkit.config import MoEOptions
 from mixtralkit.distributed import RankContext
+from mixtralkit.kernels.experts import swiglu_grouped
 from mixtralkit.layout import RankLayout
-from mixtralkit.moe.experts import Experts, swiglu_grouped
+from mixtralkit.moe.experts import Experts
 from mixtralkit.moe.gate import TopKGate
 from mixtralkit.moe.layer import MoEReport
 from mixtralkit.moe.shadow import ShadowCache

@@ -15,7 +15,7 @@ from torch import nn
 
 from mixtralkit.config import TopologyOptions
 from mixtralkit.distributed import RankContext
-from mixtralkit.moe.counting import count_keys
+from mixtralkit.kernels.counting import count_keys
 
 
 class BaseGate(nn.Module):

@@ -22,9 +22,9 @@ import torch.distributed as dist
 
 from mixtralkit.config import FasterOptions, MoEOptions, ParallelConfig
 from mixtralkit.distributed import RankContext
+from mixtralkit.kernels.counting import count_keys
 from mixtralkit.layout import RankLayout
 from mixtralkit.moe.assignment import Assigner
-from mixtralkit.moe.counting import count_keys
 from mixtralkit.moe.experts import Experts, RoutedRows, weighted_expert_sum
 from mixtralkit.planning.cost import ShadowModel, choose_shadows
 
