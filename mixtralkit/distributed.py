@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -16,6 +17,20 @@ import torch.distributed as dist
 
 class RankFailed(RuntimeError):
     """Another rank reported an error, so this one stops too."""
+
+
+@dataclass(frozen=True)
+class PeerMemory:
+    """Memory of one shape on every rank of a host, which kernels of all of them read and write.
+
+    ``own`` is this rank's; ``addresses_W`` are all ranks' as this one's kernels see them. ``handle`` keeps the others'
+    mapped.
+    """
+
+    own: torch.Tensor
+    rank: int
+    addresses_W: tuple[int, ...]
+    handle: Any = None
 
 
 @dataclass(frozen=True)
@@ -127,6 +142,36 @@ class RankContext:
     def barrier(self) -> None:
         """Waits for every rank."""
         self.all_gather_objects(None)
+
+    def peer_memory(self, shape: tuple[int, ...], dtype: torch.dtype, fill: float) -> PeerMemory | None:
+        """Memory that the kernels of every rank can write, filled with ``fill``; None where GPUs have no way there.
+
+        Collective, and every rank gets memory or none does. Takes torch's symmetric memory without multicast.
+        """
+        if self.group is None or self.device.type != "cuda":
+            return None
+        places = self.all_gather_objects((socket.gethostname(), self.device.index))
+        reached = len({host for host, _ in places}) == 1 and all(self._writes_to(index) for _, index in places)
+        memory = self._map_peers(shape, dtype, fill) if all(self.all_gather_objects(reached)) else None
+        return memory if all(self.all_gather_objects(memory is not None)) else None
+
+    def _writes_to(self, index: int) -> bool:
+        here = self.device.index
+        # a GPU that this process does not see may still be mapped, which only trying tells
+        return index == here or index >= torch.cuda.device_count() or torch.cuda.can_device_access_peer(here, index)
+
+    def _map_peers(self, shape: tuple[int, ...], dtype: torch.dtype, fill: float) -> PeerMemory | None:
+        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # not used here, and some hosts have none
+        from torch.distributed import _symmetric_memory as symmetric_memory
+
+        try:
+            own = symmetric_memory.empty(shape, dtype=dtype, device=self.device).fill_(fill)
+            torch.cuda.synchronize(self.device)  # filled before any rank knows the address
+            handle = symmetric_memory.rendezvous(own, self.group)
+        except RuntimeError:
+            return None
+        offset = own.data_ptr() - handle.buffer_ptrs[self.rank]  # in its allocation, the same on every rank
+        return PeerMemory(own, self.rank, tuple(address + offset for address in handle.buffer_ptrs), handle)
 
     @contextlib.contextmanager
     def agreed(self) -> Iterator[None]:

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from mixtralkit.distributed import RankContext
+from mixtralkit.kernels.attention import (
+    attend_rows,
+    causal_window,
+    decode_attention,
+    rotate_and_store,
+    split_heads,
+)
+from mixtralkit.kernels.ragged_attention import ragged_attention, ragged_attention_plain, span_table
+from mixtralkit.kernels.runtime import runs_triton
 from mixtralkit.layout import RankLayout
 from mixtralkit.model.kv_cache import KVCache
 from mixtralkit.model.rope import rotate
 from mixtralkit.model.step import Span, StepBatch
 
-# (layer, q_THC, k_TJC, v_TJC) -> out_THC
-Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Rope = tuple[torch.Tensor, torch.Tensor]  # cosine and sine of ``rope.rotations``, float32 [T, 1, C/2] each
+Attend = Callable[[int, torch.Tensor, Rope, tuple[int, int]], torch.Tensor]
+"""(layer, qkv_TP, rope, (H, J)) -> [T, H·C]; qkv_TP holds query, key and value heads, none of them turned."""
 
 
 class Attention(nn.Module):
-    """Projects, rotates, attends, projects back; under ``tp`` sums the ranks' heads."""
+    """Projects, attends, projects back; under ``tp`` sums the ranks' heads."""
 
     def __init__(self, layer: int, layout: RankLayout, context: RankContext, dtype: torch.dtype) -> None:
         super().__init__()
@@ -35,60 +47,115 @@ class Attention(nn.Module):
         self.wo = nn.Linear(*reversed(shapes[f"layers.{layer}.attention.wo.weight"]), **options)
         self.requires_grad_(False)
 
-    def forward(self, x_TD: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], attend: Attend) -> torch.Tensor:
-        heads = (self.heads, self.kv_heads, self.kv_heads)
-        q_THC, k_TJC, v_TJC = self.wqkv(x_TD).unflatten(-1, (-1, self.head_dim)).split(heads, dim=1)
-        out_THC = attend(self.layer, rotate(q_THC, *rope), rotate(k_TJC, *rope), v_TJC)
-        out_TD = self.wo(out_THC.flatten(1))
+    def forward(self, x_TD: torch.Tensor, rope: Rope, attend: Attend) -> torch.Tensor:
+        out_TP = attend(self.layer, self.wqkv(x_TD), rope, (self.heads, self.kv_heads))
+        out_TD = self.wo(out_TP)
         return self.context.all_reduce(out_TD) if self.split_over_ranks else out_TD
 
 
 class CachedAttention:
     """Attends to a KV cache, which it extends by the step's tokens first.
 
-    A decode step is one batched product; otherwise each sequence is attended by itself, without padding.
+    With kernels, sequences with one token and sequences with several each take one call, whatever their lengths and
+    positions. Otherwise a decode step is one batched product, and else each sequence is attended by itself.
     """
 
     def __init__(self, batch: StepBatch, cache: KVCache, window: int | None) -> None:
         self.batch, self.cache, self.window = batch, cache, window
-        self.longest = max((span.position + span.stop - span.start for span in batch.spans), default=0)
+        self.longest = max((_end(span) for span in batch.spans), default=0)
         assert self.longest <= cache.max_seq_len
+        self._parts: list[_Singles | _Ragged] | None = None  # made by the first layer that runs on kernels
 
-    def __call__(self, layer: int, q_THC: torch.Tensor, k_TJC: torch.Tensor, v_TJC: torch.Tensor) -> torch.Tensor:
-        batch = self.batch
-        if not batch.spans:
-            return q_THC
-        self.cache.write(layer, batch.slots_T, batch.positions_T, k_TJC, v_TJC)
+    def __call__(self, layer: int, qkv_TP: torch.Tensor, rope: Rope, heads: tuple[int, int]) -> torch.Tensor:
+        batch, (q_heads, kv_heads) = self.batch, heads
         keys, values = self.cache.keys[layer], self.cache.values[layer]
+        if not batch.spans:
+            return qkv_TP[:, : q_heads * keys.shape[-1]]
+        if runs_triton(qkv_TP):
+            return self._by_kernels(qkv_TP, keys, values, q_heads)
+        q_THC, k_TJC, v_TJC = split_heads(qkv_TP, q_heads, kv_heads)
+        q_THC = rotate(q_THC, *rope)
+        self.cache.write(layer, batch.slots_T, batch.positions_T, rotate(k_TJC, *rope), v_TJC)
         if batch.is_decode:
-            return self._decode(q_THC, keys, values)
-        return torch.cat([self._attend_span(span, q_THC, keys, values) for span in batch.spans])
+            slots = [span.slot for span in batch.spans]
+            positions_B = batch.positions_T
+            out = attend_rows(q_THC, keys, values, batch.slots_T, slots, positions_B, self.longest, self.window)
+        else:
+            out = ragged_attention_plain(q_THC, keys, values, _cuts(batch.spans), self.window)
+        return out.flatten(1)
 
-    def _decode(self, q_BHC: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        slots = [span.slot for span in self.batch.spans]
-        in_order = slots == list(range(slots[0], slots[0] + len(slots)))
-        chosen = slice(slots[0], slots[-1] + 1) if in_order else self.batch.slots_T  # a slice copies nothing
-        k_BJSC, v_BJSC = keys[chosen, :, : self.longest], values[chosen, :, : self.longest]
-        visible_BS = self._visible(self.batch.positions_T, self.longest)
-        out = F.scaled_dot_product_attention(
-            q_BHC.unsqueeze(2), k_BJSC, v_BJSC, attn_mask=visible_BS[:, None, None], enable_gqa=True
-        )
-        return out.squeeze(2)
+    def _by_kernels(self, qkv_TP: torch.Tensor, keys, values, heads: int) -> torch.Tensor:
+        if self._parts is None:
+            singles = [span for span in self.batch.spans if span.stop - span.start == 1]
+            longer = [span for span in self.batch.spans if span.stop - span.start > 1]
+            self._parts = [_Singles.of(self.batch, singles)] if singles else []
+            self._parts += [_Ragged.of(self.batch, longer)] if longer else []
+        attended = [part.attend(qkv_TP, keys, values, self.cache.rope_SC, heads, self.window) for part in self._parts]
+        if len(attended) == 1:
+            return attended[0]
+        out_TP = qkv_TP.new_empty(qkv_TP.shape[0], attended[0].shape[1])
+        for part, rows in zip(self._parts, attended, strict=True):
+            out_TP[part.rows] = rows
+        return out_TP
 
-    def _attend_span(self, span: Span, q_THC: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        end = span.position + span.stop - span.start
-        q_HTC = q_THC[span.start : span.stop].transpose(0, 1)
-        k_JSC, v_JSC = keys[span.slot, :, :end], values[span.slot, :, :end]
-        causal = span.position == 0 and (self.window is None or end <= self.window)
-        mask_TS = None if causal else self._visible(self.batch.positions_T[span.start : span.stop], end)
-        out_HTC = F.scaled_dot_product_attention(
-            q_HTC[None], k_JSC[None], v_JSC[None], attn_mask=mask_TS, is_causal=causal, enable_gqa=True
-        )
-        return out_HTC[0].transpose(0, 1)
 
-    def _visible(self, positions_T: torch.Tensor, length: int) -> torch.Tensor:
-        """True where the query at ``positions_T`` may see key 0 … length-1: bool [T, length]."""
-        return causal_window(positions_T[:, None], torch.arange(length, device=positions_T.device), self.window)
+@dataclass(frozen=True)
+class _Singles:
+    """The rows of a step whose sequences have one token each."""
+
+    rows: slice | torch.Tensor
+    slots_B: torch.Tensor
+    positions_B: torch.Tensor
+
+    @classmethod
+    def of(cls, batch: StepBatch, spans: Sequence[Span]) -> _Singles:
+        rows = _rows(spans, batch.tokens_T.device)
+        return cls(rows, batch.slots_T[rows], batch.positions_T[rows])
+
+    def attend(self, qkv_TP, keys, values, rope_SC, heads: int, window: int | None) -> torch.Tensor:
+        rows_BP = qkv_TP[self.rows]
+        return decode_attention(rows_BP, keys, values, self.slots_B, self.positions_B, rope_SC, heads, window)
+
+
+@dataclass(frozen=True)
+class _Ragged:
+    """The rows of a step whose sequences have several tokens, one sequence after the other."""
+
+    rows: slice | torch.Tensor
+    slots_T: torch.Tensor
+    positions_T: torch.Tensor
+    spans: list[tuple[int, int, int]]
+    spans_B4: torch.Tensor
+
+    @classmethod
+    def of(cls, batch: StepBatch, spans: Sequence[Span]) -> _Ragged:
+        device = batch.tokens_T.device
+        rows, cuts = _rows(spans, device), _cuts(spans)
+        on_device = span_table(cuts).to(device, non_blocking=True)
+        return cls(rows, batch.slots_T[rows], batch.positions_T[rows], cuts, on_device)
+
+    def attend(self, qkv_TP, keys, values, rope_SC, heads: int, window: int | None) -> torch.Tensor:
+        place = (self.slots_T, self.positions_T, rope_SC)
+        q_THC = rotate_and_store(qkv_TP[self.rows], keys, values, *place, heads)
+        return ragged_attention(q_THC, keys, values, self.spans, self.spans_B4, window).flatten(1)
+
+
+def _cuts(spans: Sequence[Span]) -> list[tuple[int, int, int]]:
+    """(slot, position, tokens) of each."""
+    return [(span.slot, span.position, span.stop - span.start) for span in spans]
+
+
+def _end(span: Span) -> int:
+    """How many tokens the sequence has after the step."""
+    return span.position + span.stop - span.start
+
+
+def _rows(spans: Sequence[Span], device: torch.device) -> slice | torch.Tensor:
+    """The rows of ``spans``: a slice, which copies nothing, where they follow one another."""
+    if all(one.stop == other.start for one, other in itertools.pairwise(spans)):
+        return slice(spans[0].start, spans[-1].stop)
+    rows = [row for span in spans for row in range(span.start, span.stop)]
+    return torch.tensor(rows).to(device, non_blocking=True)
 
 
 class FreshAttention:
@@ -97,18 +164,14 @@ class FreshAttention:
     def __init__(self, batch_size: int, window: int | None) -> None:
         self.batch_size, self.window = batch_size, window
 
-    def __call__(self, layer: int, q_THC: torch.Tensor, k_TJC: torch.Tensor, v_TJC: torch.Tensor) -> torch.Tensor:
-        q, k, v = (x.unflatten(0, (self.batch_size, -1)).transpose(1, 2) for x in (q_THC, k_TJC, v_TJC))
+    def __call__(self, layer: int, qkv_TP: torch.Tensor, rope: Rope, heads: tuple[int, int]) -> torch.Tensor:
+        q_THC, k_TJC, v_TJC = split_heads(qkv_TP, *heads)
+        turned = (rotate(q_THC, *rope), rotate(k_TJC, *rope), v_TJC)
+        q, k, v = (x.unflatten(0, (self.batch_size, -1)).transpose(1, 2) for x in turned)
         length = q.shape[2]
         mask = None
         if self.window is not None and self.window < length:
             positions = torch.arange(length, device=q.device)
             mask = causal_window(positions[:, None], positions, self.window)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-        return out.transpose(1, 2).flatten(0, 1)
-
-
-def causal_window(query: torch.Tensor, key: torch.Tensor, window: int | None) -> torch.Tensor:
-    """True where a query position sees a key position: not after it, and among the last ``window`` up to itself."""
-    visible = key <= query
-    return visible if window is None else visible & (key > query - window)
+        return out.transpose(1, 2).flatten(0, 1).flatten(1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from mixtralkit.kernels.norm import add_rms_norm, rms_norm
+
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) · weight, the mean in float32 (Zhang & Sennrich, 2019)."""
@@ -15,6 +17,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim, dtype=dtype, device=device), requires_grad=False)
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        x_f32 = x_TD.float()
-        normed = x_f32 * torch.rsqrt(x_f32.pow(2).mean(-1, keepdim=True) + self.eps)
-        return normed.type_as(x_TD) * self.weight
+        return rms_norm(x_TD, self.weight, self.eps)
+
+    def after_sum(self, x_TD: torch.Tensor, y_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x + y, its norm)."""
+        return add_rms_norm(x_TD, y_TD, self.weight, self.eps)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from mixtralkit.kernels.attention import rotate
+
+__all__ = ["rope_table", "rotate", "rotations"]
+
 
 def rotations(positions_T: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine of every position's angles: float32 [T, 1, C/2] each."""
@@ -12,8 +16,7 @@ def rotations(positions_T: torch.Tensor, head_dim: int, theta: float) -> tuple[t
     return angles.cos(), angles.sin()
 
 
-def rotate(x_THC: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turns features (2i, 2i+1) of every head by angle i: float32 inside, the dtype of ``x_THC`` outside."""
-    even, odd = x_THC.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return turned.flatten(-2).type_as(x_THC)
+def rope_table(max_seq_len: int, head_dim: int, theta: float, device: torch.device) -> torch.Tensor:
+    """``rotations`` of every position below ``max_seq_len`` as (cos, sin): float32 [S, C/2, 2]."""
+    positions_S = torch.arange(max_seq_len, device=device)
+    return torch.stack(rotations(positions_S, head_dim, theta), dim=-1).squeeze(1)

@@ -29,7 +29,10 @@ Observe = Callable[[StepBatch, list[MoEReport]], None]
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + experts(norm(x))."""
+    """x + attention(norm(x)), then x + experts(norm(x)).
+
+    Each sum is made together with the norm that follows it, which for the second is another block's.
+    """
 
     def __init__(
         self,
@@ -51,15 +54,18 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x_TD,
+        x_TD: torch.Tensor,
+        normed_TD: torch.Tensor,
+        following: RMSNorm,
         rope: tuple[torch.Tensor, torch.Tensor],
         attend: Attend,
         rows_per_rank: int | None,
         flight: Flight | None,
-    ) -> tuple[torch.Tensor, MoEReport]:
-        x_TD = x_TD + self.attention(self.attention_norm(x_TD), rope, attend)
-        y_TD, report = self.feed_forward(self.ffn_norm(x_TD), rows_per_rank, flight)
-        return x_TD + y_TD, report
+    ) -> tuple[torch.Tensor, torch.Tensor, MoEReport]:
+        """Rows and their ``attention_norm`` to the block's rows and their norm by ``following``; what experts did."""
+        x_TD, normed_TD = self.ffn_norm.after_sum(x_TD, self.attention(normed_TD, rope, attend))
+        y_TD, report = self.feed_forward(normed_TD, rows_per_rank, flight)
+        return *following.after_sum(x_TD, y_TD), report
 
 
 class Transformer(nn.Module):
@@ -148,10 +154,10 @@ class Transformer(nn.Module):
             observe: called with the step and every layer's report, the reports' tensors still on the device.
         """
         attend = CachedAttention(batch, cache, self.params.sliding_window)
-        x_TD, reports = self._hidden(batch.tokens_T, batch.positions_T, attend, rows_per_rank)
+        normed_TD, reports = self._hidden(batch.tokens_T, batch.positions_T, attend, rows_per_rank)
         if observe is not None:
             observe(batch, reports)
-        return self._logits(x_TD[rows_N])
+        return self._logits(normed_TD[rows_N])
 
     @torch.no_grad()
     def forward(self, tokens_BT: torch.Tensor, start_pos: int = 0) -> torch.Tensor:
@@ -182,23 +188,26 @@ class Transformer(nn.Module):
         batch_size, length = tokens_BT.shape
         positions_T = torch.arange(length, device=tokens_BT.device).repeat(batch_size)
         attend = FreshAttention(batch_size, self.params.sliding_window)
-        x_TD, reports = self._hidden(tokens_BT.flatten(), positions_T, attend)
-        logits_BTV = self.output(self.norm(x_TD)).unflatten(0, (batch_size, length))
+        normed_TD, reports = self._hidden(tokens_BT.flatten(), positions_T, attend)
+        logits_BTV = self.output(normed_TD).unflatten(0, (batch_size, length))
         return logits_BTV, [report.routing for report in reports]
 
     def _hidden(
         self, tokens_T, positions_T, attend: Attend, rows_per_rank: int | None = None
     ) -> tuple[torch.Tensor, list[MoEReport]]:
+        """Every token's last norm [T, D], and what each layer did."""
         rope = rotations(positions_T, self.params.head_dim, self.params.rope_theta)
         flight = None if self.two_phase is None else self.two_phase.begin()
         x_TD, reports = self.tok_embeddings(tokens_T), []
-        for block in self.layers:
-            x_TD, report = block(x_TD, rope, attend, rows_per_rank, flight)
+        norms = [*(block.attention_norm for block in self.layers), self.norm]
+        normed_TD = norms[0](x_TD)
+        for block, following in zip(self.layers, norms[1:], strict=True):
+            x_TD, normed_TD, report = block(x_TD, normed_TD, following, rope, attend, rows_per_rank, flight)
             reports.append(report)
-        return x_TD, reports
+        return normed_TD, reports
 
-    def _logits(self, x_ND: torch.Tensor) -> torch.Tensor:
-        logits = self.output(self.norm(x_ND)).float()
+    def _logits(self, normed_ND: torch.Tensor) -> torch.Tensor:
+        logits = self.output(normed_ND).float()
         if self.layout.parallel.attention == "dp" or self.context.world_size == 1:
             return logits
         vocab, world = self.params.vocab_size, self.context.world_size

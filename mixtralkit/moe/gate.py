@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+
+from mixtralkit.kernels.gate import gate
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,5 @@ class TopKGate(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, dim, dtype=dtype, device=device), requires_grad=False)
 
     def forward(self, x_TD: torch.Tensor) -> Routing:
-        logits_TE = F.linear(x_TD, self.weight).float()
-        chosen_TK, experts_TK = logits_TE.topk(self.top_k, dim=-1)
-        return Routing(experts_TK, chosen_TK.softmax(-1), logits_TE)
+        gated = gate(x_TD, self.weight, self.top_k)
+        return Routing(gated.experts_TK, gated.weights_TK, gated.logits_TE)

@@ -1,0 +1,147 @@
+"""One decode step as a straight line of kernels: static shapes, nothing that waits for the host.
+
+The same sums as ``Transformer.step`` for one token a sequence, written out so that a CUDA graph can hold the whole
+step. Rows are on every rank (one rank, or attention ``tp``), so only sums cross the ranks. On a CPU every call below
+is its plain twin, which is how the tests compare this with ``Transformer.step``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mixtralkit.kernels.all_reduce import RowReducer
+from mixtralkit.kernels.attention import decode_attention
+from mixtralkit.kernels.experts import expert_sum
+from mixtralkit.kernels.gate import gate
+from mixtralkit.kernels.linear import linear
+from mixtralkit.kernels.norm import rms_norm
+from mixtralkit.layout import RankLayout
+from mixtralkit.model.kv_cache import KVCache
+from mixtralkit.model.rope import rope_table
+from mixtralkit.model.transformer import Block, Transformer
+from mixtralkit.moe.gate import Routing
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What a decode step gives: float32 logits [B, V of this rank] and every layer's routing."""
+
+    logits_BV: torch.Tensor
+    routings: list[Routing]
+
+
+class Decoder:
+    """A model's decode step for any set of sequences at any positions, one token each. Collective under ``tp``."""
+
+    def __init__(self, model: Transformer, cache: KVCache) -> None:
+        config = model.params
+        self.model, self.cache = model, cache
+        self.rope_SC = rope_table(cache.max_seq_len, config.head_dim, config.rope_theta, model.context.device)
+        self.slots_LTE = [
+            _slots_in_turn(model.layout, i, cache.slots, model.context.device) for i in range(config.n_layers)
+        ]
+        self.reducer = None
+        if model.context.world_size > 1:
+            self.reducer = RowReducer.create(model.context, cache.slots, config.dim, model.dtype)
+
+    @classmethod
+    def for_model(cls, model: Transformer, cache: KVCache) -> Decoder | None:
+        """None where the model's options need ``Transformer.step``: rows that travel, capacities, copies in flight."""
+        layout, alone = model.layout, model.context.world_size == 1
+        plain = (
+            (layout.parallel.attention == "dp" and not alone)
+            or (layout.plan.cold_capacity_factor is not None and layout.parallel.experts == "ep" and not alone)
+            or model.options.backend != "mixtralkit"
+            or model.shadow_cache is not None
+            or model.two_phase is not None
+            or any(p.requires_grad for p in model.parameters())
+        )
+        return None if plain else cls(model, cache)
+
+    @torch.no_grad()
+    def __call__(self, tokens_B: torch.Tensor, positions_B: torch.Tensor, slots_B: torch.Tensor) -> Decoded:
+        """Extends the cache by one token a sequence; logits of what follows it.
+
+        Args:
+            tokens_B, positions_B: int64, each sequence's token and its position.
+            slots_B: int64 place of each sequence in the cache, -1 for a row that only fills the shape.
+        """
+        model = self.model
+        x_BD, normed_BD = model.tok_embeddings(tokens_B), None
+        if self.reducer is not None:
+            normed_BD = rms_norm(x_BD, model.layers[0].attention_norm.weight, model.params.norm_eps)
+        routings = []
+        for layer, block in enumerate(model.layers):
+            if self.reducer is None:
+                x_BD, routing = self._whole_block(layer, block, x_BD, positions_B, slots_B)
+            else:
+                following = model.norm if layer + 1 == len(model.layers) else model.layers[layer + 1].attention_norm
+                x_BD, normed_BD, routing = self._split_block(
+                    layer, block, x_BD, normed_BD, positions_B, slots_B, following.weight
+                )
+            routings.append(routing)
+        if self.reducer is None:
+            norm = (model.norm.weight, model.params.norm_eps)
+            return Decoded(linear(x_BD, model.output.weight, norm=norm, out_dtype=torch.float32), routings)
+        return Decoded(linear(normed_BD, model.output.weight, out_dtype=torch.float32), routings)
+
+    def _whole_block(self, layer: int, block: Block, x_BD, positions_B, slots_B) -> tuple[torch.Tensor, Routing]:
+        """A block whose weights are all here: norms inside the products that follow, residuals inside those before."""
+        attention, experts, eps = block.attention, block.feed_forward.experts, self.model.params.norm_eps
+        qkv_BP = linear(x_BD, attention.wqkv.weight, norm=(block.attention_norm.weight, eps))
+        out_BP = self._attend(layer, block, qkv_BP, positions_B, slots_B)
+        x_BD = linear(out_BP, attention.wo.weight, residual_TO=x_BD)
+        normed_BD, routing = self._route(block, x_BD, (block.ffn_norm.weight, eps))
+        slots_BK = self._slots(layer, routing.experts_TK)
+        return expert_sum(normed_BD, slots_BK, routing.weights_TK, experts.w13, experts.w2, x_BD), routing
+
+    def _split_block(
+        self, layer: int, block: Block, x_BD, normed_BD, positions_B, slots_B, following_D: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, Routing]:
+        """A block of which every rank has a part: each half ends in a sum over the ranks, fused with what follows."""
+        attention, experts, eps = block.attention, block.feed_forward.experts, self.model.params.norm_eps
+        rows, reducer = x_BD.shape[0], self.reducer
+        qkv_BP = linear(normed_BD, attention.wqkv.weight)
+        out_BP = self._attend(layer, block, qkv_BP, positions_B, slots_B)
+        part_BD = linear(out_BP, attention.wo.weight, out=reducer.input(rows))
+        x_BD, normed_BD = reducer.add_norm(part_BD, x_BD, block.ffn_norm.weight, eps)
+        normed_BD, routing = self._route(block, normed_BD, None)
+        slots_BK = self._slots(layer, routing.experts_TK)
+        part_BD = expert_sum(
+            normed_BD, slots_BK, routing.weights_TK, experts.w13, experts.w2, out_RD=reducer.input(rows)
+        )
+        return *reducer.add_norm(part_BD, x_BD, following_D, eps), routing
+
+    def _attend(self, layer: int, block: Block, qkv_BP, positions_B, slots_B) -> torch.Tensor:
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        heads, window = block.attention.heads, self.model.params.sliding_window
+        return decode_attention(qkv_BP, keys, values, slots_B, positions_B, self.rope_SC, heads, window)
+
+    def _route(self, block: Block, x_BD, norm: tuple[torch.Tensor, float] | None) -> tuple[torch.Tensor, Routing]:
+        choice = block.feed_forward.gate
+        gated = gate(x_BD, choice.weight, choice.top_k, norm)
+        return gated.normed_TD, Routing(gated.experts_TK, gated.weights_TK, gated.logits_TE)
+
+    def _slots(self, layer: int, experts_BK: torch.Tensor) -> torch.Tensor:
+        slots_TE = self.slots_LTE[layer]
+        return experts_BK if slots_TE is None else slots_TE[: experts_BK.shape[0]].gather(1, experts_BK)
+
+
+def _slots_in_turn(layout: RankLayout, layer: int, rows: int, device: torch.device) -> torch.Tensor | None:
+    """This rank's slot for each expert by row, -1 where the row's turn is another replica's: int64 [T, E].
+
+    None where slots are the experts themselves. Replicas of an expert take turns by row.
+    """
+    if layout.parallel.experts == "tp":
+        return None
+    slots_WE = layout.plan.slot_of_LWE[layer]
+    holds_WE = slots_WE >= 0
+    if layout.world_size == 1 and (slots_WE[0] == np.arange(slots_WE.shape[1])).all():
+        return None
+    earlier_E, copies_E = holds_WE[: layout.rank].sum(0), holds_WE.sum(0)
+    turn_TE = np.arange(rows)[:, None] % copies_E
+    mine_TE = holds_WE[layout.rank] & (turn_TE == earlier_E)
+    return torch.tensor(np.where(mine_TE, slots_WE[layout.rank], -1), dtype=torch.int64, device=device)
