@@ -1,0 +1,158 @@
+"""Sorting into blocks and the grouped expert kernels against a loop over rows and choices, and against the twin."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mixtralkit.kernels.experts import expert_sum_plain
+
+pytest.importorskip("triton")
+
+from mixtralkit.kernels import sorting_triton
+from mixtralkit.kernels.experts_grouped_triton import candidates, default_settings, expert_sum_grouped
+
+# Padding rows are computed from what memory held.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+SMALL = {"block_o": 64, "block_k": 32, "group": 2, "num_warps": 4, "num_stages": 3, "programs": 1}
+
+
+def _settings(stream: int, block_r: int, **changes: int) -> dict[str, int]:
+    parts = {f"{part}_{name}": value for part in ("up", "down") for name, value in SMALL.items()}
+    return {"stream": stream, "block_r": block_r, **parts, **changes}
+
+
+def _inputs(
+    rows: int, slots: int, top_k: int, width: int, hidden: int, dtype: torch.dtype, device: str = DEVICE
+) -> tuple[torch.Tensor, ...]:
+    """Distinct experts of a row, a fifth of them computed elsewhere, the last slot chosen by none (of several)."""
+    generator = torch.Generator().manual_seed(rows + slots)
+    scores_RS = torch.rand(rows, slots, generator=generator)
+    if slots > top_k:
+        scores_RS[:, -1] = -1.0
+    slots_RK = scores_RS.topk(top_k).indices
+    slots_RK[torch.rand(rows, top_k, generator=generator) < 0.2] = -1
+    x_RD, residual_RD = (torch.randn(rows, width, generator=generator) for _ in range(2))
+    w13_SGD = torch.randn(slots, 2 * hidden, width, generator=generator) * width**-0.5
+    w2_SDF = torch.randn(slots, width, hidden, generator=generator) * hidden**-0.5
+    weights_RK = torch.rand(rows, top_k, generator=generator)
+    x_RD, w13_SGD, w2_SDF, residual_RD = (t.to(device, dtype) for t in (x_RD, w13_SGD, w2_SDF, residual_RD))
+    return x_RD, slots_RK.to(device), weights_RK.to(device), w13_SGD, w2_SDF, residual_RD
+
+
+def _slow(x_RD, slots_RK, weights_RK, w13_SGD, w2_SDF, residual_RD) -> torch.Tensor:
+    """Row by row and choice by choice in float64."""
+    out_RD = residual_RD.double()
+    for row, choice in (slots_RK >= 0).nonzero().tolist():
+        slot = slots_RK[row, choice]
+        gate_F, up_F = (w13_SGD[slot].double() @ x_RD[row].double()).chunk(2)
+        out_RD[row] += weights_RK[row, choice].double() * (w2_SDF[slot].double() @ (F.silu(gate_F) * up_F))
+    return out_RD
+
+
+def _error(got: torch.Tensor, want: torch.Tensor, less: torch.Tensor) -> float:
+    """Relative error of what the experts added to ``less``."""
+    added = want.double() - less.double()
+    return ((got.double() - want.double()).norm() / added.norm()).item()
+
+
+def test_twin_against_a_loop():
+    inputs = _inputs(23, 5, 2, 24, 40, torch.float32)
+    assert _error(expert_sum_plain(*inputs), _slow(*inputs), inputs[-1]) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("stream", [0, 1])
+@pytest.mark.parametrize(
+    ("rows", "slots", "top_k", "width", "hidden", "block_r"),
+    [
+        (40, 8, 2, 256, 160, 32),  # Mixtral's choices; F no multiple of 128
+        (33, 60, 6, 72, 40, 32),  # most blocks nearly empty
+        (70, 1, 1, 48, 136, 64),  # one expert
+        (50, 16, 4, 64, 200, 32),
+    ],
+)
+def test_against_a_loop(rows, slots, top_k, width, hidden, block_r, stream, dtype):
+    inputs = _inputs(rows, slots, top_k, width, hidden, dtype)
+    out_RD = torch.full_like(inputs[0], float("nan"))
+    got_RD = expert_sum_grouped(*inputs, out_RD=out_RD, settings=_settings(stream, block_r))
+    assert got_RD is out_RD
+    assert _error(got_RD, _slow(*inputs), inputs[-1]) < TOLERANCE[dtype]
+
+
+def test_stores_in_halves_and_without_a_residual():
+    inputs = _inputs(40, 4, 2, 320, 64, torch.float32)
+    got_RD = expert_sum_grouped(*inputs[:5], settings=_settings(0, 32, down_block_o=256))
+    assert _error(got_RD, expert_sum_plain(*inputs[:5]), torch.zeros_like(got_RD)) < 1e-5
+
+
+@pytest.mark.parametrize("stream", [0, 1])
+def test_every_row_at_one_expert(stream):
+    x_RD, slots_RK, *rest = _inputs(45, 4, 1, 64, 64, torch.float32)
+    inputs = (x_RD, torch.full_like(slots_RK, 2), *rest)
+    got_RD = expert_sum_grouped(*inputs, settings=_settings(stream, 32))
+    assert _error(got_RD, expert_sum_plain(*inputs), inputs[-1]) < 1e-5
+
+
+def test_no_choice_is_computed_here():
+    x_RD, slots_RK, *rest = _inputs(20, 4, 2, 64, 64, torch.float32)
+    for stream in (0, 1):
+        got_RD = expert_sum_grouped(x_RD, torch.full_like(slots_RK, -1), *rest, settings=_settings(stream, 32))
+        assert torch.equal(got_RD, rest[-1])
+
+
+def test_widths_that_descriptors_cannot_hold_go_the_plain_way():
+    inputs = _inputs(20, 4, 2, 36, 20, torch.float32)
+    assert torch.equal(expert_sum_grouped(*inputs), expert_sum_plain(*inputs))
+
+
+@pytest.mark.parametrize("one_hot", [8192, 256], ids=["one program", "several"])
+@pytest.mark.parametrize(("choices", "slots", "block_r"), [(200, 8, 16), (97, 60, 32), (130, 1, 64), (3, 4, 16)])
+def test_sorting(choices, slots, block_r, one_hot, monkeypatch):
+    """Every choice has a place of its own in a block of its slot, after the slot's earlier choices."""
+    monkeypatch.setattr(sorting_triton, "ONE_HOT", one_hot)
+    slots_N = torch.randint(-1, slots, (choices,), generator=torch.Generator().manual_seed(choices)).to(DEVICE)
+    order = sorting_triton.sort_rows(slots_N, slots, block_r)
+    want, start = torch.full_like(slots_N, -1), 0
+    for slot in range(slots):
+        mine = (slots_N == slot).nonzero().flatten()
+        want[mine] = start * block_r + torch.arange(len(mine), device=DEVICE)
+        for block in range(-(-len(mine) // block_r)):
+            assert order.slot_B[start + block] == slot
+            assert order.rows_B[start + block] == min(len(mine) - block * block_r, block_r)
+        start += -(-len(mine) // block_r)
+    assert order.blocks.item() == start <= sorting_triton.most_blocks(choices, slots, block_r) == len(order.slot_B)
+    assert torch.equal(order.place_N.long(), want)
+    here = want >= 0
+    assert torch.equal(order.source_P[want[here]].long(), here.nonzero().flatten())
+
+
+@pytest.mark.parametrize("rows", [17, 64, 256, 600, 1024, 16384])
+def test_candidates_have_the_settings_of_the_default(rows):
+    shape = {"slots": 8, "top_k": 2, "width": 4096, "hidden": 14336}
+    default = default_settings(rows, **shape)
+    assert all(candidate.keys() == default.keys() for candidate in candidates(rows, **shape))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize(
+    ("rows", "slots", "top_k", "hidden"),
+    [(17, 8, 2, 1792), (300, 8, 2, 1792), (2000, 8, 2, 1000), (500, 60, 6, 168), (33, 16, 4, 40), (1500, 4, 1, 512)],
+)
+def test_default_settings_in_a_graph(rows, slots, top_k, hidden):
+    """With the settings of this GPU, captured, replayed on other choices than those at capture."""
+    inputs = _inputs(rows, slots, top_k, 512, hidden, torch.bfloat16)
+    expert_sum_grouped(*inputs)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got_RD = expert_sum_grouped(*inputs)
+    inputs[1].copy_(inputs[1].flip(0))
+    got_RD.fill_(float("nan"))
+    graph.replay()
+    assert _error(got_RD, expert_sum_plain(*(t.float() for t in inputs[:1]), *inputs[1:3],
+                  *(t.float() for t in inputs[3:])), inputs[-1]) < TOLERANCE[torch.bfloat16]  # fmt: skip
