@@ -1,13 +1,17 @@
-"""How fast a checkpoint loads, how much of the file is read and how much memory that takes, on gloo ranks.
+"""How fast a checkpoint loads, how much of the file is read and how much memory that takes.
 
-Writes a checkpoint of random weights with Mixtral's proportions, loads it on all ranks for three layouts, cold (pages
-evicted) and warm, and deletes it. In the same run the same processes plainly read the file, each its own stretch of
-it in blocks of 16 MiB, once into memory of its own as ``read()`` does (``of_plain`` is against this) and once into one
-buffer over and over, which drops what was read and so costs no new memory (``of_dropped``).
+    python benchmarks/bench_loading.py                          # 4 gloo ranks
+    python benchmarks/bench_loading.py --device cuda --ranks 1  # onto GPUs, a rank each
+
+Writes a checkpoint of random weights with Mixtral's proportions, loads it on all ranks for some layouts, cold (pages
+evicted) and warm, and deletes it. In the same run the same processes plainly read the file with as many threads, each
+its own stretch of it in blocks of 16 MiB into main memory: *kept* as ``read()`` does, in memory that is touched for
+the first time (``of_plain`` is against this), and *dropped*, into one buffer over and over, which costs no new memory.
+A load onto a GPU ends when the device has the bytes.
 
 Bytes read are ``rchar`` of ``/proc/self/io`` (what was asked of the kernel) and ``read_bytes`` (what came from the
-disk). Memory is the peak of the resident set over what it was before the load, less the rank's own parameters, in
-units of the model's largest tensor.
+disk). Memory is the peak of the resident set over what it was before the load, less the rank's own parameters if they
+lie in it, in units of the model's largest tensor. ``cpu_seconds`` are of all ranks and threads, user and kernel.
 """
 
 from __future__ import annotations
@@ -15,9 +19,11 @@ from __future__ import annotations
 import json
 import os
 import platform
+import resource
 import statistics
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import date
 from itertools import product
@@ -27,21 +33,22 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from mixtralkit.checkpoint import load_into, open_checkpoint, save_checkpoint
+from mixtralkit.checkpoint import RankFiles, load_into, open_checkpoint, save_checkpoint
+from mixtralkit.checkpoint.loader import reading_threads
 from mixtralkit.cli import run_tool
 from mixtralkit.config import ModelConfig, ParallelConfig
 from mixtralkit.distributed import RankContext
 from mixtralkit.layout import RankLayout, canonical_shapes
 from mixtralkit.planning.plan import contiguous
 
-LAYOUTS = (("tp", "tp"), ("tp", "ep"), ("dp", "ep"))
+PLAIN = ("kept", "dropped")
 BLOCK_BYTES = 16 << 20
 POOL_NUMEL = 1 << 29
 
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to time: a layout to load under, or plain reading (``plain`` is "kept" or "dropped")."""
+    """One thing to time: a layout to load under, or plain reading (``plain`` is one of ``PLAIN``)."""
 
     cold: bool
     plain: str = ""
@@ -60,20 +67,49 @@ class Case:
 
 @dataclass(frozen=True)
 class Measured:
-    """What one rank saw: seconds between barriers, bytes asked of the kernel and got from disk, bytes of memory."""
+    """What one rank saw between two barriers: wall and processor time, bytes asked, from disk and of memory."""
 
     seconds: float
+    cpu_seconds: float
     asked: int
     from_disk: int
     memory: int
 
 
+@dataclass(frozen=True)
+class Spent:
+    """Counters of this process since it started."""
+
+    seconds: float
+    cpu_seconds: float
+    asked: int
+    from_disk: int
+
+    @classmethod
+    def now(cls) -> Spent:
+        io = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        cpu = usage.ru_utime + usage.ru_stime
+        return cls(time.perf_counter(), cpu, int(io["rchar"]), int(io["read_bytes"]))
+
+    def until_all_are_done(self, context: RankContext, memory: int = 0) -> Measured:
+        """What was spent since; the wall time is that of the slowest rank."""
+        own = Spent.now()
+        context.barrier()
+        seconds = time.perf_counter() - self.seconds
+        return Measured(
+            seconds, own.cpu_seconds - self.cpu_seconds, own.asked - self.asked, own.from_disk - self.from_disk, memory
+        )
+
+
 def bench(
     size_gb: float = 8.0,
+    device: str = "cpu",
     ranks: int = 4,
-    threads: int = 2,
+    threads: int | None = None,
     repeats: int = 3,
     format: str = "mistral",
+    layouts: str = "tp/tp,tp/ep,dp/ep",
     folder: Path | None = None,
     output: Path | None = None,
 ) -> None:
@@ -81,33 +117,46 @@ def bench(
 
     Args:
         size_gb: size of the checkpoint in 10^9 bytes.
-        ranks: gloo ranks that load together.
-        threads: reading threads of each rank.
+        device: "cpu" for gloo ranks, "cuda" for a rank on each GPU.
+        ranks: how many load together.
+        threads: reading threads of each rank; the loader's own number when not given.
         repeats: runs of each case; medians are reported.
-        format: format of the checkpoint.
+        format: format of the checkpoint; "mixtralkit" is written for the one layout that is then asked for.
+        layouts: attention/experts to load under, with commas between.
         folder: where the checkpoint is made; a temporary folder when not given.
         output: JSON file for the result.
     """
-    config = _model(size_gb)
+    config, kinds = _model(size_gb), [_layout(x) for x in layouts.split(",")]
+    if format == "mixtralkit" and len(kinds) > 1:
+        raise ValueError(f"layouts ({layouts!r}) must be one for format {format!r}, which is cut for it")
+    cases = [Case(cold, **kind) for cold, kind in product((True, False), [*({"plain": x} for x in PLAIN), *kinds])]
     with tempfile.TemporaryDirectory(dir=folder, prefix="bench-loading-") as made:
-        _write(Path(made), config, format)
-        kinds = [{"plain": "kept"}, {"plain": "dropped"}, *({"attention": a, "experts": e} for a, e in LAYOUTS)]
-        cases = [Case(cold, **kind) for cold, kind in product((True, False), kinds)]
+        _write(Path(made), config, format, RankFiles(ranks, ParallelConfig(**kinds[0])))
         with tempfile.TemporaryDirectory() as shared:
             os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)  # freed tensors go back, so that growth is seen
-            mp.spawn(_rank_main, (ranks, shared, made, config, cases * repeats, threads), nprocs=ranks)
-            runs = json.loads((Path(shared) / "runs.json").read_text())
+            mp.spawn(_rank_main, (device, ranks, shared, made, config, cases * repeats, threads), nprocs=ranks)
+            threads, runs = json.loads((Path(shared) / "runs.json").read_text())
         file_bytes = sum(path.stat().st_size for path in _weights(Path(made)))
-    result = _result(config, cases, runs, file_bytes, ranks, threads, repeats, format)
+    setup = {"device": device, "ranks": ranks, "threads": threads, "repeats": repeats, "format": format}
+    result = _result(config, cases, runs, file_bytes, setup)
     for row in result["cases"]:
         print(
-            f"{row['case']:45} {row['gb_per_s']:6.2f} GB/s  {row['of_plain']:5.2f} of plain ({row['of_dropped']:.2f})  "
+            f"{row['case']:45} {row['gb_per_s']:6.2f} GB/s  {row['of_plain']:5.2f} of plain "
+            f"({row['of_dropped']:.2f})  cpu {row['cpu_seconds']:.2f} s  "
             f"asked {row['asked_of_file']:.3f} and from disk {row['from_disk_of_file']:.3f} of the file  "
             f"memory {row['extra_memory_in_tensors']:.2f} tensors"
         )
     if output:
         output.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))
+
+
+def _layout(text: str) -> dict[str, str]:
+    attention, slash, experts = text.partition("/")
+    if not slash:
+        raise ValueError(f"layouts ({text!r}) must be like 'tp/ep'")
+    ParallelConfig(attention, experts)
+    return {"attention": attention, "experts": experts}
 
 
 def _model(size_gb: float) -> ModelConfig:
@@ -121,7 +170,7 @@ def _model(size_gb: float) -> ModelConfig:
     )
 
 
-def _write(folder: Path, config: ModelConfig, format: str) -> None:
+def _write(folder: Path, config: ModelConfig, format: str, ranks: RankFiles) -> None:
     """Every tensor is a stretch of one pool of random bits, so that the model is never in memory."""
     pool = torch.randint(-(1 << 15), 1 << 15, (POOL_NUMEL // 8,), dtype=torch.int16).view(torch.bfloat16)
     tensors, start = {}, 0
@@ -130,7 +179,7 @@ def _write(folder: Path, config: ModelConfig, format: str) -> None:
         start = start if start + numel <= len(pool) else start % 997
         tensors[name] = pool[start : start + numel].view(shape)
         start += numel
-    save_checkpoint(folder, config, tensors, format, progress=True)
+    save_checkpoint(folder, config, tensors, format, ranks=ranks, progress=True)
 
 
 def _weights(folder: Path) -> list[Path]:
@@ -138,23 +187,26 @@ def _weights(folder: Path) -> list[Path]:
 
 
 def _rank_main(
-    rank: int, ranks: int, shared: str, folder: str, config: ModelConfig, cases: list[Case], threads: int
-) -> None:
+    rank: int, device: str, ranks: int, shared: str, folder: str, config: ModelConfig, cases: list[Case],
+    threads: int | None,
+) -> None:  # fmt: skip
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{shared}/store", rank=rank, world_size=ranks)
-    context = RankContext.start("cpu", {"RANK": str(rank), "WORLD_SIZE": str(ranks)})
-    runs = []
+    if ranks > 1:
+        backend = "gloo" if device == "cpu" else "nccl"
+        dist.init_process_group(backend, init_method=f"file://{shared}/store", rank=rank, world_size=ranks)
+    context = RankContext.start(device, {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)})
+    threads, runs = threads or reading_threads(context), []
     for case in cases:
         context.barrier()
         if case.cold and context.is_first:
             _evict(Path(folder))
         if case.plain:
-            measured = _plain(context, Path(folder), case.plain == "kept")
+            measured = _plain(context, Path(folder), case.plain, threads)
         else:
             measured = _load(context, Path(folder), config, case, threads)
         runs.append([asdict(one) for one in context.all_gather_objects(measured)])
     if context.is_first:
-        (Path(shared) / "runs.json").write_text(json.dumps(runs))
+        (Path(shared) / "runs.json").write_text(json.dumps([threads, runs]))
 
 
 def _evict(folder: Path) -> None:
@@ -168,37 +220,43 @@ def _evict(folder: Path) -> None:
 def _load(context: RankContext, folder: Path, config: ModelConfig, case: Case, threads: int) -> Measured:
     plan = contiguous(config.n_layers, config.num_experts, context.world_size)
     layout = RankLayout(config, ParallelConfig(case.attention, case.experts), plan, context.rank)
-    parameters = {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in layout.shapes().items()}
-    own = sum(parameter.nbytes for parameter in parameters.values())
+    like = {"dtype": torch.bfloat16, "device": context.device}
+    parameters = {name: torch.empty(shape, **like) for name, shape in layout.shapes().items()}
+    own = sum(parameter.nbytes for parameter in parameters.values() if parameter.device.type == "cpu")
     context.barrier()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    resident, before, start = _status("VmRSS"), _read_so_far(), time.perf_counter()
+    resident, start = _status("VmRSS"), Spent.now()
     with open_checkpoint(folder) as reader:
         load_into(parameters, layout, reader, context, threads=threads)
-    asked, from_disk = (b - a for a, b in zip(before, _read_so_far(), strict=True))
-    memory = _status("VmHWM") - resident - own
-    context.barrier()
-    return Measured(time.perf_counter() - start, asked, from_disk, memory)
+    if context.device.type == "cuda":
+        torch.cuda.synchronize()
+    return start.until_all_are_done(context, _status("VmHWM") - resident - own)
 
 
-def _plain(context: RankContext, folder: Path, keep: bool) -> Measured:
-    stretches = []
+def _plain(context: RankContext, folder: Path, how: str, threads: int) -> Measured:
+    stretches, used = [], 0
     for path in _weights(folder):
-        size = path.stat().st_size
-        stretches.append((path, *(size * rank // context.world_size for rank in (context.rank, context.rank + 1))))
-    kept = torch.empty(sum(end - at for _, at, end in stretches) if keep else BLOCK_BYTES, dtype=torch.uint8)
-    buffer, used = memoryview(kept.numpy()), 0
-    context.barrier()
-    before, start = _read_so_far(), time.perf_counter()
-    for path, at, end in stretches:
+        size, parts = path.stat().st_size, context.world_size * threads
+        for part in range(context.rank * threads, (context.rank + 1) * threads):
+            stretches.append((path, size * part // parts, size * (part + 1) // parts, used))
+            used += stretches[-1][2] - stretches[-1][1]
+    kept = torch.empty(used if how != "dropped" else BLOCK_BYTES * threads, dtype=torch.uint8)
+    buffer = memoryview(kept.numpy())
+
+    def read(stretch: int) -> None:
+        path, at, end, place = stretches[stretch]
+        place = place if how != "dropped" else BLOCK_BYTES * (stretch % threads)
         with open(path, "rb", buffering=0) as file:
             file.seek(at)
             while at < end:
-                got = file.readinto(buffer[used : used + min(BLOCK_BYTES, end - at)])
-                at, used = at + got, used + got if keep else 0
-    asked, from_disk = (b - a for a, b in zip(before, _read_so_far(), strict=True))
+                got = file.readinto(buffer[place : place + min(BLOCK_BYTES, end - at)])
+                at, place = at + got, place + (got if how != "dropped" else 0)
+
     context.barrier()
-    return Measured(time.perf_counter() - start, asked, from_disk, 0)
+    start = Spent.now()
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(read, range(len(stretches))))
+    return start.until_all_are_done(context)
 
 
 def _status(key: str) -> int:
@@ -207,42 +265,36 @@ def _status(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
-def _read_so_far() -> tuple[int, int]:
-    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
-    return int(fields["rchar"]), int(fields["read_bytes"])
-
-
-def _result(
-    config: ModelConfig, cases: list[Case], runs: list, file_bytes: int, ranks: int, threads: int, repeats: int,
-    format: str,
-) -> dict:  # fmt: skip
+def _result(config: ModelConfig, cases: list[Case], runs: list, file_bytes: int, setup: dict) -> dict:
     largest = 2 * max(torch.Size(shape).numel() for shape in canonical_shapes(config).values())
     seconds = {case: [max(r["seconds"] for r in run) for run in runs[i :: len(cases)]] for i, case in enumerate(cases)}
     rows = []
     for i, case in enumerate(cases):
         own_runs = runs[i :: len(cases)]
         middle = statistics.median(seconds[case])
-        kept, dropped = (statistics.median(seconds[Case(case.cold, plain)]) for plain in ("kept", "dropped"))
+        plain = {how: statistics.median(seconds[Case(case.cold, how)]) for how in PLAIN}
         rows.append(
             {
                 "case": case.title,
                 "seconds": middle,
                 "seconds_of_runs": seconds[case],
                 "gb_per_s": file_bytes / middle / 1e9,
-                "of_plain": kept / middle,
-                "of_dropped": dropped / middle,
+                "of_plain": plain["kept"] / middle,
+                "of_dropped": plain["dropped"] / middle,
+                "cpu_seconds": statistics.median(sum(r["cpu_seconds"] for r in run) for run in own_runs),
                 "asked_of_file": max(sum(r["asked"] for r in run) for run in own_runs) / file_bytes,
                 "from_disk_of_file": max(sum(r["from_disk"] for r in run) for run in own_runs) / file_bytes,
                 "extra_memory_in_tensors": max(r["memory"] for run in own_runs for r in run) / largest,
             }
         )
+    gpu = {"gpu": torch.cuda.get_device_name()} if setup["device"] == "cuda" else {}
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {
         "benchmark": "loading",
         "date": date.today().isoformat(),
-        "machine": {"cores": os.cpu_count(), "memory_gib": round(memory_gib, 1), "system": platform.system()},
+        "machine": {"cores": os.cpu_count(), "memory_gib": round(memory_gib, 1), "system": platform.system(), **gpu},
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "ranks": ranks, "threads": threads, "repeats": repeats, "format": format,
+        **setup,
         "file_bytes": file_bytes, "largest_tensor_bytes": largest, "model": config.to_mistral(),
         "cases": rows,
     }  # fmt: skip

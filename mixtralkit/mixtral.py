@@ -13,7 +13,7 @@ from mixtralkit.checkpoint import CheckpointReader, load_into, open_checkpoint
 from mixtralkit.config import ModelConfig, MoEOptions, ParallelConfig, parse_dtype
 from mixtralkit.distributed import RankContext
 from mixtralkit.engine.chat import Message, encode_chat
-from mixtralkit.engine.generation import Engine
+from mixtralkit.engine.generation import PREFILL_BUDGET, Engine, check_prefill_budget
 from mixtralkit.engine.requests import Completion, Request, StreamEvent
 from mixtralkit.engine.sampler import SamplingOptions
 from mixtralkit.engine.tokenizer import Tokenizer
@@ -26,9 +26,16 @@ from mixtralkit.planning.plan import ExpertPlan, contiguous
 class Mixtral:
     """A model with its tokenizer. Over several ranks every rank makes the same calls and gets the same answers."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, seed: int = 1) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        seed: int = 1,
+        prefill_budget: int = PREFILL_BUDGET,
+        cuda_graphs: bool = True,
+    ) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.engine = Engine(model, tokenizer)
+        self.engine = Engine(model, tokenizer, prefill_budget, cuda_graphs=cuda_graphs)
         self.defaults = SamplingOptions(seed=seed)
 
     @classmethod
@@ -50,6 +57,8 @@ class Mixtral:
         options: MoEOptions | None = None,
         context: RankContext | None = None,
         progress: bool = False,
+        prefill_budget: int = PREFILL_BUDGET,
+        cuda_graphs: bool = True,
     ) -> Mixtral:
         """Loads a checkpoint of any format onto the ranks that ``torchrun`` started, or onto one.
 
@@ -69,6 +78,8 @@ class Mixtral:
             options: how the MoE layer runs; None reads ``FMOE_FASTER_*`` for its schedule and shadows.
             context: the ranks, when the caller has started them.
             progress: show a bar on stderr while weights load.
+            prefill_budget: most prompt tokens that a rank runs in one step.
+            cuda_graphs: capture decode steps as CUDA graphs, where the device has them.
         """
         context = RankContext.start(device) if context is None else context
         with context.agreed():
@@ -78,6 +89,7 @@ class Mixtral:
         return cls.load(
             reader, tokenizer, context, max_seq_len, max_batch_size, seed,
             dtype=dtype, attention=attention, experts=experts, plan=plan, options=options, progress=progress,
+            prefill_budget=prefill_budget, cuda_graphs=cuda_graphs,
         )  # fmt: skip
 
     @classmethod
@@ -96,10 +108,13 @@ class Mixtral:
         plan: str | Path | ExpertPlan | None = None,
         options: MoEOptions | None = None,
         progress: bool = False,
+        prefill_budget: int = PREFILL_BUDGET,
+        cuda_graphs: bool = True,
     ) -> Mixtral:
         """As ``build``, from a checkpoint and a tokenizer that are open already."""
         with context.agreed():
             SamplingOptions(seed=seed)
+            check_prefill_budget(prefill_budget)
             config = reader.config.with_limits(max_seq_len, max_batch_size)
             tokenizer.check_vocabulary(config.vocab_size)
             options = MoEOptions.from_env() if options is None else options
@@ -107,7 +122,7 @@ class Mixtral:
             model = Transformer(layout, context, _choose_dtype(dtype, context.device), options)
             model.allocate_cache()
         load_into(model.named_tensors(), layout, reader, context, progress)
-        return cls(model, tokenizer, seed)
+        return cls(model, tokenizer, seed, prefill_budget, cuda_graphs)
 
     @classmethod
     def from_parts(cls, model: Transformer, tokenizer: Tokenizer, seed: int = 1) -> Mixtral:

@@ -6,6 +6,7 @@ far as ``REREAD_SHARE`` goes; each larger one is read by one rank and sent to th
 
 from __future__ import annotations
 
+import os
 import queue
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -15,11 +16,14 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from mixtralkit.checkpoint.reader import BLOCK_BYTES, Block, CheckpointReader
+from mixtralkit.checkpoint.reader import Block, CheckpointReader
+from mixtralkit.checkpoint.staging import Stage
 from mixtralkit.distributed import RankContext
 from mixtralkit.layout import Piece, RankLayout
 
 REREAD_SHARE = 0.06  # of the checkpoint's bytes, over all ranks: what is read more than once
+CPU_THREADS = 2  # more only compete with the other ranks for the memory that is touched
+MOST_GPU_THREADS = 8
 
 _Key = tuple[str, tuple[int, int], "tuple[int, int] | None"]
 
@@ -39,16 +43,17 @@ def load_into(
     reader: CheckpointReader,
     context: RankContext,
     progress: bool = False,
-    threads: int = 2,
+    threads: int | None = None,
 ) -> None:
     """Fills ``parameters`` (named and shaped as ``layout.shapes()``) from ``reader``, each in its own dtype.
 
-    Every rank calls it. ``threads`` read at a time; ``progress`` draws a bar on rank 0. ValueError, or RankFailed
-    where another rank failed, when the parameters or the checkpoint do not fit the layout (before any byte is read),
-    and when a file cannot be read.
+    Every rank calls it. ``threads`` read at a time (None for ``reading_threads``); ``progress`` draws a bar on rank 0.
+    When it returns, the bytes are there, on a GPU too. ValueError, or RankFailed where another rank failed, when the
+    parameters or the checkpoint do not fit the layout (before any byte is read), and when a file cannot be read.
     """
     with context.agreed():
         _check(parameters, layout, reader, context)
+    threads = reading_threads(context) if threads is None else threads
     transfers = _plan_transfers(layout, parameters)
     received = {t.key for t in transfers if t.owner != context.rank}
     with torch.no_grad():
@@ -56,6 +61,14 @@ def load_into(
         with context.agreed():
             _read_all(_blocks(parameters, reader, pieces), reader, context, progress, threads)
         _share(transfers, parameters, layout, context)
+
+
+def reading_threads(context: RankContext) -> int:
+    """How many threads of a rank read: for a GPU its share of the cores, as if all ranks were on this host."""
+    if context.device.type == "cpu":
+        return CPU_THREADS
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(CPU_THREADS, min(MOST_GPU_THREADS, cores // context.world_size))
 
 
 def _check(
@@ -122,21 +135,21 @@ def _blocks(parameters: Mapping[str, torch.Tensor], reader: CheckpointReader, pi
 def _read_all(
     blocks: Sequence[Block], reader: CheckpointReader, context: RankContext, progress: bool, threads: int
 ) -> None:
-    """Reads with ``threads`` at a time, each with a buffer of its own where bytes cannot go straight to their place."""
-    buffers: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
-    pinned = context.device.type == "cuda"
-    for _ in range(threads):
-        buffers.put(torch.empty(BLOCK_BYTES, dtype=torch.uint8, pin_memory=pinned))
+    """Reads with ``threads`` at a time, through buffers where bytes cannot go straight to their place."""
+    stages = [Stage.allocate(context.device) for _ in range(threads)]
+    free: queue.SimpleQueue[Stage] = queue.SimpleQueue()
+    for stage in stages:
+        free.put(stage)
 
     def read(i: int) -> int:
-        block, buffer = blocks[i], buffers.get()
+        stage = free.get()
         for later in blocks[i + threads : i + threads + 1]:
             later.prefetch()
         try:
-            block.read(buffer)
+            stage.read(blocks[i])
         finally:
-            buffers.put(buffer)
-        return block.nbytes
+            free.put(stage)
+        return blocks[i].nbytes
 
     total = sum(block.nbytes for block in blocks)
     bar = tqdm(
@@ -151,6 +164,8 @@ def _read_all(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+        for stage in stages:
+            stage.wait()
 
 
 def _share(

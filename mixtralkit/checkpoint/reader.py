@@ -50,12 +50,20 @@ class Block:
         return self.out.numel() * self.region.dtype.itemsize
 
     def prefetch(self) -> None:
-        """Asks the kernel to read it, and what lies between its rows, without waiting."""
+        """Asks the kernel for a block of cut rows, and for what lies between them, without waiting.
+
+        Whole rows follow each other in the file and are read in one go, which the kernel is as quick at unasked.
+        """
+        if self.out.shape[1] * self.region.dtype.itemsize == self.region.pitch:
+            return
         end = self.region.position(self.row + self.out.shape[0] - 1, self.column + self.out.shape[1])
         self.region.file.will_need(self.position, end - self.position)
 
     def read(self, scratch: torch.Tensor | None = None) -> None:
-        """Fills ``out``: straight where it lies in memory as in the file, else through ``scratch`` (uint8)."""
+        """Fills ``out``: straight where it lies in memory as in the file, else through ``scratch`` (uint8).
+
+        From pinned scratch to a GPU the copy is only begun, on the current stream.
+        """
         out, dtype = self.out, self.region.dtype
         if out.device.type == "cpu" and out.dtype == dtype and out.stride(1) == 1:
             self.region.read_into(out, self.row, self.column)
@@ -64,7 +72,9 @@ class Block:
             scratch = torch.empty(self.nbytes, dtype=torch.uint8)
         block = scratch[: self.nbytes].view(dtype).view(out.shape)
         self.region.read_into(block, self.row, self.column)
-        out.copy_(block.to(out.device))  # first the device, so that conversion and transposition run there
+        if out.dtype != dtype or not out.is_contiguous():
+            block = block.to(out.device, non_blocking=True)  # so that conversion and transposition run there
+        out.copy_(block, non_blocking=True)
 
 
 class CheckpointReader:

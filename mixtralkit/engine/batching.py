@@ -56,6 +56,15 @@ class Batcher:
     def __bool__(self) -> bool:
         return bool(self.waiting or self.running)
 
+    @property
+    def only_decodes(self) -> bool:
+        """Whether every running sequence's prompt is in the cache, so that each waits for one token."""
+        return all(s.cached >= len(s.request.prompt) for s in self.running)
+
+    @property
+    def has_free_slot(self) -> bool:
+        return any(self._free)
+
     def admit(self) -> None:
         """Lets waiting requests into free slots, each on the rank that has most of them free."""
         while self.waiting:

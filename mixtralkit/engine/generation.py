@@ -1,21 +1,30 @@
-"""The generation loop: admit, run a step, sample, tell the other ranks, hand out text."""
+"""The generation loop: admit, run a step, sample, tell the other ranks, hand out text.
+
+Steps with prompts run one after the other. Steps without run ahead: the host takes a step's tokens while the device
+is at the next one (``decoding.py``).
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from collections.abc import Sequence as Many
 
 import torch
 
 from mixtralkit.engine.batching import Batcher, Piece
+from mixtralkit.engine.decoding import DecodeSteps, Flight
 from mixtralkit.engine.plan_manager import PlanManager
 from mixtralkit.engine.recorder import together
-from mixtralkit.engine.requests import Completion, Request, StreamEvent, check_prompt
+from mixtralkit.engine.requests import Completion, Request, Sequence, StreamEvent, check_prompt
 from mixtralkit.engine.sampler import logprobs_of, sample, uniform
 from mixtralkit.engine.tokenizer import Tokenizer
+from mixtralkit.model.decode import Decoder
 from mixtralkit.model.step import StepBatch
 from mixtralkit.model.transformer import Observe, Transformer
+
+# Prompt tokens of a step: more of them make the experts' products little faster and the memory larger.
+PREFILL_BUDGET = 8192
 
 
 class Engine:
@@ -29,23 +38,27 @@ class Engine:
         prefill_budget: prompt tokens that a rank runs in one step; longer prompts take several steps. Bounds memory.
         observe: called with every step of this rank and its layers' reports. A span's ``sequence`` is the request's
             id, behind those of earlier runs.
-        plan_manager: makes new plans from the loads and moves layers between steps.
+        plan_manager: makes new plans from the loads and moves layers between steps; then every step is a plain one.
+        cuda_graphs: capture decode steps as CUDA graphs, where the device has them. Without, the same step is launched
+            kernel by kernel.
     """
 
     def __init__(
         self,
         model: Transformer,
         tokenizer: Tokenizer,
-        prefill_budget: int = 4096,
+        prefill_budget: int = PREFILL_BUDGET,
         observe: Observe | None = None,
         plan_manager: PlanManager | None = None,
+        cuda_graphs: bool = True,
     ) -> None:
-        if prefill_budget < 1:
-            raise ValueError(f"prefill_budget ({prefill_budget}) must be at least 1")
+        check_prefill_budget(prefill_budget)
         tokenizer.check_vocabulary(model.params.vocab_size)
         self.model, self.tokenizer, self.context = model, tokenizer, model.context
         self.prefill_budget, self.observe, self.plan_manager = prefill_budget, observe, plan_manager
+        self.cuda_graphs = cuda_graphs
         self._sequences_before = 0
+        self.reset()
         self._shares_sequences = model.layout.parallel.attention == "dp" and model.context.world_size > 1
 
     def complete(self, requests: Many[Request]) -> list[Completion]:
@@ -64,6 +77,7 @@ class Engine:
         for request in requests:
             check_prompt(request.id, request.prompt, params.max_seq_len, params.vocab_size)
         if self.model.cache is None:
+            self.reset()  # the steps keep the cache that they were made for
             self.model.allocate_cache()
         ranks = self.model.ranks_with_own_sequences
         slots = -(-params.max_batch_size // ranks)
@@ -72,6 +86,14 @@ class Engine:
         self._sequences_before += max((request.id + 1 for request in requests), default=0)
         return self._loop(batcher, should_stop, before)
 
+    def reset(self) -> None:
+        """Forgets the decode steps and gives back their memory; the next run makes new ones.
+
+        Another cache or plan of the model is noticed without it. Collective under ``tp``.
+        """
+        self._steps: DecodeSteps | None = None
+        self._steps_made_for: tuple[object, object] = (None, None)
+
     def _loop(
         self, batcher: Batcher, should_stop: Callable[[], bool] | None, sequences_before: int
     ) -> Iterator[StreamEvent]:
@@ -79,16 +101,75 @@ class Engine:
             if self.plan_manager is not None:
                 self.plan_manager.between_steps()
             batcher.admit()
-            pieces = batcher.plan()
-            wish = should_stop is not None and should_stop()
-            own = pieces[self.context.rank if self._shares_sequences else 0]
-            own_values = self._step(own, self._static_rows(pieces), sequences_before)
-            stop, values = self._exchange(pieces, wish, own_values, should_stop is not None)
+            steps = self._decode_steps() if batcher.only_decodes else None
+            if steps is None:
+                stop = yield from self._run_plain(batcher, should_stop, sequences_before)
+            else:
+                stop = yield from self._run_ahead(steps, batcher, should_stop, sequences_before)
             if stop:
                 yield from _interrupted(batcher)
                 return
+
+    def _decode_steps(self) -> DecodeSteps | None:
+        """Steps for the model as it is now; None where it needs plain ones. Collective when they are made."""
+        if self.plan_manager is not None:
+            return None
+        cache, layout = self.model.cache, self.model.layout
+        if self._steps_made_for[0] is not cache or self._steps_made_for[1] is not layout:
+            self.reset()
+            decoder = Decoder.for_model(self.model, cache)
+            if decoder is not None:
+                self._steps = DecodeSteps(self.model, decoder, cache.slots, self.cuda_graphs)
+            self._steps_made_for = (cache, layout)
+        return self._steps
+
+    def _run_ahead(
+        self,
+        steps: DecodeSteps,
+        batcher: Batcher,
+        should_stop: Callable[[], bool] | None,
+        sequences_before: int,
+    ) -> Generator[StreamEvent, None, bool]:
+        """Decodes until a prompt can come in or every sequence has ended; whether to stop.
+
+        Each step is launched before the values of the one before are taken. So a sequence that its text ends has a row
+        too many in the next step, which is thrown away. Its slot is free at once: what takes the slot is launched
+        behind that step.
+        """
+        flight: Flight | None = None
+        while True:
+            sequences, following = _next_rows(batcher, flight), None
+            if sequences:
+                wish = None if should_stop is None else should_stop()
+                following = steps.launch(sequences, flight is not None, wish)
+            if flight is not None:
+                if flight.stops:
+                    return True
+                for sequence, token, logprob in flight.values():
+                    if not sequence.ended:
+                        sequence.cached += 1
+                        event = self._accept(batcher, sequence, token, logprob)
+                        if event is not None:
+                            yield event
+            if following is None:
+                return False
+            if self.observe is not None and (step := steps.observed(following, sequences_before)) is not None:
+                self.observe(*step)
+            flight = following
+
+    def _run_plain(
+        self, batcher: Batcher, should_stop: Callable[[], bool] | None, sequences_before: int
+    ) -> Generator[StreamEvent, None, bool]:
+        """One step of any pieces, and its events; whether to stop."""
+        pieces = batcher.plan()
+        wish = should_stop is not None and should_stop()
+        own = pieces[self.context.rank if self._shares_sequences else 0]
+        own_values = self._step(own, self._static_rows(pieces), sequences_before)
+        stop, values = self._exchange(pieces, wish, own_values, should_stop is not None)
+        if not stop:
             for rank_pieces, numbers in zip(pieces, values, strict=True):
                 yield from self._take(batcher, rank_pieces, numbers)
+        return stop
 
     def _static_rows(self, pieces: list[list[Piece]]) -> int | None:
         """The most tokens a rank has in this step, known to all, where fixed shapes pay: in decode."""
@@ -153,23 +234,48 @@ class Engine:
         prompt_logprobs = iter(numbers[:scored])
         answers = zip(numbers[scored : scored + sampled], numbers[scored + sampled :], strict=True)
         for piece in pieces:
-            sequence, event = piece.sequence, None
+            sequence = piece.sequence
             sequence.cached = piece.stop
             sequence.prompt_logprobs += [next(prompt_logprobs) for _ in range(piece.scored)]
+            event = None
             if piece.is_sampled:
                 token, logprob = next(answers)
-                if not math.isfinite(logprob):
-                    raise RuntimeError(
-                        f"the model gave no finite logits for prompt {sequence.request.id} at position "
-                        f"{sequence.length} in {self.model.dtype}; float16 overflows where bfloat16 does not"
-                    )
-                event = sequence.accept(int(token), logprob)
+                event = self._accept(batcher, sequence, int(token), logprob)
             elif piece.stop == sequence.length:
-                event = sequence.finish("length")
-            if event is not None and event.finish_reason:
                 batcher.release(sequence)
+                event = sequence.finish("length")
             if event is not None:
                 yield event
+
+    def _accept(self, batcher: Batcher, sequence: Sequence, token: int, logprob: float) -> StreamEvent | None:
+        """Gives a sequence its next token, and frees its slot where that ends it."""
+        if not math.isfinite(logprob):
+            raise RuntimeError(
+                f"the model gave no finite logits for prompt {sequence.request.id} at position "
+                f"{sequence.length} in {self.model.dtype}; float16 overflows where bfloat16 does not"
+            )
+        event = sequence.accept(token, logprob)
+        if sequence.ended:
+            batcher.release(sequence)
+        return event
+
+
+def check_prefill_budget(prefill_budget: int) -> None:
+    """ValueError unless a step has room for a prompt token."""
+    if isinstance(prefill_budget, bool) or not isinstance(prefill_budget, int) or prefill_budget < 1:
+        raise ValueError(f"prefill_budget ({prefill_budget!r}) must be a whole number of at least 1")
+
+
+def _next_rows(batcher: Batcher, flight: Flight | None) -> list[Sequence]:
+    """The sequences of the next decode step; none where that should be a plain step, or nothing is left.
+
+    A token in flight may end a sequence in ways that the host cannot know yet, but for the last of its limit.
+    """
+    if flight is None:
+        return sorted(batcher.running, key=lambda s: s.slot)
+    if batcher.waiting and (batcher.has_free_slot or any(s.remaining == 1 for s in flight.sequences)):
+        return []
+    return [s for s in flight.sequences if s.remaining > 1]
 
 
 def _interrupted(batcher: Batcher) -> Iterator[StreamEvent]:

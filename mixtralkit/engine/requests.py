@@ -77,17 +77,20 @@ class StopFilter:
 
     def __init__(self, stop: tuple[str, ...]) -> None:
         self._stop = stop
+        self._longest = max(map(len, stop), default=0)
         self._held = ""
         self.stopped = False
 
     def push(self, text: str) -> str:
         """The text that is certain now."""
+        if not self._stop:
+            return text
         self._held += text
-        found = [at for at in (self._held.find(s) for s in self._stop) if at >= 0]
+        found = [at for at in map(self._held.find, self._stop) if at >= 0]
         if found:
             self.stopped = True
             return self._take(min(found))
-        longest = min(max(map(len, self._stop), default=1) - 1, len(self._held))
+        longest = min(self._longest - 1, len(self._held))
         held = next((n for n in range(longest, 0, -1) if self._may_begin(self._held[-n:])), 0)
         return self._take(len(self._held) - held)
 
@@ -103,9 +106,12 @@ class StopFilter:
         return text
 
 
-@dataclass
+@dataclass(eq=False)
 class Sequence:
-    """A request that runs: its place in the cache and what it has so far."""
+    """A request that runs: its place in the cache and what it has so far.
+
+    ``cached`` counts its tokens whose keys and values are in the cache, as far as the host has seen.
+    """
 
     request: Request
     rank: int
@@ -117,6 +123,7 @@ class Sequence:
     logprobs: list[float] = field(default_factory=list)
     prompt_logprobs: list[float] = field(default_factory=lambda: [0.0])
     text: str = ""
+    ended: bool = False
 
     def __post_init__(self) -> None:
         self._stream = TextStream(self.tokenizer)
@@ -126,6 +133,11 @@ class Sequence:
     def length(self) -> int:
         """Tokens so far, prompt and answer."""
         return len(self.request.prompt) + len(self.tokens)
+
+    @property
+    def remaining(self) -> int:
+        """Most tokens that are still to come."""
+        return 0 if self.ended else self.limit - len(self.tokens)
 
     def ids(self, start: int, stop: int) -> tuple[int, ...]:
         """Token ids of positions start … stop-1."""
@@ -154,6 +166,7 @@ class Sequence:
         if not self._stops.stopped:
             delta += self._stops.push(self._stream.finish()) + self._stops.finish()
         self.text += delta
+        self.ended = True
         prompt_logprobs = self.prompt_logprobs if self.request.prompt_logprobs else None
         completion = Completion(self.request.id, self.tokens, self.logprobs, prompt_logprobs, self.text, reason)
         return StreamEvent(self.request.id, delta, reason, completion)

@@ -8,6 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+
+from mixtralkit.distributed import RankContext
+from mixtralkit.kernels.sampling import best_token, merge_best
 
 
 @dataclass(frozen=True)
@@ -62,13 +66,56 @@ def sample(
         Nothing here waits for the device.
     """
     assert len(options) == len(uniforms) == len(logits_NV)
-    tokens_N = logits_NV.argmax(dim=-1)
-    if any(o.temperature > 0 for o in options):
-        settings = [[o.temperature, o.top_p, o.top_k, o.min_p, u] for o, u in zip(options, uniforms, strict=True)]
-        columns_5N = torch.tensor(settings, dtype=torch.float32).to(logits_NV.device, non_blocking=True).T
-        drawn_N = _draw(logits_NV, *columns_5N)
-        tokens_N = torch.where(columns_5N[0] > 0, drawn_N, tokens_N)
-    return tokens_N, logprobs_of(logits_NV, tokens_N)
+    if all(o.temperature == 0 for o in options):
+        return sample_likeliest(logits_NV)
+    settings_4N, uniforms_N = (
+        torch.tensor(values, dtype=torch.float32).to(logits_NV.device, non_blocking=True)
+        for values in (settings_of(options), uniforms)
+    )
+    return sample_each(logits_NV, settings_4N, uniforms_N)
+
+
+def settings_of(options: Sequence[SamplingOptions]) -> list[list[float]]:
+    """Temperatures, ``top_p``, ``top_k`` and ``min_p``, a list of each, as ``sample_each`` takes them."""
+    return [[getattr(o, name) for o in options] for name in ("temperature", "top_p", "top_k", "min_p")]
+
+
+def sample_likeliest(
+    logits_NV: torch.Tensor, first_token: int = 0, context: RankContext | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``sample`` at temperature 0; of equal logits the lowest token.
+
+    Args:
+        first_token: of the logits, where they are this rank's part of the vocabulary.
+        context: the ranks with the other parts; None where the logits are whole. Three numbers a row cross the ranks.
+    """
+    best = best_token(logits_NV, first_token)
+    if context is None or context.world_size == 1:
+        return best.tokens_N, best.values_N - best.logsumexp_N
+    assert first_token + logits_NV.shape[1] < 2**24  # float32 holds every token exactly
+    parts_W3N = context.all_gather(torch.stack([best.values_N, best.tokens_N.float(), best.logsumexp_N]))
+    values_WN, tokens_WN, logsumexp_WN = parts_W3N.unbind(1)
+    return merge_best(values_WN, tokens_WN.long(), logsumexp_WN)
+
+
+def sample_each(
+    logits_NV: torch.Tensor, settings_4N: torch.Tensor, uniforms_N: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``sample``, from the whole vocabulary's logits and the rows' settings (``settings_of``) on their device."""
+    best = best_token(logits_NV)
+    drawn_N = _draw(logits_NV, *settings_4N, uniforms_N)
+    tokens_N = torch.where(settings_4N[0] > 0, drawn_N, best.tokens_N)
+    return tokens_N, logits_NV.gather(-1, tokens_N[:, None])[:, 0] - best.logsumexp_N
+
+
+def gather_vocabulary(part_NV: torch.Tensor, vocab_size: int, context: RankContext) -> torch.Tensor:
+    """The whole vocabulary's logits [N, V] from every rank's part, cut as ``RankLayout.vocab`` cuts."""
+    world = context.world_size
+    if world == 1:
+        return part_NV
+    bounds = [vocab_size * rank // world for rank in range(world + 1)]
+    parts_WNV = context.all_gather(F.pad(part_NV, (0, -(-vocab_size // world) - part_NV.shape[1])))
+    return torch.cat([parts_WNV[w, :, : bounds[w + 1] - bounds[w]] for w in range(world)], dim=1)
 
 
 def logprobs_of(logits_NV: torch.Tensor, tokens_N: torch.Tensor) -> torch.Tensor:

@@ -24,9 +24,11 @@ class PromptRecord:
     Attributes:
         id: from the file, else its place in the file, counted from 0.
         prompt: a text, or a list of chat messages.
+        is_text: it is a text to be scored, not to be continued.
         max_gen_len: tokens to generate, where the file says so.
         choices, answer, target: for scoring; kept as they are.
         more: every other key of the line.
+        line: where it stands in its file, from 1, for errors.
     """
 
     id: int | str
@@ -36,6 +38,13 @@ class PromptRecord:
     answer: Any = None
     target: Any = None
     more: Mapping[str, Any] = field(default_factory=dict)
+    is_text: bool = False
+    line: int | None = field(default=None, compare=False)
+
+    @property
+    def prompt_key(self) -> str:
+        """The key that the prompt has in files: ``prompt``, ``messages`` or ``text``."""
+        return "text" if self.is_text else "prompt" if isinstance(self.prompt, str) else "messages"
 
 
 def read_prompts(path: str | Path) -> list[PromptRecord]:
@@ -53,7 +62,7 @@ def read_prompts(path: str | Path) -> list[PromptRecord]:
         if path.suffix == ".jsonl" and not raw.strip():
             continue
         try:
-            record = _record(_text(raw), len(records), path.suffix == ".jsonl")
+            record = _record(_text(raw), len(records), number, path.suffix == ".jsonl")
             if record.id in lines_of:
                 raise ValueError(f"id {record.id!r} is already that of line {lines_of[record.id]}")
         except ValueError as error:
@@ -72,38 +81,41 @@ def _text(raw: bytes) -> str:
         raise ValueError(f"not UTF-8 (byte {error.start + 1} of the line is 0x{raw[error.start]:02x})") from None
 
 
-def _record(line: str, index: int, is_json: bool) -> PromptRecord:
+def _record(line: str, index: int, number: int, is_json: bool) -> PromptRecord:
     if not is_json:
         if not line.strip():
             raise ValueError("the prompt is empty")
-        return PromptRecord(index, line)
+        return PromptRecord(index, line, line=number)
     try:
         content = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg} at character {error.pos + 1})") from None
     if not isinstance(content, dict):
         raise ValueError(f"must be a JSON object, not {type(content).__name__}")
-    if ("prompt" in content) == ("messages" in content):
-        raise ValueError("must have either prompt or messages")
+    keys = [key for key in ("prompt", "messages") if key in content] or [key for key in ("text",) if key in content]
+    if len(keys) != 1:
+        raise ValueError("must have either prompt or messages, or a text to be scored")
     record = PromptRecord(
         id=content.get("id", index),
-        prompt=content.get("prompt", content.get("messages")),
-        more={key: value for key, value in content.items() if key not in _OWN_KEYS},
+        prompt=content[keys[0]],
+        is_text=keys == ["text"],
+        line=number,
+        more={key: value for key, value in content.items() if key not in (*_OWN_KEYS, keys[0])},
         **{key: content[key] for key in ("max_gen_len", "choices", "answer", "target") if key in content},
     )
-    _check(record, is_dialog="messages" in content)
+    _check(record, keys[0])
     return record
 
 
-def _check(record: PromptRecord, is_dialog: bool) -> None:
+def _check(record: PromptRecord, key: str) -> None:
     if isinstance(record.id, bool) or not isinstance(record.id, int | str):
         raise ValueError(f"id ({record.id!r}) must be a text or a whole number")
-    if is_dialog:
+    if key == "messages":
         check_dialog(record.prompt)
     elif not isinstance(record.prompt, str):
-        raise ValueError(f"prompt must be a text, not {type(record.prompt).__name__}")
+        raise ValueError(f"{key} must be a text, not {type(record.prompt).__name__}")
     elif not record.prompt:
-        raise ValueError("the prompt is empty")
+        raise ValueError(f"the {key} is empty")
     length = record.max_gen_len
     if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 0):
         raise ValueError(f"max_gen_len ({length!r}) must be a whole number of at least 0")
@@ -137,14 +149,14 @@ class ResultsWriter:
         self.close()
 
     def add(self, index: int, result: Mapping[str, Any]) -> None:
-        """Takes the result of prompt ``index``: its keys beside ``id`` and ``prompt`` (or ``messages``).
+        """Takes the result of prompt ``index``: its keys beside ``id`` and the prompt's; the record's own keys follow.
 
         OSError, one sentence, when it cannot be written; the lines before it stay.
         """
         record = self._records[index]
-        name = "prompt" if isinstance(record.prompt, str) else "messages"
         kept = {k: getattr(record, k) for k in ("choices", "answer", "target") if getattr(record, k) is not None}
-        self._held[index] = {"id": record.id, name: record.prompt, **result, **kept, **record.more}
+        more = {k: value for k, value in {**kept, **record.more}.items() if k not in result}
+        self._held[index] = {"id": record.id, record.prompt_key: record.prompt, **result, **more}
         while self.done in self._held:
             line = json.dumps(self._held.pop(self.done), ensure_ascii=False)
             self._write(line.encode("utf-8", "backslashreplace") + b"\n")

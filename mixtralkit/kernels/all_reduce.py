@@ -68,10 +68,6 @@ class RowReducer:
                 inboxes = Inboxes(memory, few, many, turns_R)
         return cls(context, inboxes, max_rows, dim, dtype)
 
-    def input(self, rows: int) -> torch.Tensor:
-        """Memory [rows, D] for this rank's parts; any other contiguous rows serve as well."""
-        return torch.empty(rows, self.dim, dtype=self.dtype, device=self.context.device)
-
     def add_norm(
         self, partial_TD: torch.Tensor, residual_TD: torch.Tensor, norm_weight_D: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -50,7 +50,7 @@ def expert_sum_grouped(
         return expert_sum_plain(x_RD, slots_RK, weights_RK, w13_SGD, w2_SDF, residual_RD, out_RD)
     if settings is None:
         shape = {"slots": slots, "top_k": top_k, "width": width, "hidden": hidden}
-        settings = tuned("experts-grouped", x_RD.device, rows, **shape) or default_settings(rows, **shape)
+        settings = tuned("experts_grouped", x_RD.device, rows, **shape) or default_settings(rows, **shape)
     # With the matrix units busy, kernels that started early and waited cost more than they saved (H200, Triton 3.6).
     overlap = bool(settings["stream"]) and overlaps_launches(x_RD.device)
     order = sort_rows(slots_RK, slots, settings["block_r"], overlap)

@@ -50,7 +50,7 @@ def _peer_words(words_W, peer, LANES: tl.constexpr, RANKS: tl.constexpr):
     return address.to(tl.pointer_type(tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["own", "rows", "max_rows", "turns"])
 def _dispatch(
     x_TD,
     experts_TK,
@@ -104,12 +104,11 @@ def _dispatch(
             members = 0
             for k in tl.static_range(TOP_K):
                 chosen = tl.load(experts_TK + row * TOP_K + k)
-                if chosen >= 0:
-                    members |= 1 << (tl.load(places_EC + chosen * turns + row % turns) >> SLOT_BITS)
-            for step in tl.static_range(RANKS):
-                to: tl.constexpr = (RANK + 1 + step) % RANKS  # links take turns
-                if (members >> to) & 1 != 0:
-                    theirs = tl.multiple_of(rows_W[to].to(tl.pointer_type(x.dtype)), 16)
+                to = tl.load(places_EC + chosen * turns + row % turns, mask=chosen >= 0, other=0) >> SLOT_BITS
+                members |= tl.where(chosen >= 0, 1 << to, 0)
+            for step in tl.static_range(1, RANKS + 1):  # from the next rank on, so that links take turns
+                if (members >> (RANK + step) % RANKS) & 1 != 0:
+                    theirs = tl.multiple_of(rows_W[(RANK + step) % RANKS].to(tl.pointer_type(x.dtype)), 16)
                     tl.store(theirs + (row * RANKS + RANK) * DIM + column, x, mask=inside)
             tl.store(members_T + row, members)
         tl.debug_barrier()  # all threads' parts of the row, before the words that tell of it
@@ -130,7 +129,7 @@ def _dispatch(
         tl.store(calls + 1, call + 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["own", "outbox", "numbers"])
 def _combine(
     members_T,
     residual_TD,

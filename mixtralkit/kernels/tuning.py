@@ -279,7 +279,7 @@ KERNELS = {
     "experts_few": Tunable(
         "mixtralkit.kernels.experts_few_triton", (1, FEW_ROWS), _experts("expert_sum_few"), _expert_numbers
     ),
-    "experts-grouped": Tunable(
+    "experts_grouped": Tunable(
         "mixtralkit.kernels.experts_grouped_triton", (FEW_ROWS + 1, 2**17), _experts("expert_sum_grouped"),
         _expert_numbers,
     ),

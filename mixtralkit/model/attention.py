@@ -31,7 +31,7 @@ Attend = Callable[[int, torch.Tensor, Rope, tuple[int, int]], torch.Tensor]
 
 
 class Attention(nn.Module):
-    """Projects, attends, projects back; under ``tp`` sums the ranks' heads."""
+    """Projects, attends, projects back; under ``tp`` the part that this rank's heads add to the sum over the ranks."""
 
     def __init__(self, layer: int, layout: RankLayout, context: RankContext, dtype: torch.dtype) -> None:
         super().__init__()
@@ -40,8 +40,6 @@ class Attention(nn.Module):
         self.heads = layout.heads[1] - layout.heads[0]
         self.kv_heads = layout.kv_heads[1] - layout.kv_heads[0]
         self.head_dim = layout.config.head_dim
-        self.context = context
-        self.split_over_ranks = layout.parallel.attention == "tp"
         options = {"bias": False, "dtype": dtype, "device": context.device}
         self.wqkv = nn.Linear(*reversed(shapes[f"layers.{layer}.attention.wqkv.weight"]), **options)
         self.wo = nn.Linear(*reversed(shapes[f"layers.{layer}.attention.wo.weight"]), **options)
@@ -49,8 +47,7 @@ class Attention(nn.Module):
 
     def forward(self, x_TD: torch.Tensor, rope: Rope, attend: Attend) -> torch.Tensor:
         out_TP = attend(self.layer, self.wqkv(x_TD), rope, (self.heads, self.kv_heads))
-        out_TD = self.wo(out_TP)
-        return self.context.all_reduce(out_TD) if self.split_over_ranks else out_TD
+        return self.wo(out_TP)
 
 
 class CachedAttention:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from mixtralkit.kernels.all_reduce import RowReducer
 from mixtralkit.kernels.attention import decode_attention
 from mixtralkit.kernels.experts import expert_sum
 from mixtralkit.kernels.gate import gate
@@ -43,9 +42,6 @@ class Decoder:
         self.slots_LTE = [
             _slots_in_turn(model.layout, i, cache.slots, model.context.device) for i in range(config.n_layers)
         ]
-        self.reducer = None
-        if model.context.world_size > 1:
-            self.reducer = RowReducer.create(model.context, cache.slots, config.dim, model.dtype)
 
     @classmethod
     def for_model(cls, model: Transformer, cache: KVCache) -> Decoder | None:
@@ -71,11 +67,11 @@ class Decoder:
         """
         model = self.model
         x_BD, normed_BD = model.tok_embeddings(tokens_B), None
-        if self.reducer is not None:
+        if self.model.sums is not None:
             normed_BD = rms_norm(x_BD, model.layers[0].attention_norm.weight, model.params.norm_eps)
         routings = []
         for layer, block in enumerate(model.layers):
-            if self.reducer is None:
+            if self.model.sums is None:
                 x_BD, routing = self._whole_block(layer, block, x_BD, positions_B, slots_B)
             else:
                 following = model.norm if layer + 1 == len(model.layers) else model.layers[layer + 1].attention_norm
@@ -83,7 +79,7 @@ class Decoder:
                     layer, block, x_BD, normed_BD, positions_B, slots_B, following.weight
                 )
             routings.append(routing)
-        if self.reducer is None:
+        if self.model.sums is None:
             norm = (model.norm.weight, model.params.norm_eps)
             return Decoded(linear(x_BD, model.output.weight, norm=norm, out_dtype=torch.float32), routings)
         return Decoded(linear(normed_BD, model.output.weight, out_dtype=torch.float32), routings)
@@ -103,17 +99,15 @@ class Decoder:
     ) -> tuple[torch.Tensor, torch.Tensor, Routing]:
         """A block of which every rank has a part: each half ends in a sum over the ranks, fused with what follows."""
         attention, experts, eps = block.attention, block.feed_forward.experts, self.model.params.norm_eps
-        rows, reducer = x_BD.shape[0], self.reducer
+        sums = self.model.sums
         qkv_BP = linear(normed_BD, attention.wqkv.weight)
         out_BP = self._attend(layer, block, qkv_BP, positions_B, slots_B)
-        part_BD = linear(out_BP, attention.wo.weight, out=reducer.input(rows))
-        x_BD, normed_BD = reducer.add_norm(part_BD, x_BD, block.ffn_norm.weight, eps)
+        part_BD = linear(out_BP, attention.wo.weight)
+        x_BD, normed_BD = sums.add_norm(part_BD, x_BD, block.ffn_norm.weight, eps)
         normed_BD, routing = self._route(block, normed_BD, None)
         slots_BK = self._slots(layer, routing.experts_TK)
-        part_BD = expert_sum(
-            normed_BD, slots_BK, routing.weights_TK, experts.w13, experts.w2, out_RD=reducer.input(rows)
-        )
-        return *reducer.add_norm(part_BD, x_BD, following_D, eps), routing
+        part_BD = expert_sum(normed_BD, slots_BK, routing.weights_TK, experts.w13, experts.w2)
+        return *sums.add_norm(part_BD, x_BD, following_D, eps), routing
 
     def _attend(self, layer: int, block: Block, qkv_BP, positions_B, slots_B) -> torch.Tensor:
         keys, values = self.cache.keys[layer], self.cache.values[layer]

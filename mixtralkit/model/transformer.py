@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import nn
 
 from mixtralkit.config import ModelConfig, MoEOptions
 from mixtralkit.distributed import RankContext
+from mixtralkit.kernels.all_reduce import RowReducer
 from mixtralkit.layout import RankLayout, canonical_shapes
 from mixtralkit.model.attention import Attend, Attention, CachedAttention, FreshAttention
 from mixtralkit.model.kv_cache import KVCache
@@ -25,6 +27,7 @@ from mixtralkit.moe.shadow import ShadowCache
 from mixtralkit.moe.two_phase import Flight, TwoPhase
 from mixtralkit.planning.plan import ExpertPlan
 
+MANY_ROWS = 2**20  # any prefill's: sums of rows take memory for some thousands and go in pieces beyond
 Observe = Callable[[StepBatch, list[MoEReport]], None]
 
 
@@ -49,6 +52,7 @@ class Block(nn.Module):
         self.attention = Attention(layer, layout, context, dtype)
         moe_layer = FastMoELayer if options.backend == "fastmoe" else MoELayer
         self.feed_forward = moe_layer(layer, layout, context, dtype, options, nodes, shadow_cache)
+        self.feed_forward.leaves_parts = layout.parallel.attention == "tp"  # the block adds them
         self.attention_norm = RMSNorm(config.dim, config.norm_eps, dtype, context.device)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps, dtype, context.device)
 
@@ -59,13 +63,24 @@ class Block(nn.Module):
         following: RMSNorm,
         rope: tuple[torch.Tensor, torch.Tensor],
         attend: Attend,
+        sums: RowReducer | None,
         rows_per_rank: int | None,
         flight: Flight | None,
     ) -> tuple[torch.Tensor, torch.Tensor, MoEReport]:
-        """Rows and their ``attention_norm`` to the block's rows and their norm by ``following``; what experts did."""
-        x_TD, normed_TD = self.ffn_norm.after_sum(x_TD, self.attention(normed_TD, rope, attend))
+        """Rows and their ``attention_norm`` to the block's rows and their norm by ``following``; what experts did.
+
+        ``sums`` adds what the ranks have each a part of; None where each has the whole.
+        """
+        x_TD, normed_TD = _add(self.attention(normed_TD, rope, attend), x_TD, self.ffn_norm, sums)
         y_TD, report = self.feed_forward(normed_TD, rows_per_rank, flight)
-        return *following.after_sum(x_TD, y_TD), report
+        return *_add(y_TD, x_TD, following, sums), report
+
+
+def _add(
+    y_TD: torch.Tensor, x_TD: torch.Tensor, norm: RMSNorm, sums: RowReducer | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x + y, or x + the ranks' y, and its norm."""
+    return norm.after_sum(x_TD, y_TD) if sums is None else sums.add_norm(y_TD, x_TD, norm.weight, norm.eps)
 
 
 class Transformer(nn.Module):
@@ -123,6 +138,16 @@ class Transformer(nn.Module):
     def ranks_with_own_sequences(self) -> int:
         """How many ranks divide the sequences among them: all under attention ``dp``, one under ``tp``."""
         return self.context.world_size if self.layout.parallel.attention == "dp" else 1
+
+    @cached_property
+    def sums(self) -> RowReducer | None:
+        """Sums of rows of which every rank has a part; None where no such rows are.
+
+        Takes its memory, collectively, when first asked for: in the first step.
+        """
+        if self.layout.parallel.attention == "dp" or self.context.world_size == 1:
+            return None
+        return RowReducer.create(self.context, MANY_ROWS, self.params.dim, self.dtype)
 
     def adopt(self, layer: int, plan: ExpertPlan) -> MoveReport:
         """Goes over to ``plan``, which differs from the running one in ``layer`` alone, between two steps.
@@ -202,7 +227,7 @@ class Transformer(nn.Module):
         norms = [*(block.attention_norm for block in self.layers), self.norm]
         normed_TD = norms[0](x_TD)
         for block, following in zip(self.layers, norms[1:], strict=True):
-            x_TD, normed_TD, report = block(x_TD, normed_TD, following, rope, attend, rows_per_rank, flight)
+            x_TD, normed_TD, report = block(x_TD, normed_TD, following, rope, attend, self.sums, rows_per_rank, flight)
             reports.append(report)
         return normed_TD, reports
 

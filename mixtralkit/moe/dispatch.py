@@ -11,6 +11,7 @@ SplitWidth     on every rank          no                                        
 Gathered       each rank its own      to every rank                               one all-reduce
 Exchanged      each rank its own      once per destination rank                   back, once per row sent
 Static         each rank its own      the same, in shapes fixed beforehand        back, in fixed shapes
+Peer           each rank its own      once per destination rank, pushed           back, fetched; moe/peer.py
 TwoStage       each rank its own      once per node, then once per rank inside    back the same way
 =============  =====================  ==========================================  ===========================
 """

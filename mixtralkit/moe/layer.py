@@ -10,6 +10,7 @@ from torch import nn
 
 from mixtralkit.config import MoEOptions, ParallelConfig
 from mixtralkit.distributed import RankContext
+from mixtralkit.kernels.peer_exchange import ExpertPlaces, PeerExchange
 from mixtralkit.layout import RankLayout
 from mixtralkit.moe.assignment import Assigner
 from mixtralkit.moe.capacity import CutRouting, cold_capacity, cut_to_capacity
@@ -26,6 +27,7 @@ from mixtralkit.moe.dispatch import (
 from mixtralkit.moe.experts import Experts
 from mixtralkit.moe.gate import Routing, TopKGate
 from mixtralkit.moe.move import MoveReport, move_experts
+from mixtralkit.moe.peer import PeerDispatch
 from mixtralkit.moe.schedule import num_chunks, run_in_chunks
 from mixtralkit.moe.shadow import Home, LayerShadows, ShadowCache, ShadowReport
 
@@ -56,6 +58,8 @@ class MoELayer(nn.Module):
 
     Parameters are named as Mistral's ``feed_forward``: ``gate.weight`` [E, D] on every rank, ``w13`` and ``w2`` of
     this rank's slots.
+
+    ``leaves_parts``, for rows that are on every rank, leaves the sum of the ranks' parts to the caller.
     """
 
     def __init__(
@@ -67,14 +71,17 @@ class MoELayer(nn.Module):
         options: MoEOptions | None = None,
         nodes: tuple[RankContext, RankContext] | None = None,
         shadow_cache: ShadowCache | None = None,
+        peers: PeerExchange | None = None,
     ) -> None:
         """``nodes`` (``context.split_nodes(…)``) makes the exchange two-stage: across nodes, then inside.
 
-        ``shadow_cache`` (``ShadowCache.for_model(…)``) is the one of all layers; None shadows nothing.
+        ``shadow_cache`` (``ShadowCache.for_model(…)``) is the one of all layers; None shadows nothing. So is ``peers``
+        (``PeerExchange.create(…)``), which takes exchanges of static shape within its ``max_rows``.
         """
         super().__init__()
         config = layout.config
-        self.layer, self.layout, self.context, self.nodes = layer, layout, context, nodes
+        self.leaves_parts = False
+        self.layer, self.layout, self.context, self.nodes, self.peers = layer, layout, context, nodes, peers
         self.options = MoEOptions() if options is None else options
         self.gate = TopKGate(config.dim, config.num_experts, config.num_experts_per_tok, dtype, context.device)
         hidden = layout.hidden[1] - layout.hidden[0]
@@ -86,6 +93,9 @@ class MoELayer(nn.Module):
         """What follows from the slots of this layer in the layout's plan."""
         slots_WE = self.layout.plan.slot_of_LWE[self.layer]
         self.assigner = Assigner(slots_WE, self.context, self.layout.parallel.attention == "tp")
+        self.places = None
+        if self.peers is not None:
+            self.places = ExpertPlaces.of(slots_WE, self.context.rank, self.context.device)
         self.shadows = None
         if shadow_cache is not None:
             self.shadows = LayerShadows(self.layer, self.experts, slots_WE, shadow_cache, self.options.faster)
@@ -129,7 +139,9 @@ class MoELayer(nn.Module):
             y_TD, handles = run_in_chunks(way, home.experts, home.x_TD, cut, home.assigner, chunks)
         else:
             rows, handle = way.dispatch(home.x_TD, cut, home.assigner)
-            y_TD, handles = way.combine(home.experts(rows), handle), [handle]
+            y_TD, handles = home.experts(rows), [handle]
+            if not self.leaves_parts:
+                y_TD = way.combine(y_TD, handle)
         return y_TD, MoEReport(routing, cut.dropped, cut.rerouted, tuple(handles), home.report)
 
     def forward_moving(self, x_TD: torch.Tensor, ids_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -182,6 +194,10 @@ class MoELayer(nn.Module):
     def _way_for(self, rows_per_rank: int | None) -> Dispatch:
         if rows_per_rank is None or not self._rows_travel(self.way) or self.options.exchange == "exact":
             return self.way
+        fits = self.peers is not None and rows_per_rank <= self.peers.max_rows
+        # copies of experts would change the places from step to step
+        if fits and self.shadows is None and self.nodes is None and not torch.is_grad_enabled():
+            return PeerDispatch(self.peers, self.places, rows_per_rank)
         return StaticDispatch(self.context, rows_per_rank)
 
     @staticmethod

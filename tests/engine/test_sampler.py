@@ -9,7 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixtralkit.engine.sampler import SamplingOptions, sample, uniform
+from mixtralkit.distributed import RankContext
+from mixtralkit.engine.sampler import SamplingOptions, gather_vocabulary, sample, sample_likeliest, uniform
+from tests.ranks import run_ranks
 
 
 def kept_tokens(logits: list[float], o: SamplingOptions) -> dict[int, float]:
@@ -86,6 +88,30 @@ def test_extreme_values_neither_overflow_nor_leave_the_kept_tokens():
     flat = torch.zeros(1, 32000)
     assert int(sample(flat, [SamplingOptions(temperature=1.0, top_p=1.0, top_k=7)], [last])[0]) == 6
     assert int(sample(flat, [SamplingOptions(temperature=1.0, top_p=1e-6)], [last])[0]) == 0
+
+
+def _over_parts(context: RankContext, vocab: int) -> tuple[torch.Tensor, ...]:
+    logits = _rows_with_ties(vocab)
+    first, end = (vocab * (context.rank + i) // context.world_size for i in range(2))
+    part = logits[:, first:end].contiguous()
+    return gather_vocabulary(part, vocab, context), *sample_likeliest(part, first, context)
+
+
+def _rows_with_ties(vocab: int) -> torch.Tensor:
+    logits = torch.randn(9, vocab, generator=torch.Generator().manual_seed(vocab)).mul(2).round()
+    logits[-1] = -50.0  # all equal
+    return logits
+
+
+@pytest.mark.parametrize(("world_size", "vocab"), [(2, 101), (4, 101), (4, 7)])
+def test_ranks_with_parts_of_the_vocabulary_give_one_ranks_tokens(world_size, vocab):
+    logits = _rows_with_ties(vocab)
+    tokens, logprobs = sample(logits, [SamplingOptions(temperature=0)] * 9, [0.0] * 9)
+    assert torch.equal(tokens, logits.argmax(-1))
+    for whole, found, of_found in run_ranks(_over_parts, world_size, vocab):
+        assert torch.equal(whole, logits)
+        assert torch.equal(found, tokens)
+        torch.testing.assert_close(of_found, logprobs, atol=1e-5, rtol=1e-5)
 
 
 def test_no_rows_give_no_tokens():

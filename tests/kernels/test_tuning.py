@@ -83,12 +83,12 @@ def layouts(config: ModelConfig, *worlds: int) -> list[RankLayout]:
 
 def test_cases():
     config = ModelConfig.from_file(ROOT / "configs" / "models" / "mixtral-8x7b.json")
-    cases = tuning.cases_of(["linear", "experts-grouped"], layouts(config, 1, 4), [1, 64, 256], torch.bfloat16, 256)
+    cases = tuning.cases_of(["linear", "experts_grouped"], layouts(config, 1, 4), [1, 64, 256], torch.bfloat16, 256)
     linear = [dict(case.shape) for case in cases if case.kernel == "linear" and case.rows == 1]
     assert [(s["outputs"], s["inputs"]) for s in linear] == [
         (6144, 4096), (4096, 4096), (32000, 4096), (1536, 4096), (4096, 1024), (8000, 4096),
     ]  # fmt: skip
-    grouped = {(dict(case.shape)["hidden"], case.rows) for case in cases if case.kernel == "experts-grouped"}
+    grouped = {(dict(case.shape)["hidden"], case.rows) for case in cases if case.kernel == "experts_grouped"}
     assert grouped == {(14336, 64), (14336, 256), (3584, 64), (3584, 256)}
     assert len(set(map(str, cases))) == len(cases)
 

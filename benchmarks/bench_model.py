@@ -1,0 +1,399 @@
+"""A whole Mixtral through the engine that users run: decode, prefill, memory, start.
+
+    python benchmarks/bench_model.py --model configs/models/mixtral-8x7b.json --random_weights --batch 1,8,64,256 \
+        --prompt_len 128 --new_tokens 256 --prefill 8x2048
+    torchrun --standalone --nproc_per_node=4 benchmarks/bench_model.py … --attention tp --experts tp
+
+Prints one line of JSON a measurement on stdout, a table on stderr. docs/performance.md says what the fields mean.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import mean, median
+
+import torch
+from ceilings import Ceilings
+from machine import describe_run
+from model_bounds import decode_bytes, expected_experts, prefill_operations
+from model_check import GREEDY, TOLERANCE, check
+from peer_fields import peer_fields
+from profile_step import profiled
+
+from mixtralkit.checkpoint import load_into, open_checkpoint
+from mixtralkit.cli import run_tool
+from mixtralkit.config import ModelConfig, MoEOptions, parse_dtype
+from mixtralkit.distributed import RankContext
+from mixtralkit.engine.generation import Engine
+from mixtralkit.engine.requests import Request
+from mixtralkit.mixtral import choose_layout
+from mixtralkit.model.transformer import Transformer
+
+
+def bench_model(
+    model: Path = Path("configs/models/mixtral-8x7b.json"),
+    random_weights: bool = False,
+    ckpt: Path | None = None,
+    batch: str = "1,8,64,256",
+    prompt_len: int = 128,
+    new_tokens: int = 256,
+    prefill: str | None = None,
+    layers: int | None = None,
+    dtype: str | None = None,
+    attention: str = "auto",
+    experts: str = "auto",
+    repeats: int = 3,
+    check_layers: int = 2,
+    profile: Path | None = None,
+    profile_steps: int = 8,
+    prefill_budget: int | None = None,
+    device: str | None = None,
+    seed: int = 0,
+    output: Path | None = None,
+) -> None:
+    """Times a whole model: decode = (time of all new tokens - time of 1) / (new tokens - 1), and prefill.
+
+    Args:
+        model: architecture, a params.json; not read with --ckpt.
+        random_weights: normal weights, made on the device.
+        ckpt: folder of a checkpoint, instead of random weights.
+        batch: numbers of sequences to decode, between commas.
+        prompt_len: random tokens of each prompt.
+        new_tokens: tokens to generate for each.
+        prefill: prompts to time alone, as COUNTxLENGTH, several between commas.
+        layers: blocks of the model, fewer than it has, with random weights.
+        dtype: bfloat16 on CUDA, float32 on a CPU when not given.
+        attention: tp, dp or auto.
+        experts: tp, ep or auto.
+        repeats: of each measurement; the median counts.
+        check_layers: layers whose answers are compared with float32 before anything is timed; 0 for none.
+        profile: where traces go, gzipped: NAME.json gives NAME-decode-8.json.gz and so on. Also prints tables.
+        profile_steps: decode steps in a trace.
+        prefill_budget: prompt tokens of one step; when not given, all prompts of a measurement are one step.
+        device: cpu or cuda.
+        seed: of weights and prompts.
+        output: file that takes the lines of JSON.
+    """
+    import_s = seconds_since_start()
+    batches, prompts = _numbers("batch", batch), _prefills(prefill or "")
+    for name, value in (("prompt_len", prompt_len), ("new_tokens", new_tokens - 1), ("repeats", repeats)):
+        if value < 1:
+            raise ValueError(f"{name} ({value}) must be at least {1 + (name == 'new_tokens')}")
+    if random_weights == (ckpt is not None):
+        raise ValueError("give either --random_weights or --ckpt, for the weights")
+    if ckpt is not None and layers is not None:
+        raise ValueError("layers works with random weights only")
+    context = RankContext.start(device)
+    kind = parse_dtype(dtype or ("bfloat16" if context.device.type == "cuda" else "float32"))
+    limits = (prompt_len + new_tokens, max(batches))
+    built, name = _build(context, model, ckpt, layers, limits, kind, attention, experts, seed)
+    common = {
+        **describe_run(context),
+        **{"model": name, "layers": built.params.n_layers, "dtype": str(kind).removeprefix("torch.")},
+        **{"weights": "random" if random_weights else "checkpoint", **asdict(built.layout.parallel)},
+    }
+    bench = Bench(built, context, seed, repeats, prefill_budget, common, output)
+    bench.start(import_s, prompt_len)
+    bench.ceilings = Ceilings.measure(context, kind)
+    bench.emit("ceilings", {})
+    for count in batches if check_layers > 0 else []:
+        bench.check(check_layers, count)
+    for count in batches:
+        bench.decode(count, prompt_len, new_tokens)
+        if profile is not None:
+            bench.profile_decode(count, prompt_len, profile_steps, profile)
+    for count, length in prompts:
+        bench.prefill(count, length)
+        if profile is not None:
+            bench.profile_prefill(count, length, profile)
+    context.stop()
+
+
+class RandomWords:
+    """A tokenizer of any vocabulary whose end token never comes, so that every answer has its full length."""
+
+    bos_id, eos_id, pad_id = 0, -1, -1
+    drops_first_space = False
+
+    def __init__(self, vocab_size: int) -> None:
+        self.n_words = vocab_size
+        self.piece_bytes = [f" {token}".encode() for token in range(vocab_size)]
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        assert vocab_size == self.n_words
+
+
+@dataclass
+class Bench:
+    """The measurements of one model; collective, like its engine."""
+
+    model: Transformer
+    context: RankContext
+    seed: int
+    repeats: int
+    prefill_budget: int | None
+    common: dict[str, object]
+    output: Path | None
+    ceilings: Ceilings | None = None
+
+    def __post_init__(self) -> None:
+        self.tokenizer = RandomWords(self.model.params.vocab_size)
+        self.drawn = 0
+        if self.output is not None and self.context.is_first:
+            self.output.write_text("", encoding="utf-8")
+
+    def engine(self, count: int, length: int, budget: int) -> Engine:
+        """A new engine on the same weights, with room for ``count`` sequences of ``length`` tokens and no more."""
+        self.model.cache = None
+        gc.collect()  # the last engine's graphs and cache
+        if self.context.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        config = self.model.params.with_limits(length, count)
+        self.model.layout = replace(self.model.layout, config=config)
+        return Engine(self.model, self.tokenizer, prefill_budget=self.prefill_budget or budget)
+
+    def requests(self, count: int, length: int, new_tokens: int) -> list[Request]:
+        """Prompts that never came before, the same on every rank."""
+        self.drawn += 1
+        generator = torch.Generator().manual_seed(1000 * self.seed + self.drawn)
+        prompts = torch.randint(self.tokenizer.n_words, (count, length), generator=generator).tolist()
+        return [Request(i, tuple(ids), new_tokens, GREEDY) for i, ids in enumerate(prompts)]
+
+    def timed(self, engine: Engine, requests: list[Request]) -> float:
+        """Seconds until every rank has all answers."""
+        self._wait()
+        self.context.barrier()
+        start = time.perf_counter()
+        engine.complete(requests)
+        self._wait()
+        return max(self.context.all_gather_objects(time.perf_counter() - start))
+
+    def start(self, import_s: float, prompt_len: int) -> None:
+        """From the process's start: weights in place, first token, and a few more, for which decode must be ready."""
+        self._wait()
+        ready_s = seconds_since_start()
+        engine = self.engine(1, prompt_len + 4, prompt_len)
+        first_s = self.timed(engine, self.requests(1, prompt_len, 1))
+        first_token_s = seconds_since_start()
+        decode_s = self.timed(engine, self.requests(1, prompt_len, 4))
+        found = {"import_s": import_s, "weights_s": ready_s - import_s, "ready_s": ready_s, "first_answer_s": first_s,
+                 "first_token_s": first_token_s, "first_decode_s": decode_s,
+                 "decoding_s": seconds_since_start()}  # fmt: skip
+        self.emit("start", {name: round(value, 3) for name, value in found.items()})
+
+    def check(self, layers: int, count: int) -> None:
+        """Refuses to go on where the engine's answers are not the model's."""
+        found = check(self.model, self.tokenizer, layers, count, self.seed)
+        self.emit(
+            "check", {"batch": count, "against": "float32", "tolerance": TOLERANCE[self.model.dtype], **asdict(found)}
+        )
+        with self.context.agreed():
+            if not found.passes(self.model.dtype):
+                raise RuntimeError(f"the engine's answers differ from float32 by more than rounding: {found}")
+
+    def decode(self, count: int, prompt_len: int, new_tokens: int) -> None:
+        """Milliseconds of a decode step with ``count`` sequences, and the share of its bound."""
+        engine = self.engine(count, prompt_len + new_tokens, count * prompt_len)
+        warm_s = self.timed(engine, self.requests(count, prompt_len, min(new_tokens, 8)))
+        pairs = []
+        for _ in range(self.repeats):
+            first = self.timed(engine, self.requests(count, prompt_len, 1))
+            pairs.append((first, self.timed(engine, self.requests(count, prompt_len, new_tokens))))
+        steps_s = [(whole - first) / (new_tokens - 1) for first, whole in pairs]
+        step_s, first_s, whole_s = median(steps_s), median(p[0] for p in pairs), median(p[1] for p in pairs)
+        sizes, source = self._step_bytes(engine, count, prompt_len, new_tokens)
+        bound_s, bound = self.ceilings.bound_s(sum(sizes.values()), 0.0)
+        self.emit("decode", {
+            "batch": count, "prompt_len": prompt_len, "new_tokens": new_tokens,
+            "tokens_per_s": round(count / step_s, 2), "ms_per_step": round(1e3 * step_s, 4),
+            "ms_per_step_all": [round(1e3 * value, 4) for value in steps_s],
+            "time_to_first_token_s": round(first_s, 4), "warm_up_s": round(warm_s, 3),
+            "bound_ms": round(1e3 * bound_s, 4), "bound": bound, "share_of_bound": round(bound_s / step_s, 4),
+            "gb_per_step": {part: round(size / 1e9, 4) for part, size in sizes.items()}, "experts_from": source,
+            **self._memory(), **peer_fields(count, prompt_len, new_tokens, first_s, step_s, whole_s),
+        })  # fmt: skip
+
+    def prefill(self, count: int, length: int) -> None:
+        """Tokens/s of ``count`` prompts, until each has its first new token."""
+        engine = self.engine(count, length + 1, count * length)
+        warm_s = self.timed(engine, self.requests(count, length, 1))
+        times_s = [self.timed(engine, self.requests(count, length, 1)) for _ in range(self.repeats)]
+        seconds = median(times_s)
+        own = [length] * -(-count // self.model.ranks_with_own_sequences)
+        operations = prefill_operations(self.model.layout, own, count * length)
+        bound_s, bound = self.ceilings.bound_s(0.0, operations)
+        self.emit("prefill", {
+            "batch": count, "prompt_len": length, "tokens_per_s": round(count * length / seconds, 1),
+            "time_to_first_token_s": round(seconds, 5), "seconds_all": [round(value, 5) for value in times_s],
+            "warm_up_s": round(warm_s, 3), "tflops": round(operations / seconds / 1e12, 2),
+            "bound_ms": round(1e3 * bound_s, 3), "bound": bound, "share_of_bound": round(bound_s / seconds, 4),
+            **self._memory(), **peer_fields(count, length, 1, seconds, None, seconds),
+        })  # fmt: skip
+
+    def profile_decode(self, count: int, prompt_len: int, steps: int, path: Path) -> None:
+        """Profiles some steps in the middle of an answer, on rank 0."""
+        new_tokens = steps + 8
+        engine = self.engine(count, prompt_len + new_tokens, count * prompt_len)
+        engine.complete(self.requests(count, prompt_len, new_tokens))
+        events = iter(engine.run(self.requests(count, prompt_len, new_tokens)))
+        _take(events, 4 * count)
+
+        def run() -> int:
+            _take(events, steps * count)
+            return steps
+
+        sizes, _ = self._step_bytes(engine, count, prompt_len, 8, observe=False)
+        self._profile(run, path, f"decode-{count}", sizes)
+        _take(events, None)
+
+    def profile_prefill(self, count: int, length: int, path: Path) -> None:
+        """Profiles one step of prompts, on rank 0."""
+        engine = self.engine(count, length + 1, count * length)
+        engine.complete(self.requests(count, length, 1))
+        requests = self.requests(count, length, 1)
+        self._profile(lambda: len(engine.complete(requests)) and 1, path, f"prefill-{count}x{length}", {})
+
+    def _profile(self, run: Callable[[], int], path: Path, name: str, sizes: dict[str, float]) -> None:
+        if not self.context.is_first:
+            run()
+            return
+        trace = path.with_name(f"{path.name.removesuffix('.gz').removesuffix('.json')}-{name}.json.gz")
+        found = profiled(run, self.context.device, trace)
+        if found is None:
+            print(f"profile of {name}: needs a GPU", file=sys.stderr)
+            return
+        print(f"\n{name}\n{found.table(sizes, self.ceilings.read)}\n", file=sys.stderr, flush=True)
+        parts = {part: round(us, 1) for part, us in found.parts().items()}
+        self.emit("profile", {"of": name, "step_us": round(found.whole_us, 1), "idle_us": round(found.idle_us, 1),
+                              "us_by_part": parts})  # fmt: skip
+
+    def _step_bytes(
+        self, engine: Engine, count: int, prompt_len: int, new_tokens: int, observe: bool = True
+    ) -> tuple[dict[str, float], str]:
+        """Bytes a decode step must read on the rank that reads most, and whether its experts were counted."""
+        layout, params = self.model.layout, self.model.params
+        own = -(-count // self.model.ranks_with_own_sequences)
+        contexts = [prompt_len + new_tokens / 2] * own
+        touched_L = self._touched(engine, count, prompt_len) if observe else None
+        source = "expected, uniform" if touched_L is None else "counted"
+        if touched_L is None:
+            share = expected_experts(params.num_experts, params.num_experts_per_tok, count) / params.num_experts
+            touched_L = [share * len(layout.experts(layer)) for layer in range(params.n_layers)]
+        sizes = decode_bytes(layout, touched_L, contexts, self.model.dtype.itemsize)
+        return max(self.context.all_gather_objects(sizes), key=lambda parts: sum(parts.values())), source
+
+    def _touched(self, engine: Engine, count: int, prompt_len: int) -> list[float] | None:
+        """This rank's experts that a decode step touches, by layer: the mean of a few steps that are not timed."""
+        if self.model.ranks_with_own_sequences > 1:
+            return None  # rows of other ranks come here too, which the reports of one rank do not tell
+        seen: list[list[float]] = []
+
+        def observe(batch, reports) -> None:
+            if len(batch.tokens_T) == count and batch.is_decode:
+                held = [self.model.layout.experts(layer) for layer in range(len(reports))]
+                chosen = [set(report.routing.experts_TK.flatten().tolist()) for report in reports]
+                seen.append([float(len(own & set(here))) for own, here in zip(chosen, held, strict=True)])
+
+        engine.observe = observe
+        try:
+            engine.complete(self.requests(count, prompt_len, 6))
+        finally:
+            engine.observe = None
+        return [mean(layer) for layer in zip(*seen, strict=True)] if seen else None
+
+    def emit(self, measurement: str, found: dict[str, object]) -> None:
+        """One line of JSON, on the first rank."""
+        ceilings = {} if self.ceilings is None else {"ceilings": self.ceilings.rounded()}
+        if not self.context.is_first:
+            return
+        line = json.dumps({"measurement": measurement, **found, **ceilings, **self.common})
+        print(line, flush=True)
+        if self.output is not None:
+            with self.output.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        print(_row(measurement, found or ceilings["ceilings"]), file=sys.stderr, flush=True)
+
+    def _memory(self) -> dict[str, float]:
+        if self.context.device.type != "cuda":
+            return {}
+        taken = (torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated(), torch.cuda.memory_reserved())
+        most = [max(values) for values in zip(*self.context.all_gather_objects(taken), strict=True)]
+        names = ("memory_gb", "peak_memory_gb", "reserved_memory_gb")
+        return {name: round(value / 1e9, 3) for name, value in zip(names, most, strict=True)}
+
+    def _wait(self) -> None:
+        if self.context.device.type == "cuda":
+            torch.cuda.synchronize(self.context.device)
+
+
+def _build(
+    context: RankContext, path: Path, ckpt: Path | None, layers: int | None, limits: tuple[int, int],
+    dtype: torch.dtype, attention: str, experts: str, seed: int,
+) -> tuple[Transformer, str]:  # fmt: skip
+    """The model with its weights, and a name for it."""
+    reader = None if ckpt is None else open_checkpoint(ckpt)
+    config = ModelConfig.from_file(path) if reader is None else reader.config
+    if layers is not None:
+        if not 1 <= layers <= config.n_layers:
+            raise ValueError(f"layers ({layers}) must lie in 1 … {config.n_layers}")
+        config = replace(config, n_layers=layers)
+    options = MoEOptions.from_env()
+    layout = choose_layout(config.with_limits(*limits), context, attention, experts, None, options)
+    model = Transformer(layout, context, dtype, options)
+    if reader is None:
+        model.initialize(seed)
+    else:
+        load_into(model.named_tensors(), layout, reader, context, False)
+    return model, (path if ckpt is None else ckpt).stem
+
+
+def seconds_since_start() -> float:
+    """Seconds since the operating system started this process: Python's own start and imports count."""
+    if not hasattr(time, "CLOCK_BOOTTIME"):  # only Linux says when a process started without another package
+        return time.perf_counter() - _IMPORTED
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+
+
+_IMPORTED = time.perf_counter()
+
+
+def _row(measurement: str, found: dict[str, object]) -> str:
+    shown = {name: value for name, value in found.items() if isinstance(value, int | float | str)}
+    return f"{measurement:<9} " + "  ".join(f"{name} {value}" for name, value in shown.items())
+
+
+def _numbers(name: str, text: str) -> list[int]:
+    if not all(part.isdigit() and int(part) for part in text.split(",")):
+        raise ValueError(f"{name} ({text!r}) must be whole numbers of at least 1 between commas")
+    return [int(part) for part in text.split(",")]
+
+
+def _prefills(text: str) -> list[tuple[int, int]]:
+    found = []
+    for part in filter(None, text.split(",")):
+        count, _, length = part.partition("x")
+        if not (count.isdigit() and length.isdigit() and int(count) and int(length)):
+            raise ValueError(f"prefill ({part!r}) must be COUNTxLENGTH, such as 8x2048")
+        found.append((int(count), int(length)))
+    return found
+
+
+def _take(events: Iterator, count: int | None) -> None:
+    """Takes so many events, which are the steps' tokens; None takes all."""
+    for number, _ in enumerate(events, 1):
+        if number == count:
+            return
+
+
+if __name__ == "__main__":
+    run_tool(bench_model)

@@ -1,0 +1,74 @@
+"""What a step of a Mixtral must read and compute at least: the two bounds of docs/performance.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+from mixtralkit.layout import RankLayout
+
+
+def expected_experts(num_experts: int, top_k: int, rows: int) -> float:
+    """Experts of a layer that at least one of ``rows`` rows chooses, when every choice is equally likely."""
+    return num_experts * (1 - (1 - top_k / num_experts) ** rows)
+
+
+def decode_bytes(
+    layout: RankLayout, experts_L: Sequence[float], contexts_B: Sequence[float], itemsize: int
+) -> dict[str, float]:
+    """Bytes that a rank reads in a decode step, by part of the model; every one of them once.
+
+    Args:
+        experts_L: experts of this rank that the step's rows touch, of each layer.
+        contexts_B: tokens that each of the rank's sequences attends to.
+    """
+    shapes, config = layout.shapes(), layout.config
+    linear = prod(shapes["output.weight"]) + len(contexts_B) * config.dim  # the embedding's rows
+    experts = gate = 0.0
+    for layer, touched in enumerate(experts_L):
+        prefix = f"layers.{layer}."
+        linear += prod(shapes[prefix + "attention.wqkv.weight"]) + prod(shapes[prefix + "attention.wo.weight"])
+        gate += prod(shapes[prefix + "feed_forward.gate.weight"])
+        experts += touched * _expert_weights(layout)
+    kv_heads = layout.kv_heads[1] - layout.kv_heads[0]
+    attention = 2.0 * config.n_layers * kv_heads * config.head_dim * sum(_seen(config, n) for n in contexts_B)
+    parts = {"experts": experts, "linear": linear, "attention": attention, "gate": gate}
+    return {part: itemsize * numbers for part, numbers in parts.items()}
+
+
+def prefill_operations(layout: RankLayout, lengths_B: Sequence[int], all_tokens: int | None = None) -> float:
+    """Floating-point operations (a multiply-add is two) of a rank for whole prompts and one token after each.
+
+    Args:
+        lengths_B: tokens of each of the rank's prompts.
+        all_tokens: tokens of all ranks, whose choices the ranks' experts share; None means the rank's own.
+    """
+    shapes, config = layout.shapes(), layout.config
+    tokens = sum(lengths_B)
+    heads = layout.heads[1] - layout.heads[0]
+    operations = 2.0 * len(lengths_B) * prod(shapes["output.weight"])
+    pairs = sum(_pairs(config, length) for length in lengths_B)
+    for layer in range(config.n_layers):
+        prefix = f"layers.{layer}."
+        names = ("attention.wqkv.weight", "attention.wo.weight", "feed_forward.gate.weight")
+        operations += 2.0 * tokens * sum(prod(shapes[prefix + name]) for name in names)
+        operations += 4.0 * pairs * heads * config.head_dim
+        share = len(layout.experts(layer)) / config.num_experts
+        rows = (tokens if all_tokens is None else all_tokens) * config.num_experts_per_tok * share
+        operations += 2.0 * rows * _expert_weights(layout)
+    return operations
+
+
+def _expert_weights(layout: RankLayout) -> int:
+    """Numbers in a rank's part of one expert."""
+    return 3 * layout.config.dim * (layout.hidden[1] - layout.hidden[0])
+
+
+def _seen(config, length: float) -> float:
+    return length if config.sliding_window is None else min(length, config.sliding_window)
+
+
+def _pairs(config, length: int) -> int:
+    """Queries and keys that meet in a prompt."""
+    beyond = 0 if config.sliding_window is None else max(0, length - config.sliding_window)
+    return length * (length + 1) // 2 - beyond * (beyond + 1) // 2

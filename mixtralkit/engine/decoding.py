@@ -1,0 +1,206 @@
+"""Decode steps on memory that stays where it is: the next step reads on the device what the last one sampled.
+
+::
+
+    host      launch 1 │ launch 2, text of 1 │ launch 3, text of 2 │ …
+    device             │ step 1 ───────────► │ step 2 ───────────► │ step 3 …
+
+Nothing goes to the device between two steps of the same greedy sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+
+import torch
+
+from mixtralkit.engine.graphs import Graphs
+from mixtralkit.engine.requests import Sequence
+from mixtralkit.engine.sampler import gather_vocabulary, sample_each, sample_likeliest, settings_of, uniform
+from mixtralkit.model.decode import Decoder
+from mixtralkit.model.step import StepBatch
+from mixtralkit.model.transformer import Transformer
+from mixtralkit.moe.gate import Routing
+from mixtralkit.moe.layer import MoEReport
+
+
+def bucket_sizes(most: int) -> list[int]:
+    """Numbers of rows that steps are made for, the last one ``most``: 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, ….
+
+    So few that capturing all takes seconds, and so many that most steps have few rows without a sequence.
+    """
+    sizes, power = [1, 2, 4, 8], 16
+    while sizes[-1] < most:
+        sizes += [power, power + power // 2]
+        power *= 2
+    return [size for size in sizes if size < most] + [most]
+
+
+class _Rows:
+    """What a step reads and leaves. Row i is a sequence, or only fills the shape: slot -1, as all rows at first.
+
+    ``tokens_B`` are the step's input and then its answer; these and ``logprobs_B`` share memory, so that one copy
+    takes both to the host. ``advance_B`` is added to the positions after a step: 0 in rows without a sequence.
+    """
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.packed = torch.zeros(12 * rows, dtype=torch.uint8, device=device)
+        self.tokens_B, self.logprobs_B = unpacked(self.packed)
+        self.positions_B, self.advance_B = torch.zeros(2, rows, dtype=torch.int64, device=device)
+        self.slots_B = torch.full((rows,), -1, dtype=torch.int64, device=device)
+        self.settings_4B = torch.zeros(4, rows, device=device)
+        self.uniforms_B = torch.zeros(rows, device=device)
+
+
+def unpacked(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int64 tokens [B] and float32 log-probabilities [B] in bytes [12 B]."""
+    end = len(packed) * 2 // 3
+    return packed[:end].view(torch.int64), packed[end:].view(torch.float32)
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A step that was launched, and what it gives when it is done.
+
+    ``routings`` hold for the rows of ``sequences`` and, until the next launch, behind these for rows that fill.
+    """
+
+    sequences: list[Sequence]
+    routings: list[Routing]
+    _packed: torch.Tensor
+    _wishes: torch.Tensor
+    _done: torch.cuda.Event | None
+
+    @property
+    def stops(self) -> bool:
+        """Whether rank 0 wished to stop when the step was launched. Waits for the step."""
+        self._wait()
+        return bool(self._wishes[0])
+
+    def values(self) -> Iterator[tuple[Sequence, int, float]]:
+        """Every sequence with its next token and the token's log-probability. Waits for the step."""
+        self._wait()
+        tokens_B, logprobs_B = unpacked(self._packed)
+        return zip(self.sequences, tokens_B.tolist(), logprobs_B.tolist(), strict=False)  # rows that fill come last
+
+    def _wait(self) -> None:
+        if self._done is not None:
+            self._done.synchronize()
+
+
+class DecodeSteps:
+    """Launches a model's decode steps without waiting for them, as CUDA graphs where these are on.
+
+    At most one launched step may have values that nobody took yet when the next one is launched. Collective under
+    ``tp``: every rank launches the same sequences.
+    """
+
+    def __init__(self, model: Transformer, decoder: Decoder, slots: int, cuda_graphs: bool = True) -> None:
+        """``slots``: most sequences of a step."""
+        self.model, self.decoder, self.context = model, decoder, model.context
+        self._sizes = bucket_sizes(slots)
+        self._own = _Rows(slots, self.context.device)
+        self._graphs = Graphs(self.context.device, cuda_graphs)
+        self._sequences: list[Sequence] = []
+        self._filled = 0
+        self._draws = False
+        self._nothing = torch.zeros((), dtype=torch.int64, device=self.context.device)
+
+    def launch(self, sequences: list[Sequence], unread: bool, wish: bool | None = None) -> Flight:
+        """Starts the step that gives each sequence its next token.
+
+        Args:
+            sequences: with all but their last token in the cache.
+            unread: the last token of each comes from the step launched before, whose values are not taken yet; then
+                the sequences are some of that step's, in the same order.
+            wish: whether to stop, which rank 0 decides for all; None where no rank is ever asked.
+        """
+        if not unread or len(sequences) != len(self._sequences):
+            self._place(sequences, unread)
+        own, rows, draws = self._own, self._filled, self._draws
+        if draws:
+            keys = [(s.request.sampling.seed, s.request.id, s.length + unread) for s in sequences]
+            own.uniforms_B[: len(keys)].copy_(self._upload([uniform(*key) for key in keys], torch.float32))
+        routings = self._graphs.run(
+            (rows, draws),
+            lambda: self._step(own, rows, draws),
+            lambda: self._step(_Rows(rows, self.context.device), rows, draws),
+        )
+        return self._flight(sequences, routings, wish)
+
+    def observed(self, flight: Flight, sequences_before: int) -> tuple[StepBatch, list[MoEReport]] | None:
+        """The step as an ``Observe`` takes it, without rows of sequences that have ended meanwhile; None for no row.
+
+        To be called after the values of the step before were taken and before the next one is launched.
+        """
+        rows = [row for row, sequence in enumerate(flight.sequences) if not sequence.ended]
+        if not rows:
+            return None
+        sequences = [flight.sequences[row] for row in rows]
+        batch = StepBatch.build(
+            [(s.slot, s.cached, s.tokens[-1:]) for s in sequences],
+            self.context.device,
+            [sequences_before + s.request.id for s in sequences],
+        )
+        rows_B = self._upload(rows, torch.int64)
+        # indexing copies, so that observers may keep what the next step overwrites
+        routings = [Routing(r.experts_TK[rows_B], r.weights_TK[rows_B], r.logits_TE[rows_B]) for r in flight.routings]
+        return batch, [MoEReport(routing, self._nothing, self._nothing, handles=()) for routing in routings]
+
+    def _place(self, sequences: list[Sequence], unread: bool) -> None:
+        """Gives each sequence a row; where its last token is on the device, that moves there."""
+        own, rows = self._own, next(size for size in self._sizes if size >= len(sequences))
+        if unread:
+            places = {id(sequence): row for row, sequence in enumerate(self._sequences)}
+            first = [places[id(sequence)] for sequence in sequences]
+        else:
+            first = [sequence.tokens[-1] for sequence in sequences]
+        fill = [0] * (rows - len(sequences))
+        columns = [first + fill, [s.cached + unread for s in sequences] + fill, [s.slot for s in sequences]]
+        columns[2] += [-1] * len(fill)
+        first_B, positions_B, slots_B = self._upload(columns, torch.int64)
+        own.tokens_B[:rows] = own.tokens_B[first_B] if unread else first_B
+        own.positions_B[:rows] = positions_B
+        own.slots_B[:rows] = slots_B
+        own.advance_B[:rows] = slots_B >= 0
+        options = [sequence.request.sampling for sequence in sequences]
+        self._draws = any(o.temperature > 0 for o in options)
+        if self._draws:
+            settings = [values + fill for values in settings_of(options)]
+            own.settings_4B[:, :rows] = self._upload(settings, torch.float32)
+        self._sequences, self._filled = sequences, rows
+
+    @torch.no_grad()
+    def _step(self, of: _Rows, rows: int, draws: bool) -> list[Routing]:
+        decoded = self.decoder(of.tokens_B[:rows], of.positions_B[:rows], of.slots_B[:rows])
+        if draws:
+            logits_BV = gather_vocabulary(decoded.logits_BV, self.model.params.vocab_size, self.context)
+            tokens_B, logprobs_B = sample_each(logits_BV, of.settings_4B[:, :rows], of.uniforms_B[:rows])
+        else:
+            tokens_B, logprobs_B = sample_likeliest(decoded.logits_BV, self.model.layout.vocab[0], self.context)
+        of.tokens_B[:rows].copy_(tokens_B)
+        of.logprobs_B[:rows].copy_(logprobs_B)
+        of.positions_B[:rows].add_(of.advance_B[:rows])
+        return decoded.routings
+
+    def _flight(self, sequences: list[Sequence], routings: list[Routing], wish: bool | None) -> Flight:
+        wishes = torch.tensor([bool(wish)])
+        if self.context.world_size > 1 and wish is not None:
+            wishes = self._to_host(self.context.all_gather(self._upload([wish], torch.uint8)))
+        packed, done = self._to_host(self._own.packed), None
+        if self.context.device.type == "cuda":
+            done = torch.cuda.Event()
+            done.record()
+        return Flight(sequences, routings, packed, wishes, done)
+
+    def _upload(self, values: Many, dtype: torch.dtype) -> torch.Tensor:
+        """On the device when it gets there; from pinned memory, which torch keeps until then."""
+        pinned = self.context.device.type == "cuda"
+        return torch.tensor(values, dtype=dtype, pin_memory=pinned).to(self.context.device, non_blocking=True)
+
+    def _to_host(self, x: torch.Tensor) -> torch.Tensor:
+        """A copy in memory that the device writes when it gets there."""
+        pinned = self.context.device.type == "cuda"
+        return torch.empty(x.shape, dtype=x.dtype, pin_memory=pinned).copy_(x, non_blocking=True)

@@ -1,0 +1,25 @@
+"""The way of rows by kernels that reach into each other's memory: no collective, nothing waits for the host."""
+
+from __future__ import annotations
+
+import torch
+
+from mixtralkit.kernels.peer_exchange import ExpertPlaces, PeerExchange
+from mixtralkit.moe.assignment import Assigner
+from mixtralkit.moe.capacity import CutRouting
+from mixtralkit.moe.experts import RoutedRows
+
+
+class PeerDispatch:
+    """``StaticDispatch``'s assignment and sums, and rows that cross a link only to be computed there. No gradients."""
+
+    def __init__(self, exchange: PeerExchange, places: ExpertPlaces, rows_per_rank: int) -> None:
+        """``places`` are those of the layer's plan, and so of the assigner that ``dispatch`` is given."""
+        self.exchange, self.places, self.rows_per_rank = exchange, places, rows_per_rank
+
+    def dispatch(self, x_TD: torch.Tensor, cut: CutRouting, assigner: Assigner) -> tuple[RoutedRows, torch.Tensor]:
+        arrived = self.exchange.dispatch(x_TD, cut.experts_TK, cut.weights_TK, self.places, self.rows_per_rank)
+        return RoutedRows(arrived.x_RD, arrived.slots_RK, arrived.weights_RK), arrived.members_T
+
+    def combine(self, y_RD: torch.Tensor, handle: torch.Tensor) -> torch.Tensor:
+        return self.exchange.combine(y_RD, handle)[0]

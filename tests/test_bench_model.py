@@ -1,0 +1,244 @@
+"""benchmarks/bench_model.py: its lines, its bounds, and a check that notices when the answers are wrong."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mixtralkit.config import ModelConfig, ParallelConfig
+from mixtralkit.distributed import RankContext
+from mixtralkit.layout import RankLayout
+from mixtralkit.model.transformer import Transformer
+from mixtralkit.planning.plan import contiguous
+from tests.configs import small_config
+from tests.engine.parts import make_model
+from tests.ranks import run_ranks
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import bench_model as bench  # noqa: E402
+import bench_moe_kernels  # noqa: E402
+import model_bounds  # noqa: E402
+import model_check  # noqa: E402
+import profile_step  # noqa: E402
+from peer_fields import peer_fields  # noqa: E402
+
+MIXTRAL = ROOT / "configs" / "models" / "mixtral-8x7b.json"
+
+
+@pytest.fixture
+def architecture(tmp_path) -> Path:
+    path = tmp_path / "small.json"
+    path.write_text(json.dumps(small_config().to_mistral()))
+    return path
+
+
+def run(capsys, **options) -> list[dict]:
+    bench.bench_model(random_weights=True, device="cpu", repeats=1, **options)
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_lines(architecture, tmp_path, capsys):
+    output = tmp_path / "lines.json"
+    options = {"batch": "1,3", "prompt_len": 5, "new_tokens": 4, "prefill": "2x6", "layers": 2, "output": output}
+    lines = run(capsys, model=architecture, **options)
+    assert [line["measurement"] for line in lines] == [
+        "start",
+        "ceilings",
+        "check",
+        "check",
+        "decode",
+        "decode",
+        "prefill",
+    ]
+    assert [json.loads(line) for line in output.read_text().splitlines()] == lines
+    start, _, *checks, one, three, prefill = lines
+    assert 0 < start["import_s"] <= start["ready_s"] <= start["first_token_s"] <= start["decoding_s"]
+    assert [check["batch"] for check in checks] == [1, 3]
+    assert all(check["logits"] < 1e-4 > check["answers"] for check in checks)
+    assert all(line["layers"] == 2 and line["model"] == "small" for line in lines)
+    for line, count in ((one, 1), (three, 3)):
+        assert line["batch"] == count
+        assert line["experts_from"] == "counted"
+        assert line["tokens_per_s"] == pytest.approx(1e3 * count / line["ms_per_step"], rel=1e-2)
+        assert line["share_of_bound"] == pytest.approx(line["bound_ms"] / line["ms_per_step"], rel=0.1, abs=1e-3)
+        assert line["vllm"]["median_tpot_ms"] == pytest.approx(line["ms_per_step"], rel=1e-2)
+    assert prefill["tokens_per_s"] == pytest.approx(12 / prefill["time_to_first_token_s"], rel=1e-2)
+    assert prefill["sglang"]["input_throughput"] == pytest.approx(prefill["tokens_per_s"], rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"random_weights": False}, "give either --random_weights or --ckpt"),
+        ({"layers": 9}, r"layers \(9\) must lie in 1 … 3"),
+        ({"batch": "1,zwei"}, "batch .* must be whole numbers"),
+        ({"prefill": "8*2048"}, r"prefill \('8\*2048'\) must be COUNTxLENGTH"),
+        ({"new_tokens": 1}, r"new_tokens \(0\) must be at least 2"),
+    ],
+)
+def test_what_is_refused(architecture, options, words):
+    with pytest.raises(ValueError, match=words):
+        bench.bench_model(**{"model": architecture, "random_weights": True, "device": "cpu", **options})
+
+
+def test_peers_names_say_the_same():
+    fields = peer_fields(4, prompt_len=10, new_tokens=5, first_s=1.0, step_s=0.5, whole_s=3.0)
+    assert fields["vllm"]["output_throughput"] == pytest.approx(20 / 3, abs=1e-4)
+    assert fields["vllm"]["mean_ttft_ms"] == 1000
+    assert fields["sglang"]["median_decode_throughput"] == 8
+    assert fields["sglang"]["overall_throughput"] == 20
+
+
+# --- bounds
+
+
+def test_expected_experts():
+    assert model_bounds.expected_experts(8, 2, 1) == 2
+    assert model_bounds.expected_experts(8, 2, 8) == pytest.approx(7.2, abs=0.01)
+    assert model_bounds.expected_experts(4, 4, 3) == 4
+
+
+def test_bytes_of_a_step_with_every_expert_are_the_weights():
+    config = small_config()
+    layout = RankLayout.single(config)
+    sizes = model_bounds.decode_bytes(layout, [config.num_experts] * config.n_layers, [10.0, 20.0], 2)
+    model = Transformer(layout, RankContext())
+    norms = (2 * config.n_layers + 1) * config.dim
+    embedding = (config.vocab_size - 2) * config.dim
+    assert sum(sizes.values()) - sizes["attention"] == 2 * (
+        sum(p.numel() for p in model.parameters()) - norms - embedding
+    )
+    assert sizes["attention"] == 2 * 2 * config.n_layers * config.n_kv_heads * config.head_dim * 30
+
+
+def test_bound_of_the_real_mixtral():
+    """One sequence: 25.4 GB a token, so 169 tokens/s at 4.28 TB/s and 174 at 4.42, as the peers' table has it."""
+    config = ModelConfig.from_file(MIXTRAL)
+    size = sum(model_bounds.decode_bytes(RankLayout.single(config), [2] * 32, [256], 2).values())
+    assert 4.28e12 / size == pytest.approx(168, abs=2)
+    whole = model_bounds.prefill_operations(RankLayout.single(config), [2048] * 8)
+    assert 8 * 2048 / (whole / 725e12) == pytest.approx(27800, rel=0.03)
+
+
+def test_shares_of_ranks_add_up():
+    config = ModelConfig.from_file(MIXTRAL)
+    plan = contiguous(config.n_layers, config.num_experts, 4)
+    single = model_bounds.prefill_operations(RankLayout.single(config), [512] * 8)
+    for experts in ("tp", "ep"):
+        layouts = [RankLayout(config, ParallelConfig("tp", experts), plan, rank) for rank in range(4)]
+        whole = sum(model_bounds.prefill_operations(layout, [512] * 8) for layout in layouts)
+        gates = 3 * 2.0 * 512 * 8 * config.dim * config.num_experts * config.n_layers  # every rank computes its own
+        assert whole == pytest.approx(single + gates)
+
+
+def test_operations_are_those_of_the_reference():
+    """Prompts of one token that choose every expert, where a count of the reference's products is exact."""
+    config = small_config(num_experts=4, num_experts_per_tok=4)
+    model = make_model(RankContext(), config)
+    with FlopCounterMode(display=False) as counter:
+        model_check.reference_logits(model, torch.tensor([[3], [4], [5]]))
+    assert model_bounds.prefill_operations(model.layout, [1, 1, 1]) == counter.get_total_flops()
+
+
+def test_pairs_of_queries_and_keys():
+    for window in (None, 3, 40):
+        config = small_config(sliding_window=window)
+        seen = sum(1 for q in range(9) for k in range(q + 1) if window is None or q - k < window)
+        assert model_bounds._pairs(config, 9) == seen
+
+
+# --- the check
+
+
+def check(context: RankContext, config: ModelConfig, attention: str, experts: str) -> model_check.Check:
+    model = make_model(context, config, attention, experts)
+    return model_check.check(model, bench.RandomWords(config.vocab_size), 2, 5, seed=0)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_right_answers_pass(window):
+    found = check(RankContext(), small_config(sliding_window=window), "tp", "ep")
+    assert found.check_layers == 2
+    assert found.passes(torch.float32)
+
+
+@pytest.mark.parametrize(("attention", "experts"), [("tp", "ep"), ("tp", "tp"), ("dp", "ep")])
+def test_right_answers_pass_on_two_ranks(attention, experts):
+    for found in run_ranks(check, 2, small_config(), attention, experts):
+        assert found.passes(torch.float32)
+        assert (found.logits is None) == (attention == "dp")
+
+
+def test_wrong_logits_do_not_pass(monkeypatch):
+    right = model_check.rotations
+    monkeypatch.setattr(model_check, "rotations", lambda positions, *rest: right(positions + positions, *rest))
+    assert not check(RankContext(), small_config(), "tp", "ep").passes(torch.float32)
+
+
+def test_tokens_that_are_not_the_likeliest_do_not_pass(monkeypatch):
+    monkeypatch.setattr(model_check, "GREEDY", replace(model_check.GREEDY, temperature=1.0, top_p=1.0))
+    found = check(RankContext(), small_config(), "tp", "ep")
+    assert found.answers < 1e-4
+    assert not found.passes(torch.float32)
+
+
+def test_the_check_leaves_the_model_as_it_was():
+    model = make_model(RankContext(), small_config())
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    model_check.check(model, bench.RandomWords(model.params.vocab_size), 2, 5, seed=0)
+    assert model.params == small_config()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name])
+
+
+# --- the layer's kernels
+
+
+def test_lines_of_the_layers_kernels(architecture, tmp_path, capsys):
+    output = tmp_path / "lines.json"
+    bench_moe_kernels.bench_moe_kernels(
+        "1,9", architecture, device="cpu", routing="uniform,skew:0.5", repeats=1, output=output
+    )
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len(lines) == 2 * 2 * len(bench_moe_kernels.VARIANTS)
+    assert capsys.readouterr().out == output.read_text()
+    for line in lines:
+        assert line["error"] < 1e-4
+        assert 2 <= line["touched_experts"] <= 8
+        assert line["share_of_bound"] == pytest.approx(line["bound_ms"] / line["ms"], rel=0.1, abs=1e-2)
+
+
+def test_a_wrong_layer_is_not_timed(architecture, monkeypatch):
+    right = bench_moe_kernels.expert_sum
+    wrong = {"kernels": (bench_moe_kernels.gate, lambda *inputs: right(*inputs) * 1.001, False)}
+    monkeypatch.setattr(bench_moe_kernels, "VARIANTS", wrong)
+    with pytest.raises(RuntimeError, match="kernels: differs from float32"):
+        bench_moe_kernels.bench_moe_kernels("3", architecture, device="cpu", repeats=1)
+
+
+# --- the profile
+
+
+def test_own_times_and_gaps_add_up():
+    """Kernels that start while the one before runs count from its end; one inside another counts nothing."""
+    events = [("gate", 0, 10), ("_vector_kernel", 8, 20), ("nap", 25, 30), ("inside", 26, 28), ("gate", 30, 40)]
+    step = profile_step.summed(events, steps=2)
+    own = {kernel.name: kernel.own_us for kernel in step.kernels}
+    assert own == {"gate": 10, "_vector_kernel": 5, "nap": 2.5, "inside": 0}
+    assert step.idle_us == 2.5
+    assert step.whole_us == 20
+    assert step.parts() == {"gate": 10, "linear": 5, "other": 2.5}
+    assert next(kernel for kernel in step.kernels if kernel.name == "gate").calls == 1
+    assert "50.0%" in step.table({"gate": 1e6}, read_rate=1e12)
+
+
+def test_profile_needs_a_gpu():
+    assert profile_step.profiled(lambda: 1, torch.device("cpu")) is None
