@@ -19,7 +19,6 @@ from mixtralkit.kernels.linear import linear
 from mixtralkit.kernels.norm import rms_norm
 from mixtralkit.layout import RankLayout
 from mixtralkit.model.kv_cache import KVCache
-from mixtralkit.model.rope import rope_table
 from mixtralkit.model.transformer import Block, Transformer
 from mixtralkit.moe.gate import Routing
 
@@ -38,7 +37,6 @@ class Decoder:
     def __init__(self, model: Transformer, cache: KVCache) -> None:
         config = model.params
         self.model, self.cache = model, cache
-        self.rope_SC = rope_table(cache.max_seq_len, config.head_dim, config.rope_theta, model.context.device)
         self.slots_LTE = [
             _slots_in_turn(model.layout, i, cache.slots, model.context.device) for i in range(config.n_layers)
         ]
@@ -112,7 +110,7 @@ class Decoder:
     def _attend(self, layer: int, block: Block, qkv_BP, positions_B, slots_B) -> torch.Tensor:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         heads, window = block.attention.heads, self.model.params.sliding_window
-        return decode_attention(qkv_BP, keys, values, slots_B, positions_B, self.rope_SC, heads, window)
+        return decode_attention(qkv_BP, keys, values, slots_B, positions_B, self.cache.rope_SC, heads, window)
 
     def _route(self, block: Block, x_BD, norm: tuple[torch.Tensor, float] | None) -> tuple[torch.Tensor, Routing]:
         choice = block.feed_forward.gate

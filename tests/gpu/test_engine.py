@@ -1,0 +1,122 @@
+"""Decode steps as CUDA graphs on the shipped checkpoint. Run with ``pytest -m gpu``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mixtralkit import Mixtral
+from mixtralkit.engine.decoding import DecodeSteps
+from mixtralkit.engine.generation import Engine
+from mixtralkit.engine.requests import Completion
+
+pytestmark = pytest.mark.gpu
+CKPTS = Path(__file__).resolve().parents[2] / "ckpts"
+PROMPTS = [
+    "In the beginning", "def read(path):\n", "NAME\n       tar -", "class", "The function returns", "Moses", "import",
+    "And it came to pass", "SYNOPSIS\n", "for i in range(", "Who are you?",
+]  # fmt: skip
+
+
+def build(dtype: str, batch: int, cuda_graphs: bool = True) -> Mixtral:
+    return Mixtral.build(CKPTS, None, 256, batch, device="cuda", dtype=dtype, cuda_graphs=cuda_graphs)
+
+
+def answers(mixtral: Mixtral, temperature: float = 0.0, count: int = len(PROMPTS), **more) -> list[Completion]:
+    """Of different lengths, so that sequences come and go in the middle of others."""
+    options = {"temperature": temperature, "seed": 3, **more}
+    requests = [mixtral.request(i, p, 24 + 5 * (i % 4), **options) for i, p in enumerate(PROMPTS[:count])]
+    return mixtral.engine.complete(requests)
+
+
+def told(completions: list[Completion]) -> list[tuple]:
+    return [(c.tokens, c.text, c.finish_reason) for c in completions]
+
+
+@pytest.fixture(autouse=True)
+def exact_products(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("batch", [1, 3, 8, 16])
+def test_float32_text_is_that_of_plain_steps(monkeypatch, batch, temperature):
+    mixtral = build("float32", batch)
+    got = answers(mixtral, temperature, stop=("\n\n", "and the"))
+    assert mixtral.engine._steps is not None
+    monkeypatch.setattr(Engine, "_decode_steps", lambda engine: None)
+    wanted = answers(mixtral, temperature, stop=("\n\n", "and the"))
+    assert told(got) == told(wanted)
+    for one, other in zip(got, wanted, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_graph_gives_the_bits_of_its_kernels(dtype, temperature):
+    wanted, got = (answers(build(dtype, 8, graphs), temperature) for graphs in (False, True))
+    assert [(c.tokens, c.logprobs) for c in got] == [(c.tokens, c.logprobs) for c in wanted]
+
+
+def test_greedy_and_drawn_rows_share_a_step():
+    mixtral = build("float32", 8)
+    mixed = [mixtral.request(i, prompt, 30, temperature=0.8 * (i % 2), seed=3) for i, prompt in enumerate(PROMPTS[:8])]
+    alone = [mixtral.engine.complete([request])[0] for request in mixed]
+    assert told(mixtral.engine.complete(mixed)) == told(alone)
+
+
+def test_graphs_are_captured_once_and_serve_in_any_order():
+    mixtral = build("bfloat16", 8)
+    first = {count: told(answers(mixtral, count=count)) for count in (3, 8, 1)}
+    captured = dict(mixtral.engine._steps._graphs._captured)
+    assert {key for key in captured if key[1]} == set()
+    assert {rows for rows, _ in captured} == {1, 2, 4, 8}
+    for count in (8, 3, 1, 3, 8):
+        assert told(answers(mixtral, count=count)) == first[count]
+    assert mixtral.engine._steps._graphs._captured == captured
+
+
+def test_launches_never_wait_for_the_device(monkeypatch):
+    mixtral = build("bfloat16", 8)
+    requests = [mixtral.request(i, p, 20, temperature=0.5 * (i % 2)) for i, p in enumerate(PROMPTS)]
+    wanted = told(mixtral.engine.complete(requests))  # captures
+    launch = DecodeSteps.launch
+
+    def watched(*args):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return launch(*args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(DecodeSteps, "launch", watched)
+    assert told(mixtral.engine.complete(requests)) == wanted
+    kernel_by_kernel = build("bfloat16", 8, cuda_graphs=False)
+    monkeypatch.setattr(DecodeSteps, "launch", launch)
+    kernel_by_kernel.engine.complete(requests)  # compiles
+    monkeypatch.setattr(DecodeSteps, "launch", watched)
+    assert told(kernel_by_kernel.engine.complete(requests)) == wanted
+
+
+def test_another_cache_takes_other_graphs():
+    mixtral = build("bfloat16", 4)
+    wanted = told(answers(mixtral))
+    mixtral.model.cache = None
+    filler = torch.empty(1 << 26, dtype=torch.uint8, device="cuda")  # so that the new cache has another address
+    assert told(answers(mixtral)) == wanted
+    mixtral.engine.reset()
+    assert told(answers(mixtral)) == wanted
+    del filler
+
+
+def test_an_interrupted_stream_and_the_next_one():
+    mixtral = build("bfloat16", 4)
+    wanted = told(answers(mixtral))
+    asked = iter(range(10**6))
+    events = mixtral.stream(PROMPTS, 40, should_stop=lambda: next(asked) == 9, temperature=0)
+    ends = [event.completion for event in events if event.finish_reason]
+    assert {c.finish_reason for c in ends} >= {"interrupted"}
+    assert max(len(c.tokens) for c in ends) == 9
+    assert told(answers(mixtral)) == wanted
