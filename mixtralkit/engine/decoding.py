@@ -64,30 +64,31 @@ def unpacked(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 class Flight:
     """A step that was launched, and what it gives when it is done.
 
-    ``routings`` hold for the rows of ``sequences`` and, until the next launch, behind these for rows that fill.
+    ``routings`` are those of the rows, the ones that only fill behind those of ``sequences``; the next launch may
+    overwrite them. ``packed`` and ``wishes`` are on the host, and have their values when ``done`` has passed.
     """
 
     sequences: list[Sequence]
     routings: list[Routing]
-    _packed: torch.Tensor
-    _wishes: torch.Tensor
-    _done: torch.cuda.Event | None
+    packed: torch.Tensor
+    wishes: torch.Tensor
+    done: torch.cuda.Event | None
 
     @property
     def stops(self) -> bool:
         """Whether rank 0 wished to stop when the step was launched. Waits for the step."""
         self._wait()
-        return bool(self._wishes[0])
+        return bool(self.wishes[0])
 
     def values(self) -> Iterator[tuple[Sequence, int, float]]:
         """Every sequence with its next token and the token's log-probability. Waits for the step."""
         self._wait()
-        tokens_B, logprobs_B = unpacked(self._packed)
+        tokens_B, logprobs_B = unpacked(self.packed)
         return zip(self.sequences, tokens_B.tolist(), logprobs_B.tolist(), strict=False)  # rows that fill come last
 
     def _wait(self) -> None:
-        if self._done is not None:
-            self._done.synchronize()
+        if self.done is not None:
+            self.done.synchronize()
 
 
 class DecodeSteps:

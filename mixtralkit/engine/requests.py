@@ -77,7 +77,8 @@ class StopFilter:
 
     def __init__(self, stop: tuple[str, ...]) -> None:
         self._stop = stop
-        self._longest = max(map(len, stop), default=0)
+        self._beginnings = {s[:n] for s in stop for n in range(1, len(s))}
+        self._longest = max(map(len, self._beginnings), default=0)
         self._held = ""
         self.stopped = False
 
@@ -90,16 +91,13 @@ class StopFilter:
         if found:
             self.stopped = True
             return self._take(min(found))
-        longest = min(self._longest - 1, len(self._held))
-        held = next((n for n in range(longest, 0, -1) if self._may_begin(self._held[-n:])), 0)
+        longest = min(self._longest, len(self._held))
+        held = next((n for n in range(longest, 0, -1) if self._held[-n:] in self._beginnings), 0)
         return self._take(len(self._held) - held)
 
     def finish(self) -> str:
         """The text that was held back, when no more comes."""
         return "" if self.stopped else self._take(len(self._held))
-
-    def _may_begin(self, tail: str) -> bool:
-        return any(s.startswith(tail) for s in self._stop)
 
     def _take(self, count: int) -> str:
         text, self._held = self._held[:count], self._held[count:]
@@ -122,7 +120,7 @@ class Sequence:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     prompt_logprobs: list[float] = field(default_factory=lambda: [0.0])
-    text: str = ""
+    deltas: list[str] = field(default_factory=list)
     ended: bool = False
 
     def __post_init__(self) -> None:
@@ -158,15 +156,18 @@ class Sequence:
             return self.finish("stop", delta)
         if len(self.tokens) >= self.limit:
             return self.finish("length", delta)
-        self.text += delta
-        return StreamEvent(self.request.id, delta) if delta else None
+        if not delta:
+            return None
+        self.deltas.append(delta)
+        return StreamEvent(self.request.id, delta)
 
     def finish(self, reason: str, delta: str = "") -> StreamEvent:
         """The last event, with whatever text was held back."""
         if not self._stops.stopped:
             delta += self._stops.push(self._stream.finish()) + self._stops.finish()
-        self.text += delta
+        self.deltas.append(delta)
         self.ended = True
         prompt_logprobs = self.prompt_logprobs if self.request.prompt_logprobs else None
-        completion = Completion(self.request.id, self.tokens, self.logprobs, prompt_logprobs, self.text, reason)
+        text = "".join(self.deltas)
+        completion = Completion(self.request.id, self.tokens, self.logprobs, prompt_logprobs, text, reason)
         return StreamEvent(self.request.id, delta, reason, completion)

@@ -61,7 +61,7 @@ def expert_colours(num_experts: int) -> list[str]:
         return list(_LIGHT[:num_experts])
     colours = []
     for expert in range(num_experts):
-        hue, lightness = expert * 0.618034 % 1, (0.72, 0.86)[expert % 2]
+        hue, lightness = expert * 0.618034 % 1, (0.77, 0.88)[expert % 2]
         rgb = colorsys.hls_to_rgb(hue, lightness, 0.75)
         colours.append("#" + "".join(f"{round(255 * part):02X}" for part in rgb))
     return colours
@@ -125,7 +125,7 @@ def _column(values_NL: np.ndarray, row_T: np.ndarray, absent: int) -> list[list[
 
 def _section(one: ShownSequence, domain: str | None, experts: Iterator[int]) -> str:
     names = [name for name in (one.title or f"sequence {one.sequence}", domain) if name]
-    head = html.escape(_visible(" · ".join(names)).replace("\n", " "))
+    head = html.escape(_visible(" ".join(" · ".join(names).split())))
     spans = []
     for position, text in enumerate(one.tokens):
         if position == one.answer_from:
@@ -133,7 +133,8 @@ def _section(one: ShownSequence, domain: str | None, experts: Iterator[int]) -> 
         expert = next(experts)
         name, number = ("none", "") if expert < 0 else (f"e{expert}", str(expert))
         spans.append(f'<span class="{name}" data-e="{number}">{html.escape(_visible(text))}</span>')
-    return f'<section><h2>{head} <small>{len(one.tokens)} tokens</small></h2><p class="tokens">{"".join(spans)}</p></section>'
+    size = f"<small>{len(one.tokens)} tokens</small>"
+    return f'<section><h2>{head} {size}</h2><p class="tokens">{"".join(spans)}</p></section>'
 
 
 def _visible(text: str) -> str:
@@ -159,15 +160,17 @@ section:first-child{border-top:0;padding-top:0}
 .controls{display:flex;flex-wrap:wrap;gap:.4rem 1.2rem;align-items:center}
 .controls input[type=range]{width:min(24rem,50vw);vertical-align:middle}
 #legend{display:flex;flex-wrap:wrap;gap:.3rem;margin-top:.5rem}
-button{font:inherit;font-size:.85rem;color:#111;padding:.1rem .5rem;border:2px solid transparent;border-radius:.3rem;cursor:pointer}
+button{font:inherit;font-size:.85rem;color:#111;padding:.1rem .5rem;border:2px solid transparent;border-radius:.3rem;
+cursor:pointer}
 button[aria-pressed=true]{border-color:#111}
 :focus-visible{outline:3px solid #0050b5;outline-offset:2px}
 .tokens{margin:0;font:15px/1.9 ui-monospace,monospace;white-space:pre-wrap;overflow-wrap:anywhere;tab-size:4}
 .tokens span{padding:.12em 0;border-radius:.15em;box-shadow:inset -1px 0 #fff;unicode-bidi:isolate}
 .tokens .none{outline:1px dotted #777;outline-offset:-1px}
 .tokens .dim{background:#fff;color:#767676}
-.answer{margin:0 .4em;padding:0 .4em;font:bold .75rem/1.4 system-ui,sans-serif;color:#fff;background:#333;border-radius:.3rem}
-.numbered .tokens span::after{content:attr(data-e);font-size:.65em;vertical-align:super;color:#111}
+.answer{margin:0 .4em;padding:0 .4em;font:bold .75rem/1.4 system-ui,sans-serif;color:#fff;background:#333;
+border-radius:.3rem}
+.numbered .tokens span::before{content:attr(data-e);font-size:.65em;vertical-align:super;color:#111}
 #token{position:fixed;bottom:0;left:0;right:0;margin:0;padding:.4rem 1rem;background:#fff;border-top:2px solid #555;
 font-size:.85rem;max-height:30vh;overflow:auto}
 """
@@ -187,9 +190,9 @@ _PAGE = """<!DOCTYPE html>
 <h1>Tokens by expert</h1>
 <noscript><p>Without JavaScript the colours are those of layer 0.</p></noscript>
 <div class="controls">
-<label>Layer <input id="layer" type="range" min="0" max="{last}" value="0" step="1"> <output id="shown" for="layer">0</output>
-of 0 … {last}</label>
-<label>Choice <select id="choice">{choices}</select></label>
+<label>Layer <input id="layer" type="range" min="0" max="{last}" value="0" step="1" autocomplete="off">
+<output id="shown" for="layer">0</output> of 0 … {last}</label>
+<label>Choice <select id="choice" autocomplete="off">{choices}</select></label>
 <label><input id="numbers" type="checkbox"{numbers}> numbers</label>
 <small>← and → change the layer; a colour below shows that expert alone; dotted tokens were not routed.</small>
 </div>
@@ -256,7 +259,8 @@ buttons.forEach((button, expert) => button.addEventListener("click", () => {
 }));
 document.addEventListener("keydown", (event) => {
   const step = {ArrowLeft: -1, ArrowRight: 1}[event.key];
-  if (!step || event.target === layer || event.target === choice || event.ctrlKey || event.altKey || event.metaKey) return;
+  const isTaken = event.target === layer || event.target === choice || event.ctrlKey || event.altKey || event.metaKey;
+  if (!step || isTaken) return;
   layer.value = Number(layer.value) + step;
   paint();
 });

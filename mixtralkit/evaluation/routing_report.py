@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mixtralkit.evaluation.routing_html import ShownSequence, token_page
-from mixtralkit.evaluation.routing_pictures import draw_affinity, draw_load, draw_ranks, require_matplotlib
+from mixtralkit.evaluation.routing_pictures import WHOLE, draw_affinity, draw_load, draw_ranks, require_matplotlib
 from mixtralkit.planning.plan import ExpertPlan, contiguous
 from mixtralkit.planning.policies.quality import measure, rank_loads
 from mixtralkit.planning.trace import RoutingTrace
@@ -109,10 +109,15 @@ def affinity_strength(transitions_LEE: np.ndarray) -> np.ndarray:
     """
     joint_JEE = transitions_LEE / np.maximum(transitions_LEE.sum((1, 2), keepdims=True), 1e-300)
     before_JE, after_JE = joint_JEE.sum(2), joint_JEE.sum(1)
-    apart_JEE = before_JE[:, :, None] * after_JE[:, None, :]
-    bits_J = (joint_JEE * np.log2(joint_JEE / apart_JEE, out=np.zeros_like(joint_JEE), where=joint_JEE > 0)).sum((1, 2))
-    entropy_J = -(after_JE * np.log2(after_JE, out=np.zeros_like(after_JE), where=after_JE > 0)).sum(1)
-    return np.divide(bits_J, entropy_J, out=np.zeros_like(bits_J), where=entropy_J > 1e-12).clip(0, 1)
+    after_J = _entropy(after_JE)
+    shared_J = _entropy(before_JE) + after_J - _entropy(joint_JEE)
+    return np.divide(shared_J, after_J, out=np.zeros_like(after_J), where=after_J > 1e-12).clip(0, 1)
+
+
+def _entropy(shares: np.ndarray) -> np.ndarray:
+    """Bits of each entry of the first dimension, whose shares sum to 1."""
+    bits = shares * np.log2(shares, out=np.zeros_like(shares), where=shares > 0)
+    return -bits.sum(tuple(range(1, shares.ndim)))
 
 
 def check_report(folder: str | Path) -> None:
@@ -157,7 +162,7 @@ def write_report(
     folder = Path(folder)
     if not trace.num_tokens:
         raise ValueError("the trace has no tokens, so there is no routing to report")
-    parts = {"all": trace, **_split(trace, domains)}
+    parts = {WHOLE: trace, **_split(trace, domains)}
     if plan is not None:
         plan.check_fits(trace.num_layers, trace.num_experts, plan.world_size)
     layers = _affinity_layers(affinity_layers, trace.num_layers)
@@ -167,21 +172,7 @@ def write_report(
     repetition = _repetition(parts)
     strengths = {name: affinity_strength(_first_pairs(part)) for name, part in parts.items()}
     ranks = None if plan is None or plan.world_size == 1 else _ranks(parts, plan)
-    trace.save(folder / "trace.npz")
-    _write(folder / "repetition.json", _json(repetition))
-    _write(folder / "repetition.md", repetition_table(repetition))
-    draw_load({name: _shares(part) for name, part in parts.items()}, _counts(parts), folder / "load.png")
-    if layers:
-        draw_affinity(_first_pairs(trace), strengths, layers, folder / "affinity.png")
-    if ranks is not None:
-        over_mean = {name: _over_mean(plan, part) for name, part in parts.items()}
-        plain = _over_mean(contiguous(plan.num_layers, plan.num_experts, plan.world_size), trace)
-        draw_ranks(over_mean, None if plan.policy == "contiguous" else plain, plan.policy, folder / "ranks.png")
-    if page is not None:
-        _write(folder / "tokens.html", page)
     absent = {"affinity.png": not layers, "ranks.png": ranks is None, "tokens.html": page is None}
-    for name in (name for name, is_absent in absent.items() if is_absent):
-        (folder / name).unlink(missing_ok=True)
     report = {
         "version": VERSION,
         "trace": _about(trace, parts),
@@ -191,7 +182,22 @@ def write_report(
         "ranks": ranks,
         "files": [name for name in FILES if not absent.get(name, False)],
     }
+    for name in FILES:
+        if absent.get(name, False):
+            (folder / name).unlink(missing_ok=True)
+    trace.save(folder / "trace.npz")
     _write(folder / "report.json", _json(report))
+    _write(folder / "repetition.json", _json(repetition))
+    _write(folder / "repetition.md", repetition_table(repetition))
+    if page is not None:
+        _write(folder / "tokens.html", page)
+    draw_load({name: _shares(part) for name, part in parts.items()}, _counts(parts), folder / "load.png")
+    if layers:
+        draw_affinity(_first_pairs(trace), strengths, layers, folder / "affinity.png")
+    if ranks is not None:
+        over_mean = {name: _over_mean(plan, part) for name, part in parts.items()}
+        plain = _over_mean(contiguous(plan.num_layers, plan.num_experts, plan.world_size), trace)
+        draw_ranks(over_mean, None if plan.policy == "contiguous" else plain, plan.policy, folder / "ranks.png")
     return report
 
 
@@ -202,8 +208,8 @@ def _split(trace: RoutingTrace, domains: Mapping[int, str] | None) -> dict[str, 
     ids, of_row = np.unique(trace.sequence, return_inverse=True)
     names = [domains.get(int(number)) for number in ids]
     for number, name in zip(ids, names, strict=True):
-        if not isinstance(name, str) or not name or name == "all":
-            raise ValueError(f"domains: sequence {number} has {name!r}, which must be a name other than 'all'")
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"domains: sequence {number} has {name!r}, which must be a name")
     order = list(dict.fromkeys(names))
     of_id = np.array([order.index(name) for name in names])
     return {name: trace.take(of_id[of_row] == i) for i, name in enumerate(order)} if len(order) > 1 else {}
@@ -240,11 +246,11 @@ def _about(trace: RoutingTrace, parts: Mapping[str, RoutingTrace]) -> dict[str, 
         name: {"tokens": part.num_tokens, "sequences": len(np.unique(part.sequence))} for name, part in parts.items()
     }
     return {
-        **sizes["all"],
+        **sizes[WHOLE],
         "layers": trace.num_layers,
         "experts": trace.num_experts,
         "top_k": trace.top_k,
-        "domains": {name: size for name, size in sizes.items() if name != "all"},
+        "domains": {name: size for name, size in sizes.items() if name != WHOLE},
         "meta": dict(trace.meta),
     }
 
@@ -264,7 +270,7 @@ def _load(trace: RoutingTrace) -> dict[str, Any]:
 
 
 def _repetition(parts: Mapping[str, RoutingTrace]) -> dict[str, Any]:
-    trace = parts["all"]
+    trace = parts[WHOLE]
     first, any_choice = random_repetition(trace.num_experts, trace.top_k)
     return {
         "layers": trace.num_layers,
@@ -285,7 +291,7 @@ def _ranks(parts: Mapping[str, RoutingTrace], plan: ExpertPlan) -> dict[str, Any
             "max_over_mean": _numbers(most_L),
             "mean_over_max": _numbers(1 / most_L),
         }
-    trace = parts["all"]
+    trace = parts[WHOLE]
     quality = measure(plan, trace.loads_LE(), trace.transitions_LEE())
     return {
         "policy": plan.policy,
@@ -306,15 +312,15 @@ def repetition_table(repetition: Mapping[str, Any]) -> str:
     lines = [
         "# Consecutive tokens with the same expert",
         "",
-        "Share of tokens that have an expert in common with the token before them in their sequence, in per cent, as in",
-        "Table 5 of Mixtral of Experts (arXiv 2401.04088). In brackets: of two tokens drawn at random from the same ones,",
-        "which is what uneven loads alone give. Last line: of a router that draws evenly.",
+        "Tokens that have an expert in common with the token before them in their sequence, in per cent, as in Table 5",
+        "of Mixtral of Experts (arXiv 2401.04088). In brackets: pairs drawn at random from the same tokens, as uneven",
+        "loads alone give them. Last line: a router that draws evenly.",
     ]
-    rows = {"all": repetition["all"], **repetition["domains"]}
+    rows = [("all", repetition["all"]), *repetition["domains"].items()]
     for way, title in ways.items():
         heads = ["", "pairs", *(f"layer {layer}" for layer in layers), "all layers"]
         lines += ["", f"## {title}", "", _line(heads), _line(["---", *["---:"] * (len(heads) - 1)])]
-        for name, found in rows.items():
+        for name, found in rows:
             figures = found[way]
             cells = [_cell(figures["measured"][layer], figures["shuffled"][layer]) for layer in layers]
             cells.append(_cell(figures["all_layers"], figures["shuffled_all_layers"]))
@@ -333,7 +339,7 @@ def _cell(measured: float | None, shuffled: float) -> str:
 
 
 def _by_part(found: Mapping[str, Any]) -> dict[str, Any]:
-    return {"all": found["all"], "domains": {name: value for name, value in found.items() if name != "all"}}
+    return {"all": found[WHOLE], "domains": {name: value for name, value in found.items() if name != WHOLE}}
 
 
 def _number(value: float) -> float | None:

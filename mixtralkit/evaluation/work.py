@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtralkit.engine.requests import Completion, Request
+from mixtralkit.engine.sampler import SamplingOptions
 from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.evaluation.likelihood import Ids, Pair, check_finite, check_pair, score_request, windows
 from mixtralkit.evaluation.prompt_sets import PromptRecord
@@ -37,6 +38,12 @@ class AnswerOptions:
     seed: int = 1
     window: int = 1024
     context: int = 512
+
+    def __post_init__(self) -> None:
+        if self.max_gen_len < 1:
+            raise ValueError(f"max_gen_len ({self.max_gen_len}) must be at least 1")
+        SamplingOptions(**self.sampling)
+        windows((), 0, self.window, self.context)
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -91,6 +98,17 @@ class Work:
         if self.question.kind == "generation":
             return [mixtral.request(first_id, self.prompt, self.max_gen_len, self.stop, **options.sampling)]
         return [score_request(mixtral, first_id + i, sequence) for i, sequence in enumerate(self.sequences)]
+
+    def ran(self, index: int, completion: Completion) -> tuple[Ids, int | None]:
+        """What its request ``index`` ran: token ids, and the first place of an answer or a choice, None for a text."""
+        sequence = self.sequences[index]
+        if self.question.kind == "generation":
+            return (*sequence, *completion.tokens), len(sequence)
+        if self.question.kind == "text":
+            return sequence, None
+        return sequence, next(
+            len(context) for context, continuation in self.pairs if context + continuation == sequence
+        )
 
     def result(self, mixtral: Mixtral, completions: Sequence[Completion]) -> dict[str, Any]:
         """Its line of results, from the completions of its requests in their order."""
@@ -148,6 +166,8 @@ def make_works(
 def _work(name: str, record: PromptRecord, question: Question, tokenizer: Tokenizer, options: AnswerOptions) -> Work:
     if question.kind == "text":
         ids = tokenizer.encode(record.prompt, bos=False)
+        if not ids:
+            raise ValueError(f"the text ({record.prompt!r}) has no tokens")
         pairs = windows(ids, tokenizer.bos_id, options.window, options.context)
         return Work(name, question, pairs=tuple(pairs), sizes=(_size(record.prompt),))
     if question.kind == "choice":

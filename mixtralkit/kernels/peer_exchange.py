@@ -128,8 +128,8 @@ class PeerExchange:
             weights_TK: float32.
             rows: what every rank gives at most, at least 1; each has room for so many.
         """
-        if not len(x_TD) <= rows <= self.max_rows:
-            raise ValueError(f"rows ({rows}) must be at least this rank's {len(x_TD)} and at most {self.max_rows}")
+        if not max(1, len(x_TD)) <= rows <= self.max_rows:
+            raise ValueError(f"rows ({rows}) must be at least 1 and this rank's {len(x_TD)}, at most {self.max_rows}")
         if self.mailbox is None:
             return dispatch_plain(self.context, x_TD, experts_TK, weights_TK, places, rows)
         from mixtralkit.kernels.peer_exchange_triton import send_rows

@@ -24,6 +24,11 @@ rank has ended (stream order, or ``gdc_wait`` where launches overlap):
 - *Numbers* only grow. When d sends k+1, its dispatch of call k+1 has taken words from all ranks, which have ended call
   k by then.
 
+**Why words and numbers.** Places that are all one value between calls, as in ``all_reduce_triton.py``, would need no
+release, but every row would be read, written and emptied once more before the experts read it. With nothing released
+or acquired at all (unsafe), dispatch and combine took 9.2 instead of 10.4 us (4 H200s, 16 rows a rank, 8 KB each), and
+as long as before from 1024 rows on, where the links are busy.
+
 **Why no rank waits for ever.** Programs start in the order of their numbers, and what others wait for comes first:
 programs that send rows wait for nothing, nor does the first of combine before it has sent its number.
 """

@@ -39,25 +39,27 @@ def cold_capacity(plan: ExpertPlan, tokens: int, top_k: int) -> int | None:
     return int(math.ceil(top_k * tokens * plan.cold_capacity_factor / plan.num_experts) * plan.cold_token_percent)
 
 
-def cut_to_capacity(routing: Routing, home_E: torch.Tensor, capacity: int | None, overflow: str) -> CutRouting:
-    """Keeps each cold expert's ``capacity`` heaviest choices; the rest is dropped, or rerouted.
+def cut_to_capacity(
+    routing: Routing, home_E: torch.Tensor, capacity: int | None, overflow: str, order: str = "weight"
+) -> CutRouting:
+    """Keeps ``capacity`` choices of each cold expert, the heaviest or the first; the rest is dropped, or rerouted.
 
     Ties go to the earlier row, so the cut is the same on every run. ``reroute`` offers a choice to the row's
-    next-best experts in turn, those of larger weight first, and takes the first with room; the row's weights become
-    the softmax over the experts it ends with. A choice that finds no room is dropped: weight zero.
+    next-best experts in turn, those that ``order`` prefers first, and takes the first with room; the row's weights
+    become the softmax over the experts it ends with. A choice that finds no room is dropped: weight zero.
 
     Args:
         home_E: True for experts without a limit.
         capacity: rows; None returns the routing as it is.
         overflow: ``"drop"`` or ``"reroute"``.
+        order: ``"weight"`` keeps the heaviest choices, ``"arrival"`` those of the first rows, as Pangu's slice does.
     """
     none = torch.zeros((), dtype=torch.int64, device=home_E.device)
     if capacity is None:
         return CutRouting(routing.experts_TK, routing.weights_TK, none, none)
     num_experts = len(home_E)
-    over_TK = ~home_E[routing.experts_TK] & (
-        _place_in_expert(routing.experts_TK, routing.weights_TK, num_experts) >= capacity
-    )
+    worth_TK = routing.weights_TK if order == "weight" else torch.ones_like(routing.weights_TK)
+    over_TK = ~home_E[routing.experts_TK] & (_place_in_expert(routing.experts_TK, worth_TK, num_experts) >= capacity)
     if overflow == "drop":
         kept = routing.weights_TK.masked_fill(over_TK, 0.0)
         return CutRouting(routing.experts_TK.masked_fill(over_TK, -1), kept, over_TK.sum(), none)
@@ -65,7 +67,7 @@ def cut_to_capacity(routing: Routing, home_E: torch.Tensor, capacity: int | None
     kept_TK = routing.experts_TK.masked_fill(over_TK, -1)
     filled_E = count_keys(kept_TK + 1, num_experts + 1)[1:]
     room_E = torch.where(home_E, torch.full_like(filled_E, kept_TK.numel()), capacity - filled_E)
-    experts_TK = _reroute(routing, kept_TK, room_E)
+    experts_TK = _reroute(routing, kept_TK, room_E, worth_TK)
     chosen_TK = routing.logits_TE.gather(1, experts_TK.clamp(min=0)).masked_fill(experts_TK < 0, -torch.inf)
     # A row that lost no choice keeps its weights to the last bit; a row that lost all has only zeros.
     moved_T = over_TK.any(1, keepdim=True)
@@ -74,8 +76,8 @@ def cut_to_capacity(routing: Routing, home_E: torch.Tensor, capacity: int | None
     return CutRouting(experts_TK, weights_TK, dropped, over_TK.sum() - dropped)
 
 
-def _reroute(routing: Routing, experts_TK: torch.Tensor, room_E: torch.Tensor) -> torch.Tensor:
-    """Fills the holes (-1) of ``experts_TK`` with next-best experts while ``room_E`` lasts."""
+def _reroute(routing: Routing, experts_TK: torch.Tensor, room_E: torch.Tensor, worth_TK: torch.Tensor) -> torch.Tensor:
+    """Fills the holes (-1) of ``experts_TK`` with next-best experts while ``room_E`` lasts, the worthiest first."""
     top_k, num_experts = experts_TK.shape[1], routing.logits_TE.shape[1]
     order_TE = routing.logits_TE.argsort(dim=1, descending=True, stable=True)
     # The gate's own choices come first in the order, however equal logits were sorted.
@@ -86,9 +88,9 @@ def _reroute(routing: Routing, experts_TK: torch.Tensor, room_E: torch.Tensor) -
         hole_TK = experts_TK < 0
         first_hole_TK = hole_TK & (hole_TK.cumsum(1) == 1)  # the heaviest choice that still looks for an expert
         wants_T = first_hole_TK.any(1)
-        weight_T = (routing.weights_TK * first_hole_TK).sum(1).masked_fill(~wants_T, -1.0)
+        worth_T = (worth_TK * first_hole_TK).sum(1).masked_fill(~wants_T, -1.0)
         in_line_T = _place_in_expert(
-            offered_T.masked_fill(~wants_T, num_experts)[:, None], weight_T[:, None], num_experts
+            offered_T.masked_fill(~wants_T, num_experts)[:, None], worth_T[:, None], num_experts
         )[:, 0]
         accepted_T = wants_T & (in_line_T < room_E[offered_T])
         experts_TK = torch.where(first_hole_TK & accepted_T[:, None], offered_T[:, None], experts_TK)
@@ -96,11 +98,11 @@ def _reroute(routing: Routing, experts_TK: torch.Tensor, room_E: torch.Tensor) -
     return experts_TK
 
 
-def _place_in_expert(experts_TK: torch.Tensor, weights_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """0 for an expert's heaviest choice, 1 for the next, …; equal weights in row order. Ids up to num_experts."""
+def _place_in_expert(experts_TK: torch.Tensor, worth_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """0 for an expert's worthiest choice, 1 for the next, …; equal ones in row order. Ids up to num_experts."""
     flat_N = experts_TK.flatten()
-    by_weight_N = weights_TK.detach().flatten().argsort(descending=True, stable=True)
-    order_N = by_weight_N[flat_N[by_weight_N].argsort(stable=True)]
+    by_worth_N = worth_TK.detach().flatten().argsort(descending=True, stable=True)
+    order_N = by_worth_N[flat_N[by_worth_N].argsort(stable=True)]
     sorted_N = flat_N[order_N]
     counts = count_keys(sorted_N, num_experts + 1)
     start_N = (counts.cumsum(0) - counts)[sorted_N]

@@ -170,8 +170,8 @@ class MoELayer(nn.Module):
             home = flight.at(self.shadows, x_TD, routing.experts_TK)
         elif self.shadows is not None:
             home = self.shadows.for_step(x_TD, routing.experts_TK, may_wait=self._rows_travel(way))
-        capacity = self._capacity(x_TD.shape[0])
-        return way, home, cut_to_capacity(routing, home.assigner.at_home_E, capacity, self.layout.plan.overflow)
+        capacity, plan = self._capacity(x_TD.shape[0]), self.layout.plan
+        return way, home, cut_to_capacity(routing, home.assigner.at_home_E, capacity, plan.overflow, plan.cut_order)
 
     def _capacity(self, tokens: int) -> int | None:
         if self.layout.parallel.experts == "tp":

@@ -15,6 +15,7 @@ from mixtralkit.json_file import load_json
 
 VERSION = 1
 OVERFLOWS = ("drop", "reroute")
+CUT_ORDERS = ("weight", "arrival")
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +31,7 @@ class ExpertPlan:
             K·T/E of its rows; None sends every row, which is exact.
         cold_token_percent: share (0, 1] of that capacity which is really sent.
         overflow: what becomes of rows over the capacity: ``"drop"`` or ``"reroute"``.
+        cut_order: which rows these are: ``"weight"`` keeps an expert's heaviest choices, ``"arrival"`` its first rows.
         meta: anything else worth keeping with the plan.
     """
 
@@ -40,6 +42,7 @@ class ExpertPlan:
     cold_capacity_factor: float | None = None
     cold_token_percent: float = 1.0
     overflow: str = "drop"
+    cut_order: str = "weight"
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -62,6 +65,8 @@ class ExpertPlan:
             raise ValueError(f"cold_token_percent ({self.cold_token_percent!r}) must lie in (0, 1]")
         if self.overflow not in OVERFLOWS:
             raise ValueError(f"overflow ({self.overflow!r}) must be one of {', '.join(OVERFLOWS)}")
+        if self.cut_order not in CUT_ORDERS:
+            raise ValueError(f"cut_order ({self.cut_order!r}) must be one of {', '.join(CUT_ORDERS)}")
 
     def _check_slots(self) -> None:
         outside = np.argwhere((self.slots_LWS < -1) | (self.slots_LWS >= self.num_experts))
@@ -132,7 +137,7 @@ class ExpertPlan:
                 raise ValueError(f"plan: {name} ({own}) must be {wanted}, which is what runs")
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of a ``plan.json``."""
+        """The content of a ``plan.json``; ``cut_order`` only where it is not the usual one."""
         return {
             "version": VERSION,
             "num_layers": self.num_layers,
@@ -144,6 +149,7 @@ class ExpertPlan:
             "cold_capacity_factor": self.cold_capacity_factor,
             "cold_token_percent": self.cold_token_percent,
             "overflow": self.overflow,
+            **({} if self.cut_order == CUT_ORDERS[0] else {"cut_order": self.cut_order}),
             "meta": dict(self.meta),
         }
 
@@ -165,6 +171,7 @@ class ExpertPlan:
             cold_capacity_factor=content.get("cold_capacity_factor"),
             cold_token_percent=content.get("cold_token_percent", 1.0),
             overflow=content.get("overflow", "drop"),
+            cut_order=content.get("cut_order", CUT_ORDERS[0]),
             meta=content.get("meta", {}),
         )
         for name in ("num_layers", "world_size"):

@@ -129,8 +129,9 @@ def cut_to_capacity(
 ) -> tuple[np.ndarray, int, int]:
     """Choices over a cold expert's capacity become -1, or another expert; with the numbers dropped and rerouted.
 
-    The heaviest choices stay, the earlier of equal ones (all are equal where the trace has no weights). A trace does
-    not know a row's next-best experts: ``reroute`` offers those after the choice's own, by id.
+    The heaviest choices stay, the earlier of equal ones (all are equal where the trace has no weights, or the plan's
+    ``cut_order`` is ``"arrival"``). A trace does not know a row's next-best experts: ``reroute`` offers those after the
+    choice's own, by id.
 
     Args:
         home_SE: True where place s (a rank in a step) has the expert at home, which has no limit.
@@ -144,7 +145,8 @@ def cut_to_capacity(
     capacity_S = (share_S * plan.cold_token_percent).astype(np.int64)
     experts_N, place_N = experts_TK.ravel().astype(np.int64), np.repeat(place_T, top_k)
     keys_N = place_N * num_experts + experts_N
-    weights_N = np.zeros(len(keys_N)) if weights_TK is None else weights_TK.ravel().astype(np.float32)
+    by_weight = weights_TK is not None and plan.cut_order == "weight"
+    weights_N = weights_TK.ravel().astype(np.float32) if by_weight else np.zeros(len(keys_N))
     over_N = ~home_SE[place_N, experts_N] & (_rank_in_group(keys_N, -weights_N) >= capacity_S[place_N])
     cut_N = np.where(over_N, -1, experts_N)
     if plan.overflow == "drop" or not over_N.any():

@@ -126,6 +126,17 @@ def test_building_names_what_does_not_fit(folder, tmp_path):
         Mixtral.build(tmp_path / "missing")
 
 
+def test_prefill_budget_and_graphs_reach_the_engine(folder, mixtral):
+    built = Mixtral.build(folder, max_seq_len=64, prefill_budget=3, cuda_graphs=False)
+    assert (built.engine.prefill_budget, built.engine.cuda_graphs) == (3, False)
+    prompts = ["Who are you?", "In the beginning"]
+    assert built.text_completion(prompts, temperature=0, max_gen_len=8) == mixtral.text_completion(
+        prompts, temperature=0, max_gen_len=8
+    )
+    with pytest.raises(ValueError, match=r"prefill_budget \(0\) must be a whole number of at least 1"):
+        Mixtral.build(folder, prefill_budget=0)
+
+
 def test_auto_splits_heads_only_where_the_ranks_divide_them():
     def chosen(world_size, **changes):
         config = engine_config(**changes)

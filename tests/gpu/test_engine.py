@@ -36,8 +36,8 @@ def told(completions: list[Completion]) -> list[tuple]:
 
 
 @pytest.fixture(autouse=True)
-def exact_products(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+def exact_products():
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])

@@ -22,14 +22,14 @@ def _routing(seed: int, tokens: int, num_experts: int, top_k: int, skew: float =
     return Routing(experts, chosen.softmax(-1), logits_TE)
 
 
-def _slow_drop(routing: Routing, home: set[int], capacity: int) -> list[list[int]]:
-    """Each cold expert in turn takes its heaviest choices, one at a time."""
+def _slow_drop(routing: Routing, home: set[int], capacity: int, order: str = "weight") -> list[list[int]]:
+    """Each cold expert in turn takes its heaviest, or first, choices, one at a time."""
     experts = [list(row) for row in routing.experts_TK.tolist()]
     for expert in range(routing.logits_TE.shape[1]):
         if expert in home:
             continue
         wanting = [
-            (-float(routing.weights_TK[t, k]), t, k)
+            (-float(routing.weights_TK[t, k]) if order == "weight" else 0.0, t, k)
             for t, row in enumerate(routing.experts_TK.tolist())
             for k, e in enumerate(row)
             if e == expert
@@ -39,9 +39,9 @@ def _slow_drop(routing: Routing, home: set[int], capacity: int) -> list[list[int
     return experts
 
 
-def _slow_reroute(routing: Routing, home: set[int], capacity: int) -> list[list[int]]:
+def _slow_reroute(routing: Routing, home: set[int], capacity: int, order: str = "weight") -> list[list[int]]:
     """Holes are offered next-best experts: all rows' first alternative, then all rows' second, …"""
-    experts = _slow_drop(routing, home, capacity)
+    experts = _slow_drop(routing, home, capacity, order)
     num_experts, top_k = routing.logits_TE.shape[1], routing.experts_TK.shape[1]
     room = {e: capacity - sum(row.count(e) for row in experts) for e in range(num_experts)}
     for place in range(top_k, num_experts):
@@ -50,7 +50,8 @@ def _slow_reroute(routing: Routing, home: set[int], capacity: int) -> list[list[
             ranking = sorted(range(num_experts), key=lambda e: -float(routing.logits_TE[t, e]))
             if -1 in row:
                 k = row.index(-1)
-                offers.append((-float(routing.weights_TK[t, k]), t, k, ranking[place]))
+                worth = float(routing.weights_TK[t, k]) if order == "weight" else 0.0
+                offers.append((-worth, t, k, ranking[place]))
         for _, t, k, expert in sorted(offers):
             if expert in home or room[expert] > 0:
                 experts[t][k] = expert
@@ -61,12 +62,13 @@ def _slow_reroute(routing: Routing, home: set[int], capacity: int) -> list[list[
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("capacity", [0, 3, 9, 1000])
 @pytest.mark.parametrize("overflow", ["drop", "reroute"])
-def test_the_cut_equals_the_slow_one(seed, capacity, overflow):
+@pytest.mark.parametrize("order", ["weight", "arrival"])
+def test_the_cut_equals_the_slow_one(seed, capacity, overflow, order):
     num_experts, top_k = [(8, 2), (5, 1), (7, 3), (6, 6)][seed % 4]
     routing, home = _routing(seed, 31, num_experts, top_k, skew=1.5), {0, 2}
     home_E = torch.tensor([e in home for e in range(num_experts)])
-    cut = cut_to_capacity(routing, home_E, capacity, overflow)
-    slow = (_slow_drop if overflow == "drop" else _slow_reroute)(routing, home, capacity)
+    cut = cut_to_capacity(routing, home_E, capacity, overflow, order)
+    slow = (_slow_drop if overflow == "drop" else _slow_reroute)(routing, home, capacity, order)
     assert cut.experts_TK.tolist() == slow
     assert int(cut.dropped) == sum(row.count(-1) for row in slow)
     assert int(cut.dropped) + int(cut.rerouted) == sum(row.count(-1) for row in _slow_drop(routing, home, capacity))
@@ -89,6 +91,16 @@ def test_lightest_go_first_and_ties_by_row():
     assert cut.experts_TK.flatten().tolist() == [0, 0, -1, -1]
 
 
+def test_in_order_of_arrival_the_last_go_first_whatever_they_weigh():
+    logits = torch.tensor([[2.0, 1.0], [2.0, 1.0], [3.0, 1.0], [9.0, 1.0]])
+    routing = Routing(torch.zeros(4, 1, dtype=torch.int64), torch.tensor([[0.1], [0.5], [0.9], [1.0]]), logits)
+    cut = cut_to_capacity(routing, torch.tensor([False, True]), 2, "drop", "arrival")
+    assert cut.experts_TK.flatten().tolist() == [0, 0, -1, -1]
+    assert cut_to_capacity(routing, torch.tensor([False, True]), 2, "drop").experts_TK.flatten().tolist() == [
+        -1, -1, 0, 0,
+    ]  # fmt: skip
+
+
 def test_capacity_is_pangus():
     plan = ExpertPlan(contiguous(1, 8, 2).slots_LWS, 8, cold_capacity_factor=1.1, cold_token_percent=0.5)
     assert cold_capacity(plan, 100, 2) == int(math.ceil(2 * 100 * 1.1 / 8) * 0.5) == 14
@@ -104,12 +116,12 @@ def _capacity_layer(context: RankContext, whole: Whole, plan: ExpertPlan, attent
 
 @pytest.mark.parametrize("attention", ["dp", "tp"])
 @pytest.mark.parametrize("overflow", ["drop", "reroute"])
-@pytest.mark.parametrize("factor", [0.3, 1.0])
-def test_the_layer_computes_what_the_cut_leaves(attention, overflow, factor):
+@pytest.mark.parametrize(("factor", "order"), [(0.3, "weight"), (1.0, "weight"), (0.3, "arrival")])
+def test_the_layer_computes_what_the_cut_leaves(attention, overflow, factor, order):
     """Experts 0 and 1 are hot; what remains of each row is added up expert by expert as the oracle would."""
     whole = Whole(skew={3: 2.0, 0: 1.0})
     slots = [[[0, 1, 2, 3, 4], [0, 1, 5, 6, 7]]]
-    plan = ExpertPlan(torch.tensor(slots).numpy(), 8, cold_capacity_factor=factor, overflow=overflow)
+    plan = ExpertPlan(torch.tensor(slots).numpy(), 8, cold_capacity_factor=factor, overflow=overflow, cut_order=order)
     gate, w13, w2 = whole.weights()
     for rank, (x_TD, y_TD, dropped, rerouted) in enumerate(run_ranks(_capacity_layer, 2, whole, plan, attention)):
         home = set(slots[0][rank]) if attention == "dp" else {0, 1}
@@ -117,7 +129,7 @@ def test_the_layer_computes_what_the_cut_leaves(attention, overflow, factor):
         chosen, experts = logits_TE.topk(2)
         routing = Routing(experts, chosen.softmax(-1), logits_TE)
         capacity = math.ceil(2 * 40 * factor / 8)
-        slow = (_slow_drop if overflow == "drop" else _slow_reroute)(routing, home, capacity)
+        slow = (_slow_drop if overflow == "drop" else _slow_reroute)(routing, home, capacity, order)
         expected = torch.zeros_like(x_TD)
         for t, row in enumerate(slow):
             kept = [e for e in row if e >= 0]

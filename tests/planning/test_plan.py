@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -33,6 +34,15 @@ def test_json_round_trip(seed):
     assert again.to_dict() == plan.to_dict()
 
 
+def test_the_order_of_the_cut_is_written_where_it_is_not_by_weight():
+    plan = random_plan(0, 8, 4, cold_capacity_factor=1.0)
+    assert "cut_order" not in plan.to_dict()
+    arrival = dataclasses.replace(plan, cut_order="arrival")
+    assert arrival.to_dict()["cut_order"] == "arrival"
+    assert ExpertPlan.from_dict(arrival.to_dict()).cut_order == "arrival"
+    assert ExpertPlan.from_dict(plan.to_dict()).cut_order == "weight"
+
+
 def test_contiguous_cuts_as_evenly_as_it_can():
     plan = contiguous(2, 10, 4)
     assert [len(plan.experts_of(1, rank)) for rank in range(4)] == [2, 3, 2, 3]
@@ -61,6 +71,7 @@ def test_slots_are_frozen():
         ([[[0, 1], [2, 3]]], {"cold_capacity_factor": float("nan")}, r"cold_capacity_factor \(nan\)"),
         ([[[0, 1], [2, 3]]], {"cold_token_percent": 0}, r"cold_token_percent \(0\) must lie in \(0, 1\]"),
         ([[[0, 1], [2, 3]]], {"overflow": "keep"}, r"overflow \('keep'\) must be one of drop, reroute"),
+        ([[[0, 1], [2, 3]]], {"cut_order": "age"}, r"cut_order \('age'\) must be one of weight, arrival"),
     ],
 )
 def test_what_is_wrong_is_named(slots, changes, says):

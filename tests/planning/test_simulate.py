@@ -86,6 +86,7 @@ CASES = {
     "schedule": (SKEWED, random_plan(3, 8, 4), "ep", 2),
     "schedule of four": (SKEWED, random_plan(4, 8, 4), "ep", 4),
     "capacity": (SKEWED, random_plan(3, 8, 4, cold_capacity_factor=0.75, cold_token_percent=0.8), "ep", 1),
+    "capacity, by arrival": (SKEWED, random_plan(3, 8, 4, cold_capacity_factor=0.75, cut_order="arrival"), "ep", 1),
     "static": (SKEWED, random_plan(3, 8, 4), "static", 1),
     "two stages": (SKEWED, random_plan(3, 8, 4, ranks_per_node=2), "two_stage", 1),
     "two stages, scheduled": (SKEWED, random_plan(6, 8, 4, ranks_per_node=2), "two_stage", 2),
@@ -105,7 +106,7 @@ def test_bytes_and_loads_are_those_of_the_layer(name):
     assert found.rows_LW[0].tolist() == [rank[4] for rank in ranks]
     assert found.dropped_L.sum() == sum(rank[2] for rank in ranks)
     assert found.links_WW.sum() > 0 or name == "everything at home"
-    assert found.dropped_L.sum() > 0 or name != "capacity"
+    assert found.dropped_L.sum() > 0 or not name.startswith("capacity")
 
 
 def _move_three_times(context: RankContext, whole: Whole, plan: ExpertPlan):

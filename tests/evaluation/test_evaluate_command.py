@@ -1,0 +1,181 @@
+"""tools/evaluate.py as typed: runs on one rank and under torchrun, comparison, routing report, bad input."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.engine.parts import engine_config, make_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOL = ROOT / "tools" / "evaluate.py"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"), engine_config(max_seq_len=128))
+
+
+@pytest.fixture(scope="module")
+def tool():
+    """The tool as a module, so that its functions can be called without a new process."""
+    spec = importlib.util.spec_from_file_location("evaluate_tool", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory) -> Path:
+    records = []
+    for i in range(5):
+        domain = "ab"[i % 2]
+        records += [
+            {"id": f"c{i}", "prompt": f"{i} + {i} ->", "choices": [" 1", f" {2 * i}"], "answer": 1, "domain": domain},
+            {"id": f"g{i}", "prompt": f"Who is {i}?", "target": "I", "metric": "contains", "domain": domain},
+            {"id": f"t{i}", "text": "In the beginning God created the heaven. " * (1 + i), "domain": domain},
+        ]
+    path = tmp_path_factory.mktemp("set") / "set.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tool, folder, prompts) -> Path:
+    output = tmp_path_factory.mktemp("run") / "whole"
+    tool.evaluate(prompts, folder, output=output, max_gen_len=4)
+    return output
+
+
+def start(ranks: int, *arguments: object) -> subprocess.Popen:
+    command = [sys.executable]
+    if ranks > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        [*command, str(TOOL), *map(str, arguments)],
+        env=environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finished(process: subprocess.Popen) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=100)
+    return process.returncode, out, err
+
+
+def scores(output: Path) -> list[dict]:
+    return [json.loads(line)["scores"] for line in (output / "results.jsonl").read_text().splitlines()]
+
+
+def test_two_ranks_score_as_one_and_write_a_report(folder, prompts, whole, tmp_path):
+    code, out, err = finished(
+        start(2, "-m", folder, "-t", folder / "tokenizer.model", "--prompts", prompts, "--output", tmp_path / "run",
+              "--attention", "dp", "--max_gen_len", 4, "--max_batch_size", 3, "--routing_report", tmp_path / "report")
+    )  # fmt: skip
+    assert code == 0, err
+    for found, expected in zip(scores(tmp_path / "run"), scores(whole), strict=True):
+        assert found == pytest.approx(expected, rel=1e-5)
+    assert out.count("group") == 1, "rank 0 prints the table"
+    assert "domain=b" in out
+    assert "15/15" in err
+    assert "record/s" in err
+    written = {path.name for path in (tmp_path / "report").iterdir()}
+    assert {"trace.npz", "report.json", "load.png", "ranks.png", "tokens.html"} <= written
+    assert json.loads((tmp_path / "report" / "report.json").read_text())["load"]["domains"].keys() == {"a", "b"}
+
+
+def test_a_killed_run_goes_on_to_the_same_files(folder, prompts, whole, tmp_path):
+    """Killed as soon as lines are there; whatever the moment, the files end as those of the unbroken run."""
+    output = tmp_path / "run"
+    arguments = ("-m", folder, "--prompts", prompts, "--output", output, "--max_gen_len", 4)
+    process = start(1, *arguments)
+    end = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < end:
+        if (output / "results.jsonl").exists() and (output / "results.jsonl").stat().st_size:
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.005)
+    process.communicate()
+    assert not (output / "summary.json").exists() or process.returncode == 0
+    code, _, err = finished(start(1, *arguments))
+    assert code == 0, err
+    for name in ("run.json", "results.jsonl", "summary.json"):
+        assert (output / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_the_table_is_that_of_the_summary_and_needs_no_output(tool, folder, prompts, whole, capsys):
+    tool.evaluate(prompts, folder, max_gen_len=4)
+    first = capsys.readouterr().out
+    tool.evaluate(prompts, folder, output=whole, max_gen_len=4)
+    captured = capsys.readouterr()
+    assert captured.out == first
+    assert "already has 15 of 15 results" in captured.err
+    measures = json.loads((whole / "summary.json").read_text())["measures"]
+    assert len(first.splitlines()) == 1 + len(measures) + 1
+    assert first.splitlines()[-1] == "texts in windows of 128 tokens, at least 64 of them context"
+
+
+def test_compare_prints_and_writes_the_differences(tool, folder, prompts, whole, tmp_path, capsys):
+    tool.evaluate(prompts, folder, output=tmp_path / "shorter", max_gen_len=1)
+    capsys.readouterr()
+    tool.evaluate(compare=(whole, tmp_path / "shorter"), output=tmp_path / "difference.json")
+    out = capsys.readouterr().out
+    assert "mcnemar" in out
+    assert "permutation" in out
+    differences = json.loads((tmp_path / "difference.json").read_text())["differences"]
+    assert {d["difference"] for d in differences if d["metric"] != "contains"} == {0.0}
+
+
+def test_a_capacity_drops_rows_and_makes_another_run(folder, prompts, tmp_path):
+    """Under dp and ep a cold expert's rows over its capacity are dropped, which the layers report and scores show."""
+    arguments = ("-m", folder, "--prompts", prompts, "--max_gen_len", 4, "--attention", "dp")
+    cut = start(2, *arguments, "--output", tmp_path / "run", "--cold_capacity_factor", 0.25)
+    code, _, err = finished(cut)
+    assert code == 0, err
+    header, *rows = [
+        line.split() for line in err.splitlines() if line.startswith("layer") or line[:5].strip().isdigit()
+    ]
+    dropped = header.index("dropped")
+    assert sum(int(row[dropped].replace(",", "")) for row in rows) > 0
+    code, _, err = finished(start(2, *arguments, "--output", tmp_path / "run"))
+    assert code != 0
+    assert "error: " in err
+    assert "holds a run of another setting: " in err
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"prompts": None}, "prompts is missing"),
+        ({"prompts": Path("nowhere.jsonl")}, "nowhere.jsonl: cannot be read"),
+        ({"model": Path("nowhere")}, "nowhere: no such folder"),
+        ({"max_batch_size": 0}, r"max_batch_size \(0\)"),
+        ({"max_gen_len": 0}, r"max_gen_len \(0\)"),
+        ({"max_seq_len": 129}, r"max_seq_len \(129\) must lie in 1 … 128"),
+        ({"max_seq_len": 8}, r"set.jsonl, line \d+: .* max_seq_len \(8\)"),
+        ({"window": 200}, r"window \(200\) must be at most max_seq_len \(128\)"),
+        ({"window": 8, "text_context": 8}, r"context \(8\) must lie in 1 … 7"),
+        ({"dtype": "int4"}, r"dtype \(int4\)"),
+        ({"cold_capacity_factor": -1.0}, r"cold_capacity_factor \(-1.0\)"),
+        ({"overflow": "keep"}, r"overflow \('keep'\)"),
+        ({"num_gpus": 4}, r"num_gpus \(4\) must equal"),
+        ({"compare": (Path("a"),)}, "compare needs two folders of finished runs, not 1"),
+        ({"compare": (Path("a"), Path("b"))}, "a: no such folder"),
+        ({"compare": (Path("a"), Path("b")), "output": Path("c")}, r"output \(c\) must be a .json file"),
+    ],
+)
+def test_bad_input_is_one_sentence(tool, folder, prompts, options, says):
+    with pytest.raises(ValueError, match=says) as caught:
+        tool.evaluate(**{"prompts": prompts, "model": folder, **options})
+    assert "\n" not in str(caught.value)
