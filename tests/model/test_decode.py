@@ -150,6 +150,12 @@ def test_ways_of_rows_that_need_the_plain_step():
     assert run_ranks(_needs_plain_steps, 2, changes) == [[False, False, True, True, True, True, False, True]] * 2
 
 
+@pytest.mark.parametrize("rows", [-1, 2.0, True, "4"])
+def test_a_bad_number_of_peer_rows_is_named(rows):
+    with pytest.raises(ValueError, match="peer_rows"):
+        MoEOptions(peer_rows=rows)
+
+
 def test_options_that_need_the_plain_step():
     config = small_config()
     model = Transformer(RankLayout.single(config), RankContext())
