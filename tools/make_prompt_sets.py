@@ -14,8 +14,10 @@ from mixtralkit.training.corpus import Document, load_corpus
 from mixtralkit.training.questions import IsKnown, Record, Sizes, answers, continuations, exchanges, passages
 from mixtralkit.training.tokens import TokenSet
 
-# Documents whose licence lets parts of them stand in this repository under its own (configs/prompts/README.md).
+# Documents whose licence lets parts of them stand here (configs/prompts/README.md): of the man pages OpenSSL's, of
+# Python's library what the Python Software Foundation licenses.
 OPEN = {"scripture": "*", "python": "*", "docs": "*", "man": "*ssl"}
+NOT_OPEN = "python/sqlite3/*"
 CHAT = "chat"
 
 
@@ -47,7 +49,11 @@ def make_prompt_sets(
     records: list[Record] = []
     open_documents: list[Document] = []
     for domain, pattern in OPEN.items():
-        documents = [document for document in corpus[domain]["heldout"] if fnmatch(document.name, pattern)]
+        documents = [
+            document
+            for document in corpus[domain]["heldout"]
+            if fnmatch(document.name, pattern) and not fnmatch(document.name, NOT_OPEN)
+        ]
         records += continuations(domain, documents, questions, is_known, sizes)
         records += passages(domain, documents, texts, sizes)
         open_documents += documents

@@ -39,7 +39,7 @@ def likeliest(mixtral, context: list[int], count: int) -> list[int]:
 
 
 def on_ranks(context: RankContext, attention: str, batch: int, pairs: list) -> list:
-    return loglikelihoods(make_mixtral(context, attention, batch, END_SCALE), pairs)
+    return loglikelihoods(make_mixtral(context, attention, batch, end_scale=END_SCALE), pairs)
 
 
 @pytest.fixture(scope="module")
