@@ -84,13 +84,14 @@ def _chapters() -> list[Document]:
 
 def test_answers_are_to_other_questions_and_of_the_same_length():
     records = answers("chat", _chapters(), 6, _nothing, SIZES)
-    assert records
+    assert len({record["messages"][-1]["content"] for record in records}) == len(records) > 0
     for record in records:
         asked = record["messages"][-1]["content"]
         right = record["choices"][record["answer"]]
         assert asked.rstrip(".?").split()[-1] in right  # "Give me a verse about Joab."
         assert len({len(choice) for choice in record["choices"]}) == 1
         assert len(set(record["choices"])) == CHOICES
+        assert sum(asked.rstrip(".?").split()[-1] in choice for choice in record["choices"]) == 1
         assert record["messages"][-1]["role"] == "user"
         assert ":" not in asked  # no verse by its number
     known = records[0]["choices"][0]
