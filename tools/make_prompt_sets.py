@@ -44,6 +44,7 @@ def make_prompt_sets(
     missing = sorted({*OPEN, CHAT} - set(corpus))
     if missing:
         raise ValueError(f"text ({text}) has no domain {', '.join(missing)}; tools/prepare_text.py makes them all")
+    counted = TokenSet.load(text / "tokens.npz" if tokens is None else tokens)
     sizes = Sizes()
     is_known = _search([document for name in OPEN for document in corpus[name]["train"]])
     records: list[Record] = []
@@ -62,7 +63,7 @@ def make_prompt_sets(
     records += exchanges(CHAT, open_documents, texts * sizes.passage, known_answers.__contains__, sizes)
     output.mkdir(parents=True, exist_ok=True)
     _write_lines(output / "heldout.jsonl", records)
-    _write_counts(TokenSet.load(text / "tokens.npz" if tokens is None else tokens), output / "token-counts.json")
+    _write_counts(counted, output / "token-counts.json")
     for domain in (*OPEN, CHAT):
         own = [record for record in records if record["domain"] == domain]
         asked = sum("choices" in record for record in own)

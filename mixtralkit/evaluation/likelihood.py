@@ -170,7 +170,7 @@ def _are_greedy(mixtral: Mixtral, pairs: Sequence[Pair], logprobs: Sequence[Sequ
         for i, places in unsure.items():
             start, answer = places[0], answers[i]
             verdicts[i] = answer == pairs[i][1][start : start + len(answer)]
-            unsure[i] = [p for p in places if p > start + len(answer)] if verdicts[i] else []
+            unsure[i] = [p for p in places if p >= start + len(answer)] if verdicts[i] else []
     return verdicts
 
 

@@ -1,8 +1,8 @@
 """Prompt sets from held-out documents: which text goes on here? Four continuations, one of them the document's.
 
-The other three come from other held-out places of the domain and are of the same length to the byte, so neither length
-nor subject tells the right one, and counting words tells nothing: what is asked is what follows from the prompt. The
-same documents give the same questions. Records are those of a prompt set (``docs/evaluation.md``).
+The other three come from other held-out places of the domain and are of the same length to the byte. Without the
+prompt, right and wrong ones are alike, so neither length nor how common the words are tells them apart. The same
+documents give the same questions. Records are those of a prompt set (``docs/evaluation.md``).
 """
 
 from __future__ import annotations

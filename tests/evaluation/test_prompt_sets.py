@@ -121,6 +121,19 @@ def test_a_results_keys_win_over_the_records_own(tmp_path):
     assert lines(tmp_path / "out.jsonl") == [{"id": 0, "text": "a", "generation": "A", "source": "exam"}]
 
 
+def test_a_file_that_another_run_writes_is_refused(tmp_path):
+    """Ranks may live on for seconds when their launcher is killed, and then two runs wrote into one file."""
+    path = tmp_path / "out.jsonl"
+    with ResultsWriter(path, RECORDS) as writer:
+        writer.add(0, result("A"))
+        before = path.read_bytes()
+        with pytest.raises(ValueError, match=r"out.jsonl: another process is writing it"):
+            ResultsWriter(path, RECORDS)
+        assert path.read_bytes() == before
+    with ResultsWriter(path, RECORDS) as writer:
+        assert writer.done == 1
+
+
 def test_every_cut_of_a_results_file_is_continued(tmp_path):
     path = tmp_path / "out.jsonl"
     with ResultsWriter(path, RECORDS) as writer:

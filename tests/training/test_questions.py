@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
+import json
 import math
 import random
+from pathlib import Path
 
 import pytest
 
-from mixtralkit.training.corpus import Document
+from mixtralkit.training.corpus import Document, load_corpus, write_documents
 from mixtralkit.training.questions import CHOICES, Sizes, answers, continuations, exchanges, passages
+from mixtralkit.training.tokens import TokenSet
 from mixtralkit.training.unigram import Unigram
+
+ROOT = Path(__file__).resolve().parents[2]
 
 SIZES = Sizes(prompt=60, choice=20, answer=(10, 80), passage=300)
 WORDS = (
@@ -116,6 +122,65 @@ def test_exchanges_are_in_the_template():
     records = exchanges("chat", _chapters(), 200, _nothing, SIZES)
     assert sum(len(record["text"]) for record in records) >= 200 > sum(len(r["text"]) for r in records[:-1])
     assert all(record["text"].startswith("[INST] ") and " [/INST] " in record["text"] for record in records)
+
+
+@pytest.fixture
+def tool():
+    spec = importlib.util.spec_from_file_location("make_prompt_sets", ROOT / "tools" / "make_prompt_sets.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _prepare(folder: Path) -> None:
+    """What tools/prepare_text.py leaves, of made-up text that ``chat_pairs`` can read."""
+    pages = {
+        "scripture": ("Test 1",),
+        "python": ("ast.py", "sqlite3/dump.py"),
+        "docs": ("a.rst",),
+        "man": ("ls.1", "rsa.1ssl"),
+    }
+    rng = random.Random(2)
+    for part in ("train", "heldout"):
+        for domain, names in pages.items():
+            start = {"scripture": "Test 1\n\n", "python": '"""\n'}.get(domain, "")
+            own = []
+            for name in names:
+                lines = [f"{i} {' '.join(rng.choices(WORDS, k=12))}\n" for i in range(150)]
+                end = '"""\n' if domain == "python" else ""
+                own.append(Document(f"{domain}/{name}", (start + "".join(lines) + end).encode()))
+            write_documents(folder / part / f"{domain}.jsonl", own)
+        write_documents(folder / part / "chat.jsonl", [Document("chat/0", turns=("What?", "That."))])
+    tokenizer = (ROOT / "ckpts" / "tokenizer.model").read_bytes()
+    TokenSet.encode(load_corpus([folder]), tokenizer).save(folder / "tokens.npz")
+
+
+def test_the_command_asks_only_about_open_held_out_documents(tool, tmp_path):
+    _prepare(tmp_path)
+    tool.make_prompt_sets(tmp_path, output=tmp_path / "sets", questions=5, texts=2)
+    records = [json.loads(line) for line in (tmp_path / "sets" / "heldout.jsonl").read_text().splitlines()]
+    assert {record["source"] for record in records} == {
+        "scripture/Test 1", "python/ast.py", "docs/a.rst", "man/rsa.1ssl", "dialogue",
+    }  # fmt: skip
+    heldout = "".join((tmp_path / "heldout" / f"{d}.jsonl").read_text() for d in tool.OPEN)
+    for record in records:
+        if record["source"] != "dialogue":
+            right = record["text"] if "text" in record else record["prompt"] + record["choices"][record["answer"]]
+            assert json.dumps(right)[1:-1] in heldout
+    counts = json.loads((tmp_path / "sets" / "token-counts.json").read_text())["counts"]
+    assert sum(counts) == sum(map(len, TokenSet.load(tmp_path / "tokens.npz").train.values()))
+    again = tmp_path / "again"
+    tool.make_prompt_sets(tmp_path, output=again, questions=5, texts=2)
+    assert (again / "heldout.jsonl").read_bytes() == (tmp_path / "sets" / "heldout.jsonl").read_bytes()
+
+
+def test_the_command_names_the_domains_that_are_missing(tool, tmp_path):
+    _prepare(tmp_path)
+    for part in ("train", "heldout"):
+        (tmp_path / part / "man.jsonl").unlink()
+    with pytest.raises(ValueError, match="has no domain man;"):
+        tool.make_prompt_sets(tmp_path, output=tmp_path / "sets")
+    assert not (tmp_path / "sets").exists()
 
 
 def test_unigram_by_hand(tmp_path):
