@@ -1,7 +1,7 @@
 """What a capacity costs: scores and cut rows over cold capacities, ways to overflow, and orders of the cut.
 
     torchrun --standalone --nproc_per_node=2 benchmarks/bench_quality.py --output FILE [--plot PNG]
-    python benchmarks/bench_quality.py draw FILE --plot PNG
+    python benchmarks/bench_quality.py show FILE [--plot PNG]
 
 The model in ckpts/ answers the held-out set in configs/prompts/ in float32, attention dp and experts ep, with hot
 experts on every rank. Every run is compared with the one without a capacity, record by record. A unigram model of the
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from machine import describe_run
-from plot_quality import draw
+from plot_quality import capacity_table, domain_table, draw
 from tqdm import tqdm
 
 from mixtralkit.checkpoint import open_checkpoint
@@ -130,7 +130,7 @@ def bench_quality(
     context = RankContext.start("cpu")
     records, options = read_prompts(prompts), AnswerOptions()
     works = make_works(records, prompts, Tokenizer(model / "tokenizer.model"), options)
-    loads_LE = _mean_loads(loads)
+    loads_LE = mean_loads(loads)
     layers, experts = loads_LE.shape
     placements = {
         "hot/cold": hot_cold(loads_LE, context.world_size, hot_experts),
@@ -144,7 +144,7 @@ def bench_quality(
             measures, shares = exam.take(f"run-{i}", setting.plan(placements))
             if context.is_first:
                 against = _differences(folder / "run-0", folder / f"run-{i}") if i else {}
-                rows.append({**setting.as_json(), **shares, "scores": _scores(measures), "against_exact": against})
+                rows.append({**setting.as_json(), **shares, "scores": scores_of(measures), "against_exact": against})
                 print(_line(rows[-1]), flush=True)
         context.barrier()
     if context.is_first:
@@ -154,7 +154,7 @@ def bench_quality(
             "hot_experts": hot_experts,
             "max_batch_size": max_batch_size,
             "chance": _chance(works),
-            "unigram": _scores(unigram_measures(Unigram.load(counts), records, works)),
+            "unigram": scores_of(unigram_measures(Unigram.load(counts), records, works)),
             "results": rows,
         }
         if output is not None:
@@ -165,14 +165,17 @@ def bench_quality(
     context.stop()
 
 
-def draw_file(results: Path, plot: Path) -> None:
-    """Draws the picture of a result again.
+def show(results: Path, plot: Path | None = None) -> None:
+    """Prints the tables of a result, and draws its picture again.
 
     Args:
         results: JSON file of a run.
         plot: the picture.
     """
-    draw(json.loads(results.read_text(encoding="utf-8")), plot)
+    summary = json.loads(results.read_text(encoding="utf-8"))
+    print(f"{capacity_table(summary)}\n\n{domain_table(summary)}")
+    if plot is not None:
+        draw(summary, plot)
 
 
 def _settings(factors: Sequence[float]) -> Iterator[Setting]:
@@ -184,7 +187,7 @@ def _settings(factors: Sequence[float]) -> Iterator[Setting]:
     yield from (Setting("contiguous", factor) for factor in factors)
 
 
-def _mean_loads(path: Path) -> np.ndarray:
+def mean_loads(path: Path) -> np.ndarray:
     """[L, E], the mean of the domains' shares."""
     domains = json.loads(path.read_text(encoding="utf-8"))["domains"]
     return np.mean([domain["load"] for domain in domains.values()], axis=0)
@@ -212,7 +215,7 @@ def _chance(works: Sequence[Work]) -> float:
     return sum(len(question.right) / len(question.choices) for question in questions) / len(questions)
 
 
-def _scores(measures: Sequence[Measure]) -> dict[str, dict[str, Any]]:
+def scores_of(measures: Sequence[Measure]) -> dict[str, dict[str, Any]]:
     """Group → metric → value with its interval and number."""
     groups: dict[str, dict[str, Any]] = {}
     for m in measures:
@@ -238,4 +241,4 @@ def _line(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    run_tool({"bench": bench_quality, "draw": draw_file}, default="bench")
+    run_tool({"bench": bench_quality, "show": show}, default="bench")

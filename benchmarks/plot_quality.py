@@ -1,8 +1,8 @@
-"""The picture of ``bench_quality.py``: accuracy, bits per byte and dropped rows over the cold capacity."""
+"""The picture and the tables of ``bench_quality.py``: accuracy, bits per byte and cut choices by cold capacity."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -49,3 +49,56 @@ def _draw_lines(axes, summary: dict[str, Any], value: Callable[[dict[str, Any]],
         rows = [row for row in with_capacity if (row["placement"], row["overflow"], row["order"]) == key]
         axes.plot([row["factor"] for row in rows], [value(row) for row in rows], style, color=colour, label=label)
     axes.set_xticks(sorted({row["factor"] for row in with_capacity}))
+
+
+def capacity_table(summary: dict[str, Any]) -> str:
+    """A line for each rule, in Markdown; what differs from no capacity with p < 0.05 is bold."""
+    heads = ("placement", "capacity", "overflow", "keeps", "dropped", "rerouted", "right of four", "bits per byte")
+    lines = [_line(heads), _line(["---"] * len(heads))]
+    for row in summary["results"]:
+        rule = ("none", "", "")
+        if row["factor"] is not None:
+            keeps = {"weight": "heaviest", "arrival": "first to arrive"}[row["order"]]
+            rule = (f"{row['factor']:g}", row["overflow"], keeps)
+        cut = (f"{row['dropped']:.1%}", f"{row['rerouted']:.1%}")
+        lines.append(_line([row["placement"], *rule, *cut, *_marked(row)]))
+    return "\n".join(lines)
+
+
+def _marked(row: dict[str, Any]) -> list[str]:
+    cells = []
+    for metric, form in (("accuracy", ".1%"), ("bits_per_byte", ".3f")):
+        text = format(row["scores"]["all"][metric]["value"], form)
+        against = row["against_exact"].get(metric)
+        cells.append(f"**{text}**" if against and against["p"] < 0.05 else text)
+    return cells
+
+
+def domain_table(summary: dict[str, Any]) -> str:
+    """The model without a capacity beside a unigram model, a line for each domain, in Markdown."""
+    heads = (
+        "domain", "right of four", "95% interval", "per token", "unigram", "unigram, per token", "bits per byte",
+        "unigram, bits per byte",
+    )  # fmt: skip
+    lines = [_line(heads), _line(["---"] * len(heads))]
+    scores, unigram = summary["results"][0]["scores"], summary["unigram"]
+    for group, own in sorted(scores.items(), key=lambda item: item[0] == "all"):
+        floor, right = unigram[group], own["accuracy"]
+        shares = (own["accuracy_per_token"], floor["accuracy"], floor["accuracy_per_token"])
+        bits = (found["bits_per_byte"]["value"] for found in (own, floor))
+        lines.append(
+            _line(
+                [
+                    group.removeprefix("domain="),
+                    f"{right['value']:.0%}",
+                    f"{right['low']:.0%} … {right['high']:.0%}",
+                    *(f"{share['value']:.0%}" for share in shares),
+                    *(f"{value:.3f}" for value in bits),
+                ]
+            )
+        )
+    return "\n".join(lines)
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -14,8 +14,10 @@ from mixtralkit.training.corpus import Document, load_corpus
 from mixtralkit.training.questions import IsKnown, Record, Sizes, answers, continuations, exchanges, passages
 from mixtralkit.training.tokens import TokenSet
 
-# Documents whose licence lets parts of them stand in this repository under its own (configs/prompts/README.md).
+# Documents whose licence lets parts of them stand here (configs/prompts/README.md): of the man pages OpenSSL's, of
+# Python's library what the Python Software Foundation licenses.
 OPEN = {"scripture": "*", "python": "*", "docs": "*", "man": "*ssl"}
+NOT_OPEN = "python/sqlite3/*"
 CHAT = "chat"
 
 
@@ -42,12 +44,17 @@ def make_prompt_sets(
     missing = sorted({*OPEN, CHAT} - set(corpus))
     if missing:
         raise ValueError(f"text ({text}) has no domain {', '.join(missing)}; tools/prepare_text.py makes them all")
+    counted = TokenSet.load(text / "tokens.npz" if tokens is None else tokens)
     sizes = Sizes()
     is_known = _search([document for name in OPEN for document in corpus[name]["train"]])
     records: list[Record] = []
     open_documents: list[Document] = []
     for domain, pattern in OPEN.items():
-        documents = [document for document in corpus[domain]["heldout"] if fnmatch(document.name, pattern)]
+        documents = [
+            document
+            for document in corpus[domain]["heldout"]
+            if fnmatch(document.name, pattern) and not fnmatch(document.name, NOT_OPEN)
+        ]
         records += continuations(domain, documents, questions, is_known, sizes)
         records += passages(domain, documents, texts, sizes)
         open_documents += documents
@@ -56,7 +63,7 @@ def make_prompt_sets(
     records += exchanges(CHAT, open_documents, texts * sizes.passage, known_answers.__contains__, sizes)
     output.mkdir(parents=True, exist_ok=True)
     _write_lines(output / "heldout.jsonl", records)
-    _write_counts(TokenSet.load(text / "tokens.npz" if tokens is None else tokens), output / "token-counts.json")
+    _write_counts(counted, output / "token-counts.json")
     for domain in (*OPEN, CHAT):
         own = [record for record in records if record["domain"] == domain]
         asked = sum("choices" in record for record in own)

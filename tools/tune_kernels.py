@@ -44,7 +44,7 @@ def tune(
     Args:
         model: architecture, a params.json: its shapes are tuned.
         world_size: numbers of ranks, between commas: shapes of a rank's part under tensor parallel. One GPU does.
-        rows: numbers of rows, between commas; a number of rows between them takes the settings of the next one up.
+        rows: numbers of rows, between commas; a number of rows between them takes the settings of the next one up, more than the last none.
         kernels: names between commas, or all.
         output: file; the one of configs/kernels/ that this GPU's settings are read from when not given.
         minutes: after which no further case begins.

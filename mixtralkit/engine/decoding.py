@@ -31,11 +31,12 @@ from mixtralkit.moe.layer import MoEReport
 
 
 def bucket_sizes(most: int) -> list[int]:
-    """Numbers of rows that steps are made for, the last one ``most``: 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, ….
+    """Numbers of rows that steps are made for, the last one ``most``: 1, 2, … 8, 12, 16, 24, 32, 48, 64, 96, 128, ….
 
-    So few that capturing all takes seconds, and so many that most steps have few rows without a sequence.
+    So few that capturing all takes seconds, and so many that most steps have few rows without a sequence. Up to eight
+    rows there are none, for there every row has experts read that no other row needs.
     """
-    sizes, power = [1, 2, 4, 8], 16
+    sizes, power = [*range(1, 9), 12], 16
     while sizes[-1] < most:
         sizes += [power, power + power // 2]
         power *= 2

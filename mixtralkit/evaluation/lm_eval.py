@@ -69,7 +69,7 @@ class MixtralLM(TemplateLM):
     beginning. Equal weights give equal scores.
 
     Args:
-        mixtral: the model. Its ``max_seq_len`` must be one more than ``max_length``.
+        mixtral: the model. Its ``max_seq_len`` must be at least one more than ``max_length``.
         max_length: most tokens that a prediction sees; the harness's sequences have one more, the last predicted one.
             None for what ``mixtral`` has room for.
         add_bos_token: whether texts begin with the begin token. The harness puts one before each whole text
@@ -223,7 +223,7 @@ class MixtralLM(TemplateLM):
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """log P(continuation | context) in nats, and whether the likeliest tokens give it, of each request."""
-        pass
+        self._check_alike("loglikelihood", requests)
         for request in requests:
             if not request.args[1]:
                 raise ValueError(f"{_place(request)}: the continuation is empty")

@@ -14,6 +14,11 @@ from typing import Any
 
 from mixtralkit.engine.chat import check_dialog
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
 _OWN_KEYS = ("id", "prompt", "messages", "max_gen_len", "choices", "answer", "target")
 
 
@@ -125,7 +130,8 @@ class ResultsWriter:
     """Writes results in the order of the prompts, each line as soon as all before it are there.
 
     A file that already holds the results of the first prompts is continued: ``done`` says how many. What a stop left
-    of a line is cut off. Every line goes to the operating system at once, so a killed run leaves whole lines.
+    of a line is cut off. Every line goes to the operating system at once, so a killed run leaves whole lines. The file
+    is locked while it is open: a rank that outlived its killed launcher may still be writing.
     """
 
     def __init__(self, path: str | Path, records: Sequence[PromptRecord]) -> None:
@@ -136,6 +142,7 @@ class ResultsWriter:
         except OSError as error:
             raise ValueError(f"{self.path}: cannot be written ({error.strerror})") from None
         try:
+            self._lock()
             self.done, self._end = self._existing()
             self._cut()
         except BaseException:
@@ -179,6 +186,19 @@ class ResultsWriter:
                 f"{self.path}: result {self.done} could not be written ({error.strerror}); {self.done} results are kept"
             ) from None
         self._end += len(data)
+
+    def _lock(self) -> None:
+        """ValueError where another process writes the file; nothing where the system or its disk has no locks."""
+        if fcntl is None or not stat.S_ISREG(os.fstat(self._file).st_mode):
+            return
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{self.path}: another process is writing it, perhaps a rank of a run that was killed; wait or end it"
+            ) from None
+        except OSError:
+            return
 
     def _cut(self) -> None:
         with contextlib.suppress(OSError):  # a pipe or a device has no end to cut at

@@ -44,11 +44,11 @@ def multiprocessors(device: torch.device) -> int:
 def tuned(kernel: str, device: torch.device, rows: int, **shape: int) -> dict[str, int] | None:
     """The settings of ``configs/kernels/`` for a kernel at this GPU and shape, or None where none were measured.
 
-    Of several numbers of rows the smallest that is not below ``rows`` counts, else the largest.
+    Of several numbers of rows the smallest that is not below ``rows`` counts; beyond the largest nothing does, since
+    what suits few rows can cost many of them a third of their speed.
     """
-    entries = [e for e in _settings(device) if e["kernel"] == kernel and e["shape"] == shape]
-    entries.sort(key=lambda e: (e["rows"] < rows, e["rows"] if e["rows"] >= rows else -e["rows"]))
-    return dict(entries[0]["settings"]) if entries else None
+    entries = [e for e in _settings(device) if e["kernel"] == kernel and e["shape"] == shape and e["rows"] >= rows]
+    return dict(min(entries, key=lambda e: e["rows"])["settings"]) if entries else None
 
 
 @functools.lru_cache

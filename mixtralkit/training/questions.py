@@ -1,8 +1,8 @@
 """Prompt sets from held-out documents: which text goes on here? Four continuations, one of them the document's.
 
-The other three come from other held-out places of the domain and are of the same length to the byte, so neither length
-nor subject tells the right one, and counting words tells nothing: what is asked is what follows from the prompt. The
-same documents give the same questions. Records are those of a prompt set (``docs/evaluation.md``).
+The other three come from other held-out places of the domain and are of the same length to the byte. Without the
+prompt, right and wrong ones are alike, so neither length nor how common the words are tells them apart. The same
+documents give the same questions. Records are those of a prompt set (``docs/evaluation.md``).
 """
 
 from __future__ import annotations
@@ -112,17 +112,22 @@ def _prompt(place: Place, sizes: Sizes) -> str:
 def answers(domain: str, documents: Sequence[Document], count: int, is_known: IsKnown, sizes: Sizes) -> list[Record]:
     """``count`` dialogues made from the documents, fewer where there are no more, each with four answers of one length.
 
-    The wrong answers are those to other questions. ``is_known`` is asked about whole answers.
+    The wrong answers are those to other questions, without what this one asks about: its last word. No two dialogues
+    end with the same question. ``is_known`` is asked about whole answers.
     """
     fitting = {dialog.turns[-1]: dialog for dialog in reversed(_short_dialogues(documents, is_known, sizes))}
     by_length: dict[int, list[str]] = {}
     for answer in fitting:
         by_length.setdefault(len(answer), []).append(answer)
     records: list[Record] = []
+    asked: set[str] = set()
     for answer, dialog in sorted(fitting.items(), key=lambda item: digest("answer", item[0])):
+        question = dialog.turns[-2]
+        subject = question.rstrip(".?").split()[-1]
         others = sorted(by_length[len(answer)], key=lambda other: digest("other", answer, other))
-        wrong = [other for other in others if other != answer][: CHOICES - 1]
-        if len(records) < count and len(wrong) == CHOICES - 1:
+        wrong = [other for other in others if other != answer and subject not in other][: CHOICES - 1]
+        if len(records) < count and question not in asked and len(wrong) == CHOICES - 1:
+            asked.add(question)
             messages = [
                 {"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(dialog.turns[:-1])
             ]

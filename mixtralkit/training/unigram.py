@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,13 @@ class Unigram:
     @classmethod
     def load(cls, path: str | Path) -> Unigram:
         """Reads ``{"counts": [times of each id]}``; errors name the file."""
-        return load_json(path, lambda content: cls(content["counts"]))
+        return load_json(path, cls._from_json)
+
+    @classmethod
+    def _from_json(cls, content: Any) -> Unigram:
+        if not isinstance(content, dict) or "counts" not in content:
+            raise ValueError("has no counts")
+        return cls(content["counts"])
 
     def logprob(self, ids: Sequence[int]) -> float:
         """Sum over ``ids``, nats."""

@@ -24,15 +24,23 @@ def tokenizer() -> Tokenizer:
 
 
 def make_mixtral(
-    context: RankContext, attention: str = "dp", max_batch_size: int = 4, end_scale: float = 1.0, **changes
+    context: RankContext,
+    attention: str = "dp",
+    max_batch_size: int = 4,
+    sharpness: float = 4.0,
+    end_scale: float = 1.0,
 ) -> Mixtral:
-    """A random model; a larger ``end_scale`` makes the end token likely."""
-    config = engine_config(max_batch_size=max_batch_size, max_seq_len=MAX_SEQ_LEN, **changes)
+    """A random model; ``sharpness`` scales its logits, and a larger ``end_scale`` makes the end token likely.
+
+    At the default sharpness the likeliest token has anything from a tenth to all of the probability.
+    """
+    config = engine_config(max_batch_size=max_batch_size, max_seq_len=MAX_SEQ_LEN)
     model = make_model(context, config, attention)
     first, stop = model.layout.vocab
-    if first <= tokenizer().eos_id < stop:
-        with torch.no_grad():
-            model.named_tensors()["output.weight"][tokenizer().eos_id - first] *= end_scale
+    with torch.no_grad():
+        weight_VD = model.named_tensors()["output.weight"].mul_(sharpness)
+        if first <= tokenizer().eos_id < stop:
+            weight_VD[tokenizer().eos_id - first] *= end_scale
     return Mixtral.from_parts(model, tokenizer())
 
 

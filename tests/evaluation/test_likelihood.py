@@ -39,7 +39,7 @@ def likeliest(mixtral, context: list[int], count: int) -> list[int]:
 
 
 def on_ranks(context: RankContext, attention: str, batch: int, pairs: list) -> list:
-    return loglikelihoods(make_mixtral(context, attention, batch, END_SCALE), pairs)
+    return loglikelihoods(make_mixtral(context, attention, batch, end_scale=END_SCALE), pairs)
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +92,15 @@ def test_the_second_likeliest_token_is_not_greedy_also_where_nothing_beats_it():
     best = loglikelihoods(mixtral, [(context, (token,)) for context, token, _ in ties])
     second = loglikelihoods(mixtral, [(context, (token,)) for context, _, token in ties])
     assert [is_greedy for _, is_greedy in best + second] == [True] * len(ties) + [False] * len(ties)
+
+
+def test_one_unlikely_token_anywhere_makes_a_continuation_not_greedy():
+    """Also at the first place that a round of the test leaves open."""
+    mixtral, context = make_mixtral(RankContext()), [1, 40, 50]
+    greedy = likeliest(mixtral, context, 20)
+    spoilt = [[*greedy[:at], (greedy[at] + 1) % 384, *greedy[at + 1 :]] for at in range(20)]
+    found = loglikelihoods(mixtral, [(context, greedy), *((context, continuation) for continuation in spoilt)])
+    assert [is_greedy for _, is_greedy in found] == [True] + [False] * 20
 
 
 def test_the_model_is_asked_only_for_what_log_probabilities_leave_open():

@@ -210,6 +210,14 @@ def _request(kind: str, *arguments: Any, id: int = 0) -> Any:
     return Instance(kind, {}, arguments, id, metadata=("a task", 7, 1))
 
 
+def test_a_long_prompt_keeps_the_end_that_the_harness_s_hugging_face_model_keeps(model, hugging_face):
+    text = "word " * 200
+    question, is_cut = model._question(0, _request("generate_until", text, {"max_gen_toks": 20}))
+    theirs, _ = hugging_face.tok_batch_encode([text], left_truncate_len=WINDOW - 20)
+    assert is_cut
+    assert list(question.prompt) == theirs[0].tolist()
+
+
 def test_answers_are_kept_for_a_stopped_run(model, tmp_path, monkeypatch):
     """With a cache of answers, what was scored before the stop is not scored again."""
     from lm_eval.api.model import CachingLM

@@ -33,6 +33,18 @@ def test_reads_every_key_of_a_jsonl_line(tmp_path):
     ]
 
 
+def test_a_text_without_a_prompt_is_to_be_scored(tmp_path):
+    lines = [{"text": "a", "domain": "man"}, {"prompt": "b", "text": "kept"}]
+    path = write(tmp_path / "p.jsonl", "\n\n".join(map(json.dumps, lines)))
+    found = read_prompts(path)
+    assert found == [
+        PromptRecord(0, "a", is_text=True, more={"domain": "man"}),
+        PromptRecord(1, "b", more={"text": "kept"}),
+    ]
+    assert [record.line for record in found] == [1, 3]
+    assert [record.prompt_key for record in found] == ["text", "prompt"]
+
+
 def test_reads_a_text_file_line_by_line(tmp_path):
     path = write(tmp_path / "p.txt", "\ufefffirst line\r\n  second \n日本")
     assert read_prompts(path) == [PromptRecord(0, "first line"), PromptRecord(1, "  second "), PromptRecord(2, "日本")]
@@ -50,6 +62,9 @@ def test_the_examples_are_three_prompts():
         ("p.txt", b"a\nb\n\xc3(\n", "line 3: not UTF-8 \\(byte 1 of the line is 0xc3\\)"),
         ("p.txt", "a\n\nb", "line 2: the prompt is empty"),
         ("p.jsonl", '{"prompt": ""}', "line 1: the prompt is empty"),
+        ("p.jsonl", '{"text": ""}', "line 1: the text is empty"),
+        ("p.jsonl", '{"text": 3}', "line 1: text must be a text, not int"),
+        ("p.jsonl", '{"prompt": "a", "messages": []}', "line 1: must have either prompt or messages"),
         ("p.jsonl", '{"prompt": 3}', "line 1: prompt must be a text, not int"),
         ("p.jsonl", '["a"]', "line 1: must be a JSON object, not list"),
         ("p.jsonl", '{"id": 1}', "line 1: must have either prompt or messages"),
@@ -97,6 +112,26 @@ def test_results_are_in_prompt_order_whatever_ends_first(tmp_path):
         {"id": "x", "messages": DIALOG, **result("B"), "source": "exam"},
         {"id": 2, "prompt": "ü", **result("C"), "target": "t"},
     ]
+
+
+def test_a_results_keys_win_over_the_records_own(tmp_path):
+    record = PromptRecord(0, "a", is_text=True, more={"generation": "mine", "source": "exam"})
+    with ResultsWriter(tmp_path / "out.jsonl", [record]) as writer:
+        writer.add(0, {"generation": "A"})
+    assert lines(tmp_path / "out.jsonl") == [{"id": 0, "text": "a", "generation": "A", "source": "exam"}]
+
+
+def test_a_file_that_another_run_writes_is_refused(tmp_path):
+    """Ranks may live on for seconds when their launcher is killed, and then two runs wrote into one file."""
+    path = tmp_path / "out.jsonl"
+    with ResultsWriter(path, RECORDS) as writer:
+        writer.add(0, result("A"))
+        before = path.read_bytes()
+        with pytest.raises(ValueError, match=r"out.jsonl: another process is writing it"):
+            ResultsWriter(path, RECORDS)
+        assert path.read_bytes() == before
+    with ResultsWriter(path, RECORDS) as writer:
+        assert writer.done == 1
 
 
 def test_every_cut_of_a_results_file_is_continued(tmp_path):

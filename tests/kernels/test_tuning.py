@@ -39,10 +39,12 @@ def entry(rows: int, number: int, **shape: int) -> dict:
 
 
 def test_the_next_number_of_rows_up_counts(gpu, tmp_path):
+    """Settings of 256 rows were once taken for 16,384 and cost prefill a fifth of its speed."""
     entries = [entry(4, 40), entry(1, 10), entry(16, 160), entry(2, 0, outputs=9, inputs=4)]
     (tmp_path / "nvidia-h200.json").write_text(json.dumps({"entries": entries}))
-    found = [runtime.tuned("linear", gpu, rows, inputs=4, outputs=8)["a"] for rows in (1, 2, 4, 5, 16, 17, 999)]
-    assert found == [10, 40, 40, 160, 160, 160, 160]
+    found = [runtime.tuned("linear", gpu, rows, inputs=4, outputs=8)["a"] for rows in (1, 2, 4, 5, 16)]
+    assert found == [10, 40, 40, 160, 160]
+    assert runtime.tuned("linear", gpu, 17, inputs=4, outputs=8) is None
     assert runtime.tuned("linear", gpu, 1, outputs=8, inputs=5) is None
     assert runtime.tuned("other", gpu, 1, outputs=8, inputs=4) is None
 
