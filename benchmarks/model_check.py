@@ -153,23 +153,31 @@ def _answers(model: Transformer, reference_BNV, tokens_BN, logprobs_BN) -> tuple
 
 
 def _decoded_rows(model: Transformer, sequences_BT, reference_BNV) -> torch.Tensor | None:
-    """Relative errors of the decode step's logits [B·N], the earlier tokens given; None without such a step."""
+    """Relative errors of the decode step's logits [B·N], the earlier tokens given; None without such a step.
+
+    Under attention ``dp`` each rank decodes its share of the sequences, and rows that fill the shape where it has less.
+    """
     cache = model.allocate_cache()
     decoder = Decoder.for_model(model, cache)
     if decoder is None:
         return None
-    count, length = sequences_BT.shape
-    prompts = sequences_BT[:, :PROMPT].tolist()
-    batch = StepBatch.build([(slot, 0, ids) for slot, ids in enumerate(prompts)], sequences_BT.device)
+    (count, length), owners = sequences_BT.shape, model.ranks_with_own_sequences
+    share = -(-count // owners)
+    first = share * model.context.rank if owners > 1 else 0
+    own_BT, wanted_BNV = sequences_BT[first : first + share], reference_BNV[first : first + share]
+    batch = StepBatch.build([(i, 0, ids) for i, ids in enumerate(own_BT[:, :PROMPT].tolist())], own_BT.device)
     model.step(batch, cache, batch.last_rows_B)
-    slots_B = torch.arange(count, device=sequences_BT.device)
+    slots_B = torch.arange(share, device=own_BT.device)
+    slots_B[len(own_BT) :] = -1
+    tokens_BT = F.pad(own_BT, (0, 0, 0, share - len(own_BT)))
     errors = []
     for position in range(PROMPT, length):
-        logits_BV = decoder(
-            sequences_BT[:, position].contiguous(), torch.full_like(slots_B, position), slots_B
-        ).logits_BV
-        wanted_BV = reference_BNV[:, position - PROMPT + 1]
-        squares = torch.stack([(logits_BV - wanted_BV).square().sum(-1), wanted_BV.square().sum(-1)])
-        difference_B, size_B = model.context.all_reduce(squares)
+        logits_BV = decoder(tokens_BT[:, position].contiguous(), torch.full_like(slots_B, position), slots_B).logits_BV
+        wanted_BV = wanted_BNV[:, position - PROMPT + 1]
+        squares = torch.stack([(logits_BV[: len(own_BT)] - wanted_BV).square().sum(-1), wanted_BV.square().sum(-1)])
+        difference_B, size_B = squares if owners > 1 else model.context.all_reduce(squares)
         errors.append((difference_B / size_B).sqrt())
-    return torch.cat(errors)
+    rows = torch.cat(errors)
+    if owners > 1:
+        rows = rows.new_tensor([error for own in model.context.all_gather_objects(rows.tolist()) for error in own])
+    return rows

@@ -56,9 +56,8 @@ class Decoder:
         Collective.
         """
         layout, alone = model.layout, model.context.world_size == 1
-        travel = layout.parallel.attention == "dp" and not alone
         plain = (
-            (travel and (model.peers is None or model.peers.max_rows < cache.slots))
+            (layout.parallel.attention == "dp" and not alone and not _rows_can_travel(model, cache))
             or (layout.plan.cold_capacity_factor is not None and layout.parallel.experts == "ep" and not alone)
             or model.options.backend != "mixtralkit"
             or model.shadow_cache is not None
@@ -148,6 +147,17 @@ class Decoder:
     def _slots(self, layer: int, experts_BK: torch.Tensor) -> torch.Tensor:
         slots_TE = self.slots_LTE[layer]
         return experts_BK if slots_TE is None else slots_TE[: experts_BK.shape[0]].gather(1, experts_BK)
+
+
+def _rows_can_travel(model: Transformer, cache: KVCache) -> bool:
+    """Whether a step of all the cache's sequences has room in the exchange, and on GPUs memory that they all reach.
+
+    The twin takes every row and sum to every rank, which plain steps' collectives do not.
+    """
+    peers = model.peers
+    if peers is None or peers.max_rows < cache.slots:
+        return False
+    return peers.mailbox is not None or model.context.device.type == "cpu"
 
 
 def _slots_in_turn(layout: RankLayout, layer: int, rows: int, device: torch.device) -> torch.Tensor | None:
