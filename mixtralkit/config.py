@@ -289,6 +289,9 @@ class MoEOptions:
         exchange: ``"exact"`` sends just the rows there are; ``"static"`` keeps room for every row of every rank, so
             that no shape depends on the routing and nothing waits for the host; ``"auto"`` is static for decode
             steps and exact otherwise.
+        peer_rows: most rows of a rank that go to their experts through the GPUs' memory, by kernels and not by
+            collectives, which takes memory for 2 · ranks rows for each (docs/expert-parallel.md): 0 for none; None,
+            and any number below, for as many as a decode step has.
         shadow_memory_gb: most memory for copies of other ranks' experts on each rank, in 10⁹ bytes, with
             ``faster.shadow`` or ``dynamic``.
         backend: ``"mixtralkit"``, or ``"fastmoe"`` for the real library.
@@ -301,6 +304,7 @@ class MoEOptions:
 
     faster: FasterOptions = field(default_factory=FasterOptions)
     exchange: str = "auto"
+    peer_rows: int | None = None
     shadow_memory_gb: float = 4.0
     backend: str = "mixtralkit"
     dynamic: str = "none"
@@ -315,6 +319,9 @@ class MoEOptions:
     def __post_init__(self) -> None:
         if self.exchange not in ("auto", "exact", "static"):
             raise ValueError(f"exchange ({self.exchange!r}) must be 'auto', 'exact' or 'static'")
+        rows = self.peer_rows
+        if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int) or rows < 0):
+            raise ValueError(f"peer_rows ({rows!r}) must be a whole number of at least 0")
         memory = self.shadow_memory_gb
         if isinstance(memory, bool) or not isinstance(memory, int | float) or not 0 < memory < float("inf"):
             raise ValueError(f"shadow_memory_gb ({memory!r}) must be a number above 0")

@@ -57,6 +57,7 @@ def generate(
     experts: str = "auto",
     plan: Path | None = None,
     exchange: str = "auto",
+    peer_rows: int | None = None,
     faster_schedule: bool | None = None,
     faster_shadow: bool | None = None,
     faster_group_size: int | None = None,
@@ -99,6 +100,8 @@ def generate(
         plan: plan.json that says which ranks hold which experts.
         exchange: How rows travel to experts: exact sends just what there is, static keeps every shape fixed; auto is
             static for decoding and exact otherwise.
+        peer_rows: Most rows of a rank that travel through the GPUs' memory instead of by collectives; left out, as many
+            as a decode step has; 0 for none (docs/expert-parallel.md).
         faster_schedule: FasterMoE's smart schedule; left out, FMOE_FASTER_SCHEDULE_ENABLE decides.
         faster_shadow: FasterMoE's shadowing; left out, FMOE_FASTER_SHADOW_ENABLE decides.
         faster_group_size: Ranks of a group of the schedule; left out, FMOE_FASTER_GROUP_SIZE decides.
@@ -122,7 +125,7 @@ def generate(
     _check(max_gen_len, max_seq_len, max_batch_size, dtype)
     moe = MoEOptions.from_env(
         faster_schedule, faster_shadow, faster_group_size,
-        exchange=exchange, shadow_memory_gb=shadow_memory_gb, backend=moe_backend,
+        exchange=exchange, peer_rows=peer_rows, shadow_memory_gb=shadow_memory_gb, backend=moe_backend,
         dynamic=dynamic, popularity=popularity, finetune_threshold=finetune_threshold,
     )  # fmt: skip
     context = RankContext.start(device)

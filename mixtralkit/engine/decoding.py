@@ -6,6 +6,9 @@
     device             │ step 1 ───────────► │ step 2 ───────────► │ step 3 …
 
 Nothing goes to the device between two steps of the same greedy sequences.
+
+Under attention ``dp`` the ranks have sequences of their own. A step then ends in one small all-gather of what each
+sampled, so that every rank's host reads all answers, a step later as well.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mixtralkit.distributed import RankContext
 from mixtralkit.engine.graphs import Graphs
 from mixtralkit.engine.requests import Sequence
 from mixtralkit.engine.sampler import gather_vocabulary, sample_each, sample_likeliest, settings_of, uniform
@@ -65,15 +69,22 @@ def unpacked(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 class Flight:
     """A step that was launched, and what it gives when it is done.
 
-    ``routings`` are those of the rows, the ones that only fill behind those of ``sequences``; the next launch may
-    overwrite them. ``packed`` and ``wishes`` are on the host, and have their values when ``done`` has passed.
+    ``sequences_W`` are the sequences of each rank that has its own; where all run the same ones there is one list.
+    ``own`` is this rank's. ``routings`` are those of its rows, the ones that only fill behind; the next launch may
+    overwrite them. ``packed`` [W, bytes] and ``wishes`` are on the host, with their values once ``done`` has passed.
     """
 
-    sequences: list[Sequence]
+    sequences_W: list[list[Sequence]]
+    own: list[Sequence]
     routings: list[Routing]
     packed: torch.Tensor
     wishes: torch.Tensor
     done: torch.cuda.Event | None
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """All of them."""
+        return [sequence for own in self.sequences_W for sequence in own]
 
     @property
     def stops(self) -> bool:
@@ -84,8 +95,10 @@ class Flight:
     def values(self) -> Iterator[tuple[Sequence, int, float]]:
         """Every sequence with its next token and the token's log-probability. Waits for the step."""
         self._wait()
-        tokens_B, logprobs_B = unpacked(self.packed)
-        return zip(self.sequences, tokens_B.tolist(), logprobs_B.tolist(), strict=False)  # rows that fill come last
+        for sequences, packed in zip(self.sequences_W, self.packed, strict=True):
+            tokens_B, logprobs_B = unpacked(packed.clone())  # whole, it may start where no int64 may
+            # rows that fill come last
+            yield from zip(sequences, tokens_B.tolist(), logprobs_B.tolist(), strict=False)
 
     def _wait(self) -> None:
         if self.done is not None:
@@ -95,17 +108,22 @@ class Flight:
 class DecodeSteps:
     """Launches a model's decode steps without waiting for them, as CUDA graphs where these are on.
 
-    At most one launched step may have values that nobody took yet when the next one is launched. Collective under
-    ``tp``: every rank launches the same sequences.
+    At most one launched step may have values that nobody took yet when the next one is launched. Collective: every
+    rank launches the same sequences, under ``dp`` those of all ranks, of which it runs its own. There all ranks run as
+    many rows as the one with most sequences needs.
     """
 
     def __init__(self, model: Transformer, decoder: Decoder, slots: int, cuda_graphs: bool = True) -> None:
-        """``slots``: most sequences of a step."""
+        """``slots``: most sequences of a step, under ``dp`` on one rank."""
         self.model, self.decoder, self.context = model, decoder, model.context
+        self._owners = model.ranks_with_own_sequences
+        self._owner = model.context.rank if self._owners > 1 else 0
+        # the ranks that have each a part of the vocabulary
+        self._parts = model.context if self._owners == 1 else RankContext(device=model.context.device)
         self._sizes = bucket_sizes(slots)
         self._own = _Rows(slots, self.context.device)
         self._graphs = Graphs(self.context.device, cuda_graphs)
-        self._sequences: list[Sequence] = []
+        self._sequences_W: list[list[Sequence]] = [[] for _ in range(self._owners)]
         self._filled = 0
         self._draws = False
         self._nothing = torch.zeros((), dtype=torch.int64, device=self.context.device)
@@ -119,28 +137,28 @@ class DecodeSteps:
                 the sequences are some of that step's, in the same order.
             wish: whether to stop, which rank 0 decides for all; None where no rank is ever asked.
         """
-        if not unread or len(sequences) != len(self._sequences):
+        if not unread or len(sequences) != sum(map(len, self._sequences_W)):
             self._place(sequences, unread)
-        own, rows, draws = self._own, self._filled, self._draws
-        if draws:
-            keys = [(s.request.sampling.seed, s.request.id, s.length + unread) for s in sequences]
+        own, rows, draws, mine = self._own, self._filled, self._draws, self._sequences_W[self._owner]
+        if draws and mine:
+            keys = [(s.request.sampling.seed, s.request.id, s.length + unread) for s in mine]
             own.uniforms_B[: len(keys)].copy_(self._upload([uniform(*key) for key in keys], torch.float32))
-        routings = self._graphs.run(
+        routings, answers = self._graphs.run(
             (rows, draws),
             lambda: self._step(own, rows, draws),
             lambda: self._step(_Rows(rows, self.context.device), rows, draws),
         )
-        return self._flight(sequences, routings, wish)
+        return self._flight(routings, answers, wish)
 
     def observed(self, flight: Flight, sequences_before: int) -> tuple[StepBatch, list[MoEReport]] | None:
-        """The step as an ``Observe`` takes it, without rows of sequences that have ended meanwhile; None for no row.
+        """This rank's rows as an ``Observe`` takes them, without those of sequences that have ended; None for no row.
 
         To be called after the values of the step before were taken and before the next one is launched.
         """
-        rows = [row for row, sequence in enumerate(flight.sequences) if not sequence.ended]
+        rows = [row for row, sequence in enumerate(flight.own) if not sequence.ended]
         if not rows:
             return None
-        sequences = [flight.sequences[row] for row in rows]
+        sequences = [flight.own[row] for row in rows]
         batch = StepBatch.build(
             [(s.slot, s.cached, s.tokens[-1:]) for s in sequences],
             self.context.device,
@@ -152,50 +170,52 @@ class DecodeSteps:
         return batch, [MoEReport(routing, self._nothing, self._nothing, handles=()) for routing in routings]
 
     def _place(self, sequences: list[Sequence], unread: bool) -> None:
-        """Gives each sequence a row; where its last token is on the device, that moves there."""
-        own, rows = self._own, next(size for size in self._sizes if size >= len(sequences))
+        """Gives each of this rank's sequences a row; where its last token is on the device, that moves there."""
+        of_W = [[s for s in sequences if s.rank == owner] for owner in range(self._owners)]
+        most, mine = max(map(len, of_W)), of_W[self._owner]
+        own, rows = self._own, next(size for size in self._sizes if size >= most)
         if unread:
-            places = {id(sequence): row for row, sequence in enumerate(self._sequences)}
-            first = [places[id(sequence)] for sequence in sequences]
+            places = {id(sequence): row for row, sequence in enumerate(self._sequences_W[self._owner])}
+            first = [places[id(sequence)] for sequence in mine]
         else:
-            first = [sequence.tokens[-1] for sequence in sequences]
-        fill = [0] * (rows - len(sequences))
-        columns = [first + fill, [s.cached + unread for s in sequences] + fill, [s.slot for s in sequences]]
+            first = [sequence.tokens[-1] for sequence in mine]
+        fill = [0] * (rows - len(mine))
+        columns = [first + fill, [s.cached + unread for s in mine] + fill, [s.slot for s in mine]]
         columns[2] += [-1] * len(fill)
         first_B, positions_B, slots_B = self._upload(columns, torch.int64)
         own.tokens_B[:rows] = own.tokens_B[first_B] if unread else first_B
         own.positions_B[:rows] = positions_B
         own.slots_B[:rows] = slots_B
         own.advance_B[:rows] = slots_B >= 0
-        options = [sequence.request.sampling for sequence in sequences]
-        self._draws = any(o.temperature > 0 for o in options)
+        self._draws = any(s.request.sampling.temperature > 0 for s in sequences)  # on any rank, so that all do alike
         if self._draws:
-            settings = [values + fill for values in settings_of(options)]
+            settings = [values + fill for values in settings_of([s.request.sampling for s in mine])]
             own.settings_4B[:, :rows] = self._upload(settings, torch.float32)
-        self._sequences, self._filled = sequences, rows
+        self._sequences_W, self._filled = of_W, rows
 
     @torch.no_grad()
-    def _step(self, of: _Rows, rows: int, draws: bool) -> list[Routing]:
+    def _step(self, of: _Rows, rows: int, draws: bool) -> tuple[list[Routing], torch.Tensor]:
+        """The rows' routings, and what every rank with sequences of its own has sampled, packed: [W, bytes]."""
         decoded = self.decoder(of.tokens_B[:rows], of.positions_B[:rows], of.slots_B[:rows])
         if draws:
-            logits_BV = gather_vocabulary(decoded.logits_BV, self.model.params.vocab_size, self.context)
+            logits_BV = gather_vocabulary(decoded.logits_BV, self.model.params.vocab_size, self._parts)
             tokens_B, logprobs_B = sample_each(logits_BV, of.settings_4B[:, :rows], of.uniforms_B[:rows])
         else:
-            tokens_B, logprobs_B = sample_likeliest(decoded.logits_BV, self.model.layout.vocab[0], self.context)
+            tokens_B, logprobs_B = sample_likeliest(decoded.logits_BV, self.model.layout.vocab[0], self._parts)
         of.tokens_B[:rows].copy_(tokens_B)
         of.logprobs_B[:rows].copy_(logprobs_B)
         of.positions_B[:rows].add_(of.advance_B[:rows])
-        return decoded.routings
+        return decoded.routings, self.context.all_gather(of.packed) if self._owners > 1 else of.packed.unsqueeze(0)
 
-    def _flight(self, sequences: list[Sequence], routings: list[Routing], wish: bool | None) -> Flight:
+    def _flight(self, routings: list[Routing], answers: torch.Tensor, wish: bool | None) -> Flight:
         wishes = torch.tensor([bool(wish)])
         if self.context.world_size > 1 and wish is not None:
             wishes = self._to_host(self.context.all_gather(self._upload([wish], torch.uint8)))
-        packed, done = self._to_host(self._own.packed), None
+        packed, done = self._to_host(answers), None
         if self.context.device.type == "cuda":
             done = torch.cuda.Event()
             done.record()
-        return Flight(sequences, routings, packed, wishes, done)
+        return Flight(self._sequences_W, self._sequences_W[self._owner], routings, packed, wishes, done)
 
     def _upload(self, values: Many, dtype: torch.dtype) -> torch.Tensor:
         """On the device when it gets there; from pinned memory, which torch keeps until then."""

@@ -30,9 +30,9 @@ PREFILL_BUDGET = 8192
 class Engine:
     """Runs any number of requests through a model, at most ``max_batch_size`` at a time.
 
-    Under attention ``tp`` every rank runs every sequence. Under ``dp`` a sequence belongs to one rank; after each
-    step the ranks exchange what they sampled in one small all-gather, so all of them know every answer and take the
-    same decisions. Calls are collective: every rank makes them with the same requests and takes all events.
+    Under attention ``tp`` every rank runs every sequence. Under ``dp`` a sequence belongs to one rank; with each step
+    the ranks exchange what they sampled in one small all-gather, so all of them know every answer and take the same
+    decisions. Calls are collective: every rank makes them with the same requests and takes all events.
 
     Args:
         prefill_budget: prompt tokens that a rank runs in one step; longer prompts take several steps. Bounds memory.
@@ -79,8 +79,7 @@ class Engine:
         if self.model.cache is None:
             self.reset()  # the steps keep the cache that they were made for
             self.model.allocate_cache()
-        ranks = self.model.ranks_with_own_sequences
-        slots = -(-params.max_batch_size // ranks)
+        slots, ranks = self.model.sequences_per_rank, self.model.ranks_with_own_sequences
         batcher = Batcher(requests, self.tokenizer, slots, ranks, self.prefill_budget, params.max_seq_len)
         before = self._sequences_before
         self._sequences_before += max((request.id + 1 for request in requests), default=0)
@@ -89,7 +88,7 @@ class Engine:
     def reset(self) -> None:
         """Forgets the decode steps and gives back their memory; the next run makes new ones.
 
-        Another cache or plan of the model is noticed without it. Collective under ``tp``.
+        Another cache or plan of the model is noticed without it. Collective.
         """
         self._steps: DecodeSteps | None = None
         self._steps_made_for: tuple[object, object] = (None, None)
@@ -172,10 +171,17 @@ class Engine:
         return stop
 
     def _static_rows(self, pieces: list[list[Piece]]) -> int | None:
-        """The most tokens a rank has in this step, known to all, where fixed shapes pay: in decode."""
+        """The most tokens a rank has in this step, known to all, where fixed shapes pay.
+
+        That is in decode, and wherever ``peer_rows`` asks for the way through the GPUs' memory and it is there.
+        """
         most = max(sum(piece.stop - piece.start for piece in own) for own in pieces)
         is_decode = all(piece.stop - piece.start == 1 for own in pieces for piece in own)
-        return most if is_decode or self.model.options.exchange == "static" else None
+        options = self.model.options
+        fixed = is_decode or options.exchange == "static"
+        if not fixed and most <= (options.peer_rows or 0):
+            fixed = self.model.peers is not None and self.model.peers.mailbox is not None
+        return most if fixed else None
 
     def _step(self, pieces: list[Piece], rows_per_rank: int | None, sequences_before: int) -> torch.Tensor:
         """Runs this rank's pieces; the values of all pieces one after the other, float64 on the device.

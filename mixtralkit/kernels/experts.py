@@ -23,6 +23,7 @@ def expert_sum(
     w2_SDF: torch.Tensor,
     residual_RD: torch.Tensor | None = None,
     out_RD: torch.Tensor | None = None,
+    likely_rows: int | None = None,
 ) -> torch.Tensor:
     """Σ_k weights_RK · w2 · (silu(w1 · x) * (w3 · x)) [+ residual_RD], in the dtype of ``x_RD``, summed in float32.
 
@@ -32,6 +33,8 @@ def expert_sum(
         w13_SGD: w1 above w3 of every slot.
         residual_RD: added before the sum is rounded.
         out_RD: where the result goes; None takes new memory.
+        likely_rows: as many rows as would have about all of these choices here, where the shape has more rows than
+            that; settings are for this number. None for R.
     """
     assert x_RD.shape[0] == slots_RK.shape[0] == weights_RK.shape[0]
     if not runs_triton(x_RD) or w13_SGD.requires_grad or 0 in (x_RD.shape[0], w13_SGD.shape[0]):
@@ -42,7 +45,7 @@ def expert_sum(
         return expert_sum_few(x_RD, slots_RK, weights_RK, w13_SGD, w2_SDF, residual_RD, out_RD)
     from mixtralkit.kernels.experts_grouped_triton import expert_sum_grouped
 
-    return expert_sum_grouped(x_RD, slots_RK, weights_RK, w13_SGD, w2_SDF, residual_RD, out_RD)
+    return expert_sum_grouped(x_RD, slots_RK, weights_RK, w13_SGD, w2_SDF, residual_RD, out_RD, likely_rows=likely_rows)
 
 
 def expert_sum_plain(

@@ -119,7 +119,13 @@ class PeerExchange:
         return cls(context, mailbox, max_rows, dim, top_k, dtype)
 
     def dispatch(
-        self, x_TD: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor, places: ExpertPlaces, rows: int
+        self,
+        x_TD: torch.Tensor,
+        experts_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+        places: ExpertPlaces,
+        rows: int,
+        kept_T: torch.Tensor | None = None,
     ) -> ArrivedRows:
         """Sends each row once to each rank that computes any of its choices; returns what came here. Collective.
 
@@ -127,14 +133,15 @@ class PeerExchange:
             experts_TK: int64, -1 for a choice that is dropped.
             weights_TK: float32.
             rows: what every rank gives at most, at least 1; each has room for so many.
+            kept_T: int64, negative for a row whose choices are all dropped; None drops no row.
         """
         if not max(1, len(x_TD)) <= rows <= self.max_rows:
             raise ValueError(f"rows ({rows}) must be at least 1 and this rank's {len(x_TD)}, at most {self.max_rows}")
         if self.mailbox is None:
-            return dispatch_plain(self.context, x_TD, experts_TK, weights_TK, places, rows)
+            return dispatch_plain(self.context, x_TD, experts_TK, weights_TK, places, rows, kept_T)
         from mixtralkit.kernels.peer_exchange_triton import send_rows
 
-        return send_rows(x_TD, experts_TK, weights_TK, places, rows, self.mailbox, self._settings(rows))
+        return send_rows(x_TD, experts_TK, weights_TK, places, rows, self.mailbox, self._settings(rows), kept_T)
 
     def outbox(self, rows: int) -> torch.Tensor:
         """Memory [R, D] for the sums of a call; ``combine`` copies sums that lie elsewhere into it."""
@@ -179,8 +186,11 @@ def dispatch_plain(
     weights_TK: torch.Tensor,
     places: ExpertPlaces,
     rows: int,
+    kept_T: torch.Tensor | None = None,
 ) -> ArrivedRows:
     """The twin of ``PeerExchange.dispatch``: every row goes everywhere."""
+    if kept_T is not None:
+        experts_TK = experts_TK.masked_fill((kept_T < 0)[:, None], -1)
     ranks_TK, slots_TK = places.look_up(experts_TK)
 
     def everyone(values: torch.Tensor, fill: float) -> torch.Tensor:

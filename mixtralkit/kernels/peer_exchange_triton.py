@@ -61,6 +61,7 @@ def _dispatch(
     experts_TK,
     weights_TK,
     places_EC,
+    kept_T,
     slots_RK,
     weights_RK,
     members_T,
@@ -95,7 +96,10 @@ def _dispatch(
     turn = (call % 2) * max_rows * RANKS * TOP_K
     if program < rows:
         row = program.to(tl.int64)
-        real = lane < tl.where(row < own, RANKS * TOP_K, 0)
+        kept = row < own
+        if kept_T is not None:
+            kept = kept & (tl.load(kept_T + row, mask=kept, other=-1) >= 0)
+        real = lane < tl.where(kept, RANKS * TOP_K, 0)
         expert = tl.load(experts_TK + row * TOP_K + choice, mask=real, other=-1)
         place = tl.load(places_EC + expert * turns + row % turns, mask=expert >= 0, other=-1)
         weight = tl.load(weights_TK + row * TOP_K + choice, mask=real, other=0.0)
@@ -108,7 +112,7 @@ def _dispatch(
             x = tl.load(x_TD + row * DIM + column, mask=inside, other=0.0)
             members = 0
             for k in tl.static_range(TOP_K):
-                chosen = tl.load(experts_TK + row * TOP_K + k)
+                chosen = tl.load(experts_TK + row * TOP_K + k, mask=kept, other=-1)
                 to = tl.load(places_EC + chosen * turns + row % turns, mask=chosen >= 0, other=0) >> SLOT_BITS
                 members |= tl.where(chosen >= 0, 1 << to, 0)
             for step in tl.static_range(1, RANKS + 1):  # from the next rank on, so that links take turns
@@ -210,9 +214,11 @@ def send_rows(
     rows: int,
     mailbox: PeerMailbox,
     settings: dict[str, int] | None = None,
+    kept_T: torch.Tensor | None = None,
 ) -> ArrivedRows:
     """``PeerExchange.dispatch`` through ``mailbox``."""
     assert all(t.is_contiguous() for t in (x_TD, experts_TK, weights_TK))
+    assert kept_T is None or kept_T.is_contiguous()
     (own, dim), top_k, ranks, rank = x_TD.shape, experts_TK.shape[1], *_ranks(mailbox)
     settings = settings or default_settings(dim, x_TD.element_size())
     count, device = rows * ranks, x_TD.device
@@ -221,7 +227,7 @@ def send_rows(
     members_T = torch.empty(own, dtype=torch.int32, device=device)
     overlap = overlaps_launches(device)
     _dispatch[(rows + triton.cdiv(count * top_k, WORDS),)](
-        x_TD, experts_TK, weights_TK, places.places_EC, slots_RK, weights_RK, members_T,
+        x_TD, experts_TK, weights_TK, places.places_EC, kept_T, slots_RK, weights_RK, members_T,
         mailbox.rows.addresses_W, mailbox.words.addresses_W, mailbox.calls,
         own, rows, mailbox.max_rows, places.places_EC.shape[1],
         DIM=dim, BLOCK=triton.next_power_of_2(dim), TOP_K=top_k, LANES=triton.next_power_of_2(ranks * top_k),

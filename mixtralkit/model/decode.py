@@ -1,8 +1,9 @@
 """One decode step as a straight line of kernels: static shapes, nothing that waits for the host.
 
 The same sums as ``Transformer.step`` for one token a sequence, written out so that a CUDA graph can hold the whole
-step. Rows are on every rank (one rank, or attention ``tp``), so only sums cross the ranks. On a CPU every call below
-is its plain twin, which is how the tests compare this with ``Transformer.step``.
+step. Where rows are on every rank (attention ``tp``) sums cross the ranks; where each rank has its own (attention
+``dp`` with experts ``ep``) rows do, through each other's memory. On a CPU every call below is its plain twin, which is
+how the tests compare this with ``Transformer.step``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from mixtralkit.kernels.experts import expert_sum
 from mixtralkit.kernels.gate import gate
 from mixtralkit.kernels.linear import linear
 from mixtralkit.kernels.norm import rms_norm
+from mixtralkit.kernels.peer_exchange import ExpertPlaces
 from mixtralkit.layout import RankLayout
 from mixtralkit.model.kv_cache import KVCache
 from mixtralkit.model.transformer import Block, Transformer
@@ -32,21 +34,31 @@ class Decoded:
 
 
 class Decoder:
-    """A model's decode step for any set of sequences at any positions, one token each. Collective under ``tp``."""
+    """A model's decode step for any set of sequences at any positions, one token each.
+
+    Collective over several ranks: under ``tp`` all run the same rows, under ``dp`` each its own, in the same number.
+    """
 
     def __init__(self, model: Transformer, cache: KVCache) -> None:
-        config = model.params
+        layout, context, layers = model.layout, model.context, range(model.params.n_layers)
         self.model, self.cache = model, cache
-        self.slots_LTE = [
-            _slots_in_turn(model.layout, i, cache.slots, model.context.device) for i in range(config.n_layers)
-        ]
+        self.slots_LTE, self.places_L = [], []
+        if model.peers is None:
+            self.slots_LTE = [_slots_in_turn(layout, i, cache.slots, context.device) for i in layers]
+        else:
+            slots_LWE = layout.plan.slot_of_LWE
+            self.places_L = [ExpertPlaces.of(slots_LWE[i], context.rank, context.device) for i in layers]
 
     @classmethod
     def for_model(cls, model: Transformer, cache: KVCache) -> Decoder | None:
-        """None where the model's options need ``Transformer.step``: rows that travel, capacities, copies in flight."""
+        """None where the model's options need ``Transformer.step``: exact exchanges, capacities, copies in flight.
+
+        Collective.
+        """
         layout, alone = model.layout, model.context.world_size == 1
+        travel = layout.parallel.attention == "dp" and not alone
         plain = (
-            (layout.parallel.attention == "dp" and not alone)
+            (travel and (model.peers is None or model.peers.max_rows < cache.slots))
             or (layout.plan.cold_capacity_factor is not None and layout.parallel.experts == "ep" and not alone)
             or model.options.backend != "mixtralkit"
             or model.shadow_cache is not None
@@ -64,22 +76,19 @@ class Decoder:
             slots_B: int64 place of each sequence in the cache, -1 for a row that only fills the shape.
         """
         model = self.model
-        x_BD, normed_BD = model.tok_embeddings(tokens_B), None
-        if self.model.sums is not None:
-            normed_BD = rms_norm(x_BD, model.layers[0].attention_norm.weight, model.params.norm_eps)
-        routings = []
-        for layer, block in enumerate(model.layers):
-            if self.model.sums is None:
+        eps, routings, x_BD = model.params.norm_eps, [], model.tok_embeddings(tokens_B)
+        if model.context.world_size == 1:
+            for layer, block in enumerate(model.layers):
                 x_BD, routing = self._whole_block(layer, block, x_BD, positions_B, slots_B)
-            else:
-                following = model.norm if layer + 1 == len(model.layers) else model.layers[layer + 1].attention_norm
-                x_BD, normed_BD, routing = self._split_block(
-                    layer, block, x_BD, normed_BD, positions_B, slots_B, following.weight
-                )
-            routings.append(routing)
-        if self.model.sums is None:
-            norm = (model.norm.weight, model.params.norm_eps)
+                routings.append(routing)
+            norm = (model.norm.weight, eps)
             return Decoded(linear(x_BD, model.output.weight, norm=norm, out_dtype=torch.float32), routings)
+        run_block = self._split_block if model.peers is None else self._travelling_block
+        norms = [*(block.attention_norm.weight for block in model.layers), model.norm.weight]
+        normed_BD = rms_norm(x_BD, norms[0], eps)
+        for layer, block in enumerate(model.layers):
+            x_BD, normed_BD, routing = run_block(layer, block, x_BD, normed_BD, positions_B, slots_B, norms[layer + 1])
+            routings.append(routing)
         return Decoded(linear(normed_BD, model.output.weight, out_dtype=torch.float32), routings)
 
     def _whole_block(self, layer: int, block: Block, x_BD, positions_B, slots_B) -> tuple[torch.Tensor, Routing]:
@@ -106,6 +115,25 @@ class Decoder:
         slots_BK = self._slots(layer, routing.experts_TK)
         part_BD = expert_sum(normed_BD, slots_BK, routing.weights_TK, experts.w13, experts.w2)
         return *sums.add_norm(part_BD, x_BD, following_D, eps), routing
+
+    def _travelling_block(
+        self, layer: int, block: Block, x_BD, normed_BD, positions_B, slots_B, following_D: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, Routing]:
+        """A block with whole attention and some of the experts: rows go to theirs, of whichever rank, and back."""
+        attention, experts, eps = block.attention, block.feed_forward.experts, self.model.params.norm_eps
+        peers, rows = self.model.peers, len(x_BD)
+        qkv_BP = linear(normed_BD, attention.wqkv.weight)
+        out_BP = self._attend(layer, block, qkv_BP, positions_B, slots_B)
+        x_BD = linear(out_BP, attention.wo.weight, residual_TO=x_BD)
+        normed_BD, routing = self._route(block, x_BD, (block.ffn_norm.weight, eps))
+        # rows that only fill the shape, with slot -1, go nowhere: no expert is read for them
+        places, kept_B = self.places_L[layer], slots_B
+        arrived = peers.dispatch(normed_BD, routing.experts_TK, routing.weights_TK, places, rows, kept_B)
+        y_RD = expert_sum(
+            arrived.x_RD, arrived.slots_RK, arrived.weights_RK, experts.w13, experts.w2,
+            out_RD=peers.outbox(rows), likely_rows=rows,
+        )  # fmt: skip
+        return *peers.combine(y_RD, arrived.members_T, x_BD, (following_D, eps)), routing
 
     def _attend(self, layer: int, block: Block, qkv_BP, positions_B, slots_B) -> torch.Tensor:
         keys, values = self.cache.keys[layer], self.cache.values[layer]

@@ -13,6 +13,7 @@ from torch import nn
 from mixtralkit.config import ModelConfig, MoEOptions
 from mixtralkit.distributed import RankContext
 from mixtralkit.kernels.all_reduce import RowReducer
+from mixtralkit.kernels.peer_exchange import PeerExchange
 from mixtralkit.layout import RankLayout, canonical_shapes
 from mixtralkit.model.attention import Attend, Attention, CachedAttention, FreshAttention
 from mixtralkit.model.kv_cache import KVCache
@@ -106,7 +107,8 @@ class Transformer(nn.Module):
         like = {"dtype": dtype, "device": context.device}
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim, _weight=None, **like)
         per_node = layout.plan.ranks_per_node
-        nodes = context.split_nodes(per_node) if per_node and 1 < per_node < context.world_size else None
+        self.is_two_stage = bool(per_node) and 1 < per_node < context.world_size
+        nodes = context.split_nodes(per_node) if self.is_two_stage else None
         self.shadow_cache = ShadowCache.for_model(layout, context, dtype, self.options)
         self.layers = nn.ModuleList(
             Block(i, layout, context, dtype, self.options, nodes, self.shadow_cache) for i in range(config.n_layers)
@@ -130,7 +132,7 @@ class Transformer(nn.Module):
 
         ``params.max_batch_size`` counts sequences over all ranks: under ``dp`` a rank has room for its share.
         """
-        slots = -(-self.params.max_batch_size // self.ranks_with_own_sequences)
+        slots = self.sequences_per_rank
         self.cache = KVCache.allocate(self.layout, slots, self.params.max_seq_len, self.dtype, self.context.device)
         return self.cache
 
@@ -138,6 +140,11 @@ class Transformer(nn.Module):
     def ranks_with_own_sequences(self) -> int:
         """How many ranks divide the sequences among them: all under attention ``dp``, one under ``tp``."""
         return self.context.world_size if self.layout.parallel.attention == "dp" else 1
+
+    @property
+    def sequences_per_rank(self) -> int:
+        """Most sequences of a rank at a time: its share of ``params.max_batch_size``."""
+        return -(-self.params.max_batch_size // self.ranks_with_own_sequences)
 
     @cached_property
     def sums(self) -> RowReducer | None:
@@ -148,6 +155,26 @@ class Transformer(nn.Module):
         if self.layout.parallel.attention == "dp" or self.context.world_size == 1:
             return None
         return RowReducer.create(self.context, MANY_ROWS, self.params.dim, self.dtype)
+
+    @cached_property
+    def peers(self) -> PeerExchange | None:
+        """The way of rows to their experts and back in static shapes; None where rows do not travel, or not so.
+
+        Room for a decode step of all sequences, or for ``options.peer_rows`` if these are more. Where the ranks' GPUs
+        reach each other's memory, the layers' exchanges of static shape go this way too. Takes its memory,
+        collectively, when first asked for: in the first step of static shape.
+        """
+        options, parallel = self.options, self.layout.parallel
+        travel = self.context.world_size > 1 and (parallel.attention, parallel.experts) == ("dp", "ep")
+        ours = options.backend == "mixtralkit" and options.exchange != "exact" and options.peer_rows != 0
+        if not travel or not ours or self.is_two_stage or self.shadow_cache is not None or self.two_phase is not None:
+            return None
+        rows = max(self.sequences_per_rank, options.peer_rows or 0)
+        peers = PeerExchange.create(self.context, rows, self.params.dim, self.params.num_experts_per_tok, self.dtype)
+        if peers.mailbox is not None:
+            for block in self.layers:
+                block.feed_forward.use_peers(peers)
+        return peers
 
     def adopt(self, layer: int, plan: ExpertPlan) -> MoveReport:
         """Goes over to ``plan``, which differs from the running one in ``layer`` alone, between two steps.
@@ -178,6 +205,8 @@ class Transformer(nn.Module):
             rows_per_rank: a promise that no rank has more tokens in this step, for exchanges of static shape.
             observe: called with the step and every layer's report, the reports' tensors still on the device.
         """
+        if rows_per_rank is not None:
+            _ = self.peers  # the layers go by it
         attend = CachedAttention(batch, cache, self.params.sliding_window)
         normed_TD, reports = self._hidden(batch.tokens_T, batch.positions_T, attend, rows_per_rank)
         if observe is not None:

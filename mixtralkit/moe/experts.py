@@ -18,11 +18,14 @@ class RoutedRows:
         x_RD: the rows.
         slots_RK: int64 slot of this rank's expert for each choice of the row, -1 where another rank computes it.
         weights_RK: float32 weight of each choice.
+        likely_rows, out_RD: as ``expert_sum`` takes them.
     """
 
     x_RD: torch.Tensor
     slots_RK: torch.Tensor
     weights_RK: torch.Tensor
+    likely_rows: int | None = None
+    out_RD: torch.Tensor | None = None
 
 
 class Experts(nn.Module):
@@ -44,4 +47,6 @@ class Experts(nn.Module):
 
 def weighted_expert_sum(rows: RoutedRows, w13_SGD: torch.Tensor, w2_SDF: torch.Tensor) -> torch.Tensor:
     """Σ_k weights_RK · swiglu(x_RD; slots_RK), in the dtype of ``x_RD``, summed in float32."""
-    return expert_sum(rows.x_RD, rows.slots_RK, rows.weights_RK, w13_SGD, w2_SDF)
+    return expert_sum(
+        rows.x_RD, rows.slots_RK, rows.weights_RK, w13_SGD, w2_SDF, out_RD=rows.out_RD, likely_rows=rows.likely_rows
+    )

@@ -76,7 +76,7 @@ class MoELayer(nn.Module):
         """``nodes`` (``context.split_nodes(…)``) makes the exchange two-stage: across nodes, then inside.
 
         ``shadow_cache`` (``ShadowCache.for_model(…)``) is the one of all layers; None shadows nothing. So is ``peers``
-        (``PeerExchange.create(…)``), which takes exchanges of static shape within its ``max_rows``.
+        (see ``use_peers``); None leaves exchanges of static shape to collectives.
         """
         super().__init__()
         config = layout.config
@@ -95,10 +95,19 @@ class MoELayer(nn.Module):
         self.assigner = Assigner(slots_WE, self.context, self.layout.parallel.attention == "tp")
         self.places = None
         if self.peers is not None:
-            self.places = ExpertPlaces.of(slots_WE, self.context.rank, self.context.device)
+            self.use_peers(self.peers)
         self.shadows = None
         if shadow_cache is not None:
             self.shadows = LayerShadows(self.layer, self.experts, slots_WE, shadow_cache, self.options.faster)
+
+    def use_peers(self, peers: PeerExchange) -> None:
+        """From now on, exchanges of static shape with up to ``peers.max_rows`` rows a rank go through ``peers``.
+
+        Every rank must do so before the same call.
+        """
+        self.peers = peers
+        slots_WE = self.layout.plan.slot_of_LWE[self.layer]
+        self.places = ExpertPlaces.of(slots_WE, self.context.rank, self.context.device)
 
     def adopt(self, layout: RankLayout) -> MoveReport:
         """Goes over to this layer's slots in another plan, between two steps. Collective.

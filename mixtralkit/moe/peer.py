@@ -18,8 +18,10 @@ class PeerDispatch:
         self.exchange, self.places, self.rows_per_rank = exchange, places, rows_per_rank
 
     def dispatch(self, x_TD: torch.Tensor, cut: CutRouting, assigner: Assigner) -> tuple[RoutedRows, torch.Tensor]:
-        arrived = self.exchange.dispatch(x_TD, cut.experts_TK, cut.weights_TK, self.places, self.rows_per_rank)
-        return RoutedRows(arrived.x_RD, arrived.slots_RK, arrived.weights_RK), arrived.members_T
+        rows = self.rows_per_rank  # as many choices come here as rows of this rank's own have, more or less
+        arrived = self.exchange.dispatch(x_TD, cut.experts_TK, cut.weights_TK, self.places, rows)
+        outbox_RD = self.exchange.outbox(rows)
+        return RoutedRows(arrived.x_RD, arrived.slots_RK, arrived.weights_RK, rows, outbox_RD), arrived.members_T
 
     def combine(self, y_RD: torch.Tensor, handle: torch.Tensor) -> torch.Tensor:
         return self.exchange.combine(y_RD, handle)[0]

@@ -108,15 +108,23 @@ class Diary:
         monkeypatch.setattr(decoding.Flight, "values", taken)
 
 
-def test_a_step_is_launched_before_the_last_ones_text(tokenizer, monkeypatch):
-    diary = Diary(monkeypatch)
-    model = make_model(RankContext(), engine_config())
-    Engine(model, tokenizer).complete([Request(i, (5, 6 + i), 6 - i, GREEDY) for i in range(3)])
-    assert diary.lines == [
-        ("launch", 0), ("launch", 1), ("take", 0), ("launch", 2), ("take", 1), ("launch", 3), ("take", 2),
-        ("launch", 4), ("take", 3), ("take", 4),
-    ]  # fmt: skip
-    assert diary.rows == [3, 3, 3, 2, 1]  # the last token of a limit is known to be the last one
+def _three_answers(context: RankContext, folder: Path) -> tuple[list[tuple[str, int]], list[int]]:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        diary = Diary(monkeypatch)
+        engine = Engine(make_model(context, engine_config(), "dp"), Tokenizer(folder / "tokenizer.model"))
+        engine.complete([Request(i, (5, 6 + i), 6 - i, GREEDY) for i in range(3)])
+    return diary.lines, diary.rows
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_step_is_launched_before_the_last_ones_text(folder, world_size):
+    """On one rank, and on two with sequences of their own, of which one ends up with none."""
+    for lines, rows in run_ranks(_three_answers, world_size, folder):
+        assert lines == [
+            ("launch", 0), ("launch", 1), ("take", 0), ("launch", 2), ("take", 1), ("launch", 3), ("take", 2),
+            ("launch", 4), ("take", 3), ("take", 4),
+        ]  # fmt: skip
+        assert rows == [3, 3, 3, 2, 1]  # the last token of a limit is known to be the last one
 
 
 def test_a_row_too_many_is_thrown_away_and_its_slot_taken_again(tokenizer, monkeypatch):
@@ -238,8 +246,8 @@ def test_without_a_gpu_graphs_are_plain_calls():
     assert calls == ["run", "run"]
 
 
-def _answers_over(context: RankContext, folder: Path, experts: str, slots: int) -> tuple:
-    model = make_model(context, engine_config(max_batch_size=slots), "tp", experts)
+def _answers_over(context: RankContext, folder: Path, attention: str, experts: str, slots: int) -> tuple:
+    model = make_model(context, engine_config(max_batch_size=slots), attention, experts)
     engine = Engine(model, Tokenizer(folder / "tokenizer.model"), prefill_budget=30)
     requests = mixed_requests(14, seed=5)
     done = engine.complete(requests)
@@ -250,11 +258,16 @@ def _answers_over(context: RankContext, folder: Path, experts: str, slots: int) 
     return told(done), [c.logprobs for c in done], told(events)
 
 
-@pytest.mark.parametrize(("world_size", "experts"), [(2, "tp"), (4, "ep")])
-def test_ranks_that_share_every_step_give_one_ranks_answers(folder, world_size, experts):
-    wanted, logprobs, interrupted = _answers_over(RankContext(), folder, "ep", 5)
+@pytest.mark.parametrize(
+    ("world_size", "attention", "experts"), [(2, "tp", "tp"), (4, "tp", "ep"), (2, "dp", "ep"), (4, "dp", "ep")]
+)
+def test_several_ranks_give_one_ranks_answers(folder, world_size, attention, experts):
+    wanted, logprobs, interrupted = _answers_over(RankContext(), folder, "tp", "ep", 5)
+    answers = run_ranks(_answers_over, world_size, folder, attention, experts, 5)
+    if attention == "dp":  # their shares come to more sequences at a time
+        interrupted = answers[0][2]
     assert "interrupted" in {reason for *_, reason in interrupted}
-    for tokens, found, ends in run_ranks(_answers_over, world_size, folder, experts, 5):
+    for tokens, found, ends in answers:
         assert tokens == wanted
         assert ends == interrupted
         assert [x for row in found for x in row] == pytest.approx([x for row in logprobs for x in row], abs=1e-4)

@@ -3,37 +3,19 @@
 from __future__ import annotations
 
 import random
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from mixtralkit.distributed import RankContext
 from mixtralkit.kernels.all_reduce import EMPTY_WORDS, RowReducer
+from tests.gpu.ranks import run_on_gpus
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
 ]
-RANKS, MOST_ROWS, EPS = min(4, torch.cuda.device_count()), 64, 1e-5
-
-
-def _on_ranks(function, *args) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_main, (str(Path(folder, "store")), function, args), nprocs=RANKS)
-
-
-def _main(rank: int, store: str, function, args: tuple) -> None:
-    torch.cuda.set_device(rank)
-    torch.manual_seed(rank)
-    dist.init_process_group("nccl", init_method=f"file://{store}", rank=rank, world_size=RANKS)
-    environ = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
-    function(RankContext.start("cuda", environ), *args)
-    torch.cuda.synchronize()
-    dist.destroy_process_group()
+MOST_ROWS, EPS = 64, 1e-5
 
 
 def _exact(context: RankContext, part_TD: torch.Tensor, residual_TD: torch.Tensor) -> torch.Tensor:
@@ -79,7 +61,7 @@ def _late(context: RankContext, dim: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("dim", "dtype"), [(4096, torch.bfloat16), (6144, torch.float16), (40, torch.float32)])
 def test_ranks_that_come_late_still_get_every_sum(dim, dtype):
-    _on_ranks(_late, dim, dtype)
+    run_on_gpus(_late, dim, dtype)
 
 
 def _graphs(context: RankContext) -> None:
@@ -110,4 +92,4 @@ def _graphs(context: RankContext) -> None:
 
 
 def test_graphs_may_be_replayed_in_any_order():
-    _on_ranks(_graphs)
+    run_on_gpus(_graphs)

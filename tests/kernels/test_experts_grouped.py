@@ -10,7 +10,7 @@ from mixtralkit.kernels.experts import expert_sum_plain
 
 pytest.importorskip("triton")
 
-from mixtralkit.kernels import sorting_triton
+from mixtralkit.kernels import experts_grouped_triton, sorting_triton
 from mixtralkit.kernels.experts_grouped_triton import candidates, default_settings, expert_sum_grouped
 
 # Padding rows are computed from what memory held.
@@ -136,6 +136,30 @@ def test_candidates_have_the_settings_of_the_default(rows):
     shape = {"slots": 8, "top_k": 2, "width": 4096, "hidden": 14336}
     default = default_settings(rows, **shape)
     assert all(candidate.keys() == default.keys() for candidate in candidates(rows, **shape))
+
+
+@pytest.mark.parametrize("likely", [5, 16, 24, 64])
+def test_few_experts_of_few_rows_have_narrow_tiles(likely):
+    """As on a rank of several: there the wide tiles of w2 would be fewer than the multiprocessors."""
+    shape = {"top_k": 2, "width": 4096, "hidden": 14336}
+    assert default_settings(likely, slots=2, **shape)["down_block_o"] == 64
+    assert default_settings(likely, slots=2, **shape, processors=60)["down_block_o"] == 128
+    assert default_settings(4 * likely, slots=8, **shape)["down_block_o"] == 128
+
+
+def test_settings_are_for_the_likely_rows(monkeypatch):
+    asked = []
+
+    def settings(rows: int, **shape) -> dict[str, int]:
+        asked.append(rows)
+        return _settings(1, 32)
+
+    monkeypatch.setattr(experts_grouped_triton, "default_settings", settings)
+    inputs = _inputs(40, 4, 2, 64, 40, torch.float32)
+    for likely in (None, 10):
+        got_RD = expert_sum_grouped(*inputs, likely_rows=likely)
+        assert _error(got_RD, expert_sum_plain(*inputs), inputs[-1]) < 1e-5
+    assert asked == [40, 10]
 
 
 @pytest.mark.gpu

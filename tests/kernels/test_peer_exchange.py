@@ -52,7 +52,10 @@ def _choices(slots_WE: np.ndarray, rank: int, experts_TK: torch.Tensor) -> list[
 
 
 def _mailbox(rank: int, words_W: list[torch.Tensor], rows_W: list[torch.Tensor], max_rows: int) -> PeerMailbox:
-    rows, words = (PeerMemory(all_W[rank], rank, tuple(own.data_ptr() for own in all_W)) for all_W in (rows_W, words_W))
+    rows, words = (
+        PeerMemory(all_W[rank], rank, tuple(own.data_ptr() for own in all_W), handle=all_W)
+        for all_W in (rows_W, words_W)
+    )
     return PeerMailbox(rows, words, torch.zeros(2, dtype=torch.int64), max_rows)
 
 
@@ -68,9 +71,9 @@ def _word(slot: int, weight: float) -> int:
 CASES = [(2, 1, 3, 48, 4, 1), (3, 0, 2, 40, 8, 2), (4, 2, 5, 256, 16, 6), (4, 3, 1, 32, 60, 4)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("dtype", "drops"), [(torch.float32, False), (torch.float16, True)])
 @pytest.mark.parametrize(("ranks", "rank", "rows", "dim", "experts", "top_k"), CASES)
-def test_rows_and_words_go_where_choices_are_computed(ranks, rank, rows, dim, experts, top_k, dtype):
+def test_rows_and_words_go_where_choices_are_computed(ranks, rank, rows, dim, experts, top_k, dtype, drops):
     from mixtralkit.kernels.peer_exchange_triton import send_rows
 
     max_rows, slots_WE = rows + 2, _slots(ranks, experts, rows)
@@ -84,9 +87,12 @@ def test_rows_and_words_go_where_choices_are_computed(ranks, rank, rows, dim, ex
                 turns_W[rank][1, row, source, k] = _word(row * source - 1, 0.25 * k)
     x_TD, experts_TK, weights_TK = _routed(rank, rows - 1, dim, experts, top_k, dtype, 3)
     places = ExpertPlaces.of(slots_WE, rank, torch.device("cpu"))
-    arrived = send_rows(x_TD, experts_TK, weights_TK, places, rows, mailbox)
+    kept_T = torch.arange(rows - 1) - 1 if drops else None
+    arrived = send_rows(x_TD, experts_TK, weights_TK, places, rows, mailbox, kept_T=kept_T)
     assert mailbox.calls.tolist() == [5, 6]
     choices = [*_choices(slots_WE, rank, experts_TK), [(-1, -1)] * top_k]
+    if drops:
+        choices[0] = [(-1, -1)] * top_k
     slots_RWK, weights_RWK = (t.view(rows, ranks, top_k) for t in (arrived.slots_RK, arrived.weights_RK))
     for row in range(rows):
         members = {to for to, _ in choices[row]} - {-1}
@@ -163,21 +169,28 @@ def _layers(context: RankContext, exchange: PeerExchange, dim: int, top_k: int, 
         slots_WE = _slots(context.world_size, experts, call)
         x_TD, experts_TK, weights_TK = _routed(context.rank, own, dim, experts, top_k, torch.float32, call)
         places = ExpertPlaces.of(slots_WE, context.rank, context.device)
-        arrived = exchange.dispatch(x_TD, experts_TK, weights_TK, places, rows)
+        kept_T = torch.arange(own) - 1 if call % 2 else None  # without the first row
+        arrived = exchange.dispatch(x_TD, experts_TK, weights_TK, places, rows, kept_T)
         y_RD = _experts(arrived, slots_WE[context.rank])
         weight_D = torch.linspace(1, 2, dim)
         x, normed = exchange.combine(y_RD, arrived.members_T, x_TD, (weight_D, EPS))
         factor_T = ((experts_TK + 1) * weights_TK).sum(1, keepdim=True)
+        if kept_T is not None:
+            factor_T[kept_T < 0] = 0
         torch.testing.assert_close(x, x_TD + x_TD * factor_T, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(normed, x / (x.pow(2).mean(-1, keepdim=True) + EPS).sqrt() * weight_D)
         found.append(x)
     return found
 
 
-def _through_files(context: RankContext, folder: str, top_k: int) -> list[torch.Tensor]:
-    ranks, dim, max_rows, sizes = context.world_size, 40, 5, {}
+def mailbox_of_files(context: RankContext, folder: str | Path, max_rows: int, dim: int, top_k: int) -> PeerMailbox:
+    """One for float32 that processes share, in the files rows0, words0, rows1, … of ``folder``; collective."""
+    ranks, sizes = context.world_size, {}
     sizes["words"] = (PeerMailbox.words_of(ranks, max_rows, top_k), torch.int64, EMPTY)
     sizes["rows"] = (2 * max_rows * ranks * dim, torch.float32, 0)
+    for name in sizes:
+        Path(folder, f"{name}{context.rank}").touch()
+    context.barrier()
     maps = {
         name: [torch.from_file(f"{folder}/{name}{r}", shared=True, size=size, dtype=dtype) for r in range(ranks)]
         for name, (size, dtype, _) in sizes.items()
@@ -185,21 +198,22 @@ def _through_files(context: RankContext, folder: str, top_k: int) -> list[torch.
     for name, (_, _, fill) in sizes.items():
         maps[name][context.rank].fill_(fill)
     context.barrier()
-    rows_W = [rows.view(-1, dim) for rows in maps["rows"]]
-    mailbox = _mailbox(context.rank, maps["words"], rows_W, max_rows)
+    return _mailbox(context.rank, maps["words"], [rows.view(-1, dim) for rows in maps["rows"]], max_rows)
+
+
+def _through_files(context: RankContext, folder: str, top_k: int) -> list[torch.Tensor]:
+    dim, max_rows = 40, 5
+    mailbox = mailbox_of_files(context, folder, max_rows, dim, top_k)
     exchange = PeerExchange(context, mailbox, max_rows, dim, top_k, torch.float32)
     found = _layers(context, exchange, dim, top_k, 8)
     context.barrier()
-    assert (maps["words"][context.rank][:-ranks] == EMPTY).all()
+    assert (mailbox.words.own[: -context.world_size] == EMPTY).all()
     return found
 
 
 @pytest.mark.parametrize(("ranks", "top_k"), [(2, 2), (4, 3)])
 def test_processes_that_share_memory_get_every_sum_over_many_calls(ranks, top_k):
     with tempfile.TemporaryDirectory() as folder:
-        for rank in range(ranks):
-            for name in ("words", "rows"):
-                Path(folder, f"{name}{rank}").touch()
         run_ranks(_through_files, ranks, folder, top_k)
 
 

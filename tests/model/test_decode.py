@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
+import numpy as np
 import pytest
 import torch
 
 from mixtralkit.config import FasterOptions, MoEOptions, ParallelConfig
 from mixtralkit.distributed import RankContext
 from mixtralkit.layout import RankLayout
+from mixtralkit.model import decode
 from mixtralkit.model.decode import Decoder
 from mixtralkit.model.kv_cache import KVCache
 from mixtralkit.model.step import StepBatch
@@ -19,37 +23,42 @@ from tests.ranks import run_ranks
 
 PROMPTS = {2: [1, 17, 4, 33, 8, 2, 41], 0: [1, 9], 3: [1, 30, 12, 5, 22, 7, 7, 7, 16, 44, 3, 28]}  # by slot
 STEPS, SLOTS = 4, 5
+OWN = [(2, 0, 3), (3,), (), (0, 2)]  # the slots that have sequences on each rank that has its own
 
 
 def compare(context: RankContext, config, parallel: ParallelConfig, plan: ExpertPlan) -> None:
     """Prefills two caches, then decodes a few steps in each way, with rows that only fill the shape."""
     model = Transformer(RankLayout(config, parallel, plan, context.rank), context)
     model.initialize(0, std=0.15)
+    prompts, first, end = PROMPTS, *model.layout.vocab
+    if model.ranks_with_own_sequences > 1:
+        prompts = {slot: PROMPTS[slot][context.rank :] for slot in OWN[context.rank]}
+        prompts = {slot: ids or [1] for slot, ids in prompts.items()}
+    own = len(prompts)
     caches = [KVCache.allocate(model.layout, SLOTS, 64, model.dtype, context.device) for _ in range(2)]
-    last = [torch.tensor([len(ids) - 1 for ids in PROMPTS.values()]).cumsum(0) + torch.arange(len(PROMPTS))]
-    pieces = [(slot, 0, [t % config.vocab_size for t in ids]) for slot, ids in PROMPTS.items()]
+    last = [torch.tensor([len(ids) - 1 for ids in prompts.values()]).cumsum(0).long() + torch.arange(own)]
+    pieces = [(slot, 0, [t % config.vocab_size for t in ids]) for slot, ids in prompts.items()]
     logits = [model.step(StepBatch.build(pieces, "cpu"), cache, last[0]) for cache in caches]
     decoder = Decoder.for_model(model, caches[1])
-    lengths = {slot: len(ids) for slot, ids in PROMPTS.items()}
-    first, end = model.layout.vocab
+    lengths = {slot: len(ids) for slot, ids in prompts.items()}
     for _ in range(STEPS):
         tokens = logits[0].argmax(-1)
         pieces = [(slot, lengths[slot], [int(t)]) for slot, t in zip(lengths, tokens, strict=True)]
         seen = []
         batch = StepBatch.build(pieces, "cpu")
-        wanted = model.step(batch, caches[0], torch.arange(3), observe=lambda *step, seen=seen: seen.append(step))
+        wanted = model.step(batch, caches[0], torch.arange(own), observe=lambda *step, seen=seen: seen.append(step))
         ((_, reports),) = seen
-        filler = torch.zeros(2, dtype=torch.int64)
+        filler = torch.zeros(5 - own, dtype=torch.int64)
         got = decoder(
             torch.cat([tokens, filler]),
-            torch.cat([torch.tensor(list(lengths.values())), filler]),
-            torch.cat([torch.tensor(list(lengths)), filler - 1]),
+            torch.cat([torch.tensor(list(lengths.values())).long(), filler]),
+            torch.cat([torch.tensor(list(lengths)).long(), filler - 1]),
         )
-        torch.testing.assert_close(got.logits_BV[:3], wanted[:, first:end], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(got.logits_BV[:own], wanted[:, first:end], rtol=1e-4, atol=1e-4)
         assert got.logits_BV.dtype == torch.float32
         for report, routing in zip(reports, got.routings, strict=True):
-            assert torch.equal(report.routing.experts_TK, routing.experts_TK[:3])
-            torch.testing.assert_close(report.routing.weights_TK, routing.weights_TK[:3], rtol=1e-4, atol=1e-5)
+            assert torch.equal(report.routing.experts_TK, routing.experts_TK[:own])
+            torch.testing.assert_close(report.routing.weights_TK, routing.weights_TK[:own], rtol=1e-4, atol=1e-5)
         lengths = {slot: length + 1 for slot, length in lengths.items()}
         logits = [wanted]
     torch.testing.assert_close(caches[1].keys, caches[0].keys, rtol=1e-4, atol=1e-4)
@@ -82,6 +91,69 @@ def test_replicas_take_turns():
     config = small_config(n_layers=1)
     for plan in (everywhere(1, config.num_experts, 2), random_plan(3, config.num_experts, 2)):
         run_ranks(compare, 2, config, ParallelConfig("tp", "ep"), plan)
+
+
+def unlike_layers(world: int) -> ExpertPlan:
+    """Eight experts: contiguous, then the first on every rank, then anyhow, then all everywhere."""
+    plain = contiguous(1, 8, world).slots_LWS[0].tolist()
+    hot = [sorted({0, *experts}) for experts in plain]
+    anyhow = random_plan(4, 8, world).slots_LWS[0].tolist()
+    layers = [plain, hot, anyhow, [[*range(8)]] * world]
+    return ExpertPlan(np.array([[own + [-1] * (8 - len(own)) for own in layer] for layer in layers]), 8)
+
+
+def compare_travelling(context: RankContext) -> None:
+    """Against exact exchanges; and every choice of a sequence is computed once, of rows that fill the shape none."""
+    config = small_config(n_layers=4, max_batch_size=SLOTS * context.world_size)
+    computed, plain = [], decode.expert_sum
+
+    def counted(x_RD, slots_RK, *args, **more) -> torch.Tensor:
+        computed.append(int((slots_RK >= 0).sum()))
+        return plain(x_RD, slots_RK, *args, **more)
+
+    with patch.object(decode, "expert_sum", counted):
+        compare(context, config, ParallelConfig("dp", "ep"), unlike_layers(context.world_size))
+    assert len(computed) == STEPS * config.n_layers
+    sequences = sum(map(len, OWN[: context.world_size]))
+    everywhere_L = context.all_reduce(torch.tensor(computed))
+    assert everywhere_L.tolist() == [sequences * config.num_experts_per_tok] * len(computed)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_rows_that_travel(world):
+    run_ranks(compare_travelling, world)
+
+
+def _needs_plain_steps(context: RankContext, changes: list[tuple[str, MoEOptions, dict]]) -> list[bool]:
+    found = []
+    for experts, options, of_plan in changes:
+        config = small_config(max_batch_size=4)
+        slots_LWS = contiguous(config.n_layers, config.num_experts, context.world_size).slots_LWS
+        plan = ExpertPlan(slots_LWS, config.num_experts, **of_plan)
+        layout = RankLayout(config, ParallelConfig("dp", experts), plan, context.rank)
+        model = Transformer(layout, context, options=options)
+        found.append(Decoder.for_model(model, model.allocate_cache()) is None)
+    return found
+
+
+def test_ways_of_rows_that_need_the_plain_step():
+    changes = [
+        ("ep", MoEOptions(), {}),
+        ("ep", MoEOptions(peer_rows=1), {}),  # fewer than a decode step has
+        ("tp", MoEOptions(), {}),
+        ("ep", MoEOptions(peer_rows=0), {}),
+        ("ep", MoEOptions(exchange="exact"), {}),
+        ("ep", MoEOptions(FasterOptions(shadow=True)), {}),
+        ("ep", MoEOptions(), {"ranks_per_node": 1}),
+        ("ep", MoEOptions(), {"cold_capacity_factor": 0.5}),
+    ]
+    assert run_ranks(_needs_plain_steps, 2, changes) == [[False, False, True, True, True, True, False, True]] * 2
+
+
+@pytest.mark.parametrize("rows", [-1, 2.0, True, "4"])
+def test_a_bad_number_of_peer_rows_is_named(rows):
+    with pytest.raises(ValueError, match="peer_rows"):
+        MoEOptions(peer_rows=rows)
 
 
 def test_options_that_need_the_plain_step():

@@ -29,8 +29,7 @@ def _run(context: RankContext, cases: list[tuple[Whole, ExpertPlan]]) -> None:
         x_TD = whole.rows(ROWS[context.rank], context.rank)
         with torch.no_grad():
             static_TD, _ = layer(x_TD, rows_per_rank=most)
-            layer.peers = peers
-            layer.adopt(layer.layout)  # looks up the places
+            layer.use_peers(peers)
             assert isinstance(layer.arrange(x_TD, layer.gate(x_TD), most)[0], PeerDispatch)
             y_TD, report = layer(x_TD, rows_per_rank=most)
             _compare_rows(context, layer, x_TD, most)
@@ -73,8 +72,7 @@ def _capacity(context: RankContext, plan: ExpertPlan, rows: int) -> None:
     x_TD = HALF_SKEW.rows(rows, context.rank)
     with torch.no_grad():
         static_TD, static = layer(x_TD, rows_per_rank=rows)
-        layer.peers = PeerExchange.create(context, rows, HALF_SKEW.dim, HALF_SKEW.top_k, torch.float32)
-        layer.adopt(layer.layout)
+        layer.use_peers(PeerExchange.create(context, rows, HALF_SKEW.dim, HALF_SKEW.top_k, torch.float32))
         y_TD, report = layer(x_TD, rows_per_rank=rows)
     assert int(report.dropped) == int(static.dropped) > 0
     torch.testing.assert_close(y_TD, static_TD)

@@ -1,0 +1,157 @@
+"""Ranks with their own sequences and experts on the shipped checkpoint, on several GPUs. Run with ``pytest -m gpu``."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mixtralkit import Mixtral
+from mixtralkit.checkpoint import open_checkpoint
+from mixtralkit.config import MoEOptions
+from mixtralkit.distributed import RankContext
+from mixtralkit.engine.decoding import DecodeSteps
+from mixtralkit.engine.tokenizer import Tokenizer
+from mixtralkit.planning.plan import ExpertPlan, contiguous
+from tests.gpu.ranks import RANKS, run_on_gpus
+from tests.gpu.test_engine import CKPTS, PROMPTS, answers, told
+from tests.moe.layers import random_plan
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+]
+LAYERS, EXPERTS = 6, 8
+BY_NCCL = MoEOptions(exchange="exact")
+
+
+def hot_cold() -> ExpertPlan:
+    """Expert 0 on every rank."""
+    plain = contiguous(1, EXPERTS, RANKS).slots_LWS[0].tolist()
+    return _each_layer([[sorted({0, *experts}) for experts in plain]] * LAYERS)
+
+
+def anyhow() -> ExpertPlan:
+    """Every layer otherwise: replicas, ranks with unequal numbers of experts."""
+    return _each_layer([random_plan(seed, EXPERTS, RANKS).slots_LWS[0].tolist() for seed in range(LAYERS)])
+
+
+def _each_layer(experts_LW: list[list[list[int]]]) -> ExpertPlan:
+    padded = [[own + [-1] * (EXPERTS - len(own)) for own in layer] for layer in experts_LW]
+    return ExpertPlan(np.array(padded), EXPERTS)
+
+
+PLANS = {"contiguous": lambda: contiguous(LAYERS, EXPERTS, RANKS), "hot_cold": hot_cold, "anyhow": anyhow}
+
+
+def load(context: RankContext, plan: str, batch: int, dtype: str = "float32", options=None, graphs=True) -> Mixtral:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return Mixtral.load(
+        open_checkpoint(CKPTS), Tokenizer(Path(CKPTS, "tokenizer.model")), context, 256, batch, dtype=dtype,
+        attention="dp", experts="ep", plan=PLANS[plan](), options=options or MoEOptions(), cuda_graphs=graphs,
+    )  # fmt: skip
+
+
+def _same_text(context: RankContext, plan: str) -> None:
+    for batch in (1, 2 * RANKS, 3 * RANKS):  # also ranks without a sequence
+        plain, ahead = load(context, plan, batch, options=BY_NCCL), load(context, plan, batch)
+        for temperature in (0.0, 0.7):
+            wanted = answers(plain, temperature, stop=("\n\n", "and the"))
+            got = answers(ahead, temperature, stop=("\n\n", "and the"))
+            assert told(got) == told(wanted)
+            for one, other in zip(got, wanted, strict=True):
+                assert one.logprobs == pytest.approx(other.logprobs, abs=1e-3)
+        assert plain.engine._steps is None
+        assert ahead.engine._steps is not None
+        assert ahead.model.peers.mailbox is not None
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_float32_text_is_that_of_plain_steps_by_nccl(plan):
+    run_on_gpus(_same_text, plan)
+
+
+def _same_bits(context: RankContext, dtype: str) -> None:
+    for temperature in (0.0, 0.7):
+        wanted, got = (
+            answers(load(context, "anyhow", 2 * RANKS, dtype, graphs=graphs), temperature) for graphs in (False, True)
+        )
+        assert [(c.tokens, c.logprobs) for c in got] == [(c.tokens, c.logprobs) for c in wanted]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_graph_gives_the_bits_of_its_kernels(dtype):
+    run_on_gpus(_same_bits, dtype)
+
+
+def _late(context: RankContext) -> None:
+    """Every rank starts its steps late at random; a second run takes the graphs of the first."""
+    mixtral, own = load(context, "hot_cold", 2 * RANKS, "bfloat16"), random.Random(context.rank)
+    wanted = told(answers(mixtral))
+    captured = dict(mixtral.engine._steps._graphs._captured)
+    launch = DecodeSteps.launch
+
+    def late(*args):
+        if own.random() < 0.3:
+            torch.cuda._sleep(own.randrange(3_000_000))
+        return launch(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DecodeSteps, "launch", late)
+        for _ in range(5):
+            assert told(answers(mixtral)) == wanted
+    assert mixtral.engine._steps._graphs._captured == captured
+
+
+def test_ranks_that_come_late_get_the_same_text():
+    run_on_gpus(_late)
+
+
+def _without_waiting(context: RankContext) -> None:
+    mixtral, launch = load(context, "anyhow", 2 * RANKS, "bfloat16"), DecodeSteps.launch
+    wanted = told(answers(mixtral, 0.7))  # captures
+
+    def watched(*args):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return launch(*args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DecodeSteps, "launch", watched)
+        assert told(answers(mixtral, 0.7)) == wanted
+
+
+def test_launches_never_wait_for_the_device():
+    run_on_gpus(_without_waiting)
+
+
+def _prompts_too(context: RankContext) -> None:
+    wanted = told(answers(load(context, "anyhow", 8, options=BY_NCCL)))
+    mixtral = load(context, "anyhow", 8, options=MoEOptions(peer_rows=4096))
+    assert told(answers(mixtral)) == wanted
+    done = int(mixtral.model.peers.mailbox.calls[1])
+    mixtral.complete(PROMPTS[:8], 1, temperature=0)  # one step, of prompts only
+    assert int(mixtral.model.peers.mailbox.calls[1]) == done + LAYERS
+
+
+def test_prompts_go_the_same_way_where_there_is_room():
+    run_on_gpus(_prompts_too)
+
+
+def _interrupted(context: RankContext) -> None:
+    mixtral = load(context, "contiguous", 2 * RANKS)
+    wanted = told(answers(mixtral))
+    asked = iter(range(10**6))
+    events = mixtral.stream(PROMPTS, 40, should_stop=lambda: next(asked) == 9, temperature=0)
+    ends = [event.completion for event in events if event.finish_reason]
+    assert {c.finish_reason for c in ends} >= {"interrupted"}
+    assert told(answers(mixtral)) == wanted
+
+
+def test_an_interrupted_stream_and_the_next_one():
+    run_on_gpus(_interrupted)
