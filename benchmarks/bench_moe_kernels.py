@@ -38,6 +38,7 @@ VARIANTS = {  # name: (gate, experts, in a CUDA graph)
 }
 
 
+@torch.no_grad()
 def bench_moe_kernels(
     tokens: str = "1,8,64,256,1024,4096,16384",
     model: Path = Path("configs/models/mixtral-8x7b.json"),
@@ -84,7 +85,6 @@ def bench_moe_kernels(
     shape = Shape(
         num_experts or config.num_experts, top_k or config.num_experts_per_tok, config.dim, hidden or config.hidden_dim
     )
-    torch.set_grad_enabled(False)
     generator = torch.Generator(context.device).manual_seed(seed)
     weights = [Weights.draw(shape, kind, generator) for _ in range(WEIGHT_SETS)]
     ceilings = Ceilings.measure(context, kind)

@@ -27,7 +27,7 @@ def draw(summary: dict[str, Any], path: Path) -> None:
     left.axhline(100 * exact["accuracy"]["value"], color="black", linewidth=1, label="no capacity (exact)")
     left.axhline(100 * summary["unigram"]["all"]["accuracy"]["value"], color="black", linewidth=1, linestyle="-.")
     left.axhline(100 * summary["chance"], color="black", linewidth=1, linestyle=":")
-    left.set(title="Right continuations of four", ylabel="%", ylim=(0, 100))
+    left.set(title="Right continuations of four", ylabel="%", ylim=(20, 80))
     left.text(0.98, 100 * summary["chance"] + 1.5, "unigram (dash-dot), chance (dots)", ha="left", va="bottom")
     _draw_lines(middle, summary, lambda row: row["scores"]["all"]["bits_per_byte"]["value"])
     middle.axhline(exact["bits_per_byte"]["value"], color="black", linewidth=1)

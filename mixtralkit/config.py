@@ -291,7 +291,7 @@ class MoEOptions:
             steps and exact otherwise.
         peer_rows: most rows of a rank that go to their experts through the GPUs' memory, by kernels and not by
             collectives, which takes memory for 2 · ranks rows for each (docs/expert-parallel.md): 0 for none; None,
-            and any number below, for as many as a decode step has.
+            and any other number below, for as many as a decode step has.
         shadow_memory_gb: most memory for copies of other ranks' experts on each rank, in 10⁹ bytes, with
             ``faster.shadow`` or ``dynamic``.
         backend: ``"mixtralkit"``, or ``"fastmoe"`` for the real library.
@@ -304,7 +304,7 @@ class MoEOptions:
 
     faster: FasterOptions = field(default_factory=FasterOptions)
     exchange: str = "auto"
-    peer_rows: int | None = None
+    peer_rows: int | None = 0
     shadow_memory_gb: float = 4.0
     backend: str = "mixtralkit"
     dynamic: str = "none"

@@ -64,6 +64,7 @@ def evaluate(
     plan: Path | None = None,
     cold_capacity_factor: float | None = None,
     overflow: str | None = None,
+    cut_order: str | None = None,
     exchange: str = "auto",
     faster_schedule: bool | None = None,
     faster_shadow: bool | None = None,
@@ -108,6 +109,7 @@ def evaluate(
         plan: plan.json that says which ranks hold which experts.
         cold_capacity_factor: Rows that a cold expert takes, as a multiple of its even share; left out, the plan's.
         overflow: What becomes of the others, drop or reroute; left out, the plan's.
+        cut_order: Which rows these are: weight keeps the heaviest choices, arrival the first; left out, the plan's.
         exchange: How rows travel to experts: exact, static or auto (docs/generation.md).
         faster_schedule: FasterMoE's smart schedule; left out, FMOE_FASTER_SCHEDULE_ENABLE decides.
         faster_shadow: FasterMoE's shadowing; left out, FMOE_FASTER_SHADOW_ENABLE decides.
@@ -152,7 +154,10 @@ def evaluate(
             max_seq_len = min(reader.config.max_seq_len, max(work.longest for work in works))
         for work in works:
             work.check(max_seq_len)
-        placed = _plan(plan, reader.config, context.world_size, cold_capacity_factor, overflow)
+        placed = _plan(
+            plan, reader.config, context.world_size,
+            cold_capacity_factor=cold_capacity_factor, overflow=overflow, cut_order=cut_order,
+        )  # fmt: skip
         layout = choose_layout(reader.config, context, attention, experts, placed, moe)
         dtype = dtype or ("bfloat16" if context.device.type == "cuda" else "float32")
         facts = fingerprint(
@@ -217,14 +222,12 @@ def _answer_options(
     return AnswerOptions(window=window, context=window // 2 if text_context is None else text_context, **more)
 
 
-def _plan(
-    path: Path | None, config: ModelConfig, world_size: int, cold_capacity_factor: float | None, overflow: str | None
-) -> ExpertPlan:
+def _plan(path: Path | None, config: ModelConfig, world_size: int, **changes: float | str | None) -> ExpertPlan:
+    """The plan of a file, or each rank its even share; ``changes`` that are None leave it as it is."""
     if path is None:
         plan = contiguous(config.n_layers, config.num_experts, world_size)
     else:
         plan = load_plan(path, num_experts=config.num_experts, world_size=world_size)
-    changes = {"cold_capacity_factor": cold_capacity_factor, "overflow": overflow}
     return replace(plan, **{name: value for name, value in changes.items() if value is not None})
 
 

@@ -57,7 +57,7 @@ def generate(
     experts: str = "auto",
     plan: Path | None = None,
     exchange: str = "auto",
-    peer_rows: int | None = None,
+    peer_rows: int = 0,
     faster_schedule: bool | None = None,
     faster_shadow: bool | None = None,
     faster_group_size: int | None = None,
@@ -100,7 +100,7 @@ def generate(
         plan: plan.json that says which ranks hold which experts.
         exchange: How rows travel to experts: exact sends just what there is, static keeps every shape fixed; auto is
             static for decoding and exact otherwise.
-        peer_rows: Most rows of a rank that travel through the GPUs' memory instead of by collectives; left out, as many
+        peer_rows: Most rows of a rank that travel through the GPUs' memory instead of by collectives, at least as many
             as a decode step has; 0 for none (docs/expert-parallel.md).
         faster_schedule: FasterMoE's smart schedule; left out, FMOE_FASTER_SCHEDULE_ENABLE decides.
         faster_shadow: FasterMoE's shadowing; left out, FMOE_FASTER_SHADOW_ENABLE decides.

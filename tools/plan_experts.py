@@ -66,6 +66,7 @@ def plan_experts(
     cold_capacity_factor: float | None = None,
     cold_token_percent: float = 1.0,
     overflow: str = "drop",
+    cut_order: str = "weight",
     load_cap: float | None = None,
     num_groups: int | None = None,
     finetune_threshold: float | None = None,
@@ -98,6 +99,7 @@ def plan_experts(
         cold_capacity_factor: hot_cold: rows that a cold expert takes, as a multiple of its even share; exact without.
         cold_token_percent: hot_cold: part (0, 1] of that capacity which is sent.
         overflow: hot_cold: drop or reroute rows over the capacity.
+        cut_order: hot_cold: which rows these are; weight keeps the heaviest choices, arrival the first.
         load_cap: affinity: most load of a rank in a layer, as a multiple of the mean.
         num_groups: balanced: groups of experts that stay on one node each (hierarchical); global without it.
         finetune_threshold: two_phase: total-variation distance above which a layer is corrected; Lina's rule without.
@@ -115,7 +117,7 @@ def plan_experts(
         "contiguous": lambda g: contiguous(*g.loads_LE.shape, g.world_size),
         "hot_cold": lambda g: hot_cold(
             g.loads_LE, g.world_size, hot_experts, g.budget, cold, _ring(hot_per, g.ranks_per_node),
-            cold_capacity_factor, cold_token_percent, overflow,
+            cold_capacity_factor, cold_token_percent, overflow, cut_order,
         ),
         "two_phase": lambda g: _two_phase(g, finetune_threshold),
         "affinity": lambda g: affinity(

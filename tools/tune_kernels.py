@@ -24,6 +24,7 @@ from mixtralkit.layout import RankLayout
 from mixtralkit.planning.plan import contiguous
 
 
+@torch.no_grad()
 def tune(
     model: Path = Path("configs/models/mixtral-8x7b.json"),
     world_size: str = "1",
@@ -44,7 +45,7 @@ def tune(
     Args:
         model: architecture, a params.json: its shapes are tuned.
         world_size: numbers of ranks, between commas: shapes of a rank's part under tensor parallel. One GPU does.
-        rows: numbers of rows, between commas; a number of rows between them takes the settings of the next one up, more than the last none.
+        rows: numbers of rows, between commas; between two of them the upper one counts.
         kernels: names between commas, or all.
         output: file; the one of configs/kernels/ that this GPU's settings are read from when not given.
         minutes: after which no further case begins.
@@ -60,7 +61,6 @@ def tune(
     names = list(KERNELS) if kernels == "all" else kernels.split(",")
     if unknown := sorted(set(names) - set(KERNELS)):
         raise ValueError(f"kernels ({', '.join(unknown)}) must be among {', '.join(KERNELS)}")
-    torch.set_grad_enabled(False)
     config = ModelConfig.from_file(model).with_limits(max_seq_len, None)
     layouts = [_share(config, world) for world in _numbers("world_size", world_size)]
     kind = parse_dtype(dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32"))

@@ -65,6 +65,7 @@ def what_cuts(plan: ExpertPlan, world_size: int, attention: str, max_batch_size:
         "cold_capacity_factor": plan.cold_capacity_factor,
         "cold_token_percent": plan.cold_token_percent,
         "overflow": plan.overflow,
+        "cut_order": plan.cut_order,
         "ranks": world_size,
         "attention": attention,
         "max_batch_size": max_batch_size,

@@ -9,7 +9,7 @@ from pathlib import Path
 import sentencepiece
 import torch
 
-from mixtralkit.config import ModelConfig, ParallelConfig
+from mixtralkit.config import ModelConfig, MoEOptions, ParallelConfig
 from mixtralkit.distributed import RankContext
 from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.layout import RankLayout, canonical_shapes
@@ -61,7 +61,8 @@ def make_model(
 ) -> Transformer:
     """Random weights large enough that greedy answers do not repeat one token."""
     plan = contiguous(config.n_layers, config.num_experts, context.world_size)
-    model = Transformer(RankLayout(config, ParallelConfig(attention, experts), plan, context.rank), context)
+    layout = RankLayout(config, ParallelConfig(attention, experts), plan, context.rank)
+    model = Transformer(layout, context, options=MoEOptions(peer_rows=None))
     model.initialize(seed, std=0.15)
     return model
 

@@ -51,7 +51,8 @@ def load(context: RankContext, plan: str, batch: int, dtype: str = "float32", op
     torch.backends.cuda.matmul.allow_tf32 = False
     return Mixtral.load(
         open_checkpoint(CKPTS), Tokenizer(Path(CKPTS, "tokenizer.model")), context, 256, batch, dtype=dtype,
-        attention="dp", experts="ep", plan=PLANS[plan](), options=options or MoEOptions(), cuda_graphs=graphs,
+        attention="dp", experts="ep", plan=PLANS[plan](), options=options or MoEOptions(peer_rows=None),
+        cuda_graphs=graphs,
     )  # fmt: skip
 
 

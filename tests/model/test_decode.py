@@ -28,7 +28,8 @@ OWN = [(2, 0, 3), (3,), (), (0, 2)]  # the slots that have sequences on each ran
 
 def compare(context: RankContext, config, parallel: ParallelConfig, plan: ExpertPlan) -> None:
     """Prefills two caches, then decodes a few steps in each way, with rows that only fill the shape."""
-    model = Transformer(RankLayout(config, parallel, plan, context.rank), context)
+    layout = RankLayout(config, parallel, plan, context.rank)
+    model = Transformer(layout, context, options=MoEOptions(peer_rows=None))
     model.initialize(0, std=0.15)
     prompts, first, end = PROMPTS, *model.layout.vocab
     if model.ranks_with_own_sequences > 1:
@@ -138,14 +139,14 @@ def _needs_plain_steps(context: RankContext, changes: list[tuple[str, MoEOptions
 
 def test_ways_of_rows_that_need_the_plain_step():
     changes = [
-        ("ep", MoEOptions(), {}),
+        ("ep", MoEOptions(peer_rows=None), {}),
         ("ep", MoEOptions(peer_rows=1), {}),  # fewer than a decode step has
-        ("tp", MoEOptions(), {}),
+        ("tp", MoEOptions(peer_rows=None), {}),
         ("ep", MoEOptions(peer_rows=0), {}),
-        ("ep", MoEOptions(exchange="exact"), {}),
-        ("ep", MoEOptions(FasterOptions(shadow=True)), {}),
-        ("ep", MoEOptions(), {"ranks_per_node": 1}),
-        ("ep", MoEOptions(), {"cold_capacity_factor": 0.5}),
+        ("ep", MoEOptions(exchange="exact", peer_rows=None), {}),
+        ("ep", MoEOptions(FasterOptions(shadow=True), peer_rows=None), {}),
+        ("ep", MoEOptions(peer_rows=None), {"ranks_per_node": 1}),
+        ("ep", MoEOptions(peer_rows=None), {"cold_capacity_factor": 0.5}),
     ]
     assert run_ranks(_needs_plain_steps, 2, changes) == [[False, False, True, True, True, True, False, True]] * 2
 

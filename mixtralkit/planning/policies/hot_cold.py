@@ -23,6 +23,7 @@ def hot_cold(
     cold_capacity_factor: float | None = None,
     cold_token_percent: float = 1.0,
     overflow: str = "drop",
+    cut_order: str = "weight",
 ) -> ExpertPlan:
     """The ``hot_experts`` most chosen experts of each layer in every ring, the lower id first among equals.
 
@@ -59,6 +60,7 @@ def hot_cold(
         cold_capacity_factor=cold_capacity_factor,
         cold_token_percent=cold_token_percent,
         overflow=overflow,
+        cut_order=cut_order,
         meta={"hot_experts": hot, "cold": cold, "ring": ring},
     )
 
