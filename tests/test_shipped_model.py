@@ -34,6 +34,7 @@ class Way:
     shadow: bool = False
     exchange: str = "auto"
     batch: int = 8
+    peer_rows: int | None = 0
 
     def expert_plan(self, world_size: int) -> ExpertPlan:
         layers = open_checkpoint(CKPTS).config.n_layers
@@ -58,6 +59,8 @@ WAYS = [
     Way(),
     Way(plan="replicas", batch=2),
     Way(plan="everywhere"),
+    Way(peer_rows=None),
+    Way(plan="replicas", batch=3, peer_rows=None),
     Way(exchange="exact", schedule=True),
     Way(exchange="exact", schedule=True, shadow=True),
     Way(exchange="static", shadow=True, plan="replicas"),
@@ -68,7 +71,7 @@ WAYS = [
 def _text(context: RankContext, ways: list[Way]) -> list[list[list[int]]]:
     found = []
     for way in ways:
-        options = MoEOptions(FasterOptions(way.schedule, way.shadow, **EAGER), way.exchange)
+        options = MoEOptions(FasterOptions(way.schedule, way.shadow, **EAGER), way.exchange, way.peer_rows)
         mixtral = Mixtral.load(
             open_checkpoint(CKPTS), Tokenizer(CKPTS / "tokenizer.model"), context, 64, way.batch, dtype="float32",
             attention=way.attention, experts=way.experts, plan=way.expert_plan(context.world_size), options=options,
