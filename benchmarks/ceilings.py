@@ -12,23 +12,28 @@ from mixtralkit.kernels.runtime import runs_triton
 from mixtralkit.kernels.timing import times_ms
 
 
+STEADY_MS = 1000.0
+
+
 @dataclass(frozen=True)
 class Ceilings:
     """Bytes/s of reading memory and of copying it (read plus written), and FLOP/s of a square product.
 
-    The slowest rank's, all ranks at once.
+    The slowest rank's, all ranks at once. ``matmul`` is that of a few products, ``matmul_steady`` that of a second of
+    them, after which a GPU runs at the clock that its power limit leaves.
     """
 
     read: float
     copy: float
     matmul: float
+    matmul_steady: float
 
     @classmethod
     def measure(cls, context: RankContext, dtype: torch.dtype) -> Ceilings:
         """Takes 4 GiB of a GPU's memory for a moment, 128 MiB of a CPU's."""
         device = context.device
         context.barrier()
-        found = (*_memory_rates(device), _matmul_rate(device, dtype))
+        found = (*_memory_rates(device), *_matmul_rates(device, dtype))
         if device.type == "cuda":
             torch.cuda.empty_cache()
         return cls(*(min(values) for values in zip(*context.all_gather_objects(found), strict=True)))
@@ -40,7 +45,7 @@ class Ceilings:
     def rounded(self) -> dict[str, float]:
         """For JSON: TB/s and TFLOP/s."""
         return {
-            f"{name}_{'tflops' if name == 'matmul' else 'tb_s'}": round(rate / 1e12, 4)
+            f"{name}_{'tflops' if name.startswith('matmul') else 'tb_s'}": round(rate / 1e12, 4)
             for name, rate in asdict(self).items()
         }
 
@@ -62,7 +67,10 @@ def _memory_rates(device: torch.device) -> tuple[float, float]:
     return 1e3 * size / read_ms, 2e3 * size / copy_ms
 
 
-def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+def _matmul_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     side = 8192 if device.type == "cuda" else 512
     a, b, out = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(3))
-    return 2e3 * side**3 / median(times_ms([lambda: torch.mm(a, b, out=out)], device, 5))
+    calls = [lambda: torch.mm(a, b, out=out)]
+    burst_ms = median(times_ms(calls, device, 5))
+    steady_ms = median(times_ms(calls, device, max(5, round(STEADY_MS / burst_ms)))[-5:])
+    return 2e3 * side**3 / burst_ms, 2e3 * side**3 / steady_ms

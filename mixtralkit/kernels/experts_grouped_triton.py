@@ -1,14 +1,17 @@
 """Rows sorted by expert, two products at the speed of the memory or of the matrix units, and the weighted sum.
 
+The rows are copied to the places of their choices, block by block of an expert, with zeros where an expert leaves a
+block unfilled: what the matrix units multiply there costs less power, and power is what limits them.
+
 Both products are one kernel. Its programs take tiles of (block of rows) × (block of weight rows) one after the other
 and read them through tensor descriptors. It has two forms:
 
 ``stream``, for few rows an expert, where reading the weights takes the time: the weights stand on the M side of the
-matrix units (multiples of 64), the rows on the N side (multiples of 8), and a block that is at most half full takes
-half the instructions. The x rows are gathered on the way in.
+matrix units (multiples of 64), the rows on the N side (multiples of 8), and only as many quarters of a block are
+multiplied as have rows.
 
 Else, for many rows an expert: the rows stand on the M side and the loop over tiles is one with the loop over k, so that
-the next tile's loads run while this one is stored. The x rows are copied into place first, for the descriptors.
+the next tile's loads run while this one is stored.
 """
 
 from __future__ import annotations
@@ -57,11 +60,10 @@ def expert_sum_grouped(
     # With the matrix units busy, kernels that started early and waited cost more than they saved (H200, Triton 3.6).
     overlap = bool(settings["stream"]) and overlaps_launches(x_RD.device)
     order = sort_rows(slots_RK, slots, settings["block_r"], overlap)
-    x_PD = x_RD.contiguous() if settings["stream"] else _spread_rows(x_RD.contiguous(), order, top_k)
-    h_PF = x_RD.new_empty(len(order.source_P), hidden)
-    grouped_product(x_PD, order, w13_SGD, h_PF, settings, top_k=top_k)
-    y_PD = x_RD.new_empty(len(order.source_P), width)
-    grouped_product(h_PF, order, w2_SDF, y_PD, settings)
+    x_PD = _spread_rows(x_RD.contiguous(), order, top_k, overlap)
+    h_PF, y_PD = x_RD.new_empty(order.places, hidden), x_RD.new_empty(order.places, width)
+    grouped_product(x_PD, order, w13_SGD, h_PF, settings, swiglu=True)
+    grouped_product(h_PF, order, w2_SDF, y_PD, settings, swiglu=False)
     out_RD = torch.empty_like(x_RD, memory_format=torch.contiguous_format) if out_RD is None else out_RD
     assert out_RD.is_contiguous()
     residual_RD = None if residual_RD is None else residual_RD.contiguous()
@@ -77,24 +79,23 @@ def expert_sum_grouped(
 def default_settings(
     rows: int, *, slots: int, top_k: int, width: int, hidden: int, processors: int = 132
 ) -> dict[str, int]:
-    """Settings measured on an H200 for Mixtral-8x7B; the launcher makes pipelines shallower where memory is short.
+    """Settings measured on an H200 for Mixtral-8x7B, whole and a quarter of its hidden width; the launcher makes
+    pipelines shallower where memory is short.
 
     Few experts, as on one rank of several, have too few of the wide tiles of w2 to keep all multiprocessors reading:
     two experts of 16 rows took 260 us with these and take 175 with narrow ones.
     """
     mean = rows * top_k / slots
     if mean > SHORT:
-        return _settings(0, 128, (128, 64, 8, 8, 4, 1), (256, 64, 8, 8, 4, 1))
+        return _settings(0, 128, (128, 64, 16, 8, 4, 1), (256, 64, 16, 8, 4, 1))
     if mean > STREAMED:
         return _settings(0, 64, (128, 64, 64, 4, 5, 1), (256, 64, 64, 4, 5, 1))
     few_tiles, narrow = slots * width < 128 * processors, (64, 128, 64, 4, 6, 1)
     if mean <= 24:
-        return _settings(1, 32, (128, 128, 64, 8, 3, 1), narrow if few_tiles else (128, 128, 64, 4, 2, 2))
+        return _settings(1, 32, (128, 128, 64, 8, 3, 1), narrow if few_tiles else (64, 128, 64, 4, 4, 2))
     if mean <= 48:
-        return _settings(1, 64, (128, 64, 64, 4, 5, 1), narrow if few_tiles else (128, 64, 64, 4, 4, 2))
-    if few_tiles:
-        return _settings(1, 128, (128, 64, 64, 8, 6, 1), narrow)
-    return _settings(1, 128, (128, 64, 64, 8, 4, 1), (128, 64, 64, 4, 3, 2))
+        return _settings(1, 64, (64, 128, 64, 4, 3, 2), narrow if few_tiles else (64, 128, 64, 4, 4, 2))
+    return _settings(1, 128, (64, 64, 64, 4, 4, 2), narrow if few_tiles else (128, 64, 64, 4, 3, 2))
 
 
 def candidates(rows: int, *, slots: int, top_k: int, width: int, hidden: int) -> list[dict[str, int]]:
@@ -103,12 +104,12 @@ def candidates(rows: int, *, slots: int, top_k: int, width: int, hidden: int) ->
     found = []
     if mean <= 2 * STREAMED:
         blocks = [r for r in (32, 64, 128) if mean / 2 <= r <= max(4 * mean, 32)] or [128]
-        ups = [(128, 128, 64, 8, 3, 1), (128, 64, 64, 8, 6, 1), (64, 128, 64, 4, 5, 1), (128, 64, 64, 4, 5, 1)]
-        downs = [(128, 128, 64, 4, 2, 2), (128, 64, 64, 4, 4, 2), (128, 128, 64, 8, 5, 1), (256, 64, 64, 8, 5, 1),
+        ups = [(128, 128, 64, 8, 3, 1), (128, 64, 64, 8, 6, 1), (64, 128, 64, 4, 3, 2), (64, 64, 64, 4, 4, 2)]
+        downs = [(64, 128, 64, 4, 4, 2), (128, 64, 64, 4, 4, 2), (128, 64, 64, 4, 3, 2), (256, 64, 64, 8, 4, 1),
                  (64, 128, 64, 4, 6, 1)]  # fmt: skip
         found += [_settings(1, r, up, down) for r in blocks for up in ups for down in downs]
     if mean > STREAMED / 2:
-        for group in (8, 12, 64):
+        for group in (8, 16, 64):
             for stages in (3, 4):
                 found.append(_settings(0, 128, (128, 64, group, 8, stages, 1), (256, 64, group, 8, stages, 1)))
             found.append(_settings(0, 64, (128, 64, group, 4, 5, 1), (256, 64, group, 4, 5, 1)))
@@ -125,45 +126,42 @@ def _settings(stream: int, block_r: int, up: tuple[int, ...], down: tuple[int, .
 
 
 def grouped_product(
-    x: torch.Tensor,
+    x_PI: torch.Tensor,
     order: SortedRows,
     w_SOI: torch.Tensor,
     out_PO: torch.Tensor,
     settings: dict[str, int],
-    top_k: int | None = None,
+    swiglu: bool,
 ) -> None:
-    """Every sorted row times the weights of its slot into ``out_PO``; padding rows of ``out_PO`` come back undefined.
+    """Every sorted row times the weights of its slot into ``out_PO``.
 
-    ``top_k`` says that ``w_SOI`` is w1 above w3, to be combined by SwiGLU, and that ``x`` has, in the streamed form,
-    the rows as they came ([R, I], each chosen ``top_k`` times). Else ``x`` is [P, I].
+    Padding rows of ``out_PO`` are zero as far as they are written, if those of ``x_PI`` are: in the streamed form the
+    last quarters of a block without a row are not. ``swiglu`` says that ``w_SOI`` is w1 above w3, to be combined.
     """
-    swiglu, stream, (slots, _, inner), outer = top_k is not None, bool(settings["stream"]), w_SOI.shape, out_PO.shape[1]
+    stream, (slots, _, inner), outer = bool(settings["stream"]), w_SOI.shape, out_PO.shape[1]
     part = "up_" if swiglu else "down_"
     own = {key.removeprefix(part): value for key, value in settings.items() if key.startswith(part)}
     block_r, block_o = order.block_r, own["block_o"]
-    columns = block_o // 2 if block_o > 128 and not stream else block_o  # stored at once
-    hopper = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
+    columns = block_o if stream else min(block_o, 128)  # stored at once
+    hopper = x_PI.is_cuda and torch.cuda.get_device_capability(x_PI.device)[0] == 9
     staged = 0 if stream else block_r * (columns if hopper else block_o)  # only there both halves take one buffer
     loaded = block_r + block_o * (2 if swiglu else 1)
-    block_k, stages = _depth(x.device, loaded * x.element_size(), staged * x.element_size(), own)
-    if stream:
-        x_blocks = [x if swiglu else TensorDescriptor.from_tensor(x, [r, block_k]) for r in (block_r, block_r // 2)]
-        w, out = TensorDescriptor.from_tensor(w_SOI.flatten(0, 1), [block_o, block_k]), out_PO
+    block_k, stages = _depth(x_PI.device, loaded * x_PI.element_size(), staged * x_PI.element_size(), own)
+    cuts = [1, 2, 4] if block_r >= 64 else [1, 2, 2]  # quarters of 16 rows at least
+    x_blocks = [TensorDescriptor.from_tensor(x_PI, [block_r // (cut if stream else 1), block_k]) for cut in cuts]
+    if swiglu and not stream:  # 8 rows of w1, then 8 of w3: one thread holds both products of a hidden value
+        pairs = w_SOI.view(slots, 2, outer // 8, 8, inner).transpose(1, 2)
+        w = TensorDescriptor.from_tensor(pairs, [1, block_o // 8, 2, 8, block_k])
     else:
-        x_blocks = [TensorDescriptor.from_tensor(x, [block_r, block_k])] * 2
-        out = TensorDescriptor.from_tensor(out_PO, [block_r, columns])
-        if swiglu:  # 8 rows of w1, then 8 of w3: one thread holds both products of a hidden value
-            pairs = w_SOI.view(slots, 2, outer // 8, 8, inner).transpose(1, 2)
-            w = TensorDescriptor.from_tensor(pairs, [1, block_o // 8, 2, 8, block_k])
-        else:
-            w = TensorDescriptor.from_tensor(w_SOI.flatten(0, 1), [block_o, block_k])
+        w = TensorDescriptor.from_tensor(w_SOI.flatten(0, 1), [block_o, block_k])
+    out = out_PO if stream else TensorDescriptor.from_tensor(out_PO, [block_r, columns])
     tiles = triton.cdiv(outer, block_o)
-    overlap = stream and overlaps_launches(x.device)
-    programs = min(len(order.slot_B) * tiles, own["programs"] * multiprocessors(x.device))
+    overlap = stream and overlaps_launches(x_PI.device)
+    programs = min(len(order.slot_B) * tiles, own["programs"] * multiprocessors(x_PI.device))
     _product[programs,](
-        *x_blocks, order.source_P, w, out, order.slot_B, order.rows_B, order.blocks, inner, outer, tiles, top_k or 1,
-        STREAM=stream, SWIGLU=swiglu, BLOCK_R=block_r, BLOCK_O=block_o, COLUMNS=columns, BLOCK_K=block_k,
-        GROUP=own["group"], PRECISION="ieee" if x.dtype == torch.float32 else "tf32", PDL=overlap,
+        *x_blocks, w, out, order.slot_B, order.rows_B, order.span_B2, order.blocks, inner, outer, tiles,
+        STREAM=stream, CUT=cuts[-1], SWIGLU=swiglu, BLOCK_R=block_r, BLOCK_O=block_o, COLUMNS=columns, BLOCK_K=block_k,
+        GROUP=own["group"], PRECISION="ieee" if x_PI.dtype == torch.float32 else "tf32", PDL=overlap,
         num_warps=own["num_warps"], num_stages=stages, **({"launch_pdl": True} if overlap else {}),
     )  # fmt: skip
 
@@ -183,47 +181,62 @@ def _depth(device: torch.device, loaded: int, staged: int, own: dict[str, int]) 
     return block_k, max(min(stages, memory // (loaded * block_k)), 1)
 
 
-def _spread_rows(x_RD: torch.Tensor, order: SortedRows, top_k: int) -> torch.Tensor:
-    """Rows copied to the places of their choices: [P, D], undefined where there is padding."""
+def _spread_rows(x_RD: torch.Tensor, order: SortedRows, top_k: int, overlap: bool) -> torch.Tensor:
+    """Rows copied to the places of their choices, zeros where a block has none: [P, D]."""
     rows, width = x_RD.shape
-    x_PD = x_RD.new_empty(len(order.source_P), width)
-    block_d = min(triton.next_power_of_2(width), 4096)
-    _spread[rows, triton.cdiv(width, block_d)](
-        x_RD, order.place_N, x_PD, width, TOP_K=top_k, BLOCK_D=block_d, num_warps=4
-    )
+    x_PD = x_RD.new_empty(order.places, width)
+    block_d = min(triton.next_power_of_2(width), 1024 if rows < FEW else 4096)
+    _spread[rows + len(order.slot_B), triton.cdiv(width, block_d)](
+        x_RD, order.place_N, order.rows_B, x_PD, rows, width, TOP_K=top_k, BLOCK_R=order.block_r, BLOCK_D=block_d,
+        PDL=overlap, num_warps=4, **({"launch_pdl": True} if overlap else {}),
+    )  # fmt: skip
     return x_PD
 
 
 @triton.jit
 def _product(
-    x, x_half, source_P, w, out_PO, slot_B, rows_B, blocks, inner, outer, tiles, top_k,
-    STREAM: tl.constexpr, SWIGLU: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, COLUMNS: tl.constexpr,
-    BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    x, x_half, x_quarter, w, out_PO, slot_B, rows_B, span_B2, blocks, inner, outer, tiles,
+    STREAM: tl.constexpr, CUT: tl.constexpr, SWIGLU: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A program takes every n-th tile. GROUP row blocks share a block of weight rows while it is in the L2 cache."""
+    """A program takes every n-th tile. Up to GROUP row blocks of a slot, cut evenly, take a block of its weight rows one
+    after the other, so that it is read from memory once and from the L2 cache after that."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     num_blocks = tl.load(blocks)
     for tile in tl.range(tl.program_id(0), num_blocks * tiles, tl.num_programs(0), flatten=not STREAM):
-        group = tile // (GROUP * tiles)
-        size = tl.minimum(num_blocks - group * GROUP, GROUP)
-        block = group * GROUP + tile % (GROUP * tiles) % size
-        o = tile % (GROUP * tiles) // size * BLOCK_O
+        span = span_B2 + 2 * (tile // tiles)
+        begin, count = tl.load(span), tl.load(span + 1)
+        size = tl.cdiv(count, tl.cdiv(count, GROUP))
+        start = begin + (tile // tiles - begin) // size * size
+        size = tl.minimum(size, begin + count - start)
+        within = tile - start * tiles
+        block = start + within % size
+        o = within // size * BLOCK_O
         first = block * BLOCK_R
         slot = tl.load(slot_B + block)
         if STREAM:
             rows = tl.load(rows_B + block)
-            if rows <= BLOCK_R // 2:
+            if CUT == 4 and rows <= BLOCK_R // 4:
                 _stream_tile(
-                    x_half, source_P, w, out_PO, first, rows, o, slot, inner, outer, top_k,
-                    SWIGLU, BLOCK_R // 2, BLOCK_O, BLOCK_K, PRECISION,
+                    x_quarter, x_quarter, w, out_PO, first, o, slot, inner, outer,
+                    SWIGLU, BLOCK_R // 4, 0, BLOCK_O, BLOCK_K, PRECISION,
+                )  # fmt: skip
+            elif rows <= BLOCK_R // 2:
+                _stream_tile(
+                    x_half, x_half, w, out_PO, first, o, slot, inner, outer,
+                    SWIGLU, BLOCK_R // 2, 0, BLOCK_O, BLOCK_K, PRECISION,
+                )  # fmt: skip
+            elif CUT == 4 and rows <= 3 * BLOCK_R // 4:
+                _stream_tile(
+                    x_half, x_quarter, w, out_PO, first, o, slot, inner, outer,
+                    SWIGLU, BLOCK_R // 2, BLOCK_R // 4, BLOCK_O, BLOCK_K, PRECISION,
                 )  # fmt: skip
             else:
                 _stream_tile(
-                    x, source_P, w, out_PO, first, rows, o, slot, inner, outer, top_k,
-                    SWIGLU, BLOCK_R, BLOCK_O, BLOCK_K, PRECISION,
-                )  # fmt: skip
+                    x, x, w, out_PO, first, o, slot, inner, outer, SWIGLU, BLOCK_R, 0, BLOCK_O, BLOCK_K, PRECISION
+                )
         else:
             _matrix_tile(
                 x, w, out_PO, first, o, slot, inner, outer, SWIGLU, BLOCK_R, BLOCK_O, COLUMNS, BLOCK_K, PRECISION
@@ -232,35 +245,46 @@ def _product(
 
 @triton.jit
 def _stream_tile(
-    x, source_P, w, out_PO, first, rows, o, slot, inner, outer, top_k,
-    SWIGLU: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    x, x_more, w, out_PO, first, o, slot, inner, outer,
+    SWIGLU: tl.constexpr, ROWS: tl.constexpr, MORE: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out[first : first + rows, o : o + BLOCK_O], the weights on the M side."""
-    r = tl.arange(0, BLOCK_R)
+    """out[first : first + ROWS + MORE, o : o + BLOCK_O], the weights on the M side; MORE rows are a second product."""
+    w_row = (2 * slot if SWIGLU else slot) * outer + o
+    out_OR = tl.zeros((BLOCK_O, ROWS), tl.float32)
     if SWIGLU:
-        choice = tl.load(source_P + first + r, r < rows, other=0)
-        x_row = x + (choice // top_k).to(tl.int64)[:, None] * inner
-        w_row = 2 * slot * outer + o
-        up_OR = tl.zeros((BLOCK_O, BLOCK_R), tl.float32)
-    else:
-        w_row = slot * outer + o
-    out_OR = tl.zeros((BLOCK_O, BLOCK_R), tl.float32)
+        up_OR = tl.zeros((BLOCK_O, ROWS), tl.float32)
+    if MORE > 0:
+        out_OM = tl.zeros((BLOCK_O, MORE), tl.float32)
+        if SWIGLU:
+            up_OM = tl.zeros((BLOCK_O, MORE), tl.float32)
     for step in tl.range(0, tl.cdiv(inner, BLOCK_K)):
         k = step * BLOCK_K
-        if SWIGLU:
-            column = k + tl.arange(0, BLOCK_K)[None, :]
-            x_RI = tl.load(x_row + column, column < inner, other=0.0)
-            w3_OI = w.load([w_row + outer, k])
-            up_OR = tl.dot(w3_OI, x_RI.T, up_OR, input_precision=PRECISION)
-        else:
-            x_RI = x.load([first, k])
+        x_RI = x.load([first, k])
         w_OI = w.load([w_row, k])
         out_OR = tl.dot(w_OI, x_RI.T, out_OR, input_precision=PRECISION)
+        if MORE > 0:
+            x_MI = x_more.load([first + ROWS, k])
+            out_OM = tl.dot(w_OI, x_MI.T, out_OM, input_precision=PRECISION)
+        if SWIGLU:
+            w3_OI = w.load([w_row + outer, k])
+            up_OR = tl.dot(w3_OI, x_RI.T, up_OR, input_precision=PRECISION)
+            if MORE > 0:
+                up_OM = tl.dot(w3_OI, x_MI.T, up_OM, input_precision=PRECISION)
     if SWIGLU:
         out_OR = out_OR / (1.0 + tl.exp(-out_OR)) * up_OR
-    place_RO = (first + r).to(tl.int64)[:, None] * outer + o + tl.arange(0, BLOCK_O)[None, :]
-    mask_RO = (r < rows)[:, None] & (o + tl.arange(0, BLOCK_O) < outer)[None, :]
-    tl.store(out_PO + place_RO, out_OR.T.to(out_PO.dtype.element_ty), mask_RO)
+    _store_turned(out_PO, out_OR, first, o, outer, ROWS, BLOCK_O)
+    if MORE > 0:
+        if SWIGLU:
+            out_OM = out_OM / (1.0 + tl.exp(-out_OM)) * up_OM
+        _store_turned(out_PO, out_OM, first + ROWS, o, outer, MORE, BLOCK_O)
+
+
+@triton.jit
+def _store_turned(out_PO, out_OR, first, o, outer, ROWS: tl.constexpr, BLOCK_O: tl.constexpr):
+    o_O = o + tl.arange(0, BLOCK_O)
+    place_RO = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None] * outer + o_O[None, :]
+    tl.store(out_PO + place_RO, out_OR.T.to(out_PO.dtype.element_ty), (o_O < outer)[None, :])
 
 
 @triton.jit
@@ -269,7 +293,7 @@ def _matrix_tile(
     SWIGLU: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out[first : first + BLOCK_R, o : o + BLOCK_O], the rows on the M side; padding rows are computed too."""
+    """out[first : first + BLOCK_R, o : o + BLOCK_O], the rows on the M side."""
     acc = tl.zeros((BLOCK_R, (2 if SWIGLU else 1) * BLOCK_O), tl.float32)
     for step in tl.range(0, tl.cdiv(inner, BLOCK_K)):
         k = step * BLOCK_K
@@ -291,16 +315,32 @@ def _matrix_tile(
         out_PO.store([first, o + COLUMNS], right)
 
 
-@triton.jit
-def _spread(x_RD, place_RK, out_PD, D, TOP_K: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Copies one block of one row to the places of its choices."""
-    row = tl.program_id(0).to(tl.int64)
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    x_D = tl.load(x_RD + row * D + d, d < D)
-    for k in tl.static_range(TOP_K):
-        place = tl.load(place_RK + row * TOP_K + k)
-        if place >= 0:
-            tl.store(out_PD + place.to(tl.int64) * D + d, x_D, d < D)
+@triton.jit(do_not_specialize=["rows"])
+def _spread(
+    x_RD, place_RK, rows_B, out_PD, rows, D,
+    TOP_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Copies one block of one row to the places of its choices; programs after those write a block's zeros."""
+    program, d = tl.program_id(0), tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    if program < rows:
+        last = -1
+        for k in tl.static_range(TOP_K):
+            last = tl.maximum(last, tl.load(place_RK + program * TOP_K + k))
+        x_D = tl.load(x_RD + program.to(tl.int64) * D + d, d < tl.where(last >= 0, D, 0))  # else for other ranks
+        for k in tl.static_range(TOP_K):
+            place = tl.load(place_RK + program * TOP_K + k)
+            if place >= 0:
+                tl.store(out_PD + place.to(tl.int64) * D + d, x_D, d < D)
+    else:
+        block = program - rows
+        filled = tl.load(rows_B + block)
+        if filled > 0:
+            for r in range(filled, BLOCK_R):
+                zero_D = tl.zeros((BLOCK_D,), out_PD.dtype.element_ty)
+                tl.store(out_PD + (block * BLOCK_R + r).to(tl.int64) * D + d, zero_D, d < D)
 
 
 @triton.jit

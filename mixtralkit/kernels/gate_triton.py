@@ -1,4 +1,5 @@
-"""The gate in Triton: a program a row where latency counts, blocks of rows on the matrix units where there are many."""
+"""The gate in Triton: programs that hold its weights take row after row, norm included; where there are too many experts
+to hold and many rows, blocks of rows on the matrix units."""
 
 from __future__ import annotations
 
@@ -9,10 +10,11 @@ import triton.language as tl
 from mixtralkit.kernels.gate import Gated
 from mixtralkit.kernels.norm import rms_norm
 from mixtralkit.kernels.norm_triton import normalised
-from mixtralkit.kernels.runtime import overlaps_launches
+from mixtralkit.kernels.runtime import multiprocessors, overlaps_launches
 
-MOST_SINGLE = 512  # rows of which each gets a program of its own
-HELD = 32768  # elements of the gate's matrix that a program holds at a time
+HELD = 32768  # elements of the gate's matrix that a program holds at a time: one program a multiprocessor
+MOST_HELD = 8192  # rows up to which programs that hold all of it beat blocks of rows and a norm before them (H200)
+MOST_SINGLE = 512  # the same where it has to be read again for every row
 
 
 def gate_rows(
@@ -20,9 +22,12 @@ def gate_rows(
     gate_ED: torch.Tensor,
     top_k: int,
     norm: tuple[torch.Tensor, float] | None = None,
-    most_single: int = MOST_SINGLE,
+    most_single: int | None = None,
 ) -> Gated:
-    """``gate.gate`` on a GPU, for at least one row; in blocks where there are more than ``most_single`` rows."""
+    """``gate.gate`` on a GPU, for at least one row; in blocks where there are more than ``most_single`` rows.
+
+    None means ``MOST_HELD`` where a program can hold the gate's matrix, else ``MOST_SINGLE``.
+    """
     (rows, dim), experts = x_TD.shape, gate_ED.shape[0]
     x_TD, gate_ED = x_TD.contiguous(), gate_ED.contiguous()
     like = {"device": x_TD.device}
@@ -35,6 +40,10 @@ def gate_rows(
     overlaps = overlaps_launches(x_TD.device)
     launch = {"launch_pdl": True} if overlaps else {}
     sizes = {"TOP_K": top_k, "BLOCK_K": triton.next_power_of_2(top_k), "PDL": overlaps}
+    block_d, block_e = triton.next_power_of_2(dim), triton.next_power_of_2(experts)
+    held = block_d * block_e <= HELD
+    if most_single is None:
+        most_single = MOST_HELD if held else MOST_SINGLE
     if rows > most_single:
         if norm is not None:
             gated = gated._replace(normed_TD=rms_norm(x_TD, *norm))
@@ -44,18 +53,17 @@ def gate_rows(
             num_warps=4, num_stages=4, **launch,
         )  # fmt: skip
         return gated
-    block_d, block_e = triton.next_power_of_2(dim), triton.next_power_of_2(experts)
     weight_D, eps = (None, 0.0) if norm is None else norm
-    _gate_row[(rows,)](
+    _gate_row[(min(rows, multiprocessors(x_TD.device)) if held else rows,)](
         x_TD, weight_D, gate_ED, gated.experts_TK, gated.weights_TK, gated.logits_TE, gated.normed_TD,
-        dim, experts, eps,
+        rows, dim, experts, eps,
         BLOCK_D=block_d, BLOCK_E=block_e, STRIP_E=max(1, min(block_e, HELD // block_d)), **sizes,
         num_warps=8 if block_d >= 2048 else 4, **launch,
     )  # fmt: skip
     return gated
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _gate_row(
     x,
     norm_weight,
@@ -64,6 +72,7 @@ def _gate_row(
     weights_out,
     logits_out,
     normed,
+    rows,
     dim,
     experts,
     eps,
@@ -74,36 +83,41 @@ def _gate_row(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One row a program: the whole row and a strip of experts at a time, the first strip asked for before the wait."""
-    row = tl.program_id(0).to(tl.int64)
+    """Every n-th row: the whole row, the next one asked for, and a strip of experts at a time, the first strip asked for
+    before the wait."""
     d_D, e_E, e_S = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E), tl.arange(0, STRIP_E)
-    inside_D = d_D < dim
+    inside_D, inside_E = d_D < dim, e_E < experts
     places_SD = gate + e_S[:, None] * dim + d_D[None, :]
-    gate_SD = tl.load(places_SD, (e_S < experts)[:, None] & inside_D[None, :], 0.0)
+    first_SD = tl.load(places_SD, (e_S < experts)[:, None] & inside_D[None, :], 0.0)
     if norm_weight is not None:
         norm_weight_D = tl.load(norm_weight + d_D, inside_D, 0.0)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    x_D = tl.load(x + row * dim + d_D, inside_D, 0.0)
-    if norm_weight is not None:
-        x_D = normalised(x_D, norm_weight_D, dim, eps)
-        tl.store(normed + row * dim + d_D, x_D, inside_D)
-    logits_E = tl.full([BLOCK_E], float("-inf"), tl.float32)
-    for strip in tl.static_range(BLOCK_E // STRIP_E):
-        if strip > 0:
-            inside_S = strip * STRIP_E + e_S < experts
-            gate_SD = tl.load(places_SD + strip * STRIP_E * dim, inside_S[:, None] & inside_D[None, :], 0.0)
-        logits_S = tl.sum(gate_SD.to(tl.float32) * x_D.to(tl.float32)[None, :], 1)
-        if BLOCK_E == STRIP_E:
-            logits_E = logits_S
-        else:  # put the strip at its place
-            here_ES = e_E[:, None] == strip * STRIP_E + e_S[None, :]
-            logits_E = tl.maximum(logits_E, tl.max(tl.where(here_ES, logits_S[None, :], float("-inf")), 1))
-    inside_E = e_E < experts
-    tl.store(logits_out + row * experts + e_E, logits_E, inside_E)
-    left_TE = tl.where(inside_E, logits_E, float("-inf"))[None, :]
-    _choose(left_TE, row + tl.arange(0, 1), row + 1, experts_out, weights_out, TOP_K, BLOCK_K, BLOCK_E)
+    row = tl.program_id(0).to(tl.int64)
+    next_D = tl.load(x + row * dim + d_D, inside_D, 0.0)
+    for _ in range(tl.program_id(0), rows, tl.num_programs(0)):
+        x_D, following = next_D, row + tl.num_programs(0)
+        next_D = tl.load(x + following * dim + d_D, d_D < tl.where(following < rows, dim, 0), 0.0)
+        if norm_weight is not None:
+            x_D = normalised(x_D, norm_weight_D, dim, eps)
+            tl.store(normed + row * dim + d_D, x_D, inside_D)
+        logits_E = tl.full([BLOCK_E], float("-inf"), tl.float32)
+        for strip in tl.static_range(BLOCK_E // STRIP_E):
+            gate_SD = first_SD
+            if strip > 0:
+                inside_S = strip * STRIP_E + e_S < experts
+                gate_SD = tl.load(places_SD + strip * STRIP_E * dim, inside_S[:, None] & inside_D[None, :], 0.0)
+            logits_S = tl.sum(gate_SD.to(tl.float32) * x_D.to(tl.float32)[None, :], 1)
+            if BLOCK_E == STRIP_E:
+                logits_E = logits_S
+            else:  # put the strip at its place
+                here_ES = e_E[:, None] == strip * STRIP_E + e_S[None, :]
+                logits_E = tl.maximum(logits_E, tl.max(tl.where(here_ES, logits_S[None, :], float("-inf")), 1))
+        tl.store(logits_out + row * experts + e_E, logits_E, inside_E)
+        left_TE = tl.where(inside_E, logits_E, float("-inf"))[None, :]
+        _choose(left_TE, row + tl.arange(0, 1), row + 1, experts_out, weights_out, TOP_K, BLOCK_K, BLOCK_E)
+        row = following
 
 
 @triton.jit

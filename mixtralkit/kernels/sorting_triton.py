@@ -20,16 +20,22 @@ ONE_HOT = 8192  # choices of a program × slots: what its registers hold without
 class SortedRows(NamedTuple):
     """Where each choice's row lies among the blocks, and whose each block is; all int32, on the device.
 
-    ``place_N`` is -1 for a choice that no slot here computes. ``source_P`` (the choice at each place) is defined for
-    real rows only. ``slot_B`` and ``rows_B`` are defined for the first ``blocks[0]`` blocks.
+    ``place_N`` is -1 for a choice that no slot here computes. ``rows_B`` is how many rows of a block are real, 0 after
+    the first ``blocks[0]`` blocks, for which alone ``slot_B`` and ``span_B2`` (the first block of the slot, and how many
+    it has) are defined.
     """
 
     place_N: torch.Tensor
-    source_P: torch.Tensor
     slot_B: torch.Tensor
     rows_B: torch.Tensor
+    span_B2: torch.Tensor
     blocks: torch.Tensor
     block_r: int
+
+    @property
+    def places(self) -> int:
+        """Rows of all blocks, P."""
+        return len(self.slot_B) * self.block_r
 
 
 def most_blocks(choices: int, slots: int, block_r: int) -> int:
@@ -49,7 +55,7 @@ def sort_rows(slots_RK: torch.Tensor, slots: int, block_r: int, overlap: bool = 
     chunk = min(triton.next_power_of_2(choices), ONE_HOT // slots_pad)
     chunks = triton.cdiv(choices, chunk)
     blocks = most_blocks(choices, slots, block_r)
-    sizes = [choices, blocks * block_r, blocks, blocks, 1]
+    sizes = [choices, blocks, blocks, 2 * blocks, 1]
     aligned = [triton.cdiv(size, 4) * 4 for size in sizes]  # to 16 bytes: Triton compiles anew for other alignments
     memory = torch.empty(sum(aligned), dtype=torch.int32, device=device)
     parts = [part[:size] for part, size in zip(memory.split(aligned), sizes, strict=True)]
@@ -87,7 +93,7 @@ def _count(slots_N, counts_CS, choices, CHUNK: tl.constexpr, S_PAD: tl.constexpr
 
 @triton.jit(do_not_specialize=["choices", "chunks", "blocks"])
 def _place(
-    slots_N, counts_CS, place_N, source_P, slot_B, rows_B, count, choices, chunks, blocks,
+    slots_N, counts_CS, place_N, slot_B, rows_B, span_B2, count, choices, chunks, blocks,
     BLOCK_R: tl.constexpr, CHUNK: tl.constexpr, CHUNKS_PAD: tl.constexpr, S_PAD: tl.constexpr,
     BLOCKS_STEP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -113,14 +119,16 @@ def _place(
     place = tl.where(tl.sum(hot_NS, 1) > 0, tl.sum(hot_NS * place_NS, 1), -1)
     choice = chunk * CHUNK + tl.arange(0, CHUNK)
     tl.store(place_N + choice, place, choice < choices)
-    tl.store(source_P + place, choice, place >= 0)
 
     slot_S = tl.arange(0, S_PAD)[None, :]
     for first in range(chunk * BLOCKS_STEP, blocks, chunks * BLOCKS_STEP):
         block = first + tl.arange(0, BLOCKS_STEP)
         slot = tl.sum((block[:, None] >= end_S[None, :]).to(tl.int32), 1)  # S_PAD past the last block
         hot_BS = (slot[:, None] == slot_S).to(tl.int32)
-        rows = tl.sum(hot_BS * (total_S - (block[:, None] - start_S[None, :]) * BLOCK_R), 1)
+        start = tl.sum(hot_BS * start_S[None, :], 1)
+        rows = tl.sum(hot_BS * total_S[None, :], 1) - (block - start) * BLOCK_R
         tl.store(slot_B + block, slot, block < blocks)
-        tl.store(rows_B + block, tl.minimum(rows, BLOCK_R), block < blocks)
+        tl.store(rows_B + block, tl.maximum(tl.minimum(rows, BLOCK_R), 0), block < blocks)
+        tl.store(span_B2 + 2 * block, start, block < blocks)
+        tl.store(span_B2 + 2 * block + 1, tl.sum(hot_BS * blocks_S[None, :], 1), block < blocks)
     tl.store(count, tl.sum(blocks_S, 0), chunk == 0)

@@ -95,7 +95,7 @@ class Decoder:
         attention, experts, eps = block.attention, block.feed_forward.experts, self.model.params.norm_eps
         qkv_BP = linear(x_BD, attention.wqkv.weight, norm=(block.attention_norm.weight, eps))
         out_BP = self._attend(layer, block, qkv_BP, positions_B, slots_B)
-        x_BD = linear(out_BP, attention.wo.weight, residual_TO=x_BD)
+        x_BD = linear(out_BP, attention.wo.weight, residual_TO=x_BD, out=x_BD)
         normed_BD, routing = self._route(block, x_BD, (block.ffn_norm.weight, eps))
         slots_BK = self._slots(layer, routing.experts_TK)
         return expert_sum(normed_BD, slots_BK, routing.weights_TK, experts.w13, experts.w2, x_BD), routing
@@ -123,7 +123,7 @@ class Decoder:
         peers, rows = self.model.peers, len(x_BD)
         qkv_BP = linear(normed_BD, attention.wqkv.weight)
         out_BP = self._attend(layer, block, qkv_BP, positions_B, slots_B)
-        x_BD = linear(out_BP, attention.wo.weight, residual_TO=x_BD)
+        x_BD = linear(out_BP, attention.wo.weight, residual_TO=x_BD, out=x_BD)
         normed_BD, routing = self._route(block, x_BD, (block.ffn_norm.weight, eps))
         # rows that only fill the shape, with slot -1, go nowhere: no expert is read for them
         places, kept_B = self.places_L[layer], slots_B

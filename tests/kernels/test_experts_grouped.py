@@ -124,11 +124,42 @@ def test_sorting(choices, slots, block_r, one_hot, monkeypatch):
         for block in range(-(-len(mine) // block_r)):
             assert order.slot_B[start + block] == slot
             assert order.rows_B[start + block] == min(len(mine) - block * block_r, block_r)
+            assert order.span_B2.view(-1, 2)[start + block].tolist() == [start, -(-len(mine) // block_r)]
         start += -(-len(mine) // block_r)
     assert order.blocks.item() == start <= sorting_triton.most_blocks(choices, slots, block_r) == len(order.slot_B)
+    assert order.rows_B[start:].tolist() == [0] * (len(order.rows_B) - start)
     assert torch.equal(order.place_N.long(), want)
-    here = want >= 0
-    assert torch.equal(order.source_P[want[here]].long(), here.nonzero().flatten())
+
+
+@pytest.mark.parametrize("block_r", [32, 64])
+def test_rows_lie_at_their_places_and_the_rest_of_a_block_is_zero(block_r):
+    x_RD, slots_RK, *_ = _inputs(50, 4, 2, 72, 40, torch.float32)
+    order = sorting_triton.sort_rows(slots_RK, 4, block_r)
+    x_PD = experts_grouped_triton._spread_rows(x_RD, order, 2, overlap=False)
+    want_PD = torch.zeros(order.blocks.item() * block_r, 72, device=DEVICE)
+    here_RK = slots_RK >= 0
+    want_PD[order.place_N.view_as(slots_RK)[here_RK].long()] = x_RD[here_RK.nonzero()[:, 0]]
+    assert torch.equal(x_PD[: len(want_PD)], want_PD)
+
+
+@pytest.mark.parametrize("rows", [3, 16, 17, 32, 33, 48, 49, 64])
+def test_every_quarter_of_a_streamed_block(rows):
+    """One expert's block, filled to each side of each quarter; a second block where it overflows."""
+    x_RD, slots_RK, *rest = _inputs(rows + 64, 4, 1, 64, 64, torch.float32)
+    slots_RK = (torch.arange(rows + 64, device=DEVICE) >= rows).long()[:, None]
+    inputs = (x_RD, slots_RK, *rest)
+    got_RD = expert_sum_grouped(*inputs, settings=_settings(1, 64))
+    assert _error(got_RD, expert_sum_plain(*inputs), inputs[-1]) < 1e-5
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 64])
+def test_blocks_of_an_expert_in_groups(group):
+    """Seven blocks of one expert and two of another, in groups that do not divide them."""
+    x_RD, slots_RK, *rest = _inputs(16 * 9, 2, 1, 64, 64, torch.float32)
+    slots_RK = (torch.arange(16 * 9, device=DEVICE) >= 16 * 7).long()[:, None]
+    inputs = (x_RD, slots_RK, *rest)
+    got_RD = expert_sum_grouped(*inputs, settings=_settings(0, 16, up_group=group, down_group=group))
+    assert _error(got_RD, expert_sum_plain(*inputs), inputs[-1]) < 1e-5
 
 
 @pytest.mark.parametrize("rows", [17, 64, 256, 600, 1024, 16384])
@@ -142,9 +173,12 @@ def test_candidates_have_the_settings_of_the_default(rows):
 def test_few_experts_of_few_rows_have_narrow_tiles(likely):
     """As on a rank of several: there the wide tiles of w2 would be fewer than the multiprocessors."""
     shape = {"top_k": 2, "width": 4096, "hidden": 14336}
-    assert default_settings(likely, slots=2, **shape)["down_block_o"] == 64
-    assert default_settings(likely, slots=2, **shape, processors=60)["down_block_o"] == 128
-    assert default_settings(4 * likely, slots=8, **shape)["down_block_o"] == 128
+    def down(rows: int, slots: int, processors: int = 132) -> tuple[int, int]:
+        settings = default_settings(rows, slots=slots, **shape, processors=processors)
+        return settings["down_block_o"], settings["down_programs"]
+
+    assert down(likely, 2) == (64, 1)
+    assert down(likely, 2, processors=60)[1] == down(4 * likely, 8)[1] == 2
 
 
 def test_settings_are_for_the_likely_rows(monkeypatch):

@@ -10,7 +10,7 @@ from mixtralkit.kernels.norm import rms_norm_plain
 
 EPS = 1e-5
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3}
-ROWS, BLOCKS = 512, 0  # most rows of which each gets a program of its own
+ROWS, BLOCKS = 512, 0  # most rows that are taken one by one
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32, std: float = 1.0) -> torch.Tensor:

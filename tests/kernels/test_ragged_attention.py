@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from mixtralkit.kernels.ragged_attention import ragged_attention_plain, span_table
-from mixtralkit.kernels.ragged_attention_triton import candidates, launch_ragged_attention
+from mixtralkit.kernels.ragged_attention_triton import HIDDEN, LOG2_E, candidates, launch_ragged_attention
 
 SLOTS, LENGTH = 5, 72
 SETTINGS = {"block_m": 16, "block_n": 16, "num_warps": 4, "num_stages": 2}
@@ -71,3 +72,11 @@ def compare(shape, spans, window: int | None, dtype: torch.dtype, settings: dict
 
 def test_candidates_are_complete():
     assert all(SETTINGS.keys() == c.keys() for c in candidates(2048, heads=32, kv_heads=8, head_dim=128))
+
+
+@pytest.mark.parametrize("width", [16, 48, 64, 80, 96, 128, 256])
+def test_a_hidden_score_times_the_scale_is_exact(width):
+    """With -1e30 it was not: where a window hid a whole tile from a query, the rounding that a multiply-add left, 1e22,
+    made exp2 infinite and the output NaN. Widths of 16 and 48 showed it on a GPU, 128 did not."""
+    hidden, scale = np.float32(HIDDEN.value), np.float32(width**-0.5 * LOG2_E)
+    assert float(hidden * scale) == float(hidden) * float(scale)
