@@ -173,6 +173,7 @@ def test_candidates_have_the_settings_of_the_default(rows):
 def test_few_experts_of_few_rows_have_narrow_tiles(likely):
     """As on a rank of several: there the wide tiles of w2 would be fewer than the multiprocessors."""
     shape = {"top_k": 2, "width": 4096, "hidden": 14336}
+
     def down(rows: int, slots: int, processors: int = 132) -> tuple[int, int]:
         settings = default_settings(rows, slots=slots, **shape, processors=processors)
         return settings["down_block_o"], settings["down_programs"]
