@@ -60,7 +60,8 @@ def expert_sum_grouped(
     # With the matrix units busy, kernels that started early and waited cost more than they saved (H200, Triton 3.6).
     overlap = bool(settings["stream"]) and overlaps_launches(x_RD.device)
     order = sort_rows(slots_RK, slots, settings["block_r"], overlap)
-    x_PD = _spread_rows(x_RD.contiguous(), order, top_k, overlap)
+    quarters = _quarters(order.block_r) if settings["stream"] else 1
+    x_PD = _spread_rows(x_RD.contiguous(), order, top_k, quarters, overlap)
     h_PF, y_PD = x_RD.new_empty(order.places, hidden), x_RD.new_empty(order.places, width)
     grouped_product(x_PD, order, w13_SGD, h_PF, settings, swiglu=True)
     grouped_product(h_PF, order, w2_SDF, y_PD, settings, swiglu=False)
@@ -135,8 +136,8 @@ def grouped_product(
 ) -> None:
     """Every sorted row times the weights of its slot into ``out_PO``.
 
-    Padding rows of ``out_PO`` are zero as far as they are written, if those of ``x_PI`` are: in the streamed form the
-    last quarters of a block without a row are not. ``swiglu`` says that ``w_SOI`` is w1 above w3, to be combined.
+    Padding rows of ``out_PO`` are zero as far as they are written, if those of ``x_PI`` are: in the streamed form a
+    block's quarters without a row are not. ``swiglu`` says that ``w_SOI`` is w1 above w3, to be combined.
     """
     stream, (slots, _, inner), outer = bool(settings["stream"]), w_SOI.shape, out_PO.shape[1]
     part = "up_" if swiglu else "down_"
@@ -147,8 +148,9 @@ def grouped_product(
     staged = 0 if stream else block_r * (columns if hopper else block_o)  # only there both halves take one buffer
     loaded = block_r + block_o * (2 if swiglu else 1)
     block_k, stages = _depth(x_PI.device, loaded * x_PI.element_size(), staged * x_PI.element_size(), own)
-    cuts = [1, 2, 4] if block_r >= 64 else [1, 2, 2]  # quarters of 16 rows at least
-    x_blocks = [TensorDescriptor.from_tensor(x_PI, [block_r // (cut if stream else 1), block_k]) for cut in cuts]
+    quarters = _quarters(block_r) if stream else 1
+    parts = [block_r // min(part, quarters) for part in (1, 2, 4)]
+    x_blocks = [TensorDescriptor.from_tensor(x_PI, [rows, block_k]) for rows in parts]
     if swiglu and not stream:  # 8 rows of w1, then 8 of w3: one thread holds both products of a hidden value
         pairs = w_SOI.view(slots, 2, outer // 8, 8, inner).transpose(1, 2)
         w = TensorDescriptor.from_tensor(pairs, [1, block_o // 8, 2, 8, block_k])
@@ -160,10 +162,15 @@ def grouped_product(
     programs = min(len(order.slot_B) * tiles, own["programs"] * multiprocessors(x_PI.device))
     _product[programs,](
         *x_blocks, w, out, order.slot_B, order.rows_B, order.span_B2, order.blocks, inner, outer, tiles,
-        STREAM=stream, CUT=cuts[-1], SWIGLU=swiglu, BLOCK_R=block_r, BLOCK_O=block_o, COLUMNS=columns, BLOCK_K=block_k,
+        STREAM=stream, QUARTERS=quarters, SWIGLU=swiglu, BLOCK_R=block_r, BLOCK_O=block_o, COLUMNS=columns, BLOCK_K=block_k,
         GROUP=own["group"], PRECISION="ieee" if x_PI.dtype == torch.float32 else "tf32", PDL=overlap,
         num_warps=own["num_warps"], num_stages=stages, **({"launch_pdl": True} if overlap else {}),
     )  # fmt: skip
+
+
+def _quarters(block_r: int) -> int:
+    """In how many parts a streamed block is multiplied, of 16 rows at least."""
+    return 4 if block_r >= 64 else 2
 
 
 def _depth(device: torch.device, loaded: int, staged: int, own: dict[str, int]) -> tuple[int, int]:
@@ -181,13 +188,17 @@ def _depth(device: torch.device, loaded: int, staged: int, own: dict[str, int]) 
     return block_k, max(min(stages, memory // (loaded * block_k)), 1)
 
 
-def _spread_rows(x_RD: torch.Tensor, order: SortedRows, top_k: int, overlap: bool) -> torch.Tensor:
-    """Rows copied to the places of their choices, zeros where a block has none: [P, D]."""
+def _spread_rows(
+    x_RD: torch.Tensor, order: SortedRows, top_k: int, quarters: int = 1, overlap: bool = False
+) -> torch.Tensor:
+    """Rows copied to the places of their choices: [P, D]. A block's last of ``quarters`` with rows ends in zeros."""
     rows, width = x_RD.shape
     x_PD = x_RD.new_empty(order.places, width)
     block_d = min(triton.next_power_of_2(width), 1024 if rows < FEW else 4096)
+    cut = order.block_r // quarters
     _spread[rows + len(order.slot_B), triton.cdiv(width, block_d)](
-        x_RD, order.place_N, order.rows_B, x_PD, rows, width, TOP_K=top_k, BLOCK_R=order.block_r, BLOCK_D=block_d,
+        x_RD, order.place_N, order.rows_B, x_PD, rows, width,
+        TOP_K=top_k, BLOCK_R=order.block_r, CUT=cut, BLOCK_D=block_d,
         PDL=overlap, num_warps=4, **({"launch_pdl": True} if overlap else {}),
     )  # fmt: skip
     return x_PD
@@ -196,7 +207,7 @@ def _spread_rows(x_RD: torch.Tensor, order: SortedRows, top_k: int, overlap: boo
 @triton.jit
 def _product(
     x, x_half, x_quarter, w, out_PO, slot_B, rows_B, span_B2, blocks, inner, outer, tiles,
-    STREAM: tl.constexpr, CUT: tl.constexpr, SWIGLU: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr,
+    STREAM: tl.constexpr, QUARTERS: tl.constexpr, SWIGLU: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr,
     COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program takes every n-th tile. Up to GROUP row blocks of a slot, cut evenly, take a block of its weight rows one
@@ -218,7 +229,7 @@ def _product(
         slot = tl.load(slot_B + block)
         if STREAM:
             rows = tl.load(rows_B + block)
-            if CUT == 4 and rows <= BLOCK_R // 4:
+            if QUARTERS == 4 and rows <= BLOCK_R // 4:
                 _stream_tile(
                     x_quarter, x_quarter, w, out_PO, first, o, slot, inner, outer,
                     SWIGLU, BLOCK_R // 4, 0, BLOCK_O, BLOCK_K, PRECISION,
@@ -228,7 +239,7 @@ def _product(
                     x_half, x_half, w, out_PO, first, o, slot, inner, outer,
                     SWIGLU, BLOCK_R // 2, 0, BLOCK_O, BLOCK_K, PRECISION,
                 )  # fmt: skip
-            elif CUT == 4 and rows <= 3 * BLOCK_R // 4:
+            elif QUARTERS == 4 and rows <= 3 * BLOCK_R // 4:
                 _stream_tile(
                     x_half, x_quarter, w, out_PO, first, o, slot, inner, outer,
                     SWIGLU, BLOCK_R // 2, BLOCK_R // 4, BLOCK_O, BLOCK_K, PRECISION,
@@ -318,7 +329,7 @@ def _matrix_tile(
 @triton.jit(do_not_specialize=["rows"])
 def _spread(
     x_RD, place_RK, rows_B, out_PD, rows, D,
-    TOP_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+    TOP_K: tl.constexpr, BLOCK_R: tl.constexpr, CUT: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Copies one block of one row to the places of its choices; programs after those write a block's zeros."""
     program, d = tl.program_id(0), tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -337,10 +348,10 @@ def _spread(
     else:
         block = program - rows
         filled = tl.load(rows_B + block)
-        if filled > 0:
-            for r in range(filled, BLOCK_R):
-                zero_D = tl.zeros((BLOCK_D,), out_PD.dtype.element_ty)
-                tl.store(out_PD + (block * BLOCK_R + r).to(tl.int64) * D + d, zero_D, d < D)
+        place = out_PD + (block * BLOCK_R + filled).to(tl.int64) * D + d
+        for _ in range(filled, tl.cdiv(filled, CUT) * CUT):
+            tl.store(place, tl.zeros((BLOCK_D,), out_PD.dtype.element_ty), d < D)
+            place += D
 
 
 @triton.jit

@@ -45,9 +45,12 @@ class Attention(nn.Module):
         self.wo = nn.Linear(*reversed(shapes[f"layers.{layer}.attention.wo.weight"]), **options)
         self.requires_grad_(False)
 
-    def forward(self, x_TD: torch.Tensor, rope: Rope, attend: Attend) -> torch.Tensor:
+    def forward(
+        self, x_TD: torch.Tensor, rope: Rope, attend: Attend, wanted_N: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``wanted_N`` are the rows whose result is wanted; None for all."""
         out_TP = attend(self.layer, self.wqkv(x_TD), rope, (self.heads, self.kv_heads))
-        return self.wo(out_TP)
+        return self.wo(out_TP if wanted_N is None else out_TP[wanted_N])
 
 
 class CachedAttention:

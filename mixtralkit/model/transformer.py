@@ -67,12 +67,15 @@ class Block(nn.Module):
         sums: RowReducer | None,
         rows_per_rank: int | None,
         flight: Flight | None,
+        wanted_N: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, MoEReport]:
         """Rows and their ``attention_norm`` to the block's rows and their norm by ``following``; what experts did.
 
-        ``sums`` adds what the ranks have each a part of; None where each has the whole.
+        ``sums`` adds what the ranks have each a part of; None where each has the whole. Of all rows keys and values are
+        kept, but only ``wanted_N`` go on after that; None means all.
         """
-        x_TD, normed_TD = _add(self.attention(normed_TD, rope, attend), x_TD, self.ffn_norm, sums)
+        out_ND = self.attention(normed_TD, rope, attend, wanted_N)
+        x_TD, normed_TD = _add(out_ND, x_TD if wanted_N is None else x_TD[wanted_N], self.ffn_norm, sums)
         y_TD, report = self.feed_forward(normed_TD, rows_per_rank, flight)
         return *_add(y_TD, x_TD, following, sums), report
 
@@ -208,10 +211,14 @@ class Transformer(nn.Module):
         if rows_per_rank is not None:
             _ = self.peers  # the layers go by it
         attend = CachedAttention(batch, cache, self.params.sliding_window)
-        normed_TD, reports = self._hidden(batch.tokens_T, batch.positions_T, attend, rows_per_rank)
+        # Of the last block's rows only those asked for matter, unless somebody looks at their experts too, or the rows
+        # of an expert that has a capacity would become others.
+        few = len(rows_N) < len(batch.tokens_T) and observe is None and self.layout.plan.cold_capacity_factor is None
+        wanted_N = rows_N if few else None
+        normed_TD, reports = self._hidden(batch.tokens_T, batch.positions_T, attend, rows_per_rank, wanted_N)
         if observe is not None:
             observe(batch, reports)
-        return self._logits(normed_TD[rows_N])
+        return self._logits(normed_TD if few else normed_TD[rows_N])
 
     @torch.no_grad()
     def forward(self, tokens_BT: torch.Tensor, start_pos: int = 0) -> torch.Tensor:
@@ -247,16 +254,23 @@ class Transformer(nn.Module):
         return logits_BTV, [report.routing for report in reports]
 
     def _hidden(
-        self, tokens_T, positions_T, attend: Attend, rows_per_rank: int | None = None
+        self,
+        tokens_T,
+        positions_T,
+        attend: Attend,
+        rows_per_rank: int | None = None,
+        wanted_N: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, list[MoEReport]]:
-        """Every token's last norm [T, D], and what each layer did."""
+        """The last norm of every token [T, D], or of ``wanted_N`` alone, and what each layer did."""
         rope = rotations(positions_T, self.params.head_dim, self.params.rope_theta)
         flight = None if self.two_phase is None else self.two_phase.begin()
         x_TD, reports = self.tok_embeddings(tokens_T), []
         norms = [*(block.attention_norm for block in self.layers), self.norm]
         normed_TD = norms[0](x_TD)
+        ways = (rope, attend, self.sums, rows_per_rank, flight)
         for block, following in zip(self.layers, norms[1:], strict=True):
-            x_TD, normed_TD, report = block(x_TD, normed_TD, following, rope, attend, self.sums, rows_per_rank, flight)
+            wanted = wanted_N if following is self.norm else None
+            x_TD, normed_TD, report = block(x_TD, normed_TD, following, *ways, wanted)
             reports.append(report)
         return normed_TD, reports
 

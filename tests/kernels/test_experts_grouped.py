@@ -135,7 +135,7 @@ def test_sorting(choices, slots, block_r, one_hot, monkeypatch):
 def test_rows_lie_at_their_places_and_the_rest_of_a_block_is_zero(block_r):
     x_RD, slots_RK, *_ = _inputs(50, 4, 2, 72, 40, torch.float32)
     order = sorting_triton.sort_rows(slots_RK, 4, block_r)
-    x_PD = experts_grouped_triton._spread_rows(x_RD, order, 2, overlap=False)
+    x_PD = experts_grouped_triton._spread_rows(x_RD, order, 2)
     want_PD = torch.zeros(order.blocks.item() * block_r, 72, device=DEVICE)
     here_RK = slots_RK >= 0
     want_PD[order.place_N.view_as(slots_RK)[here_RK].long()] = x_RD[here_RK.nonzero()[:, 0]]
