@@ -28,15 +28,17 @@ from peer_fields import peer_fields
 from profile_step import profiled
 
 from mixtralkit.checkpoint import load_into, open_checkpoint
-from mixtralkit.cli import run_tool
-from mixtralkit.config import ModelConfig, MoEOptions, parse_dtype
+from mixtralkit.cli import run_tool, with_fields
+from mixtralkit.config import ModelConfig, parse_dtype
 from mixtralkit.distributed import RankContext
 from mixtralkit.engine.generation import Engine
 from mixtralkit.engine.requests import Request
 from mixtralkit.mixtral import choose_layout
 from mixtralkit.model.transformer import Transformer
+from mixtralkit.options import ModelOptions
 
 
+@with_fields(running=ModelOptions)
 def bench_model(
     model: Path = Path("configs/models/mixtral-8x7b.json"),
     random_weights: bool = False,
@@ -46,17 +48,15 @@ def bench_model(
     new_tokens: int = 256,
     prefill: str | None = None,
     layers: int | None = None,
-    dtype: str | None = None,
-    attention: str = "auto",
-    experts: str = "auto",
     repeats: int = 3,
     check_layers: int = 2,
     profile: Path | None = None,
     profile_steps: int = 8,
     prefill_budget: int | None = None,
-    device: str | None = None,
     seed: int = 0,
     output: Path | None = None,
+    *,
+    running: ModelOptions,
 ) -> None:
     """Times a whole model: decode = (time of all new tokens - time of 1) / (new tokens - 1), and prefill.
 
@@ -69,15 +69,11 @@ def bench_model(
         new_tokens: tokens to generate for each.
         prefill: prompts to time alone, as COUNTxLENGTH, several between commas.
         layers: blocks of the model, fewer than it has, with random weights.
-        dtype: bfloat16 on CUDA, float32 on a CPU when not given.
-        attention: tp, dp or auto.
-        experts: tp, ep or auto.
         repeats: of each measurement; the median counts.
         check_layers: layers whose answers are compared with float32 before anything is timed; 0 for none.
         profile: where traces go, gzipped: NAME.json gives NAME-decode-8.json.gz and so on. Also prints tables.
         profile_steps: decode steps in a trace.
         prefill_budget: prompt tokens of one step; when not given, all prompts of a measurement are one step.
-        device: cpu or cuda.
         seed: of weights and prompts.
         output: file that takes the lines of JSON.
     """
@@ -90,10 +86,10 @@ def bench_model(
         raise ValueError("give either --random_weights or --ckpt, for the weights")
     if ckpt is not None and layers is not None:
         raise ValueError("layers works with random weights only")
-    context = RankContext.start(device)
-    kind = parse_dtype(dtype or ("bfloat16" if context.device.type == "cuda" else "float32"))
+    context = RankContext.start(running.device)
+    kind = parse_dtype(running.dtype or ("bfloat16" if context.device.type == "cuda" else "float32"))
     limits = (prompt_len + new_tokens, max(batches))
-    built, name = _build(context, model, ckpt, layers, limits, kind, attention, experts, seed)
+    built, name = _build(context, model, ckpt, layers, limits, kind, running, seed)
     common = {
         **describe_run(context),
         **{"model": name, "layers": built.params.n_layers, "dtype": str(kind).removeprefix("torch.")},
@@ -336,7 +332,7 @@ class Bench:
 
 def _build(
     context: RankContext, path: Path, ckpt: Path | None, layers: int | None, limits: tuple[int, int],
-    dtype: torch.dtype, attention: str, experts: str, seed: int,
+    dtype: torch.dtype, running: ModelOptions, seed: int,
 ) -> tuple[Transformer, str]:  # fmt: skip
     """The model with its weights, and a name for it."""
     reader = None if ckpt is None else open_checkpoint(ckpt)
@@ -345,8 +341,10 @@ def _build(
         if not 1 <= layers <= config.n_layers:
             raise ValueError(f"layers ({layers}) must lie in 1 … {config.n_layers}")
         config = replace(config, n_layers=layers)
-    options = MoEOptions.from_env()
-    layout = choose_layout(config.with_limits(*limits), context, attention, experts, None, options)
+    options = running.moe()
+    layout = choose_layout(
+        config.with_limits(*limits), context, running.attention, running.experts, running.plan, options
+    )
     model = Transformer(layout, context, dtype, options)
     if reader is None:
         model.initialize(seed)
