@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mixtralkit.automatic import Automatic
 from mixtralkit.config import MoEOptions, parse_dtype
 
 
@@ -19,7 +20,8 @@ class ModelOptions:
         attention: tp splits heads over the ranks, dp the prompts; auto takes tp where the ranks divide the heads and
             faster_schedule, faster_shadow and dynamic are off.
         experts: ep gives each rank whole experts, tp a part of each; auto takes ep.
-        plan: plan.json that says which ranks hold which experts; left out, each rank has its even share.
+        plan: plan.json that says which ranks hold which experts; left out, each rank has its even share. auto takes the
+            plan, and what attention and experts leave open, that are predicted to be fastest and fit the memory.
         exchange: How rows travel to experts: exact sends just what there is, static keeps every shape fixed; auto is
             static for decoding and exact otherwise.
         peer_rows: Most rows of a rank that travel through the GPUs' memory instead of by collectives, at least as many
@@ -33,6 +35,11 @@ class ModelOptions:
         popularity: Profile that two_phase estimates from; tools/profile_experts.py popularity makes one.
         finetune_threshold: Distance of estimated and real loads, 0 to 1, above which two_phase corrects; left out, it
             corrects where other experts are popular than estimated.
+        hardware: File with the machine's speeds, configs/hardware/*.json, by which plan auto chooses and update_step
+            moves experts; left out, the file of this GPU.
+        memory_gb: Most memory that plan auto may take on each rank, in 10^9 bytes; left out, what the GPUs have free.
+        trace: Routing trace that plan auto goes by; left out, it takes all experts as equally likely.
+        explain: Print what plan auto predicted, for every layout and plan.
     """
 
     dtype: str | None = None
@@ -50,11 +57,15 @@ class ModelOptions:
     dynamic: str = "none"
     popularity: Path | None = None
     finetune_threshold: float | None = None
+    hardware: Path | None = None
+    memory_gb: float | None = None
+    trace: Path | None = None
+    explain: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype is not None:
             parse_dtype(self.dtype)
-        self.moe()  # says now what would be wrong later
+        self.moe(), self.automatic()  # say now what would be wrong later
 
     def moe(self) -> MoEOptions:
         """How the MoE layer runs; FasterMoE's switches that are None are those of ``FMOE_FASTER_*``."""
@@ -65,9 +76,13 @@ class ModelOptions:
             finetune_threshold=self.finetune_threshold,
         )  # fmt: skip
 
+    def automatic(self) -> Automatic:
+        """What plan ``auto`` goes by."""
+        return Automatic(self.hardware, self.memory_gb, self.trace, self.explain)
+
     def load_arguments(self) -> dict[str, Any]:
         """What ``Mixtral.load`` takes of them by name."""
         return {
             "dtype": self.dtype, "attention": self.attention, "experts": self.experts, "plan": self.plan,
-            "options": self.moe(),
+            "options": self.moe(), "automatic": self.automatic(),
         }  # fmt: skip

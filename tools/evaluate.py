@@ -31,8 +31,6 @@ from mixtralkit.evaluation.run import Ran, Results, fingerprint, run, what_cuts,
 from mixtralkit.evaluation.work import AnswerOptions, Work, make_works
 from mixtralkit.mixtral import Mixtral, check_world_size, choose_layout
 from mixtralkit.options import ModelOptions
-from mixtralkit.planning.formats import load_plan
-from mixtralkit.planning.plan import ExpertPlan, contiguous
 from mixtralkit.planning.trace import RoutingTrace
 from mixtralkit.version import __version__
 
@@ -123,12 +121,13 @@ def evaluate(
             max_seq_len = min(reader.config.max_seq_len, max(work.longest for work in works))
         for work in works:
             work.check(max_seq_len)
-        placed = _plan(
-            running.plan, reader.config, context.world_size,
-            cold_capacity_factor=cold_capacity_factor, overflow=overflow, cut_order=cut_order,
-        )  # fmt: skip
-        layout = choose_layout(reader.config, context, running.attention, running.experts, placed, moe)
-        dtype = running.dtype or ("bfloat16" if context.device.type == "cuda" else "float32")
+        dtype = choose_dtype(running.dtype, context.device)
+    automatic = running.automatic().resolved(context, dtype, PREFILL_BUDGET)
+    with context.agreed():
+        config = reader.config.with_limits(max_seq_len, max_batch_size)
+        layout = choose_layout(config, context, running.attention, running.experts, running.plan, moe, automatic)
+        changes = {"cold_capacity_factor": cold_capacity_factor, "overflow": overflow, "cut_order": cut_order}
+        placed = replace(layout.plan, **{name: value for name, value in changes.items() if value is not None})
         facts = fingerprint(
             reader.config, [path for part in recognise(model).files for path in part], sp.path, prompts, options, dtype,
             max_seq_len, what_cuts(placed, context.world_size, layout.parallel.attention, max_batch_size),
@@ -141,7 +140,7 @@ def evaluate(
         if not results.is_complete or routing_report is not None:
             mixtral = Mixtral.load(
                 reader, sp, context, max_seq_len, max_batch_size, seed,
-                dtype=dtype, attention=running.attention, experts=running.experts, plan=placed, options=moe,
+                dtype=dtype, attention=layout.parallel.attention, experts=layout.parallel.experts, plan=placed, options=moe,
                 progress=context.is_first and sys.stderr.isatty(),
             )  # fmt: skip
             meta = {"model": model.name, "prompts": prompts.name, "version": __version__}
@@ -189,15 +188,6 @@ def _answer_options(
     elif window > longest:
         raise ValueError(f"window ({window}) must be at most max_seq_len ({longest})")
     return AnswerOptions(window=window, context=window // 2 if text_context is None else text_context, **more)
-
-
-def _plan(path: Path | None, config: ModelConfig, world_size: int, **changes: float | str | None) -> ExpertPlan:
-    """The plan of a file, or each rank its even share; ``changes`` that are None leave it as it is."""
-    if path is None:
-        plan = contiguous(config.n_layers, config.num_experts, world_size)
-    else:
-        plan = load_plan(path, num_experts=config.num_experts, world_size=world_size)
-    return replace(plan, **{name: value for name, value in changes.items() if value is not None})
 
 
 @contextlib.contextmanager

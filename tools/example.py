@@ -59,7 +59,6 @@ def generate(
     policy: str = "balanced",
     slots_per_rank: int | None = None,
     hot_experts: int | None = None,
-    hardware: Path | None = None,
     record_routing: Path | None = None,
     num_gpus: int | None = None,
 ) -> None:
@@ -86,7 +85,6 @@ def generate(
         policy: What makes it: contiguous, hot_cold, two_phase, balanced, shadow or auto.
         slots_per_rank: Most experts of a rank in each layer of such a plan; left out, as many as the first plan has.
         hot_experts: Experts of each layer that hot_cold puts on every rank.
-        hardware: File with the machine's speeds, configs/hardware/*.json, which say whether a move pays.
         record_routing: Write the experts that every token took to this trace, .npz (docs/traces.md).
         num_gpus: The number of ranks, for scripts that state it; torchrun decides it.
     """
@@ -110,7 +108,9 @@ def generate(
         progress=_is_watched(context), **running.load_arguments(),
     )  # fmt: skip
     statistics = _statistics(mixtral, moe_report)
-    mixtral.engine.plan_manager = _plan_manager(mixtral, update_step, policy, slots_per_rank, hot_experts, hardware)
+    mixtral.engine.plan_manager = _plan_manager(
+        mixtral, update_step, policy, slots_per_rank, hot_experts, running.hardware
+    )
     waiting = requests[results.done :]
     with (
         _recording(mixtral, statistics, record_routing, model, prompts),
@@ -144,7 +144,6 @@ def chat(
     policy: str = "balanced",
     slots_per_rank: int | None = None,
     hot_experts: int | None = None,
-    hardware: Path | None = None,
     record_routing: Path | None = None,
 ) -> None:
     """Talks with the model, in Mistral's chat template.
@@ -168,7 +167,6 @@ def chat(
         policy: What makes it: contiguous, hot_cold, two_phase, balanced, shadow or auto.
         slots_per_rank: Most experts of a rank in each layer of such a plan; left out, as many as the first plan has.
         hot_experts: Experts of each layer that hot_cold puts on every rank.
-        hardware: File with the machine's speeds, configs/hardware/*.json, which say whether a move pays.
         record_routing: Write the experts that every token took to this trace, .npz (docs/traces.md).
     """
     sampling = SamplingOptions(temperature, top_p, top_k, min_p, seed)
@@ -183,7 +181,9 @@ def chat(
         progress=_is_watched(context), **running.load_arguments(),
     )  # fmt: skip
     statistics = _statistics(mixtral, moe_report)
-    mixtral.engine.plan_manager = _plan_manager(mixtral, update_step, policy, slots_per_rank, hot_experts, hardware)
+    mixtral.engine.plan_manager = _plan_manager(
+        mixtral, update_step, policy, slots_per_rank, hot_experts, running.hardware
+    )
     with (
         _recording(mixtral, statistics, record_routing, model),
         Session(context.rank, context.world_size) as session,

@@ -61,7 +61,7 @@ class FusedTimeModel(TimeModel):
         return products + self._fused.small_s + seconds
 
     def head_s(self, rows_W: np.ndarray, split: int = 1) -> np.ndarray:
-        """The output matrix, of the vocabulary's part on each of ``split`` ranks, and the small kernels at both ends."""
+        """The output matrix, the vocabulary shared by ``split`` ranks, and the small kernels at both ends."""
         ends_s = _SMALL_AT_ENDS * self._fused.small_s
         return ends_s + self.product_s(rows_W, self.shape.dim * self.shape.vocab / split)
 
@@ -106,7 +106,8 @@ class FusedTimeModel(TimeModel):
 def _product(points: ProductPoints, rows: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
     """(seconds that do not depend on the weights, seconds a weight) of so many rows; 0 for none.
 
-    Between the measured points both lie on lines over the rows; below the first they stay, above the last the rate does.
+    Between the measured points both lie on lines over the rows; below the first they stay, beyond the last the rate
+    does.
     """
     rows = np.asarray(rows, float)
     known_R, start_R, rate_R = np.array(points, float).T
