@@ -81,7 +81,7 @@ def choose_automatically(
 
 
 def find_hardware(path: str | Path | None, context: RankContext) -> Hardware | None:
-    """The machine of a file, or the first in ``configs/hardware`` for this GPU with all figures; None if there is none."""
+    """The machine of a file, or the first in ``configs/hardware`` for this GPU with all figures; None without one."""
     if path is not None:
         return Hardware.load(path)
     if context.device.type != "cuda":

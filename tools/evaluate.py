@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -19,6 +19,7 @@ from mixtralkit.checkpoint.discover import recognise
 from mixtralkit.cli import run_tool, with_fields
 from mixtralkit.config import ModelConfig
 from mixtralkit.distributed import RankContext, rank_of
+from mixtralkit.engine.generation import PREFILL_BUDGET
 from mixtralkit.engine.recorder import RoutingRecorder, together
 from mixtralkit.engine.statistics import MoEStatistics
 from mixtralkit.engine.tokenizer import Tokenizer
@@ -29,7 +30,7 @@ from mixtralkit.evaluation.routing_html import ShownSequence, token_texts
 from mixtralkit.evaluation.routing_report import check_report, write_report
 from mixtralkit.evaluation.run import Ran, Results, fingerprint, run, what_cuts, write_json
 from mixtralkit.evaluation.work import AnswerOptions, Work, make_works
-from mixtralkit.mixtral import Mixtral, check_world_size, choose_layout
+from mixtralkit.mixtral import Mixtral, check_world_size, choose_dtype, choose_layout
 from mixtralkit.options import ModelOptions
 from mixtralkit.planning.trace import RoutingTrace
 from mixtralkit.version import __version__
@@ -129,8 +130,8 @@ def evaluate(
         changes = {"cold_capacity_factor": cold_capacity_factor, "overflow": overflow, "cut_order": cut_order}
         placed = replace(layout.plan, **{name: value for name, value in changes.items() if value is not None})
         facts = fingerprint(
-            reader.config, [path for part in recognise(model).files for path in part], sp.path, prompts, options, dtype,
-            max_seq_len, what_cuts(placed, context.world_size, layout.parallel.attention, max_batch_size),
+            reader.config, [path for part in recognise(model).files for path in part], sp.path, prompts, options,
+            str(dtype).removeprefix("torch."), max_seq_len, what_cuts(placed, context.world_size, layout.parallel.attention, max_batch_size),
         )  # fmt: skip
         if routing_report is not None and context.is_first:
             check_report(routing_report)
@@ -140,7 +141,7 @@ def evaluate(
         if not results.is_complete or routing_report is not None:
             mixtral = Mixtral.load(
                 reader, sp, context, max_seq_len, max_batch_size, seed,
-                dtype=dtype, attention=layout.parallel.attention, experts=layout.parallel.experts, plan=placed, options=moe,
+                dtype=dtype, **asdict(layout.parallel), plan=placed, options=moe,
                 progress=context.is_first and sys.stderr.isatty(),
             )  # fmt: skip
             meta = {"model": model.name, "prompts": prompts.name, "version": __version__}

@@ -68,13 +68,9 @@ def rank_memory(config: ModelConfig, parallel: ParallelConfig, plan: ExpertPlan,
     tokens = min(room.prefill_budget, sequences * room.max_seq_len)
     middle = config.hidden_dim / (world if parallel.experts == "tp" else 1) * config.num_experts_per_tok
     working = tokens * (_ROWS_ALIVE * config.dim + middle) * b + 2 * sequences * config.vocab_size * 4
-    figures = (
-        _weights(config, parallel, plan) * b,
-        cache,
-        _exchange(config, parallel, world, sequences, room),
-        working,
-    )
-    return RankMemory(*(float(size) / 1e9 for size in figures))
+    exchange = _exchange(config, parallel, world, sequences, room)
+    sizes = (_weights(config, parallel, plan) * b, cache, exchange, working)
+    return RankMemory(*(float(size) / 1e9 for size in sizes))
 
 
 def _weights(config: ModelConfig, parallel: ParallelConfig, plan: ExpertPlan) -> int:

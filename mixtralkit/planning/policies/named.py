@@ -41,7 +41,7 @@ def _with_extra_slots(loads_LE: np.ndarray, world_size: int, extra: int) -> Expe
     Where they do not divide by the ranks, each rank gets the next whole number and the replicas too many are left out,
     those first that leave the heaviest rank lightest; among equals of the rank that has most so far.
     """
-    num_layers, num_experts = loads_LE.shape
+    num_experts = loads_LE.shape[1]
     slots = math.ceil((num_experts + extra) / world_size)
     if slots > num_experts:
         most = num_experts * (world_size - 1)
