@@ -131,7 +131,8 @@ def evaluate(
         placed = replace(layout.plan, **{name: value for name, value in changes.items() if value is not None})
         facts = fingerprint(
             reader.config, [path for part in recognise(model).files for path in part], sp.path, prompts, options,
-            str(dtype).removeprefix("torch."), max_seq_len, what_cuts(placed, context.world_size, layout.parallel.attention, max_batch_size),
+            str(dtype).removeprefix("torch."), max_seq_len,
+            what_cuts(placed, context.world_size, layout.parallel.attention, max_batch_size),
         )  # fmt: skip
         if routing_report is not None and context.is_first:
             check_report(routing_report)
