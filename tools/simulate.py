@@ -51,8 +51,8 @@ def main(
         chunks: parts of a step whose exchange and products overlap (layouts ep and two_stage).
         context: tokens of each sequence that are in the cache already.
         span: tokens of a step that belong to one sequence; 1 in decode.
-        fused: steps of this project's kernels, which layout peer needs, instead of plain torch; for a hardware file with
-            their figures, such as configs/hardware/h200x4.json.
+        fused: steps of this project's kernels instead of plain torch, as layout peer needs; the hardware file must have
+            their figures, as configs/hardware/h200x4.json does.
         hardware: hardware file; configs/hardware/h200.json when not given.
         model: configuration of the model, for its sizes; Mixtral 8x7B when not given. Experts and choices are the
             trace's.

@@ -94,7 +94,8 @@ def candidates(situation: Situation) -> list[Candidate]:
     if heads_divide and config.hidden_dim >= world:
         ways.append((ParallelConfig("tp", "tp"), "tp", "split", plain))
     if world > 1:
-        plans = {name: named_plan(name, situation.loads_LE, world) for name in _plan_names(config.num_experts, world)}
+        names = _plan_names(config.num_experts, world, situation.trace is not None)
+        plans = {name: named_plan(name, situation.loads_LE, world) for name in names}
         if heads_divide:
             ways.append((ParallelConfig("tp", "ep"), "tp_ep", "contiguous", plain))
             ways += [(ParallelConfig("tp", "ep"), "tp_ep", n, p) for n, p in plans.items() if n.startswith("balanced")]
@@ -168,9 +169,9 @@ def sample_steps(
     return [trace.take(place_N[step * tokens : (step + 1) * tokens]) for step in range(steps)]
 
 
-def _plan_names(num_experts: int, world: int) -> list[str]:
+def _plan_names(num_experts: int, world: int, loads_differ: bool) -> list[str]:
     """Plans to try: hot experts, slots beyond one for each expert, all experts everywhere."""
-    names = ["contiguous", *(f"hot_cold+{hot}" for hot in (1, 2, 4) if hot < num_experts)]
-    extras = sorted({0, world // 2, world, 2 * world, 4 * world})
-    names += [f"balanced+{extra}" for extra in extras if extra < num_experts * (world - 1)]
-    return [*names, "everywhere"]
+    hot = [f"hot_cold+{count}" for count in (1, 2, 4) if count < num_experts and loads_differ]
+    extras = sorted({0, world // 2, world, 2 * world, 4 * world} - (set() if loads_differ else {0}))
+    more = [f"balanced+{extra}" for extra in extras if extra < num_experts * (world - 1)]
+    return ["contiguous", *hot, *more, "everywhere"]
