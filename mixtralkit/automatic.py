@@ -60,6 +60,8 @@ def choose_automatically(
     """
     hardware = find_hardware(automatic.hardware, context)
     if hardware is None:
+        if automatic.explain and context.is_first:
+            print("plan auto: no hardware file has figures of this device, so nothing is predicted", file=sys.stderr)
         return None
     if attention == "auto" and (options.faster.schedule or options.copies_experts):
         attention = "dp"  # these need rows that travel
@@ -68,7 +70,7 @@ def choose_automatically(
         config, hardware, context.world_size,
         Room(
             config.max_batch_size, config.max_seq_len, automatic.prefill_budget, options.peer_rows if graphs else 0,
-            automatic.data_bytes,
+            automatic.data_bytes, options.shadow_memory_gb if options.copies_experts else 0.0,
         ),
         attention, experts, None if automatic.trace is None else RoutingTrace.load(automatic.trace, config.num_experts),
         plain_layout="ep" if options.exchange == "exact" else "static",

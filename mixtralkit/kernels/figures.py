@@ -126,7 +126,7 @@ def measure_fused(
 
 def _small(clock: KernelClock, sizes: Sizes) -> tuple[float, float]:
     """A gate of one row in a graph, and the pause between two graphs, told apart by graphs of two lengths."""
-    x_TD, weight_ED = _normal(clock, sizes, 1, sizes.dim), _normal(clock, sizes, SLOTS, sizes.dim)
+    x_TD, weight_ED = _normal(clock, sizes, 1, sizes.dim), _normal(clock, sizes, 2 * SLOTS, sizes.dim)
     norm = (torch.ones(sizes.dim, dtype=sizes.dtype, device=clock.context.device), EPS)
     call = [lambda: gate(x_TD, weight_ED, TOP_K, norm)]
     few, many = (turns * clock(call, turns) for turns in (32, 128))

@@ -21,7 +21,7 @@ class RankMemory:
     Attributes:
         weights: parameters.
         cache: keys and values of all the rank's sequences at full length.
-        exchange: memory that other ranks' kernels write.
+        exchange: memory that other ranks' kernels write, and for copies of their experts.
         working: rows inside a step of prompts, and the logits.
     """
 
@@ -45,6 +45,7 @@ class Room:
         prefill_budget: prompt tokens that a rank runs in one step.
         peer_rows: as ``MoEOptions.peer_rows``.
         data_bytes: of a number.
+        copies_gb: 10⁹ bytes a rank keeps for copies of other ranks' experts (shadows, two phases).
     """
 
     batch: int
@@ -52,6 +53,7 @@ class Room:
     prefill_budget: int
     peer_rows: int | None = 0
     data_bytes: int = 2
+    copies_gb: float = 0.0
 
 
 def rank_memory(config: ModelConfig, parallel: ParallelConfig, plan: ExpertPlan, room: Room) -> RankMemory:
@@ -68,7 +70,7 @@ def rank_memory(config: ModelConfig, parallel: ParallelConfig, plan: ExpertPlan,
     tokens = min(room.prefill_budget, sequences * room.max_seq_len)
     middle = config.hidden_dim / (world if parallel.experts == "tp" else 1) * config.num_experts_per_tok
     working = tokens * (_ROWS_ALIVE * config.dim + middle) * b + 2 * sequences * config.vocab_size * 4
-    exchange = _exchange(config, parallel, world, sequences, room)
+    exchange = _exchange(config, parallel, world, sequences, room) + room.copies_gb * 1e9
     sizes = (_weights(config, parallel, plan) * b, cache, exchange, working)
     return RankMemory(*(float(size) / 1e9 for size in sizes))
 
