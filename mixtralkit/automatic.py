@@ -11,6 +11,7 @@ import torch
 from mixtralkit.config import ModelConfig, MoEOptions, ParallelConfig
 from mixtralkit.distributed import RankContext
 from mixtralkit.planning.choose import Situation, candidates, choose, table
+from mixtralkit.planning.fused_cost import MOST_RANKS
 from mixtralkit.planning.hardware import Hardware
 from mixtralkit.planning.memory import Room
 from mixtralkit.planning.plan import ExpertPlan
@@ -66,6 +67,7 @@ def choose_automatically(
     if attention == "auto" and (options.faster.schedule or options.copies_experts):
         attention = "dp"  # these need rows that travel
     graphs = options.exchange != "exact" and options.backend == "mixtralkit" and not options.copies_experts
+    graphs = graphs and context.world_size <= MOST_RANKS
     situation = Situation(
         config, hardware, context.world_size,
         Room(

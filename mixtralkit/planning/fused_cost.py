@@ -9,6 +9,8 @@ import numpy as np
 from mixtralkit.planning.cost import TimeModel, ring_share
 from mixtralkit.planning.hardware import FusedKernels, ProductPoints, WirePoints
 
+# Ranks that reach into each other's memory, on one node (``kernels.all_reduce``, ``kernels.peer_exchange``).
+MOST_RANKS = 8
 # Embedding, first norm, choice of the token, and its exchange.
 _SMALL_AT_ENDS = 4
 # A norm reads what is added and what it is added to, and writes their sum and its norm.
@@ -19,7 +21,7 @@ _PASSES_OF_NORM, _PASSES_OF_GATE = 4, 2
 class FusedTimeModel(TimeModel):
     """``TimeModel`` of fused kernels: few of them, each with a fixed price that is measured and no launch.
 
-    Among ranks of several nodes rows still go by the collectives of ``TimeModel``.
+    Where ranks cannot reach into each other's memory, sums are the collectives of ``TimeModel``.
     """
 
     def __post_init__(self) -> None:
@@ -71,7 +73,7 @@ class FusedTimeModel(TimeModel):
 
     def all_reduce_s(self, size: np.ndarray | float) -> np.ndarray | float:
         """The kernel that sums ``size`` bytes of rows over the ranks, with residual and norm."""
-        if self._fused.sums is None or self.world_size == 1 or self._spans_nodes:
+        if self._fused.sums is None or self.world_size == 1 or not self._reach_each_other:
             return super().all_reduce_s(size)
         alike = np.asarray(size, float) * ring_share(self.world_size) / ring_share(self._fused.members)
         return np.where(alike > 0, _on_wire(self._fused.sums, alike), 0.0)
@@ -80,8 +82,8 @@ class FusedTimeModel(TimeModel):
         """Rows to the ranks that compute them and sums back, through memory: bytes [..., W] of one of the two ways."""
         if self._fused.exchange is None:
             raise ValueError(f"fused.exchange of hardware {self.hardware.name} (null) must be given for layout 'peer'")
-        if self._spans_nodes:
-            raise ValueError("layout 'peer' needs all ranks on one node")
+        if not self._reach_each_other:
+            raise ValueError(f"layout 'peer' needs all ranks on one node, at most {MOST_RANKS}")
         busiest = np.maximum(out_W, into_W).max(-1)
         return np.full(busiest.shape, 0.0) if self.world_size == 1 else _on_wire(self._fused.exchange, busiest)
 
@@ -99,8 +101,8 @@ class FusedTimeModel(TimeModel):
         return self.shape.data_bytes / self.hardware.data_bytes
 
     @property
-    def _spans_nodes(self) -> bool:
-        return self.ranks_per_node is not None and self.ranks_per_node < self.world_size
+    def _reach_each_other(self) -> bool:
+        return self.world_size <= min(MOST_RANKS, self.ranks_per_node or MOST_RANKS)
 
 
 def _product(points: ProductPoints, rows: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:

@@ -135,8 +135,13 @@ class Replay:
 
     def _replicated(self, layer: int, holders: Holders, experts_TK: np.ndarray):
         source_T = np.zeros_like(self.home_T)
-        ranks_TK = holders.assign(experts_TK, source_T, self.step_T, self.steps, self.spread, rows_are_everywhere=True)
-        waits = self.model.hardware.sync_s if holders.has_choice(True) else 0.0
+        if self.execution.fused and self.execution.span == 1:  # no counts are taken in a graph
+            place_T = np.arange(len(self.step_T)) - (self.tokens_S.cumsum() - self.tokens_S)[self.step_T]
+            ranks_TK, waits = holders.assign_in_turn(experts_TK, source_T, place_T, rows_are_everywhere=True), 0.0
+        else:
+            everywhere = {"rows_are_everywhere": True}
+            ranks_TK = holders.assign(experts_TK, source_T, self.step_T, self.steps, self.spread, **everywhere)
+            waits = self.model.hardware.sync_s if holders.has_choice(True) else 0.0
         return ranks_TK, (
             np.full(self.steps, waits), self._experts_s(self.step_T, self.steps, ranks_TK, experts_TK),
             self._sum_everywhere(layer),

@@ -7,15 +7,22 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
+from mixtralkit.config import ParallelConfig
+from mixtralkit.kernels import all_reduce, peer_exchange
+from mixtralkit.kernels.peer_exchange import ExpertPlaces
+from mixtralkit.layout import RankLayout
+from mixtralkit.model.decode import _slots_in_turn
 from mixtralkit.planning.cost import ModelShape
-from mixtralkit.planning.fused_cost import FusedTimeModel
+from mixtralkit.planning.fused_cost import MOST_RANKS, FusedTimeModel
 from mixtralkit.planning.hardware import FusedKernels, Hardware
 from mixtralkit.planning.plan import contiguous, everywhere
 from mixtralkit.planning.policies.named import named_plan
 from mixtralkit.planning.replay import Execution
 from mixtralkit.planning.simulate import sample_routing, simulate
 from mixtralkit.planning.trace import RoutingTrace
+from tests.configs import small_config
 from tests.planning.machines import machine
 
 SHAPE = ModelShape(dim=1000, hidden=2000, num_experts=8, top_k=2, heads=10, kv_heads=2, head_dim=100, vocab=5000)
@@ -102,6 +109,31 @@ def test_rows_through_memory_go_once_to_each_rank():
     )
 
 
+@pytest.mark.parametrize("name", ["contiguous", "hot_cold+1", "balanced+3", "everywhere"])
+def test_choices_are_computed_where_a_decode_step_computes_them(name):
+    """Against the tables of the running steps, for steps of 28 rows over 4 ranks, 7 of each where each has its own."""
+    config = small_config()
+    plan = named_plan(name, np.random.default_rng(3).random((config.n_layers, 8)), 4)
+    trace = sample_routing(np.ones((config.n_layers, 8)), 56, 2)
+    shape = ModelShape.of(config)
+    split = simulate(plan, trace, shape, _hardware(), Execution("tp_ep", 7, fused=True))
+    own = simulate(plan, trace, shape, _hardware(), Execution("peer", 7, fused=True))
+    wanted_split, wanted_own = np.zeros((2, config.n_layers, 4))
+    for layer in range(config.n_layers):
+        slots_WE = plan.slot_of_LWE[layer]
+        for rank in range(4):
+            layout = RankLayout(config, ParallelConfig("tp", "ep"), plan, rank)
+            slots_TE = _slots_in_turn(layout, layer, 28, torch.device("cpu"))
+            places = ExpertPlaces.of(slots_WE, rank, torch.device("cpu"))
+            for step in range(2):
+                chosen_TK = torch.tensor(trace.experts[28 * step : 28 * step + 28, layer].astype(np.int64))
+                wanted_split[layer, rank] += int((slots_TE.gather(1, chosen_TK) >= 0).sum())
+                ranks_TK, _ = places.look_up(chosen_TK[7 * rank : 7 * rank + 7])
+                wanted_own[layer] += np.bincount(ranks_TK.flatten(), minlength=4)
+    np.testing.assert_array_equal(split.rows_LW, wanted_split)
+    np.testing.assert_array_equal(own.rows_LW, wanted_own)
+
+
 def test_a_plan_that_holds_all_experts_everywhere_sends_nothing():
     trace = sample_routing(np.ones((2, 8)), 64, 2)
     found = simulate(everywhere(2, 8, 4), trace, SHAPE, _hardware(), Execution("peer", fused=True))
@@ -132,8 +164,13 @@ def test_what_must_be_known():
     trace = sample_routing(np.ones((1, 8)), 8, 2)
     with pytest.raises(ValueError, match=r"fused.exchange of hardware test \(null\)"):
         simulate(contiguous(1, 8, 4), trace, SHAPE, _hardware(exchange=None), Execution("peer", fused=True))
-    with pytest.raises(ValueError, match="all ranks on one node"):
-        _model(8, 4).peer_exchange_s(np.ones(8), np.ones(8))
+    for world_size, per_node in ((8, 4), (16, None)):
+        with pytest.raises(ValueError, match="all ranks on one node, at most 8"):
+            _model(world_size, per_node).peer_exchange_s(np.ones(world_size), np.ones(world_size))
+
+
+def test_as_many_ranks_as_the_kernels_take():
+    assert MOST_RANKS == all_reduce.MOST_RANKS == peer_exchange.MOST_RANKS
 
 
 def test_saved_and_loaded_is_the_same(tmp_path):
