@@ -17,6 +17,8 @@ from mixtralkit.planning.memory import Room
 from mixtralkit.planning.plan import ExpertPlan
 from mixtralkit.planning.trace import RoutingTrace
 
+# Of the free memory, left for what is not predicted: buffers of NCCL and libraries, memory pools of graphs. Assumed.
+RESERVE_GB = 1.0
 MACHINES = Path(__file__).resolve().parents[1] / "configs" / "hardware"
 
 
@@ -26,8 +28,8 @@ class Automatic:
 
     Attributes:
         hardware: file with the machine's figures; None for the one in ``configs/hardware`` with this device's name.
-        memory_gb: most 10⁹ bytes a rank may take; None, once ``resolved``, is the least free memory of the ranks' GPUs,
-            and no limit on CPUs.
+        memory_gb: most 10⁹ bytes a rank may take; None, once ``resolved``, is the least free memory of the ranks' GPUs
+            less ``RESERVE_GB``, and no limit on CPUs.
         trace: routing to plan by, a file; None takes all experts as equally likely.
         explain: print every candidate on rank 0's stderr.
         data_bytes, prefill_budget: of the run that is planned; ``resolved`` fills them in.
@@ -48,7 +50,8 @@ class Automatic:
         """With what only the running ranks know. Collective, so that all of them choose alike."""
         budget_gb = self.memory_gb
         if budget_gb is None and context.device.type == "cuda":
-            budget_gb = min(context.all_gather_objects(torch.cuda.mem_get_info(context.device)[0])) / 1e9
+            free = min(context.all_gather_objects(torch.cuda.mem_get_info(context.device)[0]))
+            budget_gb = max(free / 1e9 - RESERVE_GB, 1e-9)
         return replace(self, memory_gb=budget_gb, data_bytes=dtype.itemsize, prefill_budget=prefill_budget)
 
 

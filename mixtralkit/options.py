@@ -36,8 +36,9 @@ class ModelOptions:
         finetune_threshold: Distance of estimated and real loads, 0 to 1, above which two_phase corrects; left out, it
             corrects where other experts are popular than estimated.
         hardware: File with the machine's speeds, configs/hardware/*.json, by which plan auto chooses and update_step
-            moves experts; left out, the file of this GPU.
-        memory_gb: Most memory that plan auto may take on each rank, in 10^9 bytes; left out, what the GPUs have free.
+            moves experts; left out, plan auto takes the file of this GPU, update_step h200 or, on a CPU, cpu-2core.
+        memory_gb: Most memory that plan auto may take on each rank, in 10^9 bytes; left out, what the GPUs have free,
+            less one.
         trace: Routing trace that plan auto goes by; left out, it takes all experts as equally likely.
         explain: Print what plan auto predicted, for every layout and plan.
     """

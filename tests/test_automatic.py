@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mixtralkit import Mixtral
-from mixtralkit.automatic import Automatic, find_hardware
+from mixtralkit.automatic import RESERVE_GB, Automatic, find_hardware
 from mixtralkit.config import FasterOptions, MoEOptions
 from mixtralkit.distributed import RankContext
 from mixtralkit.mixtral import choose_layout
@@ -85,7 +85,7 @@ def test_a_file_for_this_gpu_is_found(monkeypatch):
 def test_the_budget_left_out_is_the_least_free_memory(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (70e9, 80e9))
     on_gpu = RankContext(device=torch.device("cuda", 0))
-    assert Automatic().resolved(on_gpu, torch.bfloat16, 100).memory_gb == 70
+    assert Automatic().resolved(on_gpu, torch.bfloat16, 100).memory_gb == 70 - RESERVE_GB
     assert Automatic(memory_gb=40).resolved(on_gpu, torch.bfloat16, 100).memory_gb == 40
     on_cpu = Automatic().resolved(RankContext(), torch.float32, 100)
     assert (on_cpu.memory_gb, on_cpu.data_bytes, on_cpu.prefill_budget) == (None, 4, 100)
