@@ -3,6 +3,8 @@
     python benchmarks/bench_model.py --model configs/models/mixtral-8x7b.json --random_weights --batch 1,8,64,256 \
         --prompt_len 128 --new_tokens 256 --prefill 8x2048
     torchrun --standalone --nproc_per_node=4 benchmarks/bench_model.py … --attention tp --experts tp
+    torchrun --standalone --nproc_per_node=4 benchmarks/bench_model.py … --attention dp --experts ep --peer_rows none \
+        --plan contiguous,hot_cold,balanced+2,balanced+4,balanced+8,everywhere
 
 Prints one line of JSON a measurement on stdout, a table on stderr. docs/performance.md says what the fields mean.
 """
@@ -22,21 +24,24 @@ from statistics import mean, median
 import torch
 from ceilings import Ceilings
 from machine import describe_run
-from model_bounds import decode_bytes, expected_experts, prefill_operations
-from model_check import GREEDY, TOLERANCE, check
+from model_bounds import choice_shares, decode_bytes, expected_experts, prefill_operations
+from model_check import TOLERANCE, check
+from model_plans import memory_by_rank, needs_loads, plan_fields, rows_through_memory
+from model_source import RandomWords, Source, random_requests
 from peer_fields import peer_fields
 from profile_step import profiled
 
-from mixtralkit.checkpoint import load_into, open_checkpoint
-from mixtralkit.cli import run_tool
-from mixtralkit.config import ModelConfig, MoEOptions, parse_dtype
+from mixtralkit.checkpoint import open_checkpoint
+from mixtralkit.cli import run_tool, with_fields
+from mixtralkit.config import ModelConfig, parse_dtype
 from mixtralkit.distributed import RankContext
 from mixtralkit.engine.generation import Engine
 from mixtralkit.engine.requests import Request
-from mixtralkit.mixtral import choose_layout
 from mixtralkit.model.transformer import Transformer
+from mixtralkit.options import ModelOptions
 
 
+@with_fields(running=ModelOptions)
 def bench_model(
     model: Path = Path("configs/models/mixtral-8x7b.json"),
     random_weights: bool = False,
@@ -46,38 +51,36 @@ def bench_model(
     new_tokens: int = 256,
     prefill: str | None = None,
     layers: int | None = None,
-    dtype: str | None = None,
-    attention: str = "auto",
-    experts: str = "auto",
     repeats: int = 3,
     check_layers: int = 2,
     profile: Path | None = None,
     profile_steps: int = 8,
     prefill_budget: int | None = None,
-    device: str | None = None,
     seed: int = 0,
     output: Path | None = None,
+    *,
+    running: ModelOptions,
 ) -> None:
     """Times a whole model: decode = (time of all new tokens - time of 1) / (new tokens - 1), and prefill.
+
+    --plan takes auto, or plan files and names, several between commas: contiguous, hot_cold+N (N hot experts, 1 without
+    +N), balanced+N (N slots a layer more than experts), everywhere. Loads to plan by are those of --trace, or of random
+    prompts that are run before.
 
     Args:
         model: architecture, a params.json; not read with --ckpt.
         random_weights: normal weights, made on the device.
         ckpt: folder of a checkpoint, instead of random weights.
-        batch: numbers of sequences to decode, between commas.
+        batch: numbers of sequences to decode, over all ranks, between commas.
         prompt_len: random tokens of each prompt.
         new_tokens: tokens to generate for each.
         prefill: prompts to time alone, as COUNTxLENGTH, several between commas.
         layers: blocks of the model, fewer than it has, with random weights.
-        dtype: bfloat16 on CUDA, float32 on a CPU when not given.
-        attention: tp, dp or auto.
-        experts: tp, ep or auto.
         repeats: of each measurement; the median counts.
         check_layers: layers whose answers are compared with float32 before anything is timed; 0 for none.
         profile: where traces go, gzipped: NAME.json gives NAME-decode-8.json.gz and so on. Also prints tables.
         profile_steps: decode steps in a trace.
         prefill_budget: prompt tokens of one step; when not given, all prompts of a measurement are one step.
-        device: cpu or cuda.
         seed: of weights and prompts.
         output: file that takes the lines of JSON.
     """
@@ -90,64 +93,71 @@ def bench_model(
         raise ValueError("give either --random_weights or --ckpt, for the weights")
     if ckpt is not None and layers is not None:
         raise ValueError("layers works with random weights only")
-    context = RankContext.start(device)
-    kind = parse_dtype(dtype or ("bfloat16" if context.device.type == "cuda" else "float32"))
-    limits = (prompt_len + new_tokens, max(batches))
-    built, name = _build(context, model, ckpt, layers, limits, kind, attention, experts, seed)
+    context = RankContext.start(running.device)
+    kind = parse_dtype(running.dtype or ("bfloat16" if context.device.type == "cuda" else "float32"))
+    reader = None if ckpt is None else open_checkpoint(ckpt)
+    config = ModelConfig.from_file(model) if reader is None else reader.config
+    if layers is not None:
+        if not 1 <= layers <= config.n_layers:
+            raise ValueError(f"layers ({layers}) must lie in 1 … {config.n_layers}")
+        config = replace(config, n_layers=layers)
+    most = max(batches + [count for count, _ in prompts])
+    source = Source(config.with_limits(prompt_len + new_tokens, most), reader, context, kind, running, seed)
+    plans = None if running.plan is None else str(running.plan).split(",")
+    loads_LE, loads_from = source.loads(plans or [], prompt_len, new_tokens)
     common = {
         **describe_run(context),
-        **{"model": name, "layers": built.params.n_layers, "dtype": str(kind).removeprefix("torch.")},
-        **{"weights": "random" if random_weights else "checkpoint", **asdict(built.layout.parallel)},
-    }
-    bench = Bench(built, context, seed, repeats, prefill_budget, common, output)
-    bench.start(import_s, prompt_len)
-    bench.ceilings = Ceilings.measure(context, kind)
-    bench.emit("ceilings", {})
-    for count in batches if check_layers > 0 else []:
-        bench.check(check_layers, count)
-    for count in batches:
-        bench.decode(count, prompt_len, new_tokens)
-        if profile is not None:
-            bench.profile_decode(count, prompt_len, profile_steps, profile)
-    for count, length in prompts:
-        bench.prefill(count, length)
-        if profile is not None:
-            bench.profile_prefill(count, length, profile)
+        "model": (model if ckpt is None else ckpt).stem, "layers": config.n_layers,
+        "dtype": str(kind).removeprefix("torch."), "weights": "random" if random_weights else "checkpoint",
+    }  # fmt: skip
+    bench = Bench(RandomWords(config.vocab_size), context, seed, repeats, prefill_budget, common, output)
+    for number, plan in enumerate(plans or [None]):
+        bench.model = None  # its memory, before another takes as much
+        bench.use(source.build(plan, loads_LE), loads_from if plan is not None and needs_loads(plan) else None)
+        if number == 0:
+            if loads_from != "random prompts":  # which ran before
+                bench.start(import_s, prompt_len)
+            bench.ceilings = Ceilings.measure(context, kind)
+            bench.emit("ceilings", {})
+        for count in batches if check_layers > 0 else []:
+            bench.check(check_layers, count)
+        for count in batches:
+            bench.decode(count, prompt_len, new_tokens)
+            if profile is not None:
+                bench.profile_decode(count, prompt_len, profile_steps, profile)
+        for count, length in prompts:
+            bench.prefill(count, length)
+            if profile is not None:
+                bench.profile_prefill(count, length, profile)
     context.stop()
-
-
-class RandomWords:
-    """A tokenizer of any vocabulary whose end token never comes, so that every answer has its full length."""
-
-    bos_id, eos_id, pad_id = 0, -1, -1
-    drops_first_space = False
-
-    def __init__(self, vocab_size: int) -> None:
-        self.n_words = vocab_size
-        self.piece_bytes = [f" {token}".encode() for token in range(vocab_size)]
-
-    def check_vocabulary(self, vocab_size: int) -> None:
-        assert vocab_size == self.n_words
 
 
 @dataclass
 class Bench:
-    """The measurements of one model; collective, like its engine."""
+    """The measurements of one model after the other; collective, like their engines."""
 
-    model: Transformer
+    tokenizer: RandomWords
     context: RankContext
     seed: int
     repeats: int
     prefill_budget: int | None
-    common: dict[str, object]
+    about: dict[str, object]
     output: Path | None
+    model: Transformer | None = None
     ceilings: Ceilings | None = None
 
     def __post_init__(self) -> None:
-        self.tokenizer = RandomWords(self.model.params.vocab_size)
-        self.drawn = 0
+        self.drawn, self.common = 0, self.about
         if self.output is not None and self.context.is_first:
             self.output.write_text("", encoding="utf-8")
+
+    def use(self, model: Transformer, loads_from: str | None) -> None:
+        """Measures this model from now on; ``loads_from`` says what its plan was made from, where that counts."""
+        self.model = model
+        self.common = self.about | {
+            **asdict(model.layout.parallel),
+            "plan": plan_fields(model.layout.plan, loads_from), "peer_rows": rows_through_memory(model),
+        }  # fmt: skip
 
     def engine(self, count: int, length: int, budget: int) -> Engine:
         """A new engine on the same weights, with room for ``count`` sequences of ``length`` tokens and no more."""
@@ -163,9 +173,7 @@ class Bench:
     def requests(self, count: int, length: int, new_tokens: int) -> list[Request]:
         """Prompts that never came before, the same on every rank."""
         self.drawn += 1
-        generator = torch.Generator().manual_seed(1000 * self.seed + self.drawn)
-        prompts = torch.randint(self.tokenizer.n_words, (count, length), generator=generator).tolist()
-        return [Request(i, tuple(ids), new_tokens, GREEDY) for i, ids in enumerate(prompts)]
+        return random_requests(self.tokenizer, count, length, new_tokens, 1000 * self.seed + self.drawn)
 
     def timed(self, engine: Engine, requests: list[Request]) -> float:
         """Seconds until every rank has all answers."""
@@ -218,7 +226,8 @@ class Bench:
             "time_to_first_token_s": round(first_s, 4), "warm_up_s": round(warm_s, 3),
             "bound_ms": round(1e3 * bound_s, 4), "bound": bound, "share_of_bound": round(bound_s / step_s, 4),
             "gb_per_step": {part: round(size / 1e9, 4) for part, size in sizes.items()}, "experts_from": source,
-            **self._memory(), **peer_fields(count, prompt_len, new_tokens, first_s, step_s, whole_s),
+            **self._memory(), "memory_by_rank": memory_by_rank(self.model),
+            **peer_fields(count, prompt_len, new_tokens, first_s, step_s, whole_s),
         })  # fmt: skip
 
     def prefill(self, count: int, length: int) -> None:
@@ -235,7 +244,8 @@ class Bench:
             "time_to_first_token_s": round(seconds, 5), "seconds_all": [round(value, 5) for value in times_s],
             "warm_up_s": round(warm_s, 3), "tflops": round(operations / seconds / 1e12, 2),
             "bound_ms": round(1e3 * bound_s, 3), "bound": bound, "share_of_bound": round(bound_s / seconds, 4),
-            **self._memory(), **peer_fields(count, length, 1, seconds, None, seconds),
+            **self._memory(), "memory_by_rank": memory_by_rank(self.model),
+            **peer_fields(count, length, 1, seconds, None, seconds),
         })  # fmt: skip
 
     def profile_decode(self, count: int, prompt_len: int, steps: int, path: Path) -> None:
@@ -285,8 +295,13 @@ class Bench:
         touched_L = self._touched(engine, count, prompt_len) if observe else None
         source = "expected, uniform" if touched_L is None else "counted"
         if touched_L is None:
-            share = expected_experts(params.num_experts, params.num_experts_per_tok, count) / params.num_experts
-            touched_L = [share * len(layout.experts(layer)) for layer in range(params.n_layers)]
+            touched_L = [
+                sum(
+                    expected_experts(params.num_experts, params.num_experts_per_tok, count * share) / params.num_experts
+                    for share in choice_shares(layout, layer)
+                )
+                for layer in range(params.n_layers)
+            ]
         sizes = decode_bytes(layout, touched_L, contexts, self.model.dtype.itemsize)
         return max(self.context.all_gather_objects(sizes), key=lambda parts: sum(parts.values())), source
 
@@ -332,27 +347,6 @@ class Bench:
     def _wait(self) -> None:
         if self.context.device.type == "cuda":
             torch.cuda.synchronize(self.context.device)
-
-
-def _build(
-    context: RankContext, path: Path, ckpt: Path | None, layers: int | None, limits: tuple[int, int],
-    dtype: torch.dtype, attention: str, experts: str, seed: int,
-) -> tuple[Transformer, str]:  # fmt: skip
-    """The model with its weights, and a name for it."""
-    reader = None if ckpt is None else open_checkpoint(ckpt)
-    config = ModelConfig.from_file(path) if reader is None else reader.config
-    if layers is not None:
-        if not 1 <= layers <= config.n_layers:
-            raise ValueError(f"layers ({layers}) must lie in 1 … {config.n_layers}")
-        config = replace(config, n_layers=layers)
-    options = MoEOptions.from_env()
-    layout = choose_layout(config.with_limits(*limits), context, attention, experts, None, options)
-    model = Transformer(layout, context, dtype, options)
-    if reader is None:
-        model.initialize(seed)
-    else:
-        load_into(model.named_tensors(), layout, reader, context, False)
-    return model, (path if ckpt is None else ckpt).stem
 
 
 def seconds_since_start() -> float:

@@ -8,7 +8,7 @@ from math import prod
 from mixtralkit.layout import RankLayout
 
 
-def expected_experts(num_experts: int, top_k: int, rows: int) -> float:
+def expected_experts(num_experts: int, top_k: int, rows: float) -> float:
     """Experts of a layer that at least one of ``rows`` rows chooses, when every choice is equally likely."""
     return num_experts * (1 - (1 - top_k / num_experts) ** rows)
 
@@ -53,10 +53,18 @@ def prefill_operations(layout: RankLayout, lengths_B: Sequence[int], all_tokens:
         names = ("attention.wqkv.weight", "attention.wo.weight", "feed_forward.gate.weight")
         operations += 2.0 * tokens * sum(prod(shapes[prefix + name]) for name in names)
         operations += 4.0 * pairs * heads * config.head_dim
-        share = len(layout.experts(layer)) / config.num_experts
+        share = sum(choice_shares(layout, layer)) / config.num_experts
         rows = (tokens if all_tokens is None else all_tokens) * config.num_experts_per_tok * share
         operations += 2.0 * rows * _expert_weights(layout)
     return operations
+
+
+def choice_shares(layout: RankLayout, layer: int) -> list[float]:
+    """Of all ranks' choices of each of this rank's experts, the part that it computes: replicas divide them evenly."""
+    if layout.parallel.experts == "tp":
+        return [1.0] * layout.config.num_experts
+    copies_E = layout.plan.holds_LWE[layer].sum(0)
+    return [1 / float(copies_E[expert]) for expert in layout.experts(layer)]
 
 
 def _expert_weights(layout: RankLayout) -> int:

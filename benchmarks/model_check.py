@@ -17,7 +17,6 @@ from mixtralkit.model.decode import Decoder
 from mixtralkit.model.rope import rotations
 from mixtralkit.model.step import StepBatch
 from mixtralkit.model.transformer import Transformer
-from mixtralkit.planning.plan import contiguous
 
 # Of the middle row. A single row may be far off in half precision: a rounding tips a choice of experts that is a tie.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
@@ -77,7 +76,7 @@ def check(model: Transformer, tokenizer, layers: int, batch: int, seed: int) -> 
 def first_layers(model: Transformer, layers: int, batch: int) -> Transformer:
     """A model of the first layers that shares the weights of ``model``, with room for ``batch`` short sequences."""
     config = replace(model.params, n_layers=layers).with_limits(PROMPT + NEW, batch)
-    plan = contiguous(layers, config.num_experts, model.context.world_size)
+    plan = replace(model.layout.plan, slots_LWS=model.layout.plan.slots_LWS[:layers])
     layout = RankLayout(config, model.layout.parallel, plan, model.context.rank)
     small = Transformer(layout, model.context, model.dtype, model.options)
     weights = dict(model.named_parameters())
@@ -123,13 +122,16 @@ def reference_logits(model: Transformer, tokens_BT: torch.Tensor) -> torch.Tenso
 
 
 def _experts(y_BTD: torch.Tensor, layer: int, layout: RankLayout, weight) -> torch.Tensor:
-    """This rank's part of the layer, one expert after the other over every row."""
+    """This rank's part of the layer, one expert after the other over every row; replicas' first rank has theirs."""
     prefix, config = f"layers.{layer}.feed_forward.", layout.config
     chosen, experts = (y_BTD @ weight(prefix + "gate.weight").T).topk(config.num_experts_per_tok, dim=-1)
     shares = chosen.softmax(-1)
     w13, w2 = weight(prefix + "w13"), weight(prefix + "w2")
     sum_BTD = torch.zeros_like(y_BTD)
+    first_E = layout.plan.holds_LWE[layer].argmax(0)
     for slot, expert in enumerate(layout.experts(layer)):
+        if layout.parallel.experts == "ep" and first_E[expert] != layout.rank:
+            continue
         gate, up = (y_BTD @ w13[slot].T).chunk(2, dim=-1)
         share = (shares * (experts == expert)).sum(-1, keepdim=True)
         sum_BTD += share * ((F.silu(gate) * up) @ w2[slot].T)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import inspect
 import json
 import os
@@ -28,6 +30,49 @@ _LOST_PEER = re.compile(
 
 class UsageError(ValueError):
     """The command line itself is wrong."""
+
+
+def with_fields(**groups: type) -> Callable[[Command], Command]:
+    """Replaces parameters of a function by the fields of dataclasses, so that several commands share options.
+
+    ``@with_fields(running=ModelOptions)`` on ``def chat(seed: int = 1, *, running: ModelOptions)`` makes a function
+    with the parameter ``seed`` and one for each field, by name, in the place of ``running``. The entries of the
+    dataclass's ``Attributes`` join those of the function's ``Args``; both must end their docstrings.
+    """
+
+    def expand(function: Command) -> Command:
+        parameters: list[inspect.Parameter] = []
+        hints = dict(function.__annotations__)
+        for name, parameter in inspect.signature(function).parameters.items():
+            if name not in groups:
+                parameters.append(parameter)
+                continue
+            types = typing.get_type_hints(groups[name])
+            for field in dataclasses.fields(groups[name]):
+                hints[field.name] = kind = types[field.name]
+                like = {"default": field.default, "annotation": kind}
+                parameters.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, **like))
+            del hints[name]
+
+        @functools.wraps(function)
+        def call(*values: Any, **named: Any) -> Any:
+            for group, kind in groups.items():
+                own = {f.name: named.pop(f.name) for f in dataclasses.fields(kind) if f.name in named}
+                named[group] = kind(**own)
+            return function(*values, **named)
+
+        entries = [_section(kind, "Attributes") for kind in groups.values()]
+        call.__doc__ = "\n".join([inspect.getdoc(function) or "", *entries])
+        call.__signature__ = inspect.Signature(parameters)
+        call.__annotations__ = hints
+        return call
+
+    return expand
+
+
+def _section(documented: Any, name: str) -> str:
+    """The entries of a docstring's last section."""
+    return (inspect.getdoc(documented) or "").partition(f"\n{name}:\n")[2]
 
 
 def run_tool(

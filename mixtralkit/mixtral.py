@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mixtralkit.automatic import Automatic, choose_automatically
 from mixtralkit.checkpoint import CheckpointReader, load_into, open_checkpoint
 from mixtralkit.config import ModelConfig, MoEOptions, ParallelConfig, parse_dtype
 from mixtralkit.distributed import RankContext
@@ -55,6 +56,7 @@ class Mixtral:
         experts: str = "auto",
         plan: str | Path | ExpertPlan | None = None,
         options: MoEOptions | None = None,
+        automatic: Automatic | None = None,
         context: RankContext | None = None,
         progress: bool = False,
         prefill_budget: int = PREFILL_BUDGET,
@@ -74,8 +76,11 @@ class Mixtral:
             attention: ``"tp"``, ``"dp"`` or ``"auto"``: ``tp`` where the ranks divide the heads, else ``dp``; also
                 ``dp`` where FasterMoE's schedule or shadows, or two phases, are on: they need rows that travel.
             experts: ``"tp"``, ``"ep"`` or ``"auto"``, which is ``ep``.
-            plan: which ranks hold which experts; None for each rank its even share.
+            plan: which ranks hold which experts; None for each rank its even share. ``"auto"`` takes the plan that the
+                time model says is fastest of those that fit (docs/cost-model.md), and decides what ``attention`` and
+                ``experts`` leave open; where no figures of this device are known it is None.
             options: how the MoE layer runs; None reads ``FMOE_FASTER_*`` for its schedule and shadows.
+            automatic: what plan ``"auto"`` goes by: figures of the machine, memory, routing.
             context: the ranks, when the caller has started them.
             progress: show a bar on stderr while weights load.
             prefill_budget: most prompt tokens that a rank runs in one step.
@@ -88,8 +93,8 @@ class Mixtral:
             tokenizer = Tokenizer(Path(ckpt_dir) / "tokenizer.model" if tokenizer_path is None else tokenizer_path)
         return cls.load(
             reader, tokenizer, context, max_seq_len, max_batch_size, seed,
-            dtype=dtype, attention=attention, experts=experts, plan=plan, options=options, progress=progress,
-            prefill_budget=prefill_budget, cuda_graphs=cuda_graphs,
+            dtype=dtype, attention=attention, experts=experts, plan=plan, options=options, automatic=automatic,
+            progress=progress, prefill_budget=prefill_budget, cuda_graphs=cuda_graphs,
         )  # fmt: skip
 
     @classmethod
@@ -107,6 +112,7 @@ class Mixtral:
         experts: str = "auto",
         plan: str | Path | ExpertPlan | None = None,
         options: MoEOptions | None = None,
+        automatic: Automatic | None = None,
         progress: bool = False,
         prefill_budget: int = PREFILL_BUDGET,
         cuda_graphs: bool = True,
@@ -115,11 +121,14 @@ class Mixtral:
         with context.agreed():
             SamplingOptions(seed=seed)
             check_prefill_budget(prefill_budget)
+            kind = choose_dtype(dtype, context.device)
+        automatic = (automatic or Automatic()).resolved(context, kind, prefill_budget)
+        with context.agreed():
             config = reader.config.with_limits(max_seq_len, max_batch_size)
             tokenizer.check_vocabulary(config.vocab_size)
             options = MoEOptions.from_env() if options is None else options
-            layout = choose_layout(config, context, attention, experts, plan, options)
-            model = Transformer(layout, context, _choose_dtype(dtype, context.device), options)
+            layout = choose_layout(config, context, attention, experts, plan, options, automatic)
+            model = Transformer(layout, context, kind, options)
             model.allocate_cache()
         load_into(model.named_tensors(), layout, reader, context, progress)
         return cls(model, tokenizer, seed, prefill_budget, cuda_graphs)
@@ -282,18 +291,24 @@ def choose_layout(
     experts: str = "auto",
     plan: str | Path | ExpertPlan | None = None,
     options: MoEOptions | None = None,
+    automatic: Automatic | None = None,
 ) -> RankLayout:
-    """This rank's share of the model; ``"auto"`` as in ``Mixtral.build``."""
+    """This rank's share of the model; ``"auto"`` as in ``Mixtral.build``, with ``automatic`` resolved."""
     for name, value, ways in (
         ("attention", attention, ("auto", "tp", "dp")),
         ("experts", experts, ("auto", "tp", "ep")),
     ):
         if value not in ways:
             raise ValueError(f"{name} ({value!r}) must be one of {', '.join(ways)}")
-    world = context.world_size
+    world, options = context.world_size, MoEOptions() if options is None else options
+    if isinstance(plan, str | Path) and str(plan) == "auto":
+        chosen = choose_automatically(config, context, attention, experts, options, automatic or Automatic())
+        if chosen is not None:
+            return RankLayout(config, *chosen, context.rank)
+        plan = None
     if attention == "auto":
         divides = config.n_heads % world == 0 and (config.n_kv_heads % world == 0 or world % config.n_kv_heads == 0)
-        rows_should_travel = options is not None and (options.faster.schedule or options.copies_experts)
+        rows_should_travel = options.faster.schedule or options.copies_experts
         attention = "tp" if divides and not rows_should_travel else "dp"
     if experts == "auto":
         experts = "ep"
@@ -304,7 +319,8 @@ def choose_layout(
     return RankLayout(config, ParallelConfig(attention, experts), plan, context.rank)
 
 
-def _choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The dtype of a name; None is bfloat16 on CUDA and float32 on a CPU."""
     if dtype is None:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return parse_dtype(dtype)

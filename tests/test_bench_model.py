@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,6 +18,7 @@ from mixtralkit.distributed import RankContext
 from mixtralkit.layout import RankLayout
 from mixtralkit.model.transformer import Transformer
 from mixtralkit.planning.plan import contiguous
+from mixtralkit.planning.simulate import sample_routing
 from tests.configs import small_config
 from tests.engine.parts import make_model
 from tests.ranks import run_ranks
@@ -74,9 +77,68 @@ def test_lines(architecture, tmp_path, capsys):
     assert prefill["sglang"]["input_throughput"] == pytest.approx(prefill["tokens_per_s"], rel=1e-2)
 
 
+PLANS = "contiguous,hot_cold,balanced+2,balanced+4,balanced+8,everywhere"
+
+
+def run_plans(context: RankContext, folder: str, **options) -> list[dict]:
+    """The lines of a run on these ranks, which rank 0 wrote."""
+    output = Path(folder) / "lines.json"
+    settings = {
+        "model": Path(folder) / "small.json", "random_weights": True, "device": "cpu", "repeats": 1, "prompt_len": 4,
+        "new_tokens": 3, "batch": "1,5", "check_layers": 1, "layers": 2, "output": output,
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench.RankContext, "start", lambda *_: context)
+        bench.bench_model(**{**settings, **options})
+    return [json.loads(line) for line in output.read_text().splitlines()] if context.is_first else []
+
+
+def test_plans_on_two_ranks(architecture):
+    options = {"attention": "dp", "experts": "ep", "peer_rows": None, "plan": Path(PLANS), "prefill": "3x4"}
+    lines = run_ranks(functools.partial(run_plans, **options), 2, str(architecture.parent), timeout_s=120)[0]
+    assert lines[0]["measurement"] == "ceilings", "a profile ran first, so the start is not the process's"
+    timed = [line for line in lines if line["measurement"] in ("decode", "prefill")]
+    assert [line["plan"]["name"] for line in timed[::3]] == PLANS.split(",")
+    assert [line["plan"]["extra_slots"] for line in timed[::3]] == [0, 1, 2, 4, 8, 8]
+    assert [line["plan"]["policy"] for line in timed[2::3]][:3] == ["contiguous", "hot_cold", "balanced"]
+    for line in timed:
+        assert (line["attention"], line["experts"], line["peer_rows"]) == ("dp", "ep", 3)
+        assert ("loads_from" in line["plan"]) == line["plan"]["name"].startswith(("hot", "bal"))
+        memory = line["memory_by_rank"]
+        assert set(memory) == {"weights_gb", "cache_gb", "exchange_gb", "total_gb"}
+        assert all(len(values) == 2 for values in memory.values())
+    weights = [max(line["memory_by_rank"]["weights_gb"]) for line in timed[::3]]
+    assert weights[0] < weights[1]
+    assert weights[4] == weights[5] == max(weights)
+
+
+def test_plans_of_a_trace_and_of_a_file(architecture, tmp_path):
+    loads = np.tile([9.0, *[1.0] * 7], (2, 1))
+    sample_routing(loads, 300, 2).save(tmp_path / "trace.npz")
+    contiguous(2, 8, 2).save(tmp_path / "plan.json")
+    options = {"attention": "tp", "experts": "ep", "batch": "2", "trace": tmp_path / "trace.npz"}
+    options["plan"] = Path(f"{tmp_path / 'plan.json'},hot_cold+1")
+    lines = run_ranks(functools.partial(run_plans, **options), 2, str(architecture.parent), timeout_s=120)[0]
+    assert lines[0]["measurement"] == "start"
+    decodes = [line for line in lines if line["measurement"] == "decode"]
+    assert [line["plan"]["name"] for line in decodes] == ["contiguous", "hot_cold+1"]
+    assert decodes[1]["plan"]["loads_from"] == "trace"
+    assert decodes[1]["plan"]["extra_slots"] == 1
+
+
+def test_auto_chooses_by_the_hardware_file(architecture, tmp_path):
+    options = {"plan": Path("auto"), "hardware": ROOT / "configs/hardware/h200x4.json", "peer_rows": None, "batch": "4"}
+    lines = run_ranks(functools.partial(run_plans, **options), 2, str(architecture.parent), timeout_s=120)[0]
+    decode = lines[-1]
+    assert decode["measurement"] == "decode"
+    assert decode["plan"]["name"]
+    assert (decode["attention"], decode["experts"]) in {("tp", "tp"), ("tp", "ep"), ("dp", "ep")}
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        ({"plan": Path("ballanced")}, "plan .'ballanced'. must be one of"),
         ({"random_weights": False}, "give either --random_weights or --ckpt"),
         ({"layers": 9}, r"layers \(9\) must lie in 1 … 3"),
         ({"batch": "1,zwei"}, "batch .* must be whole numbers"),

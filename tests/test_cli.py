@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from mixtralkit.cli import UsageError, _Tool, describe
+from mixtralkit.cli import UsageError, _Tool, describe, with_fields
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -151,3 +152,46 @@ def test_an_error_ends_with_one_sentence_and_a_code():
 def test_another_rank_than_the_first_says_which_it_is():
     done = start("value", RANK="1", WORLD_SIZE="2")
     assert (done.returncode, done.stderr) == (1, "error: rank 1: bad value\n")
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What several commands take.
+
+    Attributes:
+        speed: How fast,
+            in m/s.
+        rows: How many, or none.
+    """
+
+    speed: float = 1.0
+    rows: int | None = 0
+
+
+@with_fields(shared=Shared)
+def drive(where: str, *, shared: Shared, last: bool = False) -> None:
+    """Drives.
+
+    Args:
+        where: The place.
+    """
+    CALLS.append((where, shared, last))
+
+
+def test_fields_of_a_dataclass_are_options_of_their_own(capsys):
+    tool = _Tool({"drive": drive}, None, {}, "tool")
+    CALLS.clear()
+    tool.run(["drive", "home", "--rows=none", "--last"])
+    tool.run(["drive", "home", "--speed", "2"])
+    drive("away", rows=3)
+    assert [
+        ("home", Shared(rows=None), True),
+        ("home", Shared(speed=2.0), False),
+        ("away", Shared(rows=3), False),
+    ] == CALLS
+    tool.run(["drive", "--help"])
+    text = capsys.readouterr().out
+    assert text.index("--where") < text.index("--speed X") < text.index("--rows N") < text.index("--last")
+    assert "How fast, in m/s. (default: 1.0)" in text
+    with pytest.raises(TypeError, match="colour"):
+        drive("home", colour=1)

@@ -9,16 +9,17 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from mixtralkit.checkpoint import open_checkpoint
 from mixtralkit.checkpoint.discover import recognise
-from mixtralkit.cli import run_tool
-from mixtralkit.config import ModelConfig, MoEOptions, parse_dtype
+from mixtralkit.cli import run_tool, with_fields
+from mixtralkit.config import ModelConfig
 from mixtralkit.distributed import RankContext, rank_of
+from mixtralkit.engine.generation import PREFILL_BUDGET
 from mixtralkit.engine.recorder import RoutingRecorder, together
 from mixtralkit.engine.statistics import MoEStatistics
 from mixtralkit.engine.tokenizer import Tokenizer
@@ -29,9 +30,8 @@ from mixtralkit.evaluation.routing_html import ShownSequence, token_texts
 from mixtralkit.evaluation.routing_report import check_report, write_report
 from mixtralkit.evaluation.run import Ran, Results, fingerprint, run, what_cuts, write_json
 from mixtralkit.evaluation.work import AnswerOptions, Work, make_works
-from mixtralkit.mixtral import Mixtral, check_world_size, choose_layout
-from mixtralkit.planning.formats import load_plan
-from mixtralkit.planning.plan import ExpertPlan, contiguous
+from mixtralkit.mixtral import Mixtral, check_world_size, choose_dtype, choose_layout
+from mixtralkit.options import ModelOptions
 from mixtralkit.planning.trace import RoutingTrace
 from mixtralkit.version import __version__
 
@@ -39,6 +39,7 @@ LONGEST_WINDOW = 1024  # tokens of a piece of a text, where nobody asked for mor
 SHOWN_RECORDS, SHOWN_TOKENS = 3, 600  # of each domain, with their tokens coloured
 
 
+@with_fields(running=ModelOptions)
 def evaluate(
     prompts: Path | None = None,
     model: Path = Path("ckpts"),
@@ -57,23 +58,11 @@ def evaluate(
     min_p: float = 0.0,
     seed: int = 1,
     stop: tuple[str, ...] = (),
-    dtype: str | None = None,
-    device: str | None = None,
-    attention: str = "auto",
-    experts: str = "auto",
-    plan: Path | None = None,
+    *,
+    running: ModelOptions,
     cold_capacity_factor: float | None = None,
     overflow: str | None = None,
     cut_order: str | None = None,
-    exchange: str = "auto",
-    faster_schedule: bool | None = None,
-    faster_shadow: bool | None = None,
-    faster_group_size: int | None = None,
-    shadow_memory_gb: float = 4.0,
-    moe_backend: str = "mixtralkit",
-    dynamic: str = "none",
-    popularity: Path | None = None,
-    finetune_threshold: float | None = None,
     moe_report: bool = False,
     num_gpus: int | None = None,
 ) -> None:
@@ -101,24 +90,9 @@ def evaluate(
         min_p: Draw from tokens with at least this share of the likeliest one's probability.
         seed: The same seed gives the same text.
         stop: Texts that end a generation, beside a record's own.
-        dtype: bfloat16, float16 or float32; left out, bfloat16 on a GPU and float32 on a CPU.
-        device: cpu or cuda; left out, cuda where there is one.
-        attention: tp splits heads over the ranks, dp the prompts; auto takes tp where the ranks divide the heads and
-            faster_schedule, faster_shadow and dynamic are off.
-        experts: ep gives each rank whole experts, tp a part of each; auto takes ep.
-        plan: plan.json that says which ranks hold which experts.
         cold_capacity_factor: Rows that a cold expert takes, as a multiple of its even share; left out, the plan's.
         overflow: What becomes of the others, drop or reroute; left out, the plan's.
         cut_order: Which rows these are: weight keeps the heaviest choices, arrival the first; left out, the plan's.
-        exchange: How rows travel to experts: exact, static or auto (docs/generation.md).
-        faster_schedule: FasterMoE's smart schedule; left out, FMOE_FASTER_SCHEDULE_ENABLE decides.
-        faster_shadow: FasterMoE's shadowing; left out, FMOE_FASTER_SHADOW_ENABLE decides.
-        faster_group_size: Ranks of a group of the schedule; left out, FMOE_FASTER_GROUP_SIZE decides.
-        shadow_memory_gb: Most memory for copies of other ranks' experts on each rank, in 10^9 bytes.
-        moe_backend: mixtralkit, or fastmoe for the real library.
-        dynamic: two_phase copies experts for the next layer while a layer computes (docs/two-phase.md); or none.
-        popularity: Profile that two_phase estimates from; tools/profile_experts.py popularity makes one.
-        finetune_threshold: Distance of estimated and real loads, 0 to 1, above which two_phase corrects.
         moe_report: Print what each layer routed, dropped, sent and shadowed at the end.
         num_gpus: The number of ranks, for scripts that state it; torchrun decides it.
     """
@@ -128,14 +102,8 @@ def evaluate(
         return
     if max_batch_size < 1:
         raise ValueError(f"max_batch_size ({max_batch_size}) must be at least 1")
-    if dtype is not None:
-        parse_dtype(dtype)
-    moe = MoEOptions.from_env(
-        faster_schedule, faster_shadow, faster_group_size,
-        exchange=exchange, shadow_memory_gb=shadow_memory_gb, backend=moe_backend,
-        dynamic=dynamic, popularity=popularity, finetune_threshold=finetune_threshold,
-    )  # fmt: skip
-    context = RankContext.start(device)
+    moe = running.moe()
+    context = RankContext.start(running.device)
     with context.agreed():
         if prompts is None:
             raise ValueError("prompts is missing: the set to score, a .jsonl file (or --compare RUN_A RUN_B)")
@@ -154,15 +122,17 @@ def evaluate(
             max_seq_len = min(reader.config.max_seq_len, max(work.longest for work in works))
         for work in works:
             work.check(max_seq_len)
-        placed = _plan(
-            plan, reader.config, context.world_size,
-            cold_capacity_factor=cold_capacity_factor, overflow=overflow, cut_order=cut_order,
-        )  # fmt: skip
-        layout = choose_layout(reader.config, context, attention, experts, placed, moe)
-        dtype = dtype or ("bfloat16" if context.device.type == "cuda" else "float32")
+        dtype = choose_dtype(running.dtype, context.device)
+    automatic = running.automatic().resolved(context, dtype, PREFILL_BUDGET)
+    with context.agreed():
+        config = reader.config.with_limits(max_seq_len, max_batch_size)
+        layout = choose_layout(config, context, running.attention, running.experts, running.plan, moe, automatic)
+        changes = {"cold_capacity_factor": cold_capacity_factor, "overflow": overflow, "cut_order": cut_order}
+        placed = replace(layout.plan, **{name: value for name, value in changes.items() if value is not None})
         facts = fingerprint(
-            reader.config, [path for part in recognise(model).files for path in part], sp.path, prompts, options, dtype,
-            max_seq_len, what_cuts(placed, context.world_size, layout.parallel.attention, max_batch_size),
+            reader.config, [path for part in recognise(model).files for path in part], sp.path, prompts, options,
+            str(dtype).removeprefix("torch."), max_seq_len,
+            what_cuts(placed, context.world_size, layout.parallel.attention, max_batch_size),
         )  # fmt: skip
         if routing_report is not None and context.is_first:
             check_report(routing_report)
@@ -172,7 +142,7 @@ def evaluate(
         if not results.is_complete or routing_report is not None:
             mixtral = Mixtral.load(
                 reader, sp, context, max_seq_len, max_batch_size, seed,
-                dtype=dtype, attention=attention, experts=experts, plan=placed, options=moe,
+                dtype=dtype, **asdict(layout.parallel), plan=placed, options=moe,
                 progress=context.is_first and sys.stderr.isatty(),
             )  # fmt: skip
             meta = {"model": model.name, "prompts": prompts.name, "version": __version__}
@@ -220,15 +190,6 @@ def _answer_options(
     elif window > longest:
         raise ValueError(f"window ({window}) must be at most max_seq_len ({longest})")
     return AnswerOptions(window=window, context=window // 2 if text_context is None else text_context, **more)
-
-
-def _plan(path: Path | None, config: ModelConfig, world_size: int, **changes: float | str | None) -> ExpertPlan:
-    """The plan of a file, or each rank its even share; ``changes`` that are None leave it as it is."""
-    if path is None:
-        plan = contiguous(config.n_layers, config.num_experts, world_size)
-    else:
-        plan = load_plan(path, num_experts=config.num_experts, world_size=world_size)
-    return replace(plan, **{name: value for name, value in changes.items() if value is not None})
 
 
 @contextlib.contextmanager

@@ -14,8 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mixtralkit.checkpoint import open_checkpoint
-from mixtralkit.cli import run_tool
-from mixtralkit.config import MoEOptions, parse_dtype
+from mixtralkit.cli import run_tool, with_fields
 from mixtralkit.distributed import RankContext
 from mixtralkit.engine.plan_judge import MoveJudge
 from mixtralkit.engine.plan_manager import PlanManager
@@ -27,6 +26,7 @@ from mixtralkit.engine.statistics import MoEStatistics
 from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.evaluation.prompt_sets import PromptRecord, ResultsWriter, read_prompts
 from mixtralkit.mixtral import Mixtral, check_world_size, encode_prompt
+from mixtralkit.options import ModelOptions
 from mixtralkit.planning.hardware import Hardware
 from mixtralkit.terminal import Session
 from mixtralkit.version import __version__
@@ -37,6 +37,7 @@ LONGEST_CHAT = 8192  # tokens, where the model could do more and nobody asked fo
 CHAT_TIMEOUT_S = 30 * 24 * 3600.0  # ranks wait for a person
 
 
+@with_fields(running=ModelOptions)
 def generate(
     model: Path = Path("ckpts"),
     tokenizer: Path | None = None,
@@ -51,27 +52,13 @@ def generate(
     min_p: float = 0.0,
     seed: int = 1,
     stop: tuple[str, ...] = (),
-    dtype: str | None = None,
-    device: str | None = None,
-    attention: str = "auto",
-    experts: str = "auto",
-    plan: Path | None = None,
-    exchange: str = "auto",
-    peer_rows: int = 0,
-    faster_schedule: bool | None = None,
-    faster_shadow: bool | None = None,
-    faster_group_size: int | None = None,
-    shadow_memory_gb: float = 4.0,
-    moe_backend: str = "mixtralkit",
-    dynamic: str = "none",
-    popularity: Path | None = None,
-    finetune_threshold: float | None = None,
+    *,
+    running: ModelOptions,
     moe_report: bool = False,
     update_step: int | None = None,
     policy: str = "balanced",
     slots_per_rank: int | None = None,
     hot_experts: int | None = None,
-    hardware: Path | None = None,
     record_routing: Path | None = None,
     num_gpus: int | None = None,
 ) -> None:
@@ -92,43 +79,18 @@ def generate(
         min_p: Draw from tokens with at least this share of the likeliest one's probability.
         seed: The same seed gives the same text.
         stop: Texts that end an answer.
-        dtype: bfloat16, float16 or float32; left out, bfloat16 on a GPU and float32 on a CPU.
-        device: cpu or cuda; left out, cuda where there is one.
-        attention: tp splits heads over the ranks, dp the prompts; auto takes tp where the ranks divide the heads and
-            faster_schedule, faster_shadow and dynamic are off.
-        experts: ep gives each rank whole experts, tp a part of each; auto takes ep.
-        plan: plan.json that says which ranks hold which experts.
-        exchange: How rows travel to experts: exact sends just what there is, static keeps every shape fixed; auto is
-            static for decoding and exact otherwise.
-        peer_rows: Most rows of a rank that travel through the GPUs' memory instead of by collectives, at least as many
-            as a decode step has; 0 for none (docs/expert-parallel.md).
-        faster_schedule: FasterMoE's smart schedule; left out, FMOE_FASTER_SCHEDULE_ENABLE decides.
-        faster_shadow: FasterMoE's shadowing; left out, FMOE_FASTER_SHADOW_ENABLE decides.
-        faster_group_size: Ranks of a group of the schedule; left out, FMOE_FASTER_GROUP_SIZE decides.
-        shadow_memory_gb: Most memory for copies of other ranks' experts on each rank, in 10^9 bytes.
-        moe_backend: mixtralkit, or fastmoe for the real library.
-        dynamic: two_phase copies experts for the next layer while a layer computes (docs/two-phase.md); or none.
-        popularity: Profile that two_phase estimates from; tools/profile_experts.py popularity makes one.
-        finetune_threshold: Distance of estimated and real loads, 0 to 1, above which two_phase corrects; left out, it
-            corrects where other experts are popular than estimated.
         moe_report: Print what each layer routed, dropped, sent and shadowed at the end.
         update_step: Make a new plan every so many steps from the loads that were seen, and move experts where that
             pays (docs/plan-manager.md).
         policy: What makes it: contiguous, hot_cold, two_phase, balanced, shadow or auto.
         slots_per_rank: Most experts of a rank in each layer of such a plan; left out, as many as the first plan has.
         hot_experts: Experts of each layer that hot_cold puts on every rank.
-        hardware: File with the machine's speeds, configs/hardware/*.json, which say whether a move pays.
         record_routing: Write the experts that every token took to this trace, .npz (docs/traces.md).
         num_gpus: The number of ranks, for scripts that state it; torchrun decides it.
     """
     sampling = SamplingOptions(temperature, top_p, top_k, min_p, seed)
-    _check(max_gen_len, max_seq_len, max_batch_size, dtype)
-    moe = MoEOptions.from_env(
-        faster_schedule, faster_shadow, faster_group_size,
-        exchange=exchange, peer_rows=peer_rows, shadow_memory_gb=shadow_memory_gb, backend=moe_backend,
-        dynamic=dynamic, popularity=popularity, finetune_threshold=finetune_threshold,
-    )  # fmt: skip
-    context = RankContext.start(device)
+    _check(max_gen_len, max_seq_len, max_batch_size)
+    context = RankContext.start(running.device)
     with context.agreed():
         check_world_size(context.world_size, num_gpus=num_gpus)
         records = read_prompts(EXAMPLES if prompts is None else prompts)
@@ -143,10 +105,12 @@ def generate(
     results = _Results(context, records, output)
     mixtral = Mixtral.load(
         reader, sp, context, max_seq_len, max_batch_size, seed,
-        dtype=dtype, attention=attention, experts=experts, plan=plan, options=moe, progress=_is_watched(context),
+        progress=_is_watched(context), **running.load_arguments(),
     )  # fmt: skip
     statistics = _statistics(mixtral, moe_report)
-    mixtral.engine.plan_manager = _plan_manager(mixtral, update_step, policy, slots_per_rank, hot_experts, hardware)
+    mixtral.engine.plan_manager = _plan_manager(
+        mixtral, update_step, policy, slots_per_rank, hot_experts, running.hardware
+    )
     waiting = requests[results.done :]
     with (
         _recording(mixtral, statistics, record_routing, model, prompts),
@@ -161,6 +125,7 @@ def generate(
     mixtral.close()
 
 
+@with_fields(running=ModelOptions)
 def chat(
     model: Path = Path("ckpts"),
     tokenizer: Path | None = None,
@@ -172,26 +137,13 @@ def chat(
     top_k: int = 0,
     min_p: float = 0.0,
     seed: int = 1,
-    dtype: str | None = None,
-    device: str | None = None,
-    attention: str = "auto",
-    experts: str = "auto",
-    plan: Path | None = None,
-    exchange: str = "auto",
-    faster_schedule: bool | None = None,
-    faster_shadow: bool | None = None,
-    faster_group_size: int | None = None,
-    shadow_memory_gb: float = 4.0,
-    moe_backend: str = "mixtralkit",
-    dynamic: str = "none",
-    popularity: Path | None = None,
-    finetune_threshold: float | None = None,
+    *,
+    running: ModelOptions,
     moe_report: bool = False,
     update_step: int | None = None,
     policy: str = "balanced",
     slots_per_rank: int | None = None,
     hot_experts: int | None = None,
-    hardware: Path | None = None,
     record_routing: Path | None = None,
 ) -> None:
     """Talks with the model, in Mistral's chat template.
@@ -209,50 +161,29 @@ def chat(
         top_k: Draw from this many likeliest tokens; 0 is all.
         min_p: Draw from tokens with at least this share of the likeliest one's probability.
         seed: The same seed and the same conversation give the same text.
-        dtype: bfloat16, float16 or float32; left out, bfloat16 on a GPU and float32 on a CPU.
-        device: cpu or cuda; left out, cuda where there is one.
-        attention: tp splits heads over the ranks; auto takes it where the ranks divide the heads and
-            faster_schedule, faster_shadow and dynamic are off, else dp.
-        experts: ep gives each rank whole experts, tp a part of each; auto takes ep.
-        plan: plan.json that says which ranks hold which experts.
-        exchange: How rows travel to experts: exact sends just what there is, static keeps every shape fixed; auto is
-            static for decoding and exact otherwise.
-        faster_schedule: FasterMoE's smart schedule; left out, FMOE_FASTER_SCHEDULE_ENABLE decides.
-        faster_shadow: FasterMoE's shadowing; left out, FMOE_FASTER_SHADOW_ENABLE decides.
-        faster_group_size: Ranks of a group of the schedule; left out, FMOE_FASTER_GROUP_SIZE decides.
-        shadow_memory_gb: Most memory for copies of other ranks' experts on each rank, in 10^9 bytes.
-        moe_backend: mixtralkit, or fastmoe for the real library.
-        dynamic: two_phase copies experts for the next layer while a layer computes (docs/two-phase.md); or none.
-        popularity: Profile that two_phase estimates from; tools/profile_experts.py popularity makes one.
-        finetune_threshold: Distance of estimated and real loads, 0 to 1, above which two_phase corrects; left out, it
-            corrects where other experts are popular than estimated.
         moe_report: Print what each layer routed, dropped, sent and shadowed at the end.
         update_step: Make a new plan every so many steps from the loads that were seen, and move experts where that
             pays (docs/plan-manager.md).
         policy: What makes it: contiguous, hot_cold, two_phase, balanced, shadow or auto.
         slots_per_rank: Most experts of a rank in each layer of such a plan; left out, as many as the first plan has.
         hot_experts: Experts of each layer that hot_cold puts on every rank.
-        hardware: File with the machine's speeds, configs/hardware/*.json, which say whether a move pays.
         record_routing: Write the experts that every token took to this trace, .npz (docs/traces.md).
     """
     sampling = SamplingOptions(temperature, top_p, top_k, min_p, seed)
-    _check(max_gen_len, max_seq_len, 1, dtype)
-    moe = MoEOptions.from_env(
-        faster_schedule, faster_shadow, faster_group_size,
-        exchange=exchange, shadow_memory_gb=shadow_memory_gb, backend=moe_backend,
-        dynamic=dynamic, popularity=popularity, finetune_threshold=finetune_threshold,
-    )  # fmt: skip
-    context = RankContext.start(device, timeout_s=CHAT_TIMEOUT_S)
+    _check(max_gen_len, max_seq_len, 1)
+    context = RankContext.start(running.device, timeout_s=CHAT_TIMEOUT_S)
     with context.agreed():
         reader = open_checkpoint(model)
         sp = Tokenizer(model / "tokenizer.model" if tokenizer is None else tokenizer)
         max_seq_len = min(reader.config.max_seq_len, LONGEST_CHAT) if max_seq_len is None else max_seq_len
     mixtral = Mixtral.load(
         reader, sp, context, max_seq_len, 1, seed,
-        dtype=dtype, attention=attention, experts=experts, plan=plan, options=moe, progress=_is_watched(context),
+        progress=_is_watched(context), **running.load_arguments(),
     )  # fmt: skip
     statistics = _statistics(mixtral, moe_report)
-    mixtral.engine.plan_manager = _plan_manager(mixtral, update_step, policy, slots_per_rank, hot_experts, hardware)
+    mixtral.engine.plan_manager = _plan_manager(
+        mixtral, update_step, policy, slots_per_rank, hot_experts, running.hardware
+    )
     with (
         _recording(mixtral, statistics, record_routing, model),
         Session(context.rank, context.world_size) as session,
@@ -262,7 +193,7 @@ def chat(
     mixtral.close()
 
 
-def _check(max_gen_len: int, max_seq_len: int | None, max_batch_size: int, dtype: str | None) -> None:
+def _check(max_gen_len: int, max_seq_len: int | None, max_batch_size: int) -> None:
     """Says what is wrong with the options before anything is loaded."""
     for name, value in (
         ("max_gen_len", max_gen_len),
@@ -271,8 +202,6 @@ def _check(max_gen_len: int, max_seq_len: int | None, max_batch_size: int, dtype
     ):
         if value is not None and value < 1:
             raise ValueError(f"{name} ({value}) must be at least 1")
-    if dtype is not None:
-        parse_dtype(dtype)
 
 
 def _statistics(mixtral: Mixtral, wanted: bool) -> MoEStatistics | None:

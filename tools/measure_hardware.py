@@ -7,6 +7,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,6 +16,8 @@ import torch.distributed as dist
 from mixtralkit.cli import run_tool
 from mixtralkit.config import parse_dtype
 from mixtralkit.distributed import RankContext
+from mixtralkit.kernels.figures import Sizes, measure_fused
+from mixtralkit.kernels.runtime import runs_triton
 from mixtralkit.planning.hardware import Hardware, Link, Network
 
 ROWS = (1, 4, 16, 64, 256, 1024, 4096)
@@ -29,6 +32,7 @@ def measure(
     hidden: int | None = None,
     message_mb: float | None = None,
     ranks_per_node: int | None = None,
+    fused: bool | None = None,
 ) -> None:
     """Measures on all ranks at once, slowest rank and median of five, and writes a hardware file NAME.json.
 
@@ -43,6 +47,7 @@ def measure(
         hidden: width of their results; 14336 on CUDA, 3584 on a CPU.
         message_mb: largest message, in 10^6 bytes; 256 on CUDA, 16 on a CPU.
         ranks_per_node: ranks of one machine, when there are several; measures across them too.
+        fused: measure this project's kernels too; left out, where they run and all ranks are on one machine.
     """
     context = RankContext.start(device)
     try:
@@ -57,7 +62,11 @@ def measure(
         kind = parse_dtype(dtype or ("bfloat16" if on_gpu else "float32"))
         shape = (hidden or (14336 if on_gpu else 3584), dim or (4096 if on_gpu else 1024))
         size = int((message_mb or (256 if on_gpu else 16)) * 1e6)
+        if fused is None:
+            fused = runs_triton(torch.empty(0, device=context.device)) and per_node == context.world_size
         figures = _figures(name, context, kind, shape, size, per_node)
+        if fused:
+            figures = _with_fused(figures, context, kind, shape, on_gpu)
         if context.is_first:
             path = output or Path("configs/hardware") / f"{name}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +103,19 @@ def _figures(
         overlaps=context.device.type == "cuda",
         inside=inside,
         across=across,
+        gpu=torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else None,
     )
+
+
+def _with_fused(
+    figures: Hardware, context: RankContext, dtype: torch.dtype, shape: tuple[int, int], on_gpu: bool
+) -> Hardware:
+    """The figures with those of this project's kernels."""
+    sizes = Sizes(dim=shape[1], hidden=shape[0], dtype=dtype)
+    if not on_gpu:  # a CPU is slow, and runs the twins
+        few = (1, 16, 64)
+        sizes = replace(sizes, rows=few, expert_rows=few, peer_rows=few, sequences=4, length=64)
+    return replace(figures, fused=measure_fused(context, figures.memory_bandwidth, sizes, Clock(context).say))
 
 
 class Clock:

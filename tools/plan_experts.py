@@ -105,7 +105,7 @@ def plan_experts(
         finetune_threshold: two_phase: total-variation distance above which a layer is corrected; Lina's rule without.
         shadow_steps: shadow: steps over which sending the weights is paid.
         batch: shadow and auto: tokens of a step on each rank.
-        layout: auto: how the plan will run: ep, static, two_stage, coherent, tp_ep.
+        layout: auto: how the plan will run: ep, static, two_stage, coherent, tp_ep, or peer, by the hardware's fused.
         model: params.json or config.json with the sizes of the model.
         dtype: of the weights.
         hardware: machine for shadow and auto, configs/hardware/*.json.
@@ -128,7 +128,7 @@ def plan_experts(
             g.loads_LE, g.world_size, ShadowModel.from_hardware(g.shape, Hardware.load(hardware)),
             batch * g.world_size * g.shape.top_k, shadow_steps, g.budget,
         ),
-        "auto": lambda g: _auto(g, Hardware.load(hardware), Execution(layout, batch)),
+        "auto": lambda g: _auto(g, Hardware.load(hardware), Execution(layout, batch, fused=layout == "peer")),
     }  # fmt: skip
     if policy not in makers:
         raise ValueError(f"policy ({policy!r}) must be one of {', '.join(makers)}")

@@ -13,8 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mixtralkit.checkpoint import open_checkpoint
-from mixtralkit.cli import run_tool
-from mixtralkit.config import MoEOptions
+from mixtralkit.cli import run_tool, with_fields
 from mixtralkit.distributed import RankContext
 from mixtralkit.engine.recorder import RoutingRecorder
 from mixtralkit.engine.requests import Request, check_prompt
@@ -22,11 +21,13 @@ from mixtralkit.engine.sampler import SamplingOptions
 from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.evaluation.prompt_sets import read_prompts
 from mixtralkit.mixtral import Mixtral, encode_prompt
+from mixtralkit.options import ModelOptions
 from mixtralkit.planning.popularity import PathPopularity, accuracy
 from mixtralkit.planning.trace import RoutingTrace
 from mixtralkit.version import __version__
 
 
+@with_fields(running=ModelOptions)
 def profile(
     prompts: Path,
     output: Path,
@@ -38,10 +39,8 @@ def profile(
     max_batch_size: int = 8,
     temperature: float = 0.0,
     seed: int = 1,
-    dtype: str | None = None,
-    device: str | None = None,
-    attention: str = "auto",
-    experts: str = "auto",
+    *,
+    running: ModelOptions,
 ) -> None:
     """Runs a prompt set, records which experts every token takes, and prints how evenly the layers use them.
 
@@ -56,13 +55,9 @@ def profile(
         max_batch_size: Prompts that run at a time.
         temperature: 0 takes the likeliest token each time; higher is more varied.
         seed: The same seed gives the same text.
-        dtype: bfloat16, float16 or float32; left out, bfloat16 on a GPU and float32 on a CPU.
-        device: cpu or cuda; left out, cuda where there is one.
-        attention: tp splits heads over the ranks, dp the prompts; auto takes tp where the ranks divide the heads.
-        experts: ep gives each rank whole experts, tp a part of each; auto takes ep.
     """
     sampling = SamplingOptions(temperature=temperature, seed=seed)
-    context = RankContext.start(device)
+    context = RankContext.start(running.device)
     with context.agreed():
         reader = open_checkpoint(model)
         sp = Tokenizer(model / "tokenizer.model" if tokenizer is None else tokenizer)
@@ -74,10 +69,7 @@ def profile(
         max_seq_len = min(reader.config.max_seq_len, needed) if max_seq_len is None else max_seq_len
         for request in requests:
             check_prompt(request.id, request.prompt, max_seq_len, reader.config.vocab_size)
-    mixtral = Mixtral.load(
-        reader, sp, context, max_seq_len, max_batch_size, seed,
-        dtype=dtype, attention=attention, experts=experts, options=MoEOptions(),
-    )  # fmt: skip
+    mixtral = Mixtral.load(reader, sp, context, max_seq_len, max_batch_size, seed, **running.load_arguments())
     meta = {"model": model.name, "prompts": prompts.name, "version": __version__}
     with (
         RoutingRecorder(mixtral.model, output, meta) as mixtral.engine.observe,

@@ -32,6 +32,7 @@ def main(
     chunks: int = 1,
     context: int = 0,
     span: int = 1,
+    fused: bool = False,
     hardware: Path | None = None,
     model: Path | None = None,
     num_experts: int | None = None,
@@ -43,13 +44,15 @@ def main(
     Args:
         trace: routing trace, .npz or .npy.
         plan: plan.json files, or contiguous, or everywhere.
-        layout: tp, tp_ep, ep, static, two_stage, coherent.
+        layout: tp, tp_ep, ep, static, peer, two_stage, coherent.
         world_size: ranks of a plan that is given by name.
         ranks_per_node: ranks of one machine, instead of what the plans say.
         batch: tokens of a step on each rank; the whole trace in one step when not given.
         chunks: parts of a step whose exchange and products overlap (layouts ep and two_stage).
         context: tokens of each sequence that are in the cache already.
         span: tokens of a step that belong to one sequence; 1 in decode.
+        fused: steps of this project's kernels instead of plain torch, as layout peer needs; the hardware file must have
+            their figures, as configs/hardware/h200x4.json does.
         hardware: hardware file; configs/hardware/h200.json when not given.
         model: configuration of the model, for its sizes; Mixtral 8x7B when not given. Experts and choices are the
             trace's.
@@ -68,7 +71,7 @@ def main(
         if ranks_per_node is not None:
             expert_plan = replace(expert_plan, ranks_per_node=ranks_per_node)
         for way in layout:
-            execution = Execution(way, batch, chunks, context, span)
+            execution = Execution(way, batch, chunks, context, span, fused)
             label = _label(name, way, results)
             results[label] = simulate(expert_plan, routing, shape, machine, execution)
     print(_totals(results))

@@ -40,14 +40,14 @@ except ImportError as error:
     raise ImportError(sentence) from error
 
 from mixtralkit.checkpoint import open_checkpoint
-from mixtralkit.cli import run_tool
-from mixtralkit.config import MoEOptions
+from mixtralkit.cli import run_tool, with_fields
 from mixtralkit.distributed import RankContext, rank_of
 from mixtralkit.engine.chat import check_dialog
 from mixtralkit.engine.requests import Request
 from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.evaluation.likelihood import Pair, loglikelihoods, token_logprobs
 from mixtralkit.mixtral import Mixtral
+from mixtralkit.options import ModelOptions
 from mixtralkit.version import __version__
 
 if TYPE_CHECKING:
@@ -92,6 +92,7 @@ class MixtralLM(TemplateLM):
         self._special = re.compile(f"({'|'.join(map(re.escape, self._special_ids))})")
 
     @classmethod
+    @with_fields(running=ModelOptions)
     def build(
         cls,
         ckpt_dir: str | Path,
@@ -101,44 +102,23 @@ class MixtralLM(TemplateLM):
         max_batch_size: int | None = None,
         seed: int = 1,
         add_bos_token: bool = True,
-        dtype: str | None = None,
-        device: str | None = None,
-        attention: str = "auto",
-        experts: str = "auto",
-        plan: str | Path | None = None,
-        exchange: str = "auto",
-        faster_schedule: bool | None = None,
-        faster_shadow: bool | None = None,
-        faster_group_size: int | None = None,
-        shadow_memory_gb: float = 4.0,
-        moe_backend: str = "mixtralkit",
-        dynamic: str = "none",
-        popularity: str | Path | None = None,
-        finetune_threshold: float | None = None,
+        *,
+        running: ModelOptions,
     ) -> MixtralLM:
         """Loads a checkpoint onto the ranks that ``torchrun`` started, or onto one: what ``--model_args`` may say.
 
         Args:
-            ckpt_dir, tokenizer_path, seed, dtype, device, attention, experts, plan: as for ``Mixtral.build``.
+            ckpt_dir, tokenizer_path, seed: as for ``Mixtral.build``.
             max_length: see the class; None for the model's own ``max_seq_len``. Sizes the KV cache.
             batch_size: sequences that run at a time, over all ranks; ``"auto"`` for ``max_batch_size``, or else 8.
-            exchange … finetune_threshold: how the MoE layer runs, as the options of ``tools/example.py``.
         """
-        options = MoEOptions.from_env(
-            faster_schedule, faster_shadow, faster_group_size,
-            exchange=exchange, shadow_memory_gb=shadow_memory_gb, backend=moe_backend,
-            dynamic=dynamic, popularity=popularity, finetune_threshold=finetune_threshold,
-        )  # fmt: skip
         batch = _batch(batch_size, max_batch_size)
-        context = RankContext.start(device)
+        context = RankContext.start(running.device)
         with context.agreed():
             reader = open_checkpoint(ckpt_dir)
             tokenizer = Tokenizer(Path(ckpt_dir) / "tokenizer.model" if tokenizer_path is None else tokenizer_path)
             max_length = _whole_number("max_length", reader.config.max_seq_len if max_length is None else max_length)
-        mixtral = Mixtral.load(
-            reader, tokenizer, context, max_length + 1, batch, seed,
-            dtype=dtype, attention=attention, experts=experts, plan=plan, options=options,
-        )  # fmt: skip
+        mixtral = Mixtral.load(reader, tokenizer, context, max_length + 1, batch, seed, **running.load_arguments())
         atexit.register(mixtral.close)  # the harness has no call for it
         return cls(mixtral, max_length, add_bos_token)
 

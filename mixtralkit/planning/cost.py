@@ -107,7 +107,12 @@ class TimeModel:
 
     def experts_s(self, rows_WE: np.ndarray, split: int = 1) -> np.ndarray:
         """All experts of each rank, one after the other: rows [..., W, E] → seconds [..., W]."""
-        return self.launches_s(self.kernels.experts) + self.expert_s(rows_WE, split).sum(-1)
+        rows_WE = np.asarray(rows_WE)
+        return self.experts_start_s(rows_WE.max(-1, initial=0)) + self.expert_s(rows_WE, split).sum(-1)
+
+    def experts_start_s(self, most_rows: np.ndarray | float) -> np.ndarray | float:
+        """What a layer's experts take beside their products; ``most_rows`` are those of the busiest expert."""
+        return self.launches_s(self.kernels.experts)
 
     def gate_s(self, tokens_W: np.ndarray) -> np.ndarray:
         """Norm and gate of so many tokens."""
@@ -138,6 +143,10 @@ class TimeModel:
         if split > 1:
             seconds = seconds + self.all_gather_s(float(rows_W.max(initial=0)) * shape.vocab / split * 4)
         return seconds
+
+    def between_steps_s(self) -> float:
+        """From one step's end to the next one's beginning."""
+        return 0.0
 
     def launches_s(self, kernels: int) -> float:
         """So many kernels that have nothing to do."""

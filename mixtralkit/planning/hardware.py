@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,55 @@ class Network:
         return link.latency_s * math.log2(members) / math.log2(self.members) if members > 1 else 0.0
 
 
+# (rows, seconds, FLOP/s): a product of so many rows with w weights takes seconds + 2·w·rows / FLOP/s.
+ProductPoints = tuple[tuple[float, float, float], ...]
+# (bytes, seconds)
+WirePoints = tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class FusedKernels:
+    """What this project's own kernels take on the device, launched as one graph so that the host takes nothing.
+
+    Attributes:
+        memory_bandwidth: bytes/s of reading.
+        small_s: a kernel with next to nothing to do, from the end of the one before it.
+        step_s: from the end of a graph to the beginning of the next.
+        linear: products with weights, by rising rows.
+        experts: the same for one expert's rows; its seconds are those of a whole call, which all experts share.
+        attention_bandwidth: bytes/s of keys and values in a decode step.
+        attention_flops: FLOP/s of the attention of prompts, turning and storing keys included.
+        members: ranks that ``sums`` and ``exchange`` were measured among; null where there was one rank.
+        sums: rows of so many bytes summed over the ranks, with the residual and the norm that follow.
+        exchange: rows to their experts and back, by the bytes that the busiest rank sends or gets on one of these ways.
+    """
+
+    memory_bandwidth: float
+    small_s: float
+    step_s: float
+    linear: ProductPoints
+    experts: ProductPoints
+    attention_bandwidth: float
+    attention_flops: float
+    members: int | None = None
+    sums: WirePoints | None = None
+    exchange: WirePoints | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("memory_bandwidth", "attention_bandwidth", "attention_flops"):
+            _check_number(name, getattr(self, name))
+        for name in ("small_s", "step_s"):
+            _check_number(name, getattr(self, name), zero=True)
+        for name in ("linear", "experts"):
+            _check_points(name, getattr(self, name), ("rows", "seconds", "FLOP/s"))
+        for name in ("sums", "exchange"):
+            if getattr(self, name) is not None:
+                _check_points(name, getattr(self, name), ("bytes", "seconds"))
+        measured = (self.sums, self.exchange) != (None, None)
+        if measured and (not isinstance(self.members, int) or self.members < 2):
+            raise ValueError(f"members ({self.members!r}) must be a whole number of at least 2 with sums or exchange")
+
+
 @dataclass(frozen=True)
 class Hardware:
     """A machine's measured figures.
@@ -69,6 +118,8 @@ class Hardware:
         overlaps: whether exchange and products run at the same time (streams of a GPU).
         inside: between the ranks of a node.
         across: between nodes, each rank with its own share of the wire; None when only one node is known.
+        fused: this project's kernels; None where they were not measured.
+        gpu: the device's name, by which ``auto`` finds the file; None for a file that only a path names.
     """
 
     name: str
@@ -83,6 +134,8 @@ class Hardware:
     overlaps: bool
     inside: Network
     across: Network | None = None
+    fused: FusedKernels | None = None
+    gpu: str | None = None
 
     def __post_init__(self) -> None:
         if self.data_bytes not in (1, 2, 4, 8):
@@ -92,14 +145,7 @@ class Hardware:
         _check_number("sync_s", self.sync_s, zero=True)
         if not isinstance(self.overlaps, bool):
             raise ValueError(f"overlaps ({self.overlaps!r}) must be true or false")
-        if not self.matrix_rates:
-            raise ValueError("matrix_rates must have at least one pair of rows and FLOP/s")
-        for rows, rate in self.matrix_rates:
-            _check_number("matrix_rates: rows", rows)
-            _check_number("matrix_rates: FLOP/s", rate)
-        rows = [rows for rows, _ in self.matrix_rates]
-        if any(b <= a for a, b in itertools.pairwise(rows)):
-            raise ValueError(f"matrix_rates: rows ({', '.join(f'{r:g}' for r in rows)}) must rise")
+        _check_points("matrix_rates", self.matrix_rates, ("rows", "FLOP/s"))
 
     @property
     def peak_flops(self) -> float:
@@ -128,7 +174,7 @@ class Hardware:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of a hardware file."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if value is not None or name == "across"}
 
     def save(self, path: str | Path) -> None:
         """Writes a hardware file."""
@@ -141,10 +187,9 @@ class Hardware:
         values["inside"] = _network(values["inside"], "inside")
         if values.get("across") is not None:
             values["across"] = _network(values["across"], "across")
-        try:
-            values["matrix_rates"] = tuple((rows, rate) for rows, rate in values["matrix_rates"])
-        except (TypeError, ValueError):
-            raise ValueError("matrix_rates must be a list of pairs of rows and FLOP/s") from None
+        if values.get("fused") is not None:
+            values["fused"] = _fused(values["fused"])
+        values["matrix_rates"] = _tuples(values["matrix_rates"])
         return cls(**values)
 
     @classmethod
@@ -163,17 +208,49 @@ def _network(content: Any, name: str) -> Network:
         raise ValueError(f"{name}: {error}") from None
 
 
+def _fused(content: Any) -> FusedKernels:
+    try:
+        values = _known_fields(FusedKernels, content, "fused")
+        for name in ("linear", "experts", "sums", "exchange"):
+            values[name] = _tuples(values.get(name))
+        return FusedKernels(**values)
+    except ValueError as error:
+        raise ValueError(f"fused: {error}") from None
+
+
+def _tuples(points: Any) -> Any:
+    """Lists of lists as tuples of tuples; anything else as it is."""
+    if not isinstance(points, list | tuple):
+        return points
+    return tuple(tuple(point) if isinstance(point, list | tuple) else point for point in points)
+
+
 def _known_fields(cls: type, content: Any, name: str) -> dict[str, Any]:
     if not isinstance(content, Mapping):
         raise ValueError(f"{name} must be a JSON object, not {type(content).__name__}")
     names = [f.name for f in fields(cls)]
-    missing = [n for n in names if n not in content and n != "across"]
+    missing = [f.name for f in fields(cls) if f.name not in content and f.default is MISSING]
     unknown = [n for n in content if n not in names]
     if missing or unknown:
         parts = [f"lacks {', '.join(missing)}"] if missing else []
         parts += [f"has unknown {', '.join(unknown)}"] if unknown else []
         raise ValueError(f"{name} {' and '.join(parts)}")
     return dict(content)
+
+
+def _check_points(name: str, points: Any, columns: tuple[str, ...]) -> None:
+    """Points of numbers above 0 (seconds: at least 0), the first column rising."""
+    if not isinstance(points, tuple) or not all(isinstance(p, tuple) and len(p) == len(columns) for p in points):
+        kind = "pairs" if len(columns) == 2 else "triples"
+        raise ValueError(f"{name} must be a list of {kind} of {', '.join(columns[:-1])} and {columns[-1]}")
+    if not points:
+        raise ValueError(f"{name} must have at least one {'pair' if len(columns) == 2 else 'triple'}")
+    for point in points:
+        for column, value in zip(columns, point, strict=True):
+            _check_number(f"{name}: {column}", value, zero=column == "seconds")
+    first = [point[0] for point in points]
+    if any(b <= a for a, b in itertools.pairwise(first)):
+        raise ValueError(f"{name}: {columns[0]} ({', '.join(f'{r:g}' for r in first)}) must rise")
 
 
 def _check_number(name: str, value: Any, zero: bool = False) -> None:

@@ -11,7 +11,7 @@ from mixtralkit.planning.plan import ExpertPlan
 from mixtralkit.planning.trace import RoutingTrace
 from mixtralkit.planning.traffic import Holders, Spread, cut_to_capacity, once_per_member
 
-LAYOUTS = ("tp", "tp_ep", "ep", "static", "two_stage", "coherent")
+LAYOUTS = ("tp", "tp_ep", "ep", "static", "peer", "two_stage", "coherent")
 PHASES = ("attention", "gate", "dispatch", "experts", "combine")
 CHUNKED = ("ep", "two_stage")
 
@@ -22,12 +22,14 @@ class Execution:
 
     Attributes:
         layout: ``tp`` (all split), ``tp_ep`` (attention split, whole experts, rows everywhere), or, with each rank its
-            own sequences: ``ep`` (exact exchange), ``static`` (room for every row everywhere), ``two_stage`` (across
-            nodes once, then inside), ``coherent`` (rows stay where their experts are).
+            own sequences: ``ep`` (exact exchange), ``static`` (room for every row everywhere), ``peer`` (through the
+            GPUs' memory, which needs ``fused``), ``two_stage`` (across nodes once, then inside), ``coherent`` (rows
+            stay where their experts are).
         batch: tokens of a step on each rank; None takes the whole trace as one step.
         chunks: parts of a step whose exchange and products overlap (the schedule); 1 is none.
         context: tokens of each sequence that the cache holds already.
         span: tokens of a step that belong to one sequence; 1 in decode.
+        fused: by this project's kernels, launched without waiting for the host; else as plain torch runs.
     """
 
     layout: str = "ep"
@@ -35,6 +37,7 @@ class Execution:
     chunks: int = 1
     context: int = 0
     span: int = 1
+    fused: bool = False
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
@@ -47,6 +50,8 @@ class Execution:
             raise ValueError(
                 f"chunks ({self.chunks}) must be 1 with layout {self.layout}: only exact exchanges overlap"
             )
+        if self.layout == "peer" and not self.fused:
+            raise ValueError("layout 'peer' needs fused: plain torch has no such exchange")
 
 
 class Replay:
@@ -92,7 +97,8 @@ class Replay:
         if layout in ("tp", "tp_ep"):
             tokens_SW = np.repeat(self.tokens_S[:, None], self.world, 1)
         experts_TK = self._cut(layer, holders)
-        run = {"tp": self._split_width, "tp_ep": self._replicated, "static": self._static}.get(layout, self._exchanged)
+        run = {"tp": self._split_width, "tp_ep": self._replicated, "static": self._static,
+               "peer": self._through_memory}.get(layout, self._exchanged)  # fmt: skip
         ranks_TK, work = run(layer, holders, experts_TK)
         times_P = [self._attention_s(tokens_SW), self.model.gate_s(tokens_SW).max(-1), *work]
         self.phases_LP[layer] = [np.sum(seconds) for seconds in times_P]
@@ -129,8 +135,13 @@ class Replay:
 
     def _replicated(self, layer: int, holders: Holders, experts_TK: np.ndarray):
         source_T = np.zeros_like(self.home_T)
-        ranks_TK = holders.assign(experts_TK, source_T, self.step_T, self.steps, self.spread, rows_are_everywhere=True)
-        waits = self.model.hardware.sync_s if holders.has_choice(True) else 0.0
+        if self.execution.fused and self.execution.span == 1:  # no counts are taken in a graph
+            place_T = np.arange(len(self.step_T)) - (self.tokens_S.cumsum() - self.tokens_S)[self.step_T]
+            ranks_TK, waits = holders.assign_in_turn(experts_TK, source_T, place_T, rows_are_everywhere=True), 0.0
+        else:
+            everywhere = {"rows_are_everywhere": True}
+            ranks_TK = holders.assign(experts_TK, source_T, self.step_T, self.steps, self.spread, **everywhere)
+            waits = self.model.hardware.sync_s if holders.has_choice(True) else 0.0
         return ranks_TK, (
             np.full(self.steps, waits), self._experts_s(self.step_T, self.steps, ranks_TK, experts_TK),
             self._sum_everywhere(layer),
@@ -148,6 +159,18 @@ class Replay:
         return ranks_TK, (
             dispatch_S, self._experts_s(self.step_T, self.steps, ranks_TK, experts_TK), combine_S
         )  # fmt: skip
+
+    def _through_memory(self, layer: int, holders: Holders, experts_TK: np.ndarray):
+        """Kernels that reach into the other ranks' memory: a row goes to each of its ranks once and comes back."""
+        ranks_TK = holders.assign_in_turn(experts_TK, self.home_T, self.row_T)
+        home_T1, row_bytes = self.home_T[:, None], float(self.model.shape.row_bytes)
+        row_N, from_N, to_N = _pairs(once_per_member(ranks_TK) & (ranks_TK != home_T1), home_T1, ranks_TK)
+        counts_WW = np.bincount(from_N * self.world + to_N, minlength=self.world**2).reshape(self.world, -1)
+        self._add_links(layer, (counts_WW + counts_WW.T) * row_bytes)
+        step_N = self.step_T[row_N]
+        out_SW, into_SW = (row_bytes * self._per_rank(step_N, ranks_N, self.steps) for ranks_N in (from_N, to_N))
+        way_S = self.model.peer_exchange_s(out_SW, into_SW) / 2
+        return ranks_TK, (way_S, self._experts_s(self.step_T, self.steps, ranks_TK, experts_TK), way_S)
 
     def _exchanged(self, layer: int, holders: Holders, experts_TK: np.ndarray):
         """Exact exchanges: the pairs of ranks that rows travel between, stage by stage."""
@@ -223,6 +246,7 @@ class Replay:
         if self._split > 1:
             tokens_SW = self.tokens_S[:, None]
         seconds = sum(self.model.head_s(tokens_W / self.execution.span, self._split).max() for tokens_W in tokens_SW)
+        seconds += self.steps * self.model.between_steps_s()
         if self.execution.layout == "coherent":
             seconds += sum(self.model.all_gather_s(tokens_SW.max(1) * float(self.model.shape.row_bytes)))
         return float(seconds)
@@ -236,7 +260,9 @@ class Replay:
         seconds_GW = np.bincount(
             place_P // self.plan.num_experts, self.model.expert_s(rows_P), minlength=groups * self.world
         )
-        return self.model.launches_s(self.model.kernels.experts) + seconds_GW.reshape(groups, self.world).max(1)
+        most_G = np.zeros(groups)
+        np.maximum.at(most_G, place_P // (self.plan.num_experts * self.world), rows_P)
+        return self.model.experts_start_s(most_G) + seconds_GW.reshape(groups, self.world).max(1)
 
     def _hidden_s(self, dispatch_G: np.ndarray, experts_G: np.ndarray, combine_G: np.ndarray) -> float:
         """What overlapping the chunks saves, by ``moe.schedule``: S0 S1 R0 S2 R1 … beside C0 C1 C2 …"""

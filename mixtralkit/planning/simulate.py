@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mixtralkit.planning.cost import KernelCounts, ModelShape, TimeModel
+from mixtralkit.planning.fused_cost import FusedTimeModel
 from mixtralkit.planning.hardware import Hardware
 from mixtralkit.planning.plan import ExpertPlan
 from mixtralkit.planning.replay import PHASES, Execution, Replay
@@ -141,7 +142,8 @@ def simulate(
             raise ValueError(f"model: {name} ({own}) must be {wanted}, which is the trace's")
     if trace.num_tokens == 0:
         raise ValueError("trace has no tokens")
-    model = TimeModel(shape, hardware, plan.world_size, plan.ranks_per_node, kernels or KernelCounts())
+    time_model = FusedTimeModel if execution.fused else TimeModel
+    model = time_model(shape, hardware, plan.world_size, plan.ranks_per_node, kernels or KernelCounts())
     replay = Replay(plan, trace, model, execution, spread)
     for layer in range(plan.num_layers):
         replay.layer(layer)

@@ -63,6 +63,7 @@ def test_a_measured_machine_can_be_read(tmp_path):
     done = _run(
         "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "tools" / "measure_hardware.py",
         "tiny", "--device", "cpu", "--dim", 64, "--hidden", 64, "--message_mb", 0.1, "--output", tmp_path / "tiny.json",
+        "--fused",
         timeout_s=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -70,3 +71,6 @@ def test_a_measured_machine_can_be_read(tmp_path):
     assert measured.inside.members == 2
     assert measured.data_bytes == 4
     assert not measured.overlaps
+    assert measured.fused.members == 2
+    assert [rows for rows, _, _ in measured.fused.experts] == [1, 16, 64]
+    assert len(measured.fused.sums) == len(measured.fused.exchange) == 3

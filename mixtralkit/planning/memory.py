@@ -1,0 +1,103 @@
+"""Memory that a model takes on a rank: weights, keys and values, rows between ranks, and what a step works in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mixtralkit.config import ModelConfig, ParallelConfig
+from mixtralkit.planning.plan import ExpertPlan
+
+# Rows of ``kernels.all_reduce``'s inboxes, which hold for any number of rows.
+_FEW_ROWS, _MANY_ROWS = 128, 4096
+# Rows of width D that a prompt's step holds at a time beside the experts' middle: residual, norm, queries with keys and
+# values, attention, sums.
+_ROWS_ALIVE = 8
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """10⁹ bytes on the rank that has most.
+
+    Attributes:
+        weights: parameters.
+        cache: keys and values of all the rank's sequences at full length.
+        exchange: memory that other ranks' kernels write, and for copies of their experts.
+        working: rows inside a step of prompts, and the logits.
+    """
+
+    weights: float
+    cache: float
+    exchange: float
+    working: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.cache + self.exchange + self.working
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a model must have room for.
+
+    Attributes:
+        batch: sequences over all ranks.
+        max_seq_len: most tokens of one.
+        prefill_budget: prompt tokens that a rank runs in one step.
+        peer_rows: as ``MoEOptions.peer_rows``.
+        data_bytes: of a number.
+        copies_gb: 10⁹ bytes a rank keeps for copies of other ranks' experts (shadows, two phases).
+    """
+
+    batch: int
+    max_seq_len: int
+    prefill_budget: int
+    peer_rows: int | None = 0
+    data_bytes: int = 2
+    copies_gb: float = 0.0
+
+
+def rank_memory(config: ModelConfig, parallel: ParallelConfig, plan: ExpertPlan, room: Room) -> RankMemory:
+    """What the fullest rank takes, of what torch allocates; the device's own context comes on top.
+
+    Weights, cache and exchange are exact. Working memory is that of the fused kernels at a whole prefill budget.
+    """
+    world, b = plan.world_size, room.data_bytes
+    heads_split = world if parallel.attention == "tp" else 1
+    sequences = -(-room.batch // (1 if parallel.attention == "tp" else world))
+    kv_heads = max(-(-config.n_kv_heads // heads_split), 1)
+    cache = 2 * config.n_layers * sequences * kv_heads * room.max_seq_len * config.head_dim * b
+    cache += room.max_seq_len * config.head_dim * 4  # angles
+    tokens = min(room.prefill_budget, sequences * room.max_seq_len)
+    middle = config.hidden_dim / (world if parallel.experts == "tp" else 1) * config.num_experts_per_tok
+    working = tokens * (_ROWS_ALIVE * config.dim + middle) * b + 2 * sequences * config.vocab_size * 4
+    exchange = _exchange(config, parallel, world, sequences, room) + room.copies_gb * 1e9
+    sizes = (_weights(config, parallel, plan) * b, cache, exchange, working)
+    return RankMemory(*(float(size) / 1e9 for size in sizes))
+
+
+def _weights(config: ModelConfig, parallel: ParallelConfig, plan: ExpertPlan) -> int:
+    """Parameters of the fullest rank."""
+    world, dim = plan.world_size, config.dim
+    split = world if parallel.attention == "tp" else 1
+    heads, kv_heads = config.n_heads // split, max(config.n_kv_heads // split, 1)
+    attention = dim * config.head_dim * (2 * heads + 2 * kv_heads)
+    ends = config.vocab_size * dim + -(-config.vocab_size // split) * dim + dim
+    layers = config.n_layers * (attention + 2 * dim + config.num_experts * dim)
+    if parallel.experts == "tp":
+        slots, hidden = config.n_layers * config.num_experts, -(-config.hidden_dim // world)
+    else:
+        slots, hidden = int(plan.holds_LWE.sum((0, 2)).max()), config.hidden_dim
+    return ends + layers + slots * 3 * dim * hidden
+
+
+def _exchange(config: ModelConfig, parallel: ParallelConfig, world: int, sequences: int, room: Room) -> int:
+    """Bytes of the sums' inboxes, or of the rows that travel through memory."""
+    if world == 1:
+        return 0
+    if parallel.attention == "tp":
+        places = 2 * world * (_FEW_ROWS + -(-_MANY_ROWS // world)) + 2 * _MANY_ROWS
+        return places * config.dim * room.data_bytes
+    if parallel.experts == "tp" or room.peer_rows == 0:
+        return 0
+    rows = max(sequences, room.peer_rows or 0)
+    return 2 * rows * world * (config.dim * room.data_bytes + config.num_experts_per_tok * 8)

@@ -1,0 +1,182 @@
+"""The choice of layout and plan: the least predicted time that fits, the table, and the memory it counts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mixtralkit.config import ModelConfig, ParallelConfig
+from mixtralkit.kernels.all_reduce import FEW_ROWS, MANY_ROWS, Inboxes
+from mixtralkit.kernels.peer_exchange import PeerMailbox
+from mixtralkit.layout import RankLayout
+from mixtralkit.planning.choose import Situation, candidates, choose, sample_steps, table
+from mixtralkit.planning.hardware import Hardware
+from mixtralkit.planning.memory import Room, rank_memory
+from mixtralkit.planning.plan import contiguous
+from mixtralkit.planning.policies.named import named_plan
+from mixtralkit.planning.simulate import sample_routing
+from tests.configs import small_config
+
+ROOT = Path(__file__).resolve().parents[2]
+H200 = Hardware.load(ROOT / "configs" / "hardware" / "h200x4.json")
+MIXTRAL = ModelConfig.from_file(ROOT / "configs" / "models" / "mixtral-8x7b.json")
+UNIFORM = np.ones((32, 8))
+
+
+def situation(batch: int = 64, max_seq_len: int = 1024, world_size: int = 4, **changes) -> Situation:
+    values = {"config": MIXTRAL, "hardware": H200, "world_size": world_size}
+    return Situation(**{**values, "room": Room(batch, max_seq_len, 8192, peer_rows=None), **changes})
+
+
+# --- memory
+
+
+@pytest.mark.parametrize("parallel", [ParallelConfig(a, e) for a in ("tp", "dp") for e in ("tp", "ep")], ids=str)
+@pytest.mark.parametrize("name", ["contiguous", "hot_cold+2", "balanced+3", "everywhere"])
+def test_weights_and_cache_are_those_of_the_fullest_rank(parallel, name):
+    for config, world in ((MIXTRAL, 4), (small_config(), 2)):
+        plan = named_plan(name, np.random.default_rng(0).random((config.n_layers, config.num_experts)), world)
+        layouts = [RankLayout(config, parallel, plan, rank) for rank in range(world)]
+        weights = max(sum(int(np.prod(shape)) for shape in layout.shapes().values()) for layout in layouts)
+        found = rank_memory(config, parallel, plan, Room(6, 100, 50, data_bytes=4))
+        assert found.weights == pytest.approx(4 * weights / 1e9)
+        kv_heads = max(layout.kv_heads[1] - layout.kv_heads[0] for layout in layouts)
+        sequences = 6 if parallel.attention == "tp" else -(-6 // world)
+        numbers = 2 * config.n_layers * sequences * kv_heads * 100 * config.head_dim
+        angles = 100 * config.head_dim * 4
+        assert found.cache == pytest.approx((4 * numbers + angles) / 1e9)
+
+
+def test_exchange_memory_is_what_the_kernels_take():
+    plan = contiguous(32, 8, 4)
+    inboxes = Inboxes.places(4, FEW_ROWS, MANY_ROWS) * 4096 * 2
+    assert rank_memory(MIXTRAL, ParallelConfig("tp", "ep"), plan, Room(1, 9, 9)).exchange == inboxes / 1e9
+    rows = 2 * 16 * 4 * 4096 * 2
+    words = PeerMailbox.words_of(4, 16, 2) * 8
+    found = rank_memory(MIXTRAL, ParallelConfig("dp", "ep"), plan, Room(64, 9, 9, peer_rows=None)).exchange
+    assert found == pytest.approx((rows + words) / 1e9, rel=1e-4)
+    assert rank_memory(MIXTRAL, ParallelConfig("dp", "ep"), plan, Room(64, 9, 9, peer_rows=0)).exchange == 0
+
+
+@pytest.mark.parametrize(
+    ("world", "batch", "prompt", "budget", "held", "peak"),
+    [
+        (1, 1, 128, 128, 93.557, 93.606),
+        (1, 256, 128, 32768, 106.459, 110.329),
+        (1, 8, 2048, 16384, 95.724, 97.952),
+        (4, 256, 128, 32768, 26.94, 29.38),
+    ],
+)
+def test_memory_is_near_what_the_gpus_had(world, batch, prompt, budget, held, peak):
+    """benchmarks/results/model-h200.json and model-tp4-h200x4.json, GB of the fullest rank."""
+    length = prompt + (256 if prompt == 128 else 1)
+    parallel = ParallelConfig("tp", "tp")
+    found = rank_memory(MIXTRAL, parallel, contiguous(32, 8, world), Room(batch, length, budget))
+    assert found.total - found.working == pytest.approx(held, rel=0.02)
+    assert found.total == pytest.approx(peak, rel=0.03)
+
+
+# --- the choice
+
+
+@pytest.mark.parametrize(("batch", "memory_gb"), [(1, None), (8, 80.0), (256, 40.0), (512, 80.0)])
+def test_the_fastest_that_fits(batch, memory_gb):
+    found = candidates(situation(batch))
+    chosen = choose(found, memory_gb)
+    fitting = [one for one in found if memory_gb is None or one.memory.total <= memory_gb]
+    assert chosen in fitting
+    assert chosen.step_ms == min(one.step_ms for one in fitting)
+    text = table(found, chosen, memory_gb)
+    assert len(text.splitlines()) == len(found) + 2
+    assert text.count("  chosen") == 1
+    assert text.count("too large") == len(found) - len(fitting)
+    rows = [float(line.split()[3]) for line in text.splitlines()[1:-1]]
+    assert rows == sorted(rows)
+
+
+def test_a_budget_changes_the_choice():
+    """Of 1024 sequences a rank's own ones need no sums, but attention's weights are on every rank."""
+    found = candidates(situation(1024, 2048))
+    fast = choose(found, None)
+    other = choose(found, fast.memory.total - 0.01)
+    assert (fast.parallel.attention, other.parallel.attention) == ("dp", "tp")
+    assert other.step_ms > fast.step_ms
+
+
+def test_where_nothing_fits_the_error_says_what_the_smallest_needs():
+    found = candidates(situation(256))
+    least = min(one.memory.total for one in found)
+    with pytest.raises(ValueError, match=rf"memory_gb \(20\) must be at least {least:.1f} a rank") as caught:
+        choose(found, 20)
+    assert "keys and values" in str(caught.value)
+
+
+def test_what_is_asked_for_is_kept():
+    only = candidates(situation(attention="dp", experts="ep"))
+    assert {(one.parallel.attention, one.parallel.experts, one.layout) for one in only} == {("dp", "ep", "peer")}
+    assert "everywhere" in {one.name for one in only}
+    assert [one.name for one in candidates(situation(world_size=1))] == ["split"]
+    with pytest.raises(ValueError, match="no layout"):
+        choose(candidates(situation(attention="dp", experts="tp")), None)
+
+
+def test_without_rows_through_memory_steps_are_launched_one_by_one_and_slower():
+    room = Room(64, 1024, 8192, peer_rows=0)
+    plain = candidates(situation(attention="dp", room=room))
+    graph = candidates(situation(attention="dp"))
+    assert {one.layout for one in plain} == {"static"}
+    assert all(slow.step_ms > 2 * fast.step_ms for slow, fast in zip(plain, graph, strict=True))
+
+
+def test_a_trace_is_planned_by():
+    """Half of all choices are expert 0's: a copy of it on every rank pays with many sequences."""
+    loads = np.tile([7.0, *[1.0] * 7], (32, 1))
+    trace = sample_routing(loads, 4096, 2)
+    found = {one.name: one.step_ms for one in candidates(situation(2048, 256, attention="dp", trace=trace))}
+    assert found["hot_cold+1"] < found["contiguous"]
+    wrong = replace(MIXTRAL, n_layers=4)
+    with pytest.raises(ValueError, match=r"trace: layers \(32\) must be 4"):
+        situation(config=wrong, trace=trace)
+
+
+def test_samples_have_a_steps_tokens():
+    for tokens in (1, 64, 5000):
+        steps = sample_steps(UNIFORM, tokens, 2)
+        assert len(steps) >= 2
+        assert {step.num_tokens for step in steps} == {tokens}
+        short = sample_steps(UNIFORM, tokens, 2, sample_routing(UNIFORM, 10, 2))
+        assert {step.num_tokens for step in short} == {tokens}
+
+
+# --- plans by name
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_named_plans(world):
+    loads = np.random.default_rng(1).random((5, 8)) + 0.1
+    assert named_plan("hot_cold", loads, world).hot_LE.sum(1).tolist() == [1] * 5
+    for extra in (0, 1, 2, 4, 8):
+        plan = named_plan(f"balanced+{extra}", loads, world)
+        held = plan.holds_LWE.sum((1, 2))
+        assert held.tolist() == [8 + extra] * 5
+        assert plan.meta["name"] == f"balanced+{extra}"
+        spread = plan.holds_LWE.sum(2)
+        assert spread.max() - spread.min() <= 2
+    assert named_plan("everywhere", loads, world).hot_LE.all()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("ballanced+2", "must be one of contiguous, hot_cold"),
+        ("balanced", "must be one of"),
+        ("balanced+9", "at most 8 extra slots"),
+        ("hot_cold+9", r"hot_experts \(9\) must lie in"),
+    ],
+)
+def test_names_that_are_refused(name, words):
+    with pytest.raises(ValueError, match=words):
+        named_plan(name, UNIFORM, 2)

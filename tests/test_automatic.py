@@ -1,0 +1,105 @@
+"""``plan="auto"`` where a model is built: the choice runs, ranks agree, budgets hold, what happens without figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mixtralkit import Mixtral
+from mixtralkit.automatic import RESERVE_GB, Automatic, find_hardware
+from mixtralkit.config import FasterOptions, MoEOptions
+from mixtralkit.distributed import RankContext
+from mixtralkit.mixtral import choose_layout
+from mixtralkit.options import ModelOptions
+from mixtralkit.planning.memory import Room, rank_memory
+from tests.configs import small_config
+from tests.ranks import RankError, run_ranks
+
+ROOT = Path(__file__).resolve().parent.parent
+CKPTS, H200 = ROOT / "ckpts", ROOT / "configs" / "hardware" / "h200x4.json"
+
+
+def layout_for(world: int, automatic: Automatic, options: MoEOptions | None = None, **asked: str):
+    context = RankContext(world_size=world)
+    config = small_config().with_limits(64, 8)
+    options = MoEOptions(peer_rows=None) if options is None else options
+    return choose_layout(config, context, asked.get("attention", "auto"), asked.get("experts", "auto"), "auto",
+                         options, automatic)  # fmt: skip
+
+
+def build(context: RankContext, memory_gb: float | None) -> tuple:
+    automatic = Automatic(H200, memory_gb, explain=True)
+    mixtral = Mixtral.build(
+        CKPTS, max_seq_len=64, max_batch_size=4, context=context, plan="auto", options=MoEOptions(peer_rows=None),
+        automatic=automatic,
+    )  # fmt: skip
+    text = mixtral.text_completion(["In the beginning"], temperature=0, max_gen_len=6)[0]["generation"]
+    layout = mixtral.model.layout
+    return layout.parallel, layout.plan.policy, layout.plan.meta.get("name"), text
+
+
+def test_ranks_choose_alike_and_the_text_is_that_of_one_rank():
+    alone = Mixtral.build(CKPTS, max_seq_len=64, max_batch_size=4, device="cpu")
+    text = alone.text_completion(["In the beginning"], temperature=0, max_gen_len=6)[0]["generation"]
+    first, second = run_ranks(build, 2, None)
+    assert first == second
+    assert first[3] == text
+
+
+def test_a_budget_that_nothing_fits_is_refused_by_all_ranks():
+    with pytest.raises(RankError, match=r"memory_gb \(0.001\) must be at least .* a rank, which the smallest layout"):
+        run_ranks(build, 2, 0.001)
+
+
+def test_the_budget_is_kept():
+    free = layout_for(2, Automatic(H200))
+    room = Room(8, 64, 8192, None)
+    needs = rank_memory(free.config, free.parallel, free.plan, room).total
+    tight = layout_for(2, Automatic(H200, needs))
+    assert rank_memory(tight.config, tight.parallel, tight.plan, room).total <= needs
+
+
+def test_what_is_asked_for_is_kept():
+    assert layout_for(2, Automatic(H200), attention="dp", experts="ep").parallel.attention == "dp"
+    assert layout_for(2, Automatic(H200), experts="tp").parallel.experts == "tp"
+    schedule = MoEOptions(FasterOptions(schedule=True))
+    assert layout_for(2, Automatic(H200), schedule).parallel.attention == "dp", "the schedule needs rows that travel"
+
+
+def test_without_figures_of_the_device_auto_is_as_without_a_plan():
+    assert find_hardware(None, RankContext()) is None
+    layout = layout_for(2, Automatic())
+    assert (layout.parallel.attention, layout.parallel.experts, layout.plan.policy) == ("tp", "ep", "contiguous")
+
+
+def test_a_file_for_this_gpu_is_found(monkeypatch):
+    context = RankContext(world_size=4, device=torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    assert find_hardware(None, context).name == "h200x4"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H20")
+    assert find_hardware(None, context) is None
+
+
+def test_the_budget_left_out_is_the_least_free_memory(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (70e9, 80e9))
+    on_gpu = RankContext(device=torch.device("cuda", 0))
+    assert Automatic().resolved(on_gpu, torch.bfloat16, 100).memory_gb == 70 - RESERVE_GB
+    assert Automatic(memory_gb=40).resolved(on_gpu, torch.bfloat16, 100).memory_gb == 40
+    on_cpu = Automatic().resolved(RankContext(), torch.float32, 100)
+    assert (on_cpu.memory_gb, on_cpu.data_bytes, on_cpu.prefill_budget) == (None, 4, 100)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"memory_gb": 0.0}, r"memory_gb \(0.0\) must be a number above 0"),
+        ({"dtype": "int3"}, r"dtype \(int3\)"),
+        ({"peer_rows": -1}, r"peer_rows \(-1\)"),
+        ({"exchange": "fast"}, r"exchange \('fast'\)"),
+    ],
+)
+def test_wrong_options_are_named_before_anything_is_loaded(options, words):
+    with pytest.raises(ValueError, match=words):
+        ModelOptions(**options)

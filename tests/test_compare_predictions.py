@@ -1,0 +1,67 @@
+"""benchmarks/compare_predictions.py: the time model is near what bench_model.py measured; what it reads and says."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import compare_predictions as comparison  # noqa: E402
+
+from mixtralkit.planning.hardware import Hardware  # noqa: E402
+
+RESULTS = tuple(ROOT / "benchmarks" / "results" / name for name in ("model-h200.json", "model-tp4-h200x4.json"))
+
+
+def test_predictions_are_near_what_was_measured(tmp_path, capsys):
+    comparison.compare_predictions(RESULTS, plot=tmp_path / "scatter.png")
+    text = capsys.readouterr().out.splitlines()
+    found = json.loads(text[-1])
+    assert found["compared"] == 10
+    assert found["median_error"] <= 0.10
+    assert found["worst_error"] <= 0.25
+    rows = [
+        line for line in text if (line.startswith("| ") and "decode" in line) or ("prefill" in line and "|" in line)
+    ]
+    assert len([row for row in rows if row.startswith("|")]) == 10
+    assert sum(line.startswith("left out: ") for line in text) == 2
+    assert (tmp_path / "scatter.png").stat().st_size > 1000
+
+
+def test_lines_of_a_plan_name_it(tmp_path):
+    decode = next(line for line in comparison.read_lines(RESULTS[1]) if line["measurement"] == "decode")
+    line = {
+        **decode,
+        "attention": "dp",
+        "experts": "ep",
+        "batch": 64,
+        "plan": {"name": "balanced+4"},
+        "peer_rows": None,
+    }
+    hardware = Hardware.load(comparison.CONFIGS / "hardware" / "h200x4.json")
+    compared = comparison.compare(line, hardware)
+    assert compared.layout == "peer"
+    assert compared.what.endswith("balanced+4")
+    everywhere = comparison.compare({**line, "plan": {"name": "everywhere"}}, hardware)
+    assert everywhere.predicted_ms > compared.predicted_ms, "all experts are read on each rank"
+    plain = comparison.compare({**line, "peer_rows": 0}, hardware)
+    assert plain.layout == "static"
+    assert plain.predicted_ms > compared.predicted_ms, "each kernel is launched by the host"
+
+
+def test_lines_of_json_are_read_too_and_other_files_are_refused(tmp_path):
+    lines = comparison.read_lines(RESULTS[0])
+    path = tmp_path / "lines.json"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert comparison.read_lines(path) == lines
+    path.write_text("{}")
+    with pytest.raises(ValueError, match=r"lines\.json: not a file of bench_model\.py"):
+        comparison.read_lines(path)
+    path.write_text(json.dumps({"measurement": "start"}) + "\n")
+    with pytest.raises(ValueError, match="no line of decode or prefill"):
+        comparison.compare_predictions((path,))
