@@ -53,7 +53,7 @@ def run_ranks(
         finally:
             for process, connection in ranks:
                 process.kill()
-                process.join()
+                process.join(10)  # a device that hangs may keep even a killed process
                 connection.close()
 
 
