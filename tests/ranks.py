@@ -1,4 +1,4 @@
-"""Runs a function on real gloo ranks, one process each, with a time limit: a rank that fails ends the others."""
+"""Runs a function on real ranks, one process each, with a time limit: a rank that fails ends the others."""
 
 from __future__ import annotations
 
@@ -26,26 +26,41 @@ class RankError(AssertionError):
     """A rank raised, died or outlasted the limit; the text holds what it said."""
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60.0) -> list[Any]:
+Join = Callable[[int, int, str], RankContext]  # (rank, world size, path of the store)
+
+
+def join_gloo(rank: int, world_size: int, store: str) -> RankContext:
+    """Ranks on the CPU."""
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    if world_size > 1:
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    return RankContext.start("cpu", {"RANK": str(rank), "WORLD_SIZE": str(world_size)})
+
+
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60.0, join: Join = join_gloo
+) -> list[Any]:
     """Calls ``function(context, *args)`` on ``world_size`` ranks; returns their values in rank order.
 
-    ``function`` must be importable (top level of a test file); values and arguments travel by pickle.
+    ``function`` and ``join``, which makes a rank's context, must be importable (top level of a test file); values and
+    arguments travel by pickle.
     """
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
-        ranks = [_start(function, rank, world_size, store, args) for rank in range(world_size)]
+        ranks = [_start(function, join, rank, world_size, store, args) for rank in range(world_size)]
         try:
             return _collect(ranks, timeout_s)
         finally:
             for process, connection in ranks:
                 process.kill()
-                process.join()
+                process.join(10)  # a device that hangs may keep even a killed process
                 connection.close()
 
 
-def _start(function, rank: int, world_size: int, store: str, args: tuple) -> tuple[Any, Connection]:
+def _start(function, join: Join, rank: int, world_size: int, store: str, args: tuple) -> tuple[Any, Connection]:
     ours, theirs = _PROCESSES.Pipe(duplex=False)
-    process = _PROCESSES.Process(target=_rank_main, args=(function, rank, world_size, store, theirs, args), daemon=True)
+    given = (function, join, rank, world_size, store, theirs, args)
+    process = _PROCESSES.Process(target=_rank_main, args=given, daemon=True)
     process.start()
     theirs.close()
     return process, ours
@@ -74,15 +89,16 @@ def _collect(ranks: list[tuple[Any, Connection]], timeout_s: float) -> list[Any]
     return [values[rank] for rank in range(len(ranks))]
 
 
-def _rank_main(function, rank: int, world_size: int, store: str, connection: Connection, args: tuple) -> None:
+def _rank_main(
+    function, join: Join, rank: int, world_size: int, store: str, connection: Connection, args: tuple
+) -> None:
     torch.set_num_threads(1)
-    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
     error, value = None, None
     try:
-        if world_size > 1:
-            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-        context = RankContext.start("cpu", {"RANK": str(rank), "WORLD_SIZE": str(world_size)})
+        context = join(rank, world_size, store)
         value = function(context, *args)
+        if context.device.type == "cuda":
+            torch.cuda.synchronize()  # kernels that failed say so here
         context.barrier()
     except BaseException:
         error = traceback.format_exc()

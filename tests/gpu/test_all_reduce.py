@@ -1,4 +1,4 @@
-"""Sums over the GPUs of a host, in and out of graphs, with ranks that come late. Run with ``pytest -m gpu``."""
+"""Sums over the ranks of a host, in and out of graphs, with ranks that come late. Run with ``pytest -m gpu``."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ import torch
 
 from mixtralkit.distributed import RankContext
 from mixtralkit.kernels.all_reduce import EMPTY_WORDS, RowReducer
-from tests.gpu.ranks import run_on_gpus
+from tests.gpu.ranks import SHARED, run_on_gpus
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
-]
+pytestmark = pytest.mark.gpu
 MOST_ROWS, EPS = 64, 1e-5
+ROUNDS, REPLAYS = (2, 30) if SHARED else (10, 100)
 
 
 def _exact(context: RankContext, part_TD: torch.Tensor, residual_TD: torch.Tensor) -> torch.Tensor:
@@ -39,7 +37,7 @@ def _late(context: RankContext, dim: int, dtype: torch.dtype) -> None:
     reducer = RowReducer.create(context, MOST_ROWS, dim, dtype)
     assert reducer.inboxes is not None
     weight_D = torch.linspace(0.5, 1.5, dim, device=device).to(dtype)
-    for _ in range(10):
+    for _ in range(ROUNDS):
         calls, found = [], []
         for number in range(60):
             rows, two_trips = alike.choice([1, 2, 7, MOST_ROWS]), alike.randint(0, 1)
@@ -78,7 +76,7 @@ def _graphs(context: RankContext) -> None:
             results = [reducer.add_norm(part_TD, residual_TD, weight_D, EPS)[0] for part_TD in parts]
         graphs.append((graph, parts, residual_TD, results))
     alike, own = random.Random(2), random.Random(context.rank)
-    for _ in range(100):
+    for _ in range(REPLAYS):
         graph, parts, residual_TD, results = alike.choice(graphs)
         for part_TD in parts:
             part_TD.normal_()

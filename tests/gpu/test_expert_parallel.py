@@ -1,4 +1,4 @@
-"""Ranks with their own sequences and experts on the shipped checkpoint, on several GPUs. Run with ``pytest -m gpu``."""
+"""Ranks with their own sequences and experts on the shipped checkpoint. Run with ``pytest -m gpu``."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from mixtralkit.distributed import RankContext
 from mixtralkit.engine.decoding import DecodeSteps
 from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.planning.plan import ExpertPlan, contiguous
-from tests.gpu.ranks import RANKS, run_on_gpus
+from tests.gpu.ranks import RANKS, SHARED, run_on_gpus
 from tests.gpu.test_engine import CKPTS, PROMPTS, answers, told
 from tests.moe.layers import random_plan
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
-]
+pytestmark = pytest.mark.gpu
 LAYERS, EXPERTS = 6, 8
 BY_NCCL = MoEOptions(exchange="exact")
+MANY = 6 if SHARED else len(PROMPTS)  # prompts of a run
+BATCHES = [(1, len(PROMPTS)), (2 * RANKS, len(PROMPTS)), (3 * RANKS, len(PROMPTS))]  # and prompts
+if SHARED:
+    BATCHES = [(1, 2), (2 * RANKS, len(PROMPTS))]
 
 
 def hot_cold() -> ExpertPlan:
@@ -56,12 +57,21 @@ def load(context: RankContext, plan: str, batch: int, dtype: str = "float32", op
     )  # fmt: skip
 
 
+def load_plain(context: RankContext, plan: str, batch: int) -> Mixtral:
+    """A model of plain steps: with exact exchanges by NCCL, or whole on every rank where NCCL has no way."""
+    if not SHARED:
+        return load(context, plan, batch, options=BY_NCCL)
+    mixtral = Mixtral.build(CKPTS, None, 256, batch, dtype="float32", context=RankContext(device=context.device))
+    mixtral.engine._decode_steps = lambda: None
+    return mixtral
+
+
 def _same_text(context: RankContext, plan: str) -> None:
-    for batch in (1, 2 * RANKS, 3 * RANKS):  # also ranks without a sequence
-        plain, ahead = load(context, plan, batch, options=BY_NCCL), load(context, plan, batch)
+    for batch, count in BATCHES:  # also ranks without a sequence
+        plain, ahead = load_plain(context, plan, batch), load(context, plan, batch)
         for temperature in (0.0, 0.7):
-            wanted = answers(plain, temperature, stop=("\n\n", "and the"))
-            got = answers(ahead, temperature, stop=("\n\n", "and the"))
+            wanted = answers(plain, temperature, count, stop=("\n\n", "and the"))
+            got = answers(ahead, temperature, count, stop=("\n\n", "and the"))
             assert told(got) == told(wanted)
             for one, other in zip(got, wanted, strict=True):
                 assert one.logprobs == pytest.approx(other.logprobs, abs=1e-3)
@@ -71,14 +81,15 @@ def _same_text(context: RankContext, plan: str) -> None:
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_float32_text_is_that_of_plain_steps_by_nccl(plan):
+def test_float32_text_is_that_of_plain_steps(plan):
     run_on_gpus(_same_text, plan)
 
 
 def _same_bits(context: RankContext, dtype: str) -> None:
     for temperature in (0.0, 0.7):
         wanted, got = (
-            answers(load(context, "anyhow", 2 * RANKS, dtype, graphs=graphs), temperature) for graphs in (False, True)
+            answers(load(context, "anyhow", 2 * RANKS, dtype, graphs=graphs), temperature, MANY)
+            for graphs in (False, True)
         )
         assert [(c.tokens, c.logprobs) for c in got] == [(c.tokens, c.logprobs) for c in wanted]
 
@@ -91,7 +102,7 @@ def test_a_graph_gives_the_bits_of_its_kernels(dtype):
 def _late(context: RankContext) -> None:
     """Every rank starts its steps late at random; a second run takes the graphs of the first."""
     mixtral, own = load(context, "hot_cold", 2 * RANKS, "bfloat16"), random.Random(context.rank)
-    wanted = told(answers(mixtral))
+    wanted = told(answers(mixtral, count=MANY))
     captured = dict(mixtral.engine._steps._graphs._captured)
     launch = DecodeSteps.launch
 
@@ -102,8 +113,8 @@ def _late(context: RankContext) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DecodeSteps, "launch", late)
-        for _ in range(5):
-            assert told(answers(mixtral)) == wanted
+        for _ in range(2 if SHARED else 5):
+            assert told(answers(mixtral, count=MANY)) == wanted
     assert mixtral.engine._steps._graphs._captured == captured
 
 
@@ -113,7 +124,7 @@ def test_ranks_that_come_late_get_the_same_text():
 
 def _without_waiting(context: RankContext) -> None:
     mixtral, launch = load(context, "anyhow", 2 * RANKS, "bfloat16"), DecodeSteps.launch
-    wanted = told(answers(mixtral, 0.7))  # captures
+    wanted = told(answers(mixtral, 0.7, MANY))  # captures
 
     def watched(*args):
         torch.cuda.set_sync_debug_mode("error")
@@ -124,7 +135,7 @@ def _without_waiting(context: RankContext) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DecodeSteps, "launch", watched)
-        assert told(answers(mixtral, 0.7)) == wanted
+        assert told(answers(mixtral, 0.7, MANY)) == wanted
 
 
 def test_launches_never_wait_for_the_device():
@@ -132,7 +143,7 @@ def test_launches_never_wait_for_the_device():
 
 
 def _prompts_too(context: RankContext) -> None:
-    wanted = told(answers(load(context, "anyhow", 8, options=BY_NCCL)))
+    wanted = told(answers(load_plain(context, "anyhow", 8)))
     mixtral = load(context, "anyhow", 8, options=MoEOptions(peer_rows=4096))
     assert told(answers(mixtral)) == wanted
     done = int(mixtral.model.peers.mailbox.calls[1])

@@ -1,4 +1,4 @@
-"""Rows between the GPUs of a host, in and out of graphs, with ranks that come late. Run with ``pytest -m gpu``."""
+"""Rows between the ranks of a host, in and out of graphs, with ranks that come late. Run with ``pytest -m gpu``."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ import torch
 from mixtralkit.distributed import RankContext
 from mixtralkit.kernels.norm import rms_norm_plain
 from mixtralkit.kernels.peer_exchange import EMPTY, ExpertPlaces, PeerExchange
-from tests.gpu.ranks import RANKS, run_on_gpus
+from tests.gpu.ranks import RANKS, SHARED, run_on_gpus
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
-]
+pytestmark = pytest.mark.gpu
 MOST_ROWS, EXPERTS, TOP_K, EPS = 64, 8, 2, 1e-5
+ROUNDS, REPLAYS = (2, 30) if SHARED else (10, 100)
 
 
 class Layer:
@@ -65,7 +63,7 @@ def _late(context: RankContext, dim: int, dtype: torch.dtype) -> None:
     exchange = PeerExchange.create(context, MOST_ROWS, dim, TOP_K, dtype)
     assert exchange.mailbox is not None
     layers = [Layer(exchange, seed) for seed in range(4)]
-    for _ in range(10):
+    for _ in range(ROUNDS):
         calls = []
         for _ in range(60):
             rows = alike.choice([1, 2, 7, MOST_ROWS])
@@ -98,7 +96,7 @@ def _graphs(context: RankContext) -> None:
             results = [layer(one, rows) for one in inputs]
         graphs.append((graph, inputs, results))
     alike, own = random.Random(2), random.Random(context.rank)
-    for _ in range(100):
+    for _ in range(REPLAYS):
         graph, inputs, results = alike.choice(graphs)
         for one in inputs:
             for old, new in zip(one, _draw(exchange, len(one[0])), strict=True):
