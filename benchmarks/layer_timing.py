@@ -15,14 +15,13 @@ from statistics import median
 import numpy as np
 import torch
 from layer_cases import INPUT_SETS
-from layer_variants import Phase, Way
+from layer_variants import Phase, Unavailable, Way
 
 from mixtralkit.distributed import RankContext
 from mixtralkit.kernels.timing import GRAPH_MS
 
 AHEAD_CYCLES = 400_000  # some 200 us: the device idles so long while the host queues what is timed
 MOST_TURNS = 8
-WARM_ROUNDS = 2
 
 Marks = list[tuple[str, float, float]]  # name, start and end of each phase, ms
 
@@ -41,8 +40,7 @@ def whole_ms(context: RankContext, way: Way, repeats: int, graph: bool) -> list[
         slowest = max(context.all_gather_objects(_timed(context, run)))
         turns = min(MOST_TURNS, max(1, math.ceil(GRAPH_MS / slowest)))  # the same on every rank
         timed = captured(context, lambda: run(turns), run)
-    for _ in range(WARM_ROUNDS):
-        _timed(context, timed, graph)
+    _timed(context, timed, graph)
     return [_timed(context, timed, graph) / (turns * INPUT_SETS) for _ in range(repeats)]
 
 
@@ -60,19 +58,28 @@ def phases_ms(context: RankContext, way: Way, rounds: int, graph: bool) -> dict[
 def timeline(context: RankContext, way: Way, rounds: int, graph: bool) -> list[Marks]:
     """The phases of one call on every rank, one after the other without meeting in between. Collective.
 
-    The call is the one of median length (of the slowest rank). Ranks start together to within the end of an
-    all-reduce, some microseconds on GPUs; on CPUs the end of a barrier.
+    The call is the one of median length (of the slowest rank). On GPUs the ranks' clocks start at the end of one
+    all-reduce, so to within some microseconds; on CPUs they are the host's, and start with the first rank.
     """
-    steps: list[Marks] = []
+    steps: list[tuple[float, Marks]] = []
     phases_of = _phases(context, way, graph)
     for number in list(range(INPUT_SETS)) * (rounds + 1):
         steps.append(_marked(context, phases_of(number), graph))
     # call 0 has no estimate in a flight of two phases
     kept = [step for index, step in enumerate(steps[INPUT_SETS:]) if index % INPUT_SETS]
-    everyone = context.all_gather_objects(kept)
-    lengths = [max(rank[step][-1][2] for rank in everyone) for step in range(len(kept))]
-    chosen = int(np.argsort(lengths)[len(lengths) // 2])
-    return [rank[chosen] for rank in everyone]
+    calls = [_on_one_clock(ranks) for ranks in zip(*context.all_gather_objects(kept), strict=True)]
+    calls.sort(key=lambda ranks: max(marks[-1][2] for marks in ranks))
+    return calls[len(calls) // 2]
+
+
+def _on_one_clock(ranks: tuple[tuple[float, Marks], ...]) -> list[Marks]:
+    """Each rank's marks from when the first one began."""
+    first = min(began for began, _ in ranks)
+    shifts = [began - first for began, _ in ranks]
+    return [
+        [(name, start + shift, end + shift) for name, start, end in marks]
+        for shift, (_, marks) in zip(shifts, ranks, strict=True)
+    ]
 
 
 def slowest(context: RankContext, times_ms: list[float]) -> tuple[float, list[float]]:
@@ -88,7 +95,7 @@ def captured(
     """The replay of a CUDA graph of ``function``; ``rehearse`` runs before, on a stream of its own. Collective.
 
     Raises:
-        RuntimeError, on every rank: a rank could not capture it.
+        Unavailable, on every rank: a rank could not capture it.
     """
     device = context.device
     stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
@@ -98,15 +105,16 @@ def captured(
     current.wait_stream(stream)
     torch.cuda.synchronize(device)
     graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
-    with context.agreed():
+    try:
         gc.disable()  # freeing an older graph would spoil the capture
-        try:
-            # Other threads, such as NCCL's watchdog, go on with calls that a capture does not allow.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                function()
-        finally:
-            if collects:
-                gc.enable()
+        # Other threads, such as NCCL's watchdog, go on with calls that a capture does not allow.
+        with context.agreed(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            function()
+    except RuntimeError as error:
+        raise Unavailable(f"cannot be captured in a CUDA graph: {error}") from error
+    finally:
+        if collects:
+            gc.enable()
     return graph.replay
 
 
@@ -133,19 +141,21 @@ def _timed(context: RankContext, function: Callable[[], object], ahead: bool = F
 
     ``ahead``: of a graph, whose launch by the host must not count.
     """
-    return _marked(context, [("", function)], ahead)[0][2]
+    return _marked(context, [("", function)], ahead)[1][0][2]
 
 
-def _marked(context: RankContext, phases: list[Phase], ahead: bool) -> Marks:
-    """Runs the phases in turn; when each began and ended, from when all ranks started together."""
+def _marked(context: RankContext, phases: list[Phase], ahead: bool) -> tuple[float, Marks]:
+    """Runs the phases in turn, once all ranks are there: this rank's start (ms) and, from it, each phase's times.
+
+    The start is the host's clock on a CPU and 0 on a GPU, where all start at once.
+    """
     context.barrier()
     if context.device.type != "cuda":
         moments = [time.perf_counter()]
         for _, function in phases:
             function()
             moments.append(time.perf_counter())
-        since = [1e3 * (moment - moments[0]) for moment in moments]
-        return [(name, *bounds) for (name, _), bounds in zip(phases, itertools.pairwise(since), strict=True)]
+        return 1e3 * moments[0], _bars(phases, [1e3 * (moment - moments[0]) for moment in moments])
     events = [torch.cuda.Event(enable_timing=True) for _ in range(len(phases) + 1)]
     token = torch.zeros(1, device=context.device)
     torch.cuda.synchronize(context.device)
@@ -157,5 +167,8 @@ def _marked(context: RankContext, phases: list[Phase], ahead: bool) -> Marks:
         function()
         event.record()
     torch.cuda.synchronize(context.device)
-    since = [events[0].elapsed_time(event) for event in events]
-    return [(name, *bounds) for (name, _), bounds in zip(phases, itertools.pairwise(since), strict=True)]
+    return 0.0, _bars(phases, [events[0].elapsed_time(event) for event in events])
+
+
+def _bars(phases: list[Phase], moments: list[float]) -> Marks:
+    return [(name, *bounds) for (name, _), bounds in zip(phases, itertools.pairwise(moments), strict=True)]

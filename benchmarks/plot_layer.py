@@ -7,15 +7,14 @@ from pathlib import Path
 
 from layer_timing import Marks
 
-# A name with "+" is several phases in one, and takes the colour of the phase that does most in it.
 COLOURS = {
     "gate": "#7f7f7f",
     "permute": "#bcbd22",
     "dispatch": "#1f77b4",
     "experts": "#2ca02c",
     "combine": "#ff7f0e",
+    "several in one": "#9467bd",
 }
-MAIN = ("experts", "dispatch", "combine", "permute", "gate")
 LEAST_SHARE = 0.045  # of the picture's width, below which a bar has no room for its time
 
 
@@ -51,7 +50,8 @@ def draw(timelines: list[Timeline], title: str, path: Path) -> None:
     for axes, line in zip(panels, timelines, strict=True):
         for rank, marks in enumerate(line.ranks):
             for name, start, end in marks:
-                axes.barh(rank, end - start, left=start, height=0.8, color=_colour(name), edgecolor="white")
+                colour = COLOURS.get(name, COLOURS["several in one"])
+                axes.barh(rank, end - start, left=start, height=0.8, color=colour, edgecolor="white")
                 if end - start > LEAST_SHARE * longest:
                     place = ((start + end) / 2, rank)
                     axes.annotate(f"{end - start:.3g}", place, ha="center", va="center", fontsize=8, color="white")
@@ -60,7 +60,7 @@ def draw(timelines: list[Timeline], title: str, path: Path) -> None:
         axes.set_title(f"{line.name}: {line.ms:.3g} ms whole{note}", fontsize=10, loc="left")
         axes.set(yticks=range(ranks), yticklabels=[f"rank {rank}" for rank in range(ranks)], xlim=(0, 1.01 * longest))
         axes.invert_yaxis()
-    panels[-1].set_xlabel("ms since all ranks began the call; a phase ends when this rank goes on")
+    panels[-1].set_xlabel("ms since the first rank began; waiting for other ranks is part of a phase")
     handles = [Patch(color=colour, label=name) for name, colour in COLOURS.items()]
     figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), fontsize=8, frameon=False)
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
@@ -68,8 +68,3 @@ def draw(timelines: list[Timeline], title: str, path: Path) -> None:
         figure.savefig(path, dpi=110)
     except OSError as error:
         raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
-
-
-def _colour(name: str) -> str:
-    parts = name.split("+")
-    return COLOURS[next(phase for phase in MAIN if phase in parts)]
