@@ -22,11 +22,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import bench_moe_layer as bench  # noqa: E402
+import layer_timing  # noqa: E402
 import layer_variants as ways  # noqa: E402
 from ceilings import Ceilings  # noqa: E402
 from layer_cases import INPUT_SETS, Bench, Case, RoutingKind  # noqa: E402
 from layer_counts import summary  # noqa: E402
-from layer_timing import timeline  # noqa: E402
+from layer_timing import phases_ms, timeline, whole_ms  # noqa: E402
 
 DIM, HIDDEN, EXPERTS, TOP_K = 32, 48, 8, 2
 SIZES = {"dim": DIM, "hidden": HIDDEN, "device": "cpu", "repeats": 1}
@@ -35,7 +36,8 @@ PHASES = {"gate", "permute", "dispatch", "experts", "combine"}
 
 def run_bench(context: RankContext, options: dict) -> tuple[list[dict], str]:
     """This rank's lines of JSON on stdout, and its stderr."""
-    os.environ |= {"RANK": str(context.rank), "WORLD_SIZE": str(context.world_size)}
+    rank = str(context.rank)
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(context.world_size)}
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         bench.bench_moe_layer(**{**SIZES, **options})
@@ -304,3 +306,31 @@ def test_a_timeline_has_every_phase_of_every_rank():
             assert [name for name, _, _ in marks] == ["gate", "permute", "dispatch", "experts", "combine"]
             for (_, start, end), (_, following, _) in itertools.pairwise(marks):
                 assert start <= end == following
+
+
+class FakeGraph:
+    """In place of a capture: what is captured, and what its replays do, in order."""
+
+    def __init__(self) -> None:
+        self.replays = []
+
+    def __call__(self, context: RankContext, function, rehearse):
+        rehearse()
+        return lambda: (self.replays.append(function), function())[-1]
+
+
+@pytest.mark.parametrize("name", [name for name, variant in ways.VARIANTS.items() if variant.captures])
+def test_rounds_and_phases_that_are_captured(name, monkeypatch):
+    """Without a GPU: which graphs there are, and that each phase's finds what the one before it left."""
+    graphs = FakeGraph()
+    monkeypatch.setattr(layer_timing, "captured", graphs)
+    with torch.no_grad():
+        way = ways.way_of(name, make_case(RankContext(), skewed(), 3))
+        assert len(whole_ms(RankContext(), way, 2, True)) == 2
+        assert len(set(graphs.replays)) == 1
+        assert len(graphs.replays) == 1 + 2
+        graphs.replays.clear()
+        times = phases_ms(RankContext(), way, 2, True)
+        assert {len(found) for found in times.values()} == {2 * INPUT_SETS}
+        assert len(set(graphs.replays)) == len(times) * INPUT_SETS
+        assert len(graphs.replays) == len(times) * 3 * INPUT_SETS
