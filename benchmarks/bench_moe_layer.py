@@ -22,7 +22,8 @@ from ceilings import Ceilings
 from layer_cases import INPUT_SETS, Bench, Case, RoutingKind
 from layer_counts import summary
 from layer_timing import phases_ms, slowest, timeline, whole_ms
-from layer_variants import BASELINES, NAMED_ONLY, VARIANTS, Unavailable, Way, way_of
+from layer_variants import BASELINES, NAMED_ONLY, VARIANTS, way_of
+from layer_ways import Unavailable, Way
 from machine import describe_run
 from plot_layer import Timeline, draw, require_matplotlib
 

@@ -15,7 +15,7 @@ from statistics import median
 import numpy as np
 import torch
 from layer_cases import INPUT_SETS
-from layer_variants import Phase, Unavailable, Way
+from layer_ways import Phase, Unavailable, Way
 
 from mixtralkit.distributed import RankContext
 from mixtralkit.kernels.timing import GRAPH_MS
@@ -37,8 +37,8 @@ def whole_ms(context: RankContext, way: Way, repeats: int, graph: bool) -> list[
     run()  # compiles
     turns, timed = 1, run
     if graph:
-        slowest = max(context.all_gather_objects(_timed(context, run)))
-        turns = min(MOST_TURNS, max(1, math.ceil(GRAPH_MS / slowest)))  # the same on every rank
+        round_ms = max(context.all_gather_objects(_timed(context, run)))
+        turns = min(MOST_TURNS, max(1, math.ceil(GRAPH_MS / round_ms)))  # the same on every rank
         timed = captured(context, lambda: run(turns), run)
     _timed(context, timed, graph)
     return [_timed(context, timed, graph) / (turns * INPUT_SETS) for _ in range(repeats)]
@@ -51,8 +51,7 @@ def phases_ms(context: RankContext, way: Way, rounds: int, graph: bool) -> dict[
     for number in list(range(INPUT_SETS)) * (rounds + 1):
         for name, function in phases_of(number):
             times.setdefault(name, []).append(_timed(context, function, graph))
-    skipped = INPUT_SETS  # the first round
-    return {name: found[skipped:] for name, found in times.items()}
+    return {name: found[INPUT_SETS:] for name, found in times.items()}  # without the first round
 
 
 def timeline(context: RankContext, way: Way, rounds: int, graph: bool) -> list[Marks]:
@@ -133,7 +132,7 @@ def _phases(context: RankContext, way: Way, graph: bool) -> Callable[[int], list
 
 
 def _nothing() -> None:
-    """The whole call was rehearsed: a dispatch by itself would wait for its combine."""
+    """The whole call was rehearsed: a dispatch without its combine would spoil the next one."""
 
 
 def _timed(context: RankContext, function: Callable[[], object], ahead: bool = False) -> float:
