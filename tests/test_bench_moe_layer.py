@@ -205,26 +205,30 @@ def count_all(context: RankContext, names: list[str], rows: int) -> list[tuple[l
 
 
 def brute_force(
-    experts_CWTK: list, slots_WE: list, out: int, back: int, turns: bool
+    experts_CWTK: list, slots_WE: list, out: int, back: int, turns: bool, stays: bool
 ) -> tuple[float, float, list[list[int]]]:
-    """Bytes of the rank that sends most, share of choices at home by a replica, choices that each rank computes."""
+    """Bytes of the rank that sends most, share of choices at home by a replica, choices that each rank computes.
+
+    Sums go back to the row's own rank, or (``stays``) to the rank of its first choice.
+    """
     ranks = len(slots_WE)
     sent_W, home, choices, computed_CW = [0.0] * ranks, 0, 0, []
     for experts_WTK in experts_CWTK:
         computed_CW.append([0] * ranks)
         for rank, experts_TK in enumerate(experts_WTK):
             for row, experts_K in enumerate(experts_TK):
-                goes = set()
+                goes, first = set(), None
                 for expert in experts_K:
                     holders = [w for w in range(ranks) if slots_WE[w][expert] >= 0]
                     assert rank in holders or len(holders) == 1 or turns
                     to = rank if rank in holders else holders[row % len(holders)]
                     goes.add(to)
+                    first = to if first is None else first
                     computed_CW[-1][to] += 1
                     home += to == rank and len(holders) > 1
                     choices += 1
-                for to in goes - {rank}:
-                    sent_W[rank] += out
+                sent_W[rank] += out * len(goes - {rank})
+                for to in goes - {first if stays else rank}:
                     sent_W[to] += back
     return max(sent_W) / len(experts_CWTK), home / choices, computed_CW
 
@@ -237,7 +241,9 @@ def test_counts_are_those_of_brute_force():
         "contiguous+schedule": (packed, row, 0),
         "contiguous+peer": (row, row, 8 * rows * TOP_K),
         "contiguous+static": (0, 0, rows * (packed + row)),
+        "contiguous+coherent": (packed, row, 0),
         "hot_cold": (packed, row, 0),
+        "hot_cold+coherent": (packed, row, 0),
         "balanced+peer": (row, row, 8 * rows * TOP_K),
         "everywhere": (packed, row, 0),
     }
@@ -246,7 +252,7 @@ def test_counts_are_those_of_brute_force():
         out, back, fixed = settings[name]
         (routed, slots_WE), found = results[0]
         assert all(result == results[0] for result in results)
-        sent, share, computed_CW = brute_force(routed, slots_WE, out, back, turns="peer" in name)
+        sent, share, computed_CW = brute_force(routed, slots_WE, out, back, "peer" in name, "coherent" in name)
         assert found["bytes_sent"] == pytest.approx(sent + (ranks - 1) * fixed, abs=1), name
         assert found["hot_share"] == pytest.approx(share, abs=1e-4), name
         ratios = [max(computed_W) * ranks / sum(computed_W) for computed_W in computed_CW]
