@@ -24,7 +24,7 @@ from statistics import median
 
 import numpy as np
 import torch
-from bench_moe_layer import GivenGate
+from layer_cases import GivenGate
 from machine import describe_run
 from plot_two_phase import draw
 

@@ -162,8 +162,8 @@ def grouped_product(
     programs = min(len(order.slot_B) * tiles, own["programs"] * multiprocessors(x_PI.device))
     _product[programs,](
         *x_blocks, w, out, order.slot_B, order.rows_B, order.span_B2, order.blocks, inner, outer, tiles,
-        STREAM=stream, QUARTERS=quarters, SWIGLU=swiglu, BLOCK_R=block_r, BLOCK_O=block_o, COLUMNS=columns, BLOCK_K=block_k,
-        GROUP=own["group"], PRECISION="ieee" if x_PI.dtype == torch.float32 else "tf32", PDL=overlap,
+        STREAM=stream, QUARTERS=quarters, SWIGLU=swiglu, BLOCK_R=block_r, BLOCK_O=block_o, COLUMNS=columns,
+        BLOCK_K=block_k, GROUP=own["group"], PRECISION="ieee" if x_PI.dtype == torch.float32 else "tf32", PDL=overlap,
         num_warps=own["num_warps"], num_stages=stages, **({"launch_pdl": True} if overlap else {}),
     )  # fmt: skip
 
@@ -210,8 +210,8 @@ def _product(
     STREAM: tl.constexpr, QUARTERS: tl.constexpr, SWIGLU: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr,
     COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A program takes every n-th tile. Up to GROUP row blocks of a slot, cut evenly, take a block of its weight rows one
-    after the other, so that it is read from memory once and from the L2 cache after that."""
+    """A program takes every n-th tile. Up to GROUP row blocks of a slot, cut evenly, take a block of its weight rows
+    one after the other, so that it is read from memory once and from the L2 cache after that."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()

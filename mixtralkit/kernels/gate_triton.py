@@ -1,5 +1,5 @@
-"""The gate in Triton: programs that hold its weights take row after row, norm included; where there are too many experts
-to hold and many rows, blocks of rows on the matrix units."""
+"""The gate in Triton: programs that hold its weights take row after row, norm included; where there are very many rows,
+or many and too many experts to hold, blocks of rows on the matrix units."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ def _gate_row(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Every n-th row: the whole row, the next one asked for, and a strip of experts at a time, the first strip asked for
-    before the wait."""
+    """Every n-th row: the whole row, the next one asked for, and a strip of experts at a time, the first strip asked
+    for before the wait."""
     d_D, e_E, e_S = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E), tl.arange(0, STRIP_E)
     inside_D, inside_E = d_D < dim, e_E < experts
     places_SD = gate + e_S[:, None] * dim + d_D[None, :]

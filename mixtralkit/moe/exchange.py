@@ -66,6 +66,22 @@ class ExchangeHandle:
     merge_RK: torch.Tensor
 
 
+@dataclass(frozen=True)
+class SortedRows:
+    """Rows of one member before they leave.
+
+    Attributes:
+        staying, leaving: rows computed here, and rows for the others, by member and then by row.
+        counts_W: int64 rows for each member, none for this one.
+        merge_RK: as in ``ExchangeHandle``.
+    """
+
+    staying: TravellingRows
+    leaving: TravellingRows
+    counts_W: torch.Tensor
+    merge_RK: torch.Tensor
+
+
 class Exchange:
     """Exact exchange between the members of ``context`` (all ranks, or a part of them): unequal splits."""
 
@@ -79,24 +95,32 @@ class Exchange:
             members_RK: which member of the group each choice goes to, -1 for none. A row leaves once for each
                 member, however many of its choices go there.
         """
-        context, device = self.context, rows.x_RD.device
-        goes_WR = _one_hot(members_RK, context.world_size)
-        stays_R = goes_WR[context.rank].nonzero().squeeze(1)  # host sync
-        goes_WR[context.rank] = False
-        to_N, row_N = goes_WR.nonzero(as_tuple=True)  # host sync; by member, then by row
-        counts_WW = context.all_gather(goes_WR.sum(1)).tolist()  # host sync: the splits of an exact exchange
-        send, receive = counts_WW[context.rank], [row[context.rank] for row in counts_WW]
-        leaving = rows.take(row_N)
-        arrived_RD = all_to_all(leaving.x_RD, context, send, receive)
-        arrived = unpack(all_to_all(pack(leaving), context, send, receive), arrived_RD)
+        return self.cross(self.sort(rows, members_RK))
 
+    def sort(self, rows: TravellingRows, members_RK: torch.Tensor) -> SortedRows:
+        """The part of ``send`` that no other member is needed for."""
+        device, members = rows.x_RD.device, self.context.world_size
+        goes_WR = _one_hot(members_RK, members)
+        stays_R = goes_WR[self.context.rank].nonzero().squeeze(1)  # host sync
+        goes_WR[self.context.rank] = False
+        to_N, row_N = goes_WR.nonzero(as_tuple=True)  # host sync; by member, then by row
         zeros = len(stays_R) + len(row_N)
-        place_RW = torch.full((len(members_RK), context.world_size), zeros, device=device)
-        place_RW[stays_R, context.rank] = torch.arange(len(stays_R), device=device)
+        place_RW = torch.full((len(members_RK), members), zeros, device=device)
+        place_RW[stays_R, self.context.rank] = torch.arange(len(stays_R), device=device)
         place_RW[row_N, to_N] = torch.arange(len(stays_R), zeros, device=device)
         merge_RK = place_RW.gather(1, members_RK.clamp(min=0)).masked_fill(members_RK < 0, zeros)
         merge_RK = merge_RK.masked_fill(_repeats(members_RK), zeros)
-        return join([rows.take(stays_R), arrived]), ExchangeHandle(send, receive, len(stays_R), merge_RK)
+        return SortedRows(rows.take(stays_R), rows.take(row_N), goes_WR.sum(1), merge_RK)
+
+    def cross(self, rows: SortedRows) -> tuple[TravellingRows, ExchangeHandle]:
+        """The part of ``send`` that members do together: counts, then rows."""
+        context, staying, leaving = self.context, rows.staying, rows.leaving
+        counts_WW = context.all_gather(rows.counts_W).tolist()  # host sync: the splits of an exact exchange
+        send, receive = counts_WW[context.rank], [row[context.rank] for row in counts_WW]
+        arrived_RD = all_to_all(leaving.x_RD, context, send, receive)
+        arrived = unpack(all_to_all(pack(leaving), context, send, receive), arrived_RD)
+        handle = ExchangeHandle(send, receive, len(staying.x_RD), rows.merge_RK)
+        return join([staying, arrived]), handle
 
     def bring_back(self, y_RD: torch.Tensor, handle: ExchangeHandle) -> torch.Tensor:
         """One sum for each row handed on by ``send`` → the sum of all its parts for each row given to it."""

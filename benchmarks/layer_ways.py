@@ -1,0 +1,139 @@
+"""What a way to run one MoE layer over the ranks has to offer, and the ways that are not ``MoELayer``'s."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
+
+import torch
+from baselines import PaddedAllGather, loop_over_experts
+from layer_cases import Case, GivenGate
+from layer_counts import Counts, by_choices, by_rows, computed, to_all
+
+from mixtralkit.config import ParallelConfig
+from mixtralkit.kernels.gate import gate
+from mixtralkit.layout import RankLayout
+from mixtralkit.moe.fmoe_backend import FastMoELayer
+from mixtralkit.moe.gate import Routing
+from mixtralkit.planning.plan import contiguous
+
+Phase = tuple[str, Callable[[], object]]
+
+
+class Unavailable(RuntimeError):
+    """A variant cannot run here, on no rank; the text says why."""
+
+
+class Way(Protocol):
+    """One variant on one case. Calls are numbered 0 … INPUT_SETS-1, a round; all ranks make the same ones."""
+
+    captures: bool  # calls and phases may be held by CUDA graphs
+
+    def call(self, number: int) -> object:
+        """The whole layer, gate included, on one of the inputs. Collective."""
+
+    def phases(self, number: int) -> list[Phase]:
+        """The same call taken apart, to be run in this order; a name with ``+`` is several phases in one. Those of
+        one call must have run before the next call's are asked for."""
+
+    def finished(self, result: object, number: int) -> torch.Tensor:
+        """This rank's own rows [T, D] of what ``call`` gave. Collective."""
+
+    def expected(self, number: int) -> Routing:
+        """What the rows must have been computed by: the routing, without choices that a capacity drops."""
+
+    def counts(self, number: int) -> Counts:
+        """What a call moves and computes. Collective."""
+
+
+class _PlainWay:
+    """What ways without a plan of their own share: own rows in, own rows out, nothing dropped."""
+
+    captures = False
+
+    def __init__(self, case: Case) -> None:
+        self.case, self.context = case, case.bench.context
+        self.owner_E = torch.zeros(case.bench.config.num_experts, dtype=torch.int64, device=self.context.device)
+        plan = contiguous(1, case.bench.config.num_experts, self.context.world_size)
+        for rank in range(self.context.world_size):
+            self.owner_E[list(plan.experts_of(0, rank))] = rank
+        self.mine = list(plan.experts_of(0, self.context.rank))
+
+    def finished(self, result: torch.Tensor, number: int) -> torch.Tensor:
+        return result
+
+    def expected(self, number: int) -> Routing:
+        return self.case.routings[number]
+
+    def call(self, number: int) -> torch.Tensor:
+        return [function() for _, function in self.phases(number)][-1]
+
+    def _gate(self, number: int) -> Callable[[], object]:
+        bench = self.case.bench
+        return partial(gate, self.case.inputs[number], bench.gate_ED, bench.config.num_experts_per_tok)
+
+    def _weights(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.case.bench.weights[number % len(self.case.bench.weights)]
+
+
+class LoopWay(_PlainWay):
+    """All experts on every rank, one after the other."""
+
+    def phases(self, number: int) -> list[Phase]:
+        rows = (self.case.inputs[number], self.case.routings[number])
+        return [("gate", self._gate(number)), ("experts", partial(loop_over_experts, *rows, *self._weights(number)))]
+
+    def counts(self, number: int) -> Counts:
+        experts_TK = self.case.routings[number].experts_TK
+        ranks_TK = torch.full_like(experts_TK, self.context.rank)
+        size = ranks_TK.numel()
+        return Counts(*by_rows(ranks_TK, self.context, 0, 0), size, at_home=size).over_ranks(self.context)
+
+
+class PaddedWay(_PlainWay):
+    """Contiguous experts; every rank's rows go to every rank, the sums are added by an all-reduce."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        sets = [(w13_EGD[self.mine], w2_EDF[self.mine]) for w13_EGD, w2_EDF in case.bench.weights]
+        first = self.mine[0] if self.mine else 0
+        self.layers = [PaddedAllGather(self.context, w13_SGD, w2_SDF, first) for w13_SGD, w2_SDF in sets]
+
+    def phases(self, number: int) -> list[Phase]:
+        layer = self.layers[number % len(self.layers)]
+        rest = partial(layer, self.case.inputs[number], self.case.routings[number])
+        return [("gate", self._gate(number)), ("permute+dispatch+experts+combine", rest)]
+
+    def counts(self, number: int) -> Counts:
+        experts_TK, row = self.case.routings[number].experts_TK, self.case.inputs[number][0].nbytes
+        computed_W = computed(self.owner_E[experts_TK], self.context.world_size)
+        size = len(experts_TK) * (3 * row + 12 * experts_TK.shape[1])  # rows, experts and weights out; sums, twice
+        return Counts(computed_W, to_all(self.context, size), experts_TK.numel()).over_ranks(self.context)
+
+
+class FastMoEWay(_PlainWay):
+    """The layer through the real library."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        bench = case.bench
+        plan = contiguous(bench.config.n_layers, bench.config.num_experts, self.context.world_size)
+        layout = RankLayout(bench.config, ParallelConfig("dp", "ep"), plan, self.context.rank)
+        self.layers = []
+        for number, (w13_EGD, w2_EDF) in enumerate(bench.weights):
+            layer = FastMoELayer(number, layout, self.context, bench.dtype)
+            layer.experts.w13.copy_(w13_EGD[self.mine])
+            layer.experts.w2.copy_(w2_EDF[self.mine])
+            layer.gate = GivenGate(case.routings, bench.config.num_experts_per_tok, bench.gate_ED)
+            self.layers.append(layer)
+
+    def phases(self, number: int) -> list[Phase]:
+        layer = self.layers[number % len(self.layers)]
+        layer.gate.turn = number
+        return [("gate+permute+dispatch+experts+combine", lambda: layer(self.case.inputs[number])[0])]
+
+    def counts(self, number: int) -> Counts:
+        experts_TK, row = self.case.routings[number].experts_TK, self.case.inputs[number][0].nbytes
+        sizes = by_choices(self.owner_E[experts_TK], self.context, row, row)
+        return Counts(*sizes, experts_TK.numel()).over_ranks(self.context)
