@@ -39,6 +39,8 @@ def decode_bytes(
 def prefill_operations(layout: RankLayout, lengths_B: Sequence[int], all_tokens: int | None = None) -> float:
     """Floating-point operations (a multiply-add is two) of a rank for whole prompts and one token after each.
 
+    In the last layer a prompt's last row alone goes on after the attention.
+
     Args:
         lengths_B: tokens of each of the rank's prompts.
         all_tokens: tokens of all ranks, whose choices the ranks' experts share; None means the rank's own.
@@ -49,13 +51,14 @@ def prefill_operations(layout: RankLayout, lengths_B: Sequence[int], all_tokens:
     operations = 2.0 * len(lengths_B) * prod(shapes["output.weight"])
     pairs = sum(_pairs(config, length) for length in lengths_B)
     for layer in range(config.n_layers):
-        prefix = f"layers.{layer}."
-        names = ("attention.wqkv.weight", "attention.wo.weight", "feed_forward.gate.weight")
-        operations += 2.0 * tokens * sum(prod(shapes[prefix + name]) for name in names)
+        prefix, own = f"layers.{layer}.", tokens if layer + 1 < config.n_layers else len(lengths_B)
+        names = ("attention.wo.weight", "feed_forward.gate.weight")
+        operations += 2.0 * tokens * prod(shapes[prefix + "attention.wqkv.weight"])
+        operations += 2.0 * own * sum(prod(shapes[prefix + name]) for name in names)
         operations += 4.0 * pairs * heads * config.head_dim
         share = sum(choice_shares(layout, layer)) / config.num_experts
-        rows = (tokens if all_tokens is None else all_tokens) * config.num_experts_per_tok * share
-        operations += 2.0 * rows * _expert_weights(layout)
+        everyone = own if all_tokens is None else all_tokens * own / tokens
+        operations += 2.0 * everyone * config.num_experts_per_tok * share * _expert_weights(layout)
     return operations
 
 

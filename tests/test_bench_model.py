@@ -187,7 +187,8 @@ def test_bound_of_the_real_mixtral():
     size = sum(model_bounds.decode_bytes(RankLayout.single(config), [2] * 32, [256], 2).values())
     assert 4.28e12 / size == pytest.approx(168, abs=2)
     whole = model_bounds.prefill_operations(RankLayout.single(config), [2048] * 8)
-    assert 8 * 2048 / (whole / 725e12) == pytest.approx(27800, rel=0.03)
+    # 28,100 with a last layer like the others, of which one row a prompt leaves the attention here
+    assert 8 * 2048 / (whole / 725e12) == pytest.approx(28900, rel=0.01)
 
 
 def test_shares_of_ranks_add_up():
@@ -197,7 +198,8 @@ def test_shares_of_ranks_add_up():
     for experts in ("tp", "ep"):
         layouts = [RankLayout(config, ParallelConfig("tp", experts), plan, rank) for rank in range(4)]
         whole = sum(model_bounds.prefill_operations(layout, [512] * 8) for layout in layouts)
-        gates = 3 * 2.0 * 512 * 8 * config.dim * config.num_experts * config.n_layers  # every rank computes its own
+        rows = 512 * 8 * (config.n_layers - 1) + 8
+        gates = 3 * 2.0 * rows * config.dim * config.num_experts  # every rank computes its own
         assert whole == pytest.approx(single + gates)
 
 

@@ -17,8 +17,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from mixtralkit.kernels.runtime import overlaps_launches, tuned
 
 LOG2_E = math.log2(math.e)
-# Finite, so that a query that sees nothing of a tile yet makes no NaN; a power of two, so that its product with any scale
-# is exact: a multiply-add would else leave a rounding of 1e22, of which exp2 is infinite.
+# Finite, so that a query that sees nothing of a tile yet makes no NaN; a power of two, so that its product with any
+# scale is exact: a multiply-add would else leave a rounding of 1e22, of which exp2 is infinite.
 HIDDEN = tl.constexpr(-(2.0**100))
 
 

@@ -21,8 +21,8 @@ class SortedRows(NamedTuple):
     """Where each choice's row lies among the blocks, and whose each block is; all int32, on the device.
 
     ``place_N`` is -1 for a choice that no slot here computes. ``rows_B`` is how many rows of a block are real, 0 after
-    the first ``blocks[0]`` blocks, for which alone ``slot_B`` and ``span_B2`` (the first block of the slot, and how many
-    it has) are defined.
+    the first ``blocks[0]`` blocks, for which alone ``slot_B`` and ``span_B2`` (the first block of the slot, and how
+    many it has) are defined.
     """
 
     place_N: torch.Tensor
