@@ -348,10 +348,10 @@ def _spread(
     else:
         block = program - rows
         filled = tl.load(rows_B + block)
-        place = out_PD + (block * BLOCK_R + filled).to(tl.int64) * D + d
+        rest_D = out_PD + (block * BLOCK_R + filled).to(tl.int64) * D + d
         for _ in range(filled, tl.cdiv(filled, CUT) * CUT):
-            tl.store(place, tl.zeros((BLOCK_D,), out_PD.dtype.element_ty), d < D)
-            place += D
+            tl.store(rest_D, tl.zeros((BLOCK_D,), out_PD.dtype.element_ty), d < D)
+            rest_D += D
 
 
 @triton.jit
