@@ -88,7 +88,7 @@ class Engine:
     def reset(self) -> None:
         """Forgets the decode steps and gives back their memory; the next run makes new ones.
 
-        Another cache, plan or plan manager is noticed without it. Collective.
+        Another cache or plan of the model is noticed without it. Collective.
         """
         self._steps: DecodeSteps | None = None
         self._steps_made_for: tuple[object, ...] = ()
@@ -113,12 +113,12 @@ class Engine:
         """Steps for the model as it is now; None where it needs plain ones. Collective when they are made."""
         self._follow_plan()
         cache, layout = self.model.cache, self.model.layout
-        made_for = (cache, layout, self.plan_manager)
+        counts_choices = self.plan_manager is not None
+        made_for = (cache, layout, counts_choices)
         if not _are_same(self._steps_made_for, made_for):
             self.reset()
             decoder = Decoder.for_model(self.model, cache)
             if decoder is not None:
-                counts_choices = self.plan_manager is not None
                 self._steps = DecodeSteps(self.model, decoder, cache.slots, self.cuda_graphs, counts_choices)
             self._steps_made_for = made_for
         return self._steps
