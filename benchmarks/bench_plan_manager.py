@@ -9,6 +9,7 @@ docs/plan-manager.md says what the fields mean.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import time
@@ -95,21 +96,19 @@ def bench_plan_manager(
         seed: of weights, random prompts and random plans.
         output: file that takes the lines of JSON.
     """
-    for name, value in (("prompts", prompts - 1), ("new_tokens", new_tokens - 1), ("repeats", repeats)):
-        if value < 1:
-            raise ValueError(f"{name} ({value + (name != 'repeats')}) must be at least {1 + (name != 'repeats')}")
+    for name, value, least in (("prompts", prompts, 2), ("new_tokens", new_tokens, 8), ("repeats", repeats, 1)):
+        if value < least:
+            raise ValueError(f"{name} ({value}) must be at least {least}")
     context = RankContext.start(device)
-    torch.set_grad_enabled(False)
     kind = parse_dtype(dtype or ("bfloat16" if context.device.type == "cuda" else "float32"))
     if hardware is None:
         hardware = MACHINES / ("h200.json" if context.device.type == "cuda" else "cpu-2core.json")
+    source, machine = Source(ckpt, model, layers, seed), Hardware.load(hardware)
+    limits, settings = (prompt_len + new_tokens, max_batch_size), (machine, update_step, slots_per_rank, margin, seed)
     lines = []
     for way in attention.split(","):
-        source = Source(ckpt, model, layers, seed)
-        options = MoEOptions.from_env(peer_rows=peer_rows)
-        engine = source.build(context, kind, way, (prompt_len + new_tokens, max_batch_size), options)
-        requests = source.requests(engine, prompts, prompt_len, new_tokens)
-        bench = Bench(engine, requests, Hardware.load(hardware), update_step, slots_per_rank, margin, seed)
+        engine = source.build(context, kind, way, limits, MoEOptions.from_env(peer_rows=peer_rows))
+        bench = Bench(engine, source.requests(engine, prompts, prompt_len, new_tokens), *settings)
         for found in bench.compare(policies.split(","), repeats):
             lines.append({
                 **found, "model": source.name, "layers": engine.model.params.n_layers,
@@ -120,6 +119,8 @@ def bench_plan_manager(
             if context.is_first:
                 print(json.dumps(lines[-1]), flush=True)
                 print(_row(lines[-1]), file=sys.stderr, flush=True)
+        del engine, bench
+        gc.collect()  # the next model takes the place of this one and its graphs
     if context.is_first and output is not None:
         output.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     context.stop()

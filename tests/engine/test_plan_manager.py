@@ -22,6 +22,7 @@ from mixtralkit.engine.plan_policies import make_policy
 from mixtralkit.engine.plan_statistics import PAUSE_BOUNDS_MS, Pauses, PlanStatistics
 from mixtralkit.engine.requests import Request
 from mixtralkit.engine.sampler import SamplingOptions
+from mixtralkit.engine.statistics import MoEStatistics
 from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.mixtral import Mixtral
 from mixtralkit.model.decode import Decoder
@@ -118,13 +119,15 @@ def _text(context: RankContext, ways: list[Way]) -> list[tuple[list[list[int]], 
         mixtral = _load(context, way)
         manager = PlanManager(mixtral.model, AnyPlan().on(context.world_size), update_step=2)
         mixtral.engine.plan_manager = manager
+        counted = mixtral.engine.observe = None if way.popularity is None else MoEStatistics(mixtral.model)
         answers = _tokens(mixtral)
         layout = mixtral.model.layout
         shapes = {name: tuple(tensor.shape) for name, tensor in mixtral.model.named_tensors().items()}
         assert shapes == layout.shapes()
         assert (mixtral.engine._steps is not None) == way.decodes or context.world_size == 1
-        if way.popularity is not None:
-            assert mixtral.model.two_phase is not None
+        if counted is not None:
+            assert sum(layer.shadows for layer in counted.totals()) > 0
+            assert sum(layer.estimates for layer in counted.phases.totals()) > 0
         found.append((answers, manager.statistics, layout.plan.slots_LWS.tolist()))
     return found
 
