@@ -20,9 +20,10 @@ from dataclasses import dataclass
 import torch
 
 from mixtralkit.distributed import RankContext
-from mixtralkit.engine.graphs import Graphs
+from mixtralkit.engine.graphs import Graphs, Run
 from mixtralkit.engine.requests import Sequence
 from mixtralkit.engine.sampler import gather_vocabulary, sample_each, sample_likeliest, settings_of, uniform
+from mixtralkit.kernels.counting import count_keys
 from mixtralkit.model.decode import Decoder
 from mixtralkit.model.step import StepBatch
 from mixtralkit.model.transformer import Transformer
@@ -70,21 +71,31 @@ class Flight:
     """A step that was launched, and what it gives when it is done.
 
     ``sequences_W`` are the sequences of each rank that has its own; where all run the same ones there is one list.
-    ``own`` is this rank's. ``routings`` are those of its rows, the ones that only fill behind; the next launch may
-    overwrite them. ``packed`` [W, bytes] and ``wishes`` are on the host, with their values once ``done`` has passed.
+    ``own`` is this rank's. ``routings`` are those of its rows, the ones that only fill behind, and ``counts_LE``
+    (int64) the choices of each expert by the others, where they are counted; the next launch may overwrite both.
+    ``packed`` [W, bytes] and ``wishes`` are on the host, with their values once ``done`` has passed. ``replayed`` and
+    ``recapture_s`` are those of ``graphs.Run``.
     """
 
     sequences_W: list[list[Sequence]]
     own: list[Sequence]
     routings: list[Routing]
+    counts_LE: torch.Tensor | None
     packed: torch.Tensor
     wishes: torch.Tensor
     done: torch.cuda.Event | None
+    replayed: bool
+    recapture_s: float
 
     @property
     def sequences(self) -> list[Sequence]:
         """All of them."""
         return [sequence for own in self.sequences_W for sequence in own]
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the device is still at it; does not wait. On a CPU a launch ends with its step."""
+        return self.done is not None and not self.done.query()
 
     @property
     def stops(self) -> bool:
@@ -105,6 +116,16 @@ class Flight:
             self.done.synchronize()
 
 
+@dataclass(frozen=True)
+class _Answers:
+    """What a step leaves on the device: its rows' routings, what every rank with sequences of its own has sampled,
+    packed [W, bytes], and the choices of each expert."""
+
+    routings: list[Routing]
+    packed: torch.Tensor
+    counts_LE: torch.Tensor | None
+
+
 class DecodeSteps:
     """Launches a model's decode steps without waiting for them, as CUDA graphs where these are on.
 
@@ -113,8 +134,19 @@ class DecodeSteps:
     many rows as the one with most sequences needs.
     """
 
-    def __init__(self, model: Transformer, decoder: Decoder, slots: int, cuda_graphs: bool = True) -> None:
-        """``slots``: most sequences of a step, under ``dp`` on one rank."""
+    def __init__(
+        self,
+        model: Transformer,
+        decoder: Decoder,
+        slots: int,
+        cuda_graphs: bool = True,
+        counts_choices: bool = False,
+    ) -> None:
+        """
+        Args:
+            slots: most sequences of a step, under ``dp`` on one rank.
+            counts_choices: give every step's ``counts_LE``, as a part of it.
+        """
         self.model, self.decoder, self.context = model, decoder, model.context
         self._owners = model.ranks_with_own_sequences
         self._owner = model.context.rank if self._owners > 1 else 0
@@ -127,8 +159,22 @@ class DecodeSteps:
         self._filled = 0
         self._draws = False
         self._nothing = torch.zeros((), dtype=torch.int64, device=self.context.device)
+        layers, experts = model.params.n_layers, model.params.num_experts
+        self._first_key_L11 = torch.arange(layers, device=self.context.device)[:, None, None] * experts
+        self._counts_choices = counts_choices
 
-    def launch(self, sequences: list[Sequence], unread: bool, wish: bool | None = None) -> Flight:
+    def follow(self) -> None:
+        """Goes over to the model's plan as it is now; no step may be in flight.
+
+        Graphs stay where all that they read stays at its address, and are forgotten otherwise. Collective only in that
+        all ranks do it between the same steps.
+        """
+        if not self.decoder.follow():
+            self._graphs.forget()
+
+    def launch(
+        self, sequences: list[Sequence], unread: bool, wish: bool | None = None, may_capture: bool = True
+    ) -> Flight:
         """Starts the step that gives each sequence its next token.
 
         Args:
@@ -136,19 +182,26 @@ class DecodeSteps:
             unread: the last token of each comes from the step launched before, whose values are not taken yet; then
                 the sequences are some of that step's, in the same order.
             wish: whether to stop, which rank 0 decides for all; None where no rank is ever asked.
+            may_capture: False runs the step kernel by kernel where it has no graph yet; the same on every rank.
+
+        Raises:
+            RuntimeError: the model has another plan than the one that was followed last.
         """
+        if self.decoder.layout is not self.model.layout:
+            raise RuntimeError("the model's plan has changed under its decode steps; they must follow it first")
         if not unread or len(sequences) != sum(map(len, self._sequences_W)):
             self._place(sequences, unread)
         own, rows, draws, mine = self._own, self._filled, self._draws, self._sequences_W[self._owner]
         if draws and mine:
             keys = [(s.request.sampling.seed, s.request.id, s.length + unread) for s in mine]
             own.uniforms_B[: len(keys)].copy_(self._upload([uniform(*key) for key in keys], torch.float32))
-        routings, answers = self._graphs.run(
+        run = self._graphs.run(
             (rows, draws),
             lambda: self._step(own, rows, draws),
             lambda: self._step(_Rows(rows, self.context.device), rows, draws),
+            may_capture,
         )
-        return self._flight(routings, answers, wish)
+        return self._flight(run, wish)
 
     def observed(self, flight: Flight, sequences_before: int) -> tuple[StepBatch, list[MoEReport]] | None:
         """This rank's rows as an ``Observe`` takes them, without those of sequences that have ended; None for no row.
@@ -194,8 +247,7 @@ class DecodeSteps:
         self._sequences_W, self._filled = of_W, rows
 
     @torch.no_grad()
-    def _step(self, of: _Rows, rows: int, draws: bool) -> tuple[list[Routing], torch.Tensor]:
-        """The rows' routings, and what every rank with sequences of its own has sampled, packed: [W, bytes]."""
+    def _step(self, of: _Rows, rows: int, draws: bool) -> _Answers:
         decoded = self.decoder(of.tokens_B[:rows], of.positions_B[:rows], of.slots_B[:rows])
         if draws:
             logits_BV = gather_vocabulary(decoded.logits_BV, self.model.params.vocab_size, self._parts)
@@ -205,17 +257,29 @@ class DecodeSteps:
         of.tokens_B[:rows].copy_(tokens_B)
         of.logprobs_B[:rows].copy_(logprobs_B)
         of.positions_B[:rows].add_(of.advance_B[:rows])
-        return decoded.routings, self.context.all_gather(of.packed) if self._owners > 1 else of.packed.unsqueeze(0)
+        packed = self.context.all_gather(of.packed) if self._owners > 1 else of.packed.unsqueeze(0)
+        counts_LE = self._counted(decoded.routings, of.slots_B[:rows]) if self._counts_choices else None
+        return _Answers(decoded.routings, packed, counts_LE)
 
-    def _flight(self, routings: list[Routing], answers: torch.Tensor, wish: bool | None) -> Flight:
+    def _counted(self, routings: list[Routing], slots_B: torch.Tensor) -> torch.Tensor:
+        """How many rows with a sequence chose each expert: int64 [L, E]."""
+        layers, experts = self.model.params.n_layers, self.model.params.num_experts
+        keys_LBK = torch.stack([routing.experts_TK for routing in routings]) + self._first_key_L11
+        keys_LBK = keys_LBK.masked_fill((slots_B < 0)[:, None], layers * experts)
+        return count_keys(keys_LBK, layers * experts + 1)[:-1].view(layers, experts)
+
+    def _flight(self, run: Run[_Answers], wish: bool | None) -> Flight:
         wishes = torch.tensor([bool(wish)])
         if self.context.world_size > 1 and wish is not None:
             wishes = self._to_host(self.context.all_gather(self._upload([wish], torch.uint8)))
-        packed, done = self._to_host(answers), None
+        packed, done = self._to_host(run.value.packed), None
         if self.context.device.type == "cuda":
             done = torch.cuda.Event()
             done.record()
-        return Flight(self._sequences_W, self._sequences_W[self._owner], routings, packed, wishes, done)
+        return Flight(
+            self._sequences_W, self._sequences_W[self._owner], run.value.routings, run.value.counts_LE,
+            packed, wishes, done, run.replayed, run.recapture_s,
+        )  # fmt: skip
 
     def _upload(self, values: Many, dtype: torch.dtype) -> torch.Tensor:
         """On the device when it gets there; from pinned memory, which torch keeps until then."""

@@ -38,7 +38,7 @@ class Engine:
         prefill_budget: prompt tokens that a rank runs in one step; longer prompts take several steps. Bounds memory.
         observe: called with every step of this rank and its layers' reports. A span's ``sequence`` is the request's
             id, behind those of earlier runs.
-        plan_manager: makes new plans from the loads and moves layers between steps; then every step is a plain one.
+        plan_manager: makes new plans from the loads and moves layers between steps.
         cuda_graphs: capture decode steps as CUDA graphs, where the device has them. Without, the same step is launched
             kernel by kernel.
     """
@@ -91,14 +91,14 @@ class Engine:
         Another cache or plan of the model is noticed without it. Collective.
         """
         self._steps: DecodeSteps | None = None
-        self._steps_made_for: tuple[object, object] = (None, None)
+        self._steps_made_for: tuple[object, ...] = ()
 
     def _loop(
         self, batcher: Batcher, should_stop: Callable[[], bool] | None, sequences_before: int
     ) -> Iterator[StreamEvent]:
         while batcher:
             if self.plan_manager is not None:
-                self.plan_manager.between_steps()
+                self.plan_manager.between_steps(self._follow_plan)
             batcher.admit()
             steps = self._decode_steps() if batcher.only_decodes else None
             if steps is None:
@@ -111,16 +111,26 @@ class Engine:
 
     def _decode_steps(self) -> DecodeSteps | None:
         """Steps for the model as it is now; None where it needs plain ones. Collective when they are made."""
-        if self.plan_manager is not None:
-            return None
+        self._follow_plan()
         cache, layout = self.model.cache, self.model.layout
-        if self._steps_made_for[0] is not cache or self._steps_made_for[1] is not layout:
+        counts_choices = self.plan_manager is not None
+        made_for = (cache, layout, counts_choices)
+        if not _are_same(self._steps_made_for, made_for):
             self.reset()
             decoder = Decoder.for_model(self.model, cache)
             if decoder is not None:
-                self._steps = DecodeSteps(self.model, decoder, cache.slots, self.cuda_graphs)
-            self._steps_made_for = (cache, layout)
+                self._steps = DecodeSteps(self.model, decoder, cache.slots, self.cuda_graphs, counts_choices)
+            self._steps_made_for = made_for
         return self._steps
+
+    def _follow_plan(self) -> None:
+        """Decode steps that differ from what the model needs now by its plan alone go over to it. Collective."""
+        cache, layout = self.model.cache, self.model.layout
+        if self._steps is None or self._steps_made_for[1] is layout:
+            return
+        if self._steps_made_for[0] is cache and Decoder.serves(self.model, cache):
+            self._steps.follow()
+            self._steps_made_for = (cache, layout, self._steps_made_for[2])
 
     def _run_ahead(
         self,
@@ -133,14 +143,19 @@ class Engine:
 
         Each step is launched before the values of the one before are taken. So a sequence that its text ends has a row
         too many in the next step, which is thrown away. Its slot is free at once: what takes the slot is launched
-        behind that step.
+        behind that step. Ends as well where the plan manager wants nothing in flight, after one step at least.
         """
-        flight: Flight | None = None
+        flight, manager = None, self.plan_manager
         while True:
-            sequences, following = _next_rows(batcher, flight), None
+            is_due = manager is not None and flight is not None and manager.is_due
+            sequences, following = [] if is_due else _next_rows(batcher, flight), None
             if sequences:
                 wish = None if should_stop is None else should_stop()
-                following = steps.launch(sequences, flight is not None, wish)
+                # a graph made amid a pass may have to be forgotten with the next layer
+                may_capture = manager is None or not manager.in_pass
+                following = steps.launch(sequences, flight is not None, wish, may_capture)
+                if manager is not None:
+                    manager.launched(following)
             if flight is not None:
                 if flight.stops:
                     return True
@@ -270,6 +285,10 @@ def check_prefill_budget(prefill_budget: int) -> None:
     """ValueError unless a step has room for a prompt token."""
     if isinstance(prefill_budget, bool) or not isinstance(prefill_budget, int) or prefill_budget < 1:
         raise ValueError(f"prefill_budget ({prefill_budget!r}) must be a whole number of at least 1")
+
+
+def _are_same(one: tuple[object, ...], other: tuple[object, ...]) -> bool:
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
 
 
 def _next_rows(batcher: Batcher, flight: Flight | None) -> list[Sequence]:

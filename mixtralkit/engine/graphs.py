@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Hashable
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Run(Generic[T]):
+    """What a function gave, and how it ran.
+
+    Attributes:
+        replayed: as a graph; otherwise it was called.
+        recapture_s: seconds of a capture, rehearsal included, that an earlier ``forget`` had made necessary; else 0.
+    """
+
+    value: T
+    replayed: bool = False
+    recapture_s: float = 0.0
 
 
 class Graphs:
@@ -23,24 +39,38 @@ class Graphs:
         """``enabled`` False, and any device but a CUDA one, calls the functions as they are."""
         self._is_on = enabled and device.type == "cuda"
         self._captured: dict[Hashable, tuple[torch.cuda.CUDAGraph, object]] = {}
+        self._forgotten: set[Hashable] = set()
         if self._is_on:
             self._pool = torch.cuda.graph_pool_handle()
             self._stream = torch.cuda.Stream(device)
 
-    def run(self, key: Hashable, function: Callable[[], T], rehearse: Callable[[], object]) -> T:
-        """``function()``, on the current stream; what it returns lies where the next run of ``key`` overwrites it.
+    def run(
+        self, key: Hashable, function: Callable[[], T], rehearse: Callable[[], object], may_capture: bool = True
+    ) -> Run[T]:
+        """``function()``, on the current stream; what it returns lies where the next run of ``key`` may overwrite it.
 
         Args:
             rehearse: called before a capture, so that kernels are compiled and communicators there: the same work of
                 the same shapes on other memory, since a run leaves traces.
+            may_capture: False calls the function where no graph is there yet.
         """
-        if not self._is_on:
-            return function()
+        if not self._is_on or (key not in self._captured and not may_capture):
+            return Run(function())
+        recapture_s = 0.0
         if key not in self._captured:
+            started = time.perf_counter()
             self._captured[key] = self._capture(function, rehearse)
+            recapture_s = time.perf_counter() - started if key in self._forgotten else 0.0
         graph, result = self._captured[key]
         graph.replay()
-        return result
+        return Run(result, True, recapture_s)
+
+    def forget(self) -> None:
+        """Drops all graphs, since what they read has other addresses now. No graph may be running."""
+        self._forgotten |= self._captured.keys()
+        self._captured.clear()
+        if self._is_on:
+            self._pool = torch.cuda.graph_pool_handle()  # the old one is at its end with its last graph
 
     def _capture(self, function: Callable[[], T], rehearse: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, T]:
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._stream.device)

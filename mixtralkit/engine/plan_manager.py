@@ -5,54 +5,30 @@
     window of update_step steps          pass: one layer between two steps
     first half │ second half       ──►   policy(first half) ─► pays by the second half? ─► move the layer's experts
 
-The pass over the layers runs while the next window is counted. See docs/plan-manager.md.
+The pass over the layers runs while the next window is counted. Nothing is in flight when a layer moves; but for a pass,
+decode steps run ahead of their text as they do without a manager. See docs/plan-manager.md.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 
+from mixtralkit.engine.decoding import Flight
 from mixtralkit.engine.plan_judge import MoveJudge
 from mixtralkit.engine.plan_policies import Policy
+from mixtralkit.engine.plan_statistics import PlanStatistics
 from mixtralkit.kernels.counting import count_keys
 from mixtralkit.model.step import StepBatch
 from mixtralkit.model.transformer import Transformer
 from mixtralkit.moe.layer import MoEReport
 from mixtralkit.moe.move import open_links
 from mixtralkit.planning.plan import ExpertPlan
-
-
-@dataclass(frozen=True)
-class PlanStatistics:
-    """What a manager did so far; the same on every rank.
-
-    Attributes:
-        considered: plans made, one a window.
-        adopted: those of which at least one layer was moved.
-        layers_kept: layers whose new slots were those they had, or did not pay.
-        layers_moved, experts_moved, bytes_moved: layers that moved, and what crossed from rank to rank.
-        longest_pause_s: longest time between two steps, on this rank.
-    """
-
-    considered: int = 0
-    adopted: int = 0
-    layers_kept: int = 0
-    layers_moved: int = 0
-    experts_moved: int = 0
-    bytes_moved: int = 0
-    longest_pause_s: float = 0.0
-
-    def __str__(self) -> str:
-        return (
-            f"plans: {self.considered} considered, {self.adopted} adopted; layers: {self.layers_moved} moved, "
-            f"{self.layers_kept} kept; {self.experts_moved} experts, {self.bytes_moved / 1e6:,.3f} MB; "
-            f"longest pause {self.longest_pause_s * 1e3:.1f} ms"
-        )
 
 
 @dataclass(frozen=True)
@@ -63,10 +39,18 @@ class _Window:
     tokens: int
 
 
+@dataclass(frozen=True)
+class _Wish:
+    """What rank 0 wants of a layer: new slots [W, S], None to keep those it has; or why it could not tell."""
+
+    slots_WS: np.ndarray | None
+    error: Exception | None = None
+
+
 class PlanManager:
     """Keeps a running model's plan near what a policy makes of the loads it sees.
 
-    Engine and manager meet in two places: it is called with every step's reports, which it counts on the device, and
+    Engine and manager meet in two places: the manager is told of every step, whose choices it counts on the device, and
     ``between_steps`` may move one layer. The same on every rank: rank 0 plans and tells the others. Every choice of
     experts stays as it was, so that no token of an answer changes.
 
@@ -95,40 +79,76 @@ class PlanManager:
         self._first_key_L1 = (torch.arange(layers, device=self.context.device) * num_experts)[:, None]
         self._window: _Window | None = None
         self._next_layer = layers
+        self._wish: _Wish | None = None
         self._moved_before = 0
+        self._late_plan_s = 0.0
         self._restart()
         open_links(self.context)
 
     def __call__(self, batch: StepBatch, reports: list[MoEReport]) -> None:
-        """Counts a step (an ``Observe``); nothing waits for the device."""
+        """Counts a plain step (an ``Observe``); nothing waits for the device."""
         _, layers, experts = self._shape_HLE
         chosen_LN = torch.stack([report.routing.experts_TK.flatten() for report in reports])
         keys_LN = chosen_LN + self._first_key_L1
-        half = int(2 * self._steps >= self.update_step)
-        self._counts_HLE[half] += count_keys(keys_LN, layers * experts).view(layers, experts)
-        self._steps += 1
-        self._late_steps += half
+        self._add(count_keys(keys_LN, layers * experts).view(layers, experts))
+        self._count(plain_steps=1)
 
-    def between_steps(self) -> None:
-        """Goes on with the pass over the layers, by at most one move. Collective."""
-        in_pass = self._next_layer < self._shape_HLE[1]
-        if not in_pass and self._steps < self.update_step:
+    def launched(self, flight: Flight) -> None:
+        """Counts a decode step that is in flight, before the next is launched; nothing waits for the device.
+
+        Meanwhile rank 0 plans the next layer of a pass.
+        """
+        self._add(flight.counts_LE)
+        self._count(
+            launched_steps=int(not flight.replayed), graph_steps=int(flight.replayed),
+            recaptures=int(flight.recapture_s > 0), recapture_s=flight.recapture_s,
+        )  # fmt: skip
+        if self.in_pass and self.context.is_first:
+            started = time.perf_counter()
+            self._wish = self._decide(self._next_layer)
+            if not flight.is_running:  # the device has waited for it, how long is not known
+                self._late_plan_s = time.perf_counter() - started
+
+    @property
+    def in_pass(self) -> bool:
+        """Whether layers are still to be planned by the last window; the same on every rank."""
+        return self._next_layer < self._shape_HLE[1]
+
+    @property
+    def is_due(self) -> bool:
+        """Whether ``between_steps`` has something to do, so that no step may be in flight; the same on every rank."""
+        return self.in_pass or self._steps >= self.update_step
+
+    def between_steps(self, follow: Callable[[], None] | None = None) -> None:
+        """Goes on with the pass over the layers, by at most one move. Collective.
+
+        Args:
+            follow: called after a move, which the pause includes.
+        """
+        if not self.is_due:
             return
-        started = time.perf_counter()
-        if not in_pass:
+        started = time.perf_counter() - self._late_plan_s
+        self._late_plan_s = 0.0
+        if not self.in_pass:
             self._window, self._next_layer = self._read(), 0
             self._restart()
             self._count(considered=1)
             self._moved_before = self.statistics.layers_moved
-        self._update(self._next_layer)
+        self._update(self._next_layer, follow)
         self._next_layer += 1
-        pause_s = time.perf_counter() - started
-        self.statistics = replace(self.statistics, longest_pause_s=max(self.statistics.longest_pause_s, pause_s))
+        pauses = self.statistics.pauses.with_one(time.perf_counter() - started)
+        self.statistics = replace(self.statistics, pauses=pauses)
 
     def _restart(self) -> None:
         """Begins a window."""
         self._counts_HLE = torch.zeros(self._shape_HLE, dtype=torch.int64, device=self.context.device)
         self._steps = self._late_steps = 0
+
+    def _add(self, counts_LE: torch.Tensor) -> None:
+        half = int(2 * self._steps >= self.update_step)
+        self._counts_HLE[half] += counts_LE
+        self._steps += 1
+        self._late_steps += half
 
     def _read(self) -> _Window:
         counts_HLE, world = self._counts_HLE, self.context.world_size
@@ -138,25 +158,41 @@ class PlanManager:
         choices = loads_HLE[1, 0].sum() / self._late_steps / self.model.params.num_experts_per_tok
         return _Window(loads_HLE, max(1, round(choices / world)))
 
-    def _update(self, layer: int) -> None:
+    def _update(self, layer: int, follow: Callable[[], None] | None) -> None:
         """One layer of the pass: rank 0 decides, all move."""
-        slots_WS = None
+        wish, self._wish = self._wish, None
         with self.context.agreed():
             if self.context.is_first:
-                slots_WS = self._decide(layer)
-        slots_WS = self.context.broadcast_object(slots_WS)
+                wish = self._decide(layer) if wish is None else wish
+                if wish.error is not None:
+                    raise wish.error
+        slots_WS = self.context.broadcast_object(wish and wish.slots_WS)
         if slots_WS is None:
             self._count(layers_kept=1)
             return
+        started = time.perf_counter()
         report = self.model.adopt(layer, with_layer(self.model.layout.plan, layer, slots_WS))
         if self.context.device.type == "cuda":
-            torch.cuda.synchronize(self.context.device)  # so that the pause is the move's
+            torch.cuda.synchronize(self.context.device)  # so that the pause is the move's, and no graph is running
+        if follow is not None:
+            follow()
+        move_s = time.perf_counter() - started
         first = self.statistics.layers_moved == self._moved_before
         self._count(
-            adopted=int(first), layers_moved=1, experts_moved=len(report.transfers), bytes_moved=report.bytes_moved
-        )
+            adopted=int(first), layers_moved=1, layers_relocated=int(not report.in_place),
+            experts_moved=len(report.transfers), bytes_moved=report.bytes_moved,
+        )  # fmt: skip
+        longest_s = max(self.statistics.longest_move_s, move_s)
+        self.statistics = replace(self.statistics, longest_move_s=longest_s)
 
-    def _decide(self, layer: int) -> np.ndarray | None:
+    def _decide(self, layer: int) -> _Wish:
+        """Of rank 0: plans and judges a layer; no collective, and no error leaves it."""
+        try:
+            return _Wish(self._better_slots(layer))
+        except Exception as error:
+            return _Wish(None, error)
+
+    def _better_slots(self, layer: int) -> np.ndarray | None:
         """New slots [W, S] of the layer; None to keep those it has."""
         plan, tokens = self.model.layout.plan, self._window.tokens
         profile_1E, test_1E = self._window.loads_HLE[:, layer : layer + 1]
@@ -164,6 +200,7 @@ class PlanManager:
         wish = self.policy(profile_1E, tokens)
         wish.check_fits(1, plan.num_experts, plan.world_size)
         slots_WS = nearest_ranks(now.holds_LWE[0], wish.slots_LWS[0], plan.ranks_per_node)
+        slots_WS = nearest_slots(now.slot_of_LWE[0], slots_WS)
         wish = replace(now, slots_LWS=slots_WS[None])
         if (wish.holds_LWE == now.holds_LWE).all():
             return None
@@ -171,9 +208,8 @@ class PlanManager:
             return None
         return slots_WS
 
-    def _count(self, **more: int) -> None:
-        now = self.statistics
-        self.statistics = replace(now, **{name: getattr(now, name) + count for name, count in more.items()})
+    def _count(self, **more: float) -> None:
+        self.statistics = self.statistics.plus(**more)
 
 
 def nearest_ranks(old_WE: np.ndarray, slots_WS: np.ndarray, ranks_per_node: int | None = None) -> np.ndarray:
@@ -195,6 +231,25 @@ def nearest_ranks(old_WE: np.ndarray, slots_WS: np.ndarray, ranks_per_node: int 
         shared = old_WE[node].astype(int) @ new_WE[node, :-1].T
         ranks, sets = linear_sum_assignment(shared, maximize=True)
         ordered_WS[node][ranks] = slots_WS[node][sets]
+    return ordered_WS
+
+
+def nearest_slots(old_WE: np.ndarray, slots_WS: np.ndarray) -> np.ndarray:
+    """The same experts on the same ranks, those that a rank keeps in the slots where they are, empty slots last.
+
+    Args:
+        old_WE: slot of each expert on each rank now, -1 where it is not held.
+        slots_WS: experts of each rank, -1 for an empty slot.
+    """
+    ordered_WS = np.full_like(slots_WS, -1)
+    for old_E, slots_S, ordered_S in zip(old_WE, slots_WS, ordered_WS, strict=True):
+        experts = [int(expert) for expert in slots_S if expert >= 0]
+        stay = [expert for expert in experts if 0 <= old_E[expert] < len(experts)]
+        come = iter([expert for expert in experts if expert not in stay])
+        ordered_S[old_E[stay]] = stay
+        for slot in range(len(experts)):
+            if ordered_S[slot] < 0:
+                ordered_S[slot] = next(come)
     return ordered_WS
 
 

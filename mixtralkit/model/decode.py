@@ -8,6 +8,7 @@ how the tests compare this with ``Transformer.step``.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,18 +41,19 @@ class Decoder:
     """
 
     def __init__(self, model: Transformer, cache: KVCache) -> None:
-        layout, context, layers = model.layout, model.context, range(model.params.n_layers)
-        self.model, self.cache = model, cache
-        self.slots_LTE, self.places_L = [], []
-        if model.peers is None:
-            self.slots_LTE = [_slots_in_turn(layout, i, cache.slots, context.device) for i in layers]
-        else:
-            slots_LWE = layout.plan.slot_of_LWE
-            self.places_L = [ExpertPlaces.of(slots_LWE[i], context.rank, context.device) for i in layers]
+        self.model, self.cache, self.layout = model, cache, model.layout
+        self._relocations = model.relocations
+        # where each layer's experts are: slots_TE of this rank if rows are on every rank, places_EC if they travel
+        self.tables_L = [self._table(layer) for layer in range(model.params.n_layers)]
 
     @classmethod
     def for_model(cls, model: Transformer, cache: KVCache) -> Decoder | None:
-        """None where the model's options need ``Transformer.step``: exact exchanges, capacities, copies in flight.
+        """None where a step cannot be written so, see ``serves``. Collective."""
+        return cls(model, cache) if cls.serves(model, cache) else None
+
+    @staticmethod
+    def serves(model: Transformer, cache: KVCache) -> bool:
+        """False where the model's options need ``Transformer.step``: exact exchanges, capacities, copies in flight.
 
         Collective.
         """
@@ -64,7 +66,34 @@ class Decoder:
             or model.two_phase is not None
             or any(p.requires_grad for p in model.parameters())
         )
-        return None if plain else cls(model, cache)
+        return not plain
+
+    def follow(self) -> bool:
+        """Goes over to the model's plan as it is now, between two steps.
+
+        True where everything that a step reads is still at its address and of its shape, so that a CUDA graph of a
+        step may be replayed; the same on every rank.
+        """
+        model = self.model
+        before_LWE, now_LWE = self.layout.plan.slot_of_LWE, model.layout.plan.slot_of_LWE
+        stays = self._relocations == model.relocations
+        for layer in np.flatnonzero((before_LWE != now_LWE).any((1, 2))).tolist():
+            old, new = self.tables_L[layer], self._table(layer)
+            if old is not None and new is not None and old.shape == new.shape:
+                old.copy_(new)
+            else:
+                self.tables_L[layer], stays = new, False
+        self.layout, self._relocations = model.layout, model.relocations
+        return stays
+
+    def _table(self, layer: int) -> torch.Tensor | None:
+        layout, context = self.model.layout, self.model.context
+        if self.model.peers is None:
+            return _slots_in_turn(layout, layer, self.cache.slots, context.device)
+        places = ExpertPlaces.of(layout.plan.slot_of_LWE[layer], context.rank, context.device)
+        # turns of up to W - 1 replicas elsewhere, so that every plan's table has the same shape
+        turns = math.lcm(*range(1, context.world_size))
+        return places.places_EC.repeat(1, turns // places.places_EC.shape[1])
 
     @torch.no_grad()
     def __call__(self, tokens_B: torch.Tensor, positions_B: torch.Tensor, slots_B: torch.Tensor) -> Decoded:
@@ -126,7 +155,7 @@ class Decoder:
         x_BD = linear(out_BP, attention.wo.weight, residual_TO=x_BD, out=x_BD)
         normed_BD, routing = self._route(block, x_BD, (block.ffn_norm.weight, eps))
         # rows that only fill the shape, with slot -1, go nowhere: no expert is read for them
-        places, kept_B = self.places_L[layer], slots_B
+        places, kept_B = ExpertPlaces(self.tables_L[layer]), slots_B
         arrived = peers.dispatch(normed_BD, routing.experts_TK, routing.weights_TK, places, rows, kept_B)
         y_RD = expert_sum(
             arrived.x_RD, arrived.slots_RK, arrived.weights_RK, experts.w13, experts.w2,
@@ -145,7 +174,7 @@ class Decoder:
         return gated.normed_TD, Routing(gated.experts_TK, gated.weights_TK, gated.logits_TE)
 
     def _slots(self, layer: int, experts_BK: torch.Tensor) -> torch.Tensor:
-        slots_TE = self.slots_LTE[layer]
+        slots_TE = self.tables_L[layer]
         return experts_BK if slots_TE is None else slots_TE[: experts_BK.shape[0]].gather(1, experts_BK)
 
 

@@ -107,6 +107,7 @@ class Transformer(nn.Module):
         self.layout, self.context, self.dtype = layout, context, dtype
         self.options = MoEOptions() if options is None else options
         self.cache: KVCache | None = None
+        self.relocations = 0
         like = {"dtype": dtype, "device": context.device}
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim, _weight=None, **like)
         per_node = layout.plan.ranks_per_node
@@ -182,10 +183,11 @@ class Transformer(nn.Module):
     def adopt(self, layer: int, plan: ExpertPlan) -> MoveReport:
         """Goes over to ``plan``, which differs from the running one in ``layer`` alone, between two steps.
 
-        Collective; see ``MoELayer.adopt``.
+        Collective; see ``MoELayer.adopt``. ``relocations`` counts the times that experts got other addresses.
         """
         layout = replace(self.layout, plan=plan)
         report = self.layers[layer].feed_forward.adopt(layout)
+        self.relocations += not report.in_place
         self.layout = layout
         for block in self.layers:
             block.feed_forward.layout = layout

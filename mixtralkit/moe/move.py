@@ -35,10 +35,12 @@ class MoveReport:
     Attributes:
         transfers: experts that crossed from rank to rank, in the order in which they did.
         bytes_moved: size of their weights.
+        in_place: whether on every rank the new slots lie where the old ones did.
     """
 
     transfers: tuple[Transfer, ...] = ()
     bytes_moved: int = 0
+    in_place: bool = True
 
 
 def transfers(old_WE: np.ndarray, new_WE: np.ndarray, ranks_per_node: int | None = None) -> tuple[Transfer, ...]:
@@ -71,8 +73,10 @@ def move_experts(
 ) -> MoveReport:
     """Gives ``experts`` the weights of the new slots, in their order. Collective.
 
-    Takes memory for the layer's new experts beside the old ones until they are there. The parameters stay the same
-    objects, with new tensors inside.
+    The parameters stay the same objects. Where every rank has as many slots as before, they also stay at their
+    addresses, so that a CUDA graph may go on: what is new in a slot waits in memory of its own until the old experts
+    have been sent, and slots that keep their expert are not touched. Otherwise all slots are new tensors, the old ones
+    freed when these are full.
 
     Args:
         old_WE, new_WE: slot of each expert on each rank, -1 where it is not held.
@@ -81,26 +85,35 @@ def move_experts(
         RankFailed: another rank had no memory for it. Then no rank's weights have changed.
     """
     ways = transfers(old_WE, new_WE, ranks_per_node)
+    # of all ranks, so that they agree on whose graphs may go on
+    in_place = bool(((old_WE >= 0).sum(1) == (new_WE >= 0).sum(1)).all())
     old_E, new_E = old_WE[context.rank], new_WE[context.rank]
+    fresh_E = (new_E >= 0) & (new_E != old_E) if in_place else new_E >= 0
+    fresh = sorted(np.flatnonzero(fresh_E).tolist(), key=lambda expert: new_E[expert])
+    place = {expert: i for i, expert in enumerate(fresh)}
     parameters = (experts.w13, experts.w2)
     with context.agreed():
-        fresh = [weights.new_empty(int((new_E >= 0).sum()), *weights.shape[1:]) for weights in parameters]
-    kept = np.flatnonzero((old_E >= 0) & (new_E >= 0))
-    for weights, target in zip(parameters, fresh, strict=True):
-        for expert in kept:
-            target[new_E[expert]].copy_(weights[old_E[expert]])
+        targets = [weights.new_empty(len(fresh), *weights.shape[1:]) for weights in parameters]
     operations = []
+    for weights, target in zip(parameters, targets, strict=True):
+        for expert in fresh:
+            if old_E[expert] >= 0:
+                target[place[expert]].copy_(weights[old_E[expert]])
     for way in ways:
-        for weights, target in zip(parameters, fresh, strict=True):
+        for weights, target in zip(parameters, targets, strict=True):
             if way.source == context.rank:
                 operations.append(_operation(dist.isend, weights[old_E[way.expert]], way.target, context))
             elif way.target == context.rank:
-                operations.append(_operation(dist.irecv, target[new_E[way.expert]], way.source, context))
+                operations.append(_operation(dist.irecv, target[place[way.expert]], way.source, context))
     for work in dist.batch_isend_irecv(operations) if operations else ():
         work.wait()
-    for weights, target in zip(parameters, fresh, strict=True):
-        weights.data = target
-    return MoveReport(ways, len(ways) * bytes_each(experts))
+    for weights, target in zip(parameters, targets, strict=True):
+        if not in_place:
+            weights.data = target
+            continue
+        for expert in fresh:
+            weights[new_E[expert]].copy_(target[place[expert]])
+    return MoveReport(ways, len(ways) * bytes_each(experts), in_place)
 
 
 def open_links(context: RankContext) -> None:

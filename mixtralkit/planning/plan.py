@@ -116,10 +116,9 @@ class ExpertPlan:
     def slot_of_LWE(self) -> np.ndarray:
         """Index of expert e among the experts of rank w, counted without empty slots; -1 where it is not held."""
         slot_of = np.full(self.holds_LWE.shape, -1, np.int32)
-        for layer in range(self.num_layers):
-            for rank in range(self.world_size):
-                for slot, expert in enumerate(self.experts_of(layer, rank)):
-                    slot_of[layer, rank, expert] = slot
+        held_LWS = self.slots_LWS >= 0
+        layers, ranks, _ = where = held_LWS.nonzero()
+        slot_of[layers, ranks, self.slots_LWS[where]] = held_LWS.cumsum(2)[where] - 1
         return slot_of
 
     def experts_of(self, layer: int, rank: int) -> tuple[int, ...]:

@@ -93,8 +93,8 @@ class Diary:
         launch, values = DecodeSteps.launch, decoding.Flight.values
         flights: dict[int, int] = {}
 
-        def launched(steps, sequences, unread, wish=None):
-            flight = launch(steps, sequences, unread, wish)
+        def launched(steps, sequences, *args):
+            flight = launch(steps, sequences, *args)
             flights[id(flight)] = len(self.rows)
             self.lines.append(("launch", len(self.rows)))
             self.rows.append(len(sequences))
@@ -178,7 +178,7 @@ def test_an_abandoned_run_leaves_nothing_behind(tokenizer):
     assert told(engine.complete(requests)) == wanted
 
 
-def test_steps_are_made_anew_for_another_cache_or_plan(tokenizer):
+def test_steps_are_made_anew_for_another_cache_and_follow_another_plan(tokenizer):
     model = make_model(RankContext(), engine_config())
     engine, requests = Engine(model, tokenizer), [Request(0, (5, 6, 7), 8, GREEDY)]
     wanted, first = told(engine.complete(requests)), engine._steps
@@ -192,8 +192,10 @@ def test_steps_are_made_anew_for_another_cache_or_plan(tokenizer):
         slots_LWS = model.layout.plan.slots_LWS.copy()
         slots_LWS[layer] = slots_LWS[layer, :, ::-1]
         model.adopt(layer, ExpertPlan(slots_LWS, model.params.num_experts))
+        with pytest.raises(RuntimeError, match="plan has changed under its decode steps"):
+            second.launch([], False)
     assert told(engine.complete(requests)) == wanted
-    assert engine._steps is not second
+    assert engine._steps is second
     engine.reset()
     assert engine._steps is None
     assert told(engine.complete(requests)) == wanted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -12,18 +13,28 @@ import pytest
 from mixtralkit.checkpoint import open_checkpoint
 from mixtralkit.config import FasterOptions, MoEOptions
 from mixtralkit.distributed import RankContext, RankFailed
+from mixtralkit.engine import decoding
+from mixtralkit.engine.decoding import DecodeSteps
+from mixtralkit.engine.graphs import Run
 from mixtralkit.engine.plan_judge import MoveJudge
-from mixtralkit.engine.plan_manager import PlanManager, PlanStatistics, nearest_ranks, with_layer
+from mixtralkit.engine.plan_manager import PlanManager, nearest_ranks, nearest_slots, with_layer
 from mixtralkit.engine.plan_policies import make_policy
+from mixtralkit.engine.plan_statistics import PAUSE_BOUNDS_MS, Pauses, PlanStatistics
+from mixtralkit.engine.requests import Request
+from mixtralkit.engine.sampler import SamplingOptions
+from mixtralkit.engine.statistics import MoEStatistics
 from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.mixtral import Mixtral
+from mixtralkit.model.decode import Decoder
 from mixtralkit.moe.move import transfers
 from mixtralkit.planning.cost import ModelShape
 from mixtralkit.planning.plan import ExpertPlan, contiguous
+from mixtralkit.planning.popularity import PathPopularity
+from mixtralkit.planning.synthetic import RoutingProcess
 from tests.engine.parts import engine_config, make_checkpoint, make_model, make_tokenizer
 from tests.moe.layers import random_plan
 from tests.planning.machines import machine
-from tests.ranks import run_ranks
+from tests.ranks import RankError, run_ranks
 from tests.test_example_command import run
 
 CKPTS = Path(__file__).resolve().parent.parent.parent / "ckpts"
@@ -48,6 +59,15 @@ class AnyPlan:
         return self
 
 
+class AsManySlots(AnyPlan):
+    """A policy that takes another random plan every time, with all ranks' slots as many as at first."""
+
+    def __call__(self, loads_1E: np.ndarray, tokens: int) -> ExpertPlan:
+        self.seed += 1
+        experts = np.random.default_rng(self.seed).permutation(loads_1E.shape[1])
+        return ExpertPlan(experts.reshape(1, self.world_size, -1), loads_1E.shape[1])
+
+
 @dataclass(frozen=True)
 class Way:
     attention: str = "dp"
@@ -56,13 +76,23 @@ class Way:
     shadow: bool = False
     nodes: int | None = None
     batch: int = 8
+    peer_rows: int | None = 0
+    popularity: Path | None = None
 
     def options(self) -> MoEOptions:
-        return MoEOptions(FasterOptions(self.schedule, self.shadow, **EAGER), self.exchange)
+        faster, dynamic = FasterOptions(self.schedule, self.shadow, **EAGER), "two_phase" if self.popularity else "none"
+        return MoEOptions(faster, self.exchange, self.peer_rows, dynamic=dynamic, popularity=self.popularity)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it has decode steps."""
+        return self.attention == "tp" or self.peer_rows is None
 
 
 WAYS = [
     Way("tp"),
+    Way("tp", batch=2),
+    Way(peer_rows=None),
     Way(batch=2),
     Way(exchange="static", shadow=True),
     Way(exchange="exact", schedule=True, shadow=True),
@@ -89,11 +119,16 @@ def _text(context: RankContext, ways: list[Way]) -> list[tuple[list[list[int]], 
         mixtral = _load(context, way)
         manager = PlanManager(mixtral.model, AnyPlan().on(context.world_size), update_step=2)
         mixtral.engine.plan_manager = manager
+        counted = mixtral.engine.observe = None if way.popularity is None else MoEStatistics(mixtral.model)
         answers = _tokens(mixtral)
         layout = mixtral.model.layout
         shapes = {name: tuple(tensor.shape) for name, tensor in mixtral.model.named_tensors().items()}
         assert shapes == layout.shapes()
-        found.append((answers, replace(manager.statistics, longest_pause_s=0.0), layout.plan.slots_LWS.tolist()))
+        assert (mixtral.engine._steps is not None) == way.decodes or context.world_size == 1
+        if counted is not None:
+            assert sum(layer.shadows for layer in counted.totals()) > 0
+            assert sum(layer.estimates for layer in counted.phases.totals()) > 0
+        found.append((answers, manager.statistics, layout.plan.slots_LWS.tolist()))
     return found
 
 
@@ -103,16 +138,153 @@ def _alone() -> list[list[int]]:
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_moving_experts_changes_no_token(world_size):
+def test_moving_experts_changes_no_token(world_size, tmp_path):
+    """Also where two phases copy experts ahead by an estimate, while others move for good."""
+    profile = tmp_path / "popularity.npz"
+    trace = RoutingProcess.random(6, 8, seed=1).trace(2000, sequence_length=100, seed=1)
+    PathPopularity.fit(trace, 2).save(profile)
     ways = [way for way in WAYS if way.nodes != world_size]
-    results = run_ranks(_text, world_size, ways, timeout_s=240)
+    ways += [Way(exchange="exact", popularity=profile), Way(popularity=profile, batch=2)]
+    results = run_ranks(_text, world_size, ways, timeout_s=400)
     for place, way in enumerate(ways):
         answers, statistics, _ = results[0][place]
         assert answers == _alone(), way
         assert statistics.adopted == statistics.considered >= 2
         assert statistics.layers_moved > 6
         assert statistics.experts_moved > 12
+        assert statistics.pauses.count == statistics.layers_moved + statistics.layers_kept
+        assert (statistics.launched_steps > 0) == way.decodes
         assert all(of_rank[place] == results[0][place] for of_rank in results), "ranks must do the same"
+
+
+class AddressGraphs:
+    """Graphs as a GPU has them, but for the capture: a replay needs what the steps read to be where it was then."""
+
+    def __init__(self, steps: Callable[[], DecodeSteps]) -> None:
+        self.steps, self.captured, self.forgotten = steps, {}, set()
+
+    def addresses(self) -> list[tuple]:
+        decoder = self.steps().decoder
+        tensors = [*decoder.model.named_tensors().values(), *decoder.tables_L]
+        return [(x.data_ptr(), x.shape, x.stride()) for x in tensors if x is not None]
+
+    def run(self, key, function, rehearse, may_capture=True) -> Run:
+        if key not in self.captured and not may_capture:
+            return Run(function())
+        again = 0.0
+        if key not in self.captured:
+            rehearse()
+            self.captured[key], again = self.addresses(), float(key in self.forgotten)
+        if self.captured[key] != self.addresses():
+            raise RuntimeError("replay of a stale graph")
+        return Run(function(), True, again)
+
+    def forget(self) -> None:
+        self.forgotten |= self.captured.keys()
+        self.captured.clear()
+
+
+def _requests(count: int) -> list[Request]:
+    """More than run at a time, of different lengths, so that requests come in all the time."""
+    greedy = SamplingOptions(temperature=0)
+    return [Request(i, tuple(range(5, 8 + 2 * i)), 20 + 7 * (i % 4), greedy) for i in range(count)]
+
+
+def _with_graphs(context: RankContext, folder: Path, attention: str, policy: AnyPlan | None, follows: bool = True):
+    """Answers, statistics, and kinds of the decode steps in their order: g for a graph, l for launched."""
+    mixtral = Mixtral.from_parts(_model(context, attention), Tokenizer(folder / "tokenizer.model"))
+    engine, kinds = mixtral.engine, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding, "Graphs", lambda device, enabled: AddressGraphs(lambda: engine._steps))
+        if not follows:
+            patch.setattr(Decoder, "follow", lambda decoder: setattr(decoder, "layout", decoder.model.layout) or True)
+        if policy is not None:
+            engine.plan_manager = PlanManager(mixtral.model, policy.on(context.world_size), update_step=6)
+            launched = engine.plan_manager.launched
+
+            def noted(flight) -> None:
+                kinds.append("g" if flight.replayed else "l")
+                launched(flight)
+
+            engine.plan_manager.launched = noted
+        answers = [completion.tokens for completion in engine.complete(_requests(13))]
+    return answers, engine.plan_manager and engine.plan_manager.statistics, "".join(kinds)
+
+
+@pytest.mark.parametrize("attention", ["tp", "dp"])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("policy", [AnyPlan, AsManySlots])
+def test_graphs_follow_the_plan(world_size, attention, policy, tmp_path):
+    """The tokens of an undisturbed run on one rank; no graph is replayed whose memory has moved."""
+    make_tokenizer(tmp_path)
+    wanted, _, _ = _with_graphs(RankContext(), tmp_path, "tp", None)
+    for answers, statistics, kinds in run_ranks(_with_graphs, world_size, tmp_path, attention, policy()):
+        assert answers == wanted
+        assert statistics.graph_steps == kinds.count("g")
+        assert statistics.launched_steps == kinds.count("l")
+        assert statistics.plain_steps > 2
+        assert statistics.considered > 3
+        assert kinds[0] == "g"
+        assert kinds.count("g") > 20
+        if world_size == 1:
+            assert statistics.layers_moved == 0
+        elif policy is AnyPlan:
+            assert statistics.layers_relocated > 6
+            assert statistics.recaptures > 1
+            assert "lg" in kinds, "graphs come back behind a pass"
+        else:
+            assert statistics.layers_moved > 6
+            assert statistics.layers_relocated == statistics.recaptures == 0
+
+
+def test_a_stale_graph_would_be_noticed(tmp_path):
+    make_tokenizer(tmp_path)
+    with pytest.raises(RankError, match="replay of a stale graph"):
+        run_ranks(_with_graphs, 2, tmp_path, "tp", AnyPlan(), False)
+
+
+def _outdated(context: RankContext) -> list[str]:
+    """Steps made before a layer moved."""
+    model = _model(context, "tp")
+    steps = DecodeSteps(model, Decoder.for_model(model, model.allocate_cache()), 4)
+    errors = []
+    for seed in (1, 2):
+        plan = with_layer(model.layout.plan, 0, random_plan(seed, 8, context.world_size).slots_LWS[0])
+        model.adopt(0, plan)
+        with pytest.raises(RuntimeError) as error:
+            steps.launch([], False)
+        errors.append(str(error.value))
+        steps.follow()
+    return errors
+
+
+def test_steps_that_did_not_follow_are_refused():
+    message = "the model's plan has changed under its decode steps; they must follow it first"
+    assert run_ranks(_outdated, 2) == [[message] * 2] * 2
+
+
+def _counts_of_decode_steps(context: RankContext, attention: str, folder: Path) -> tuple[list, list]:
+    """What the manager has counted after a run, and what all steps' observers have seen."""
+    mixtral = Mixtral.from_parts(_model(context, attention), Tokenizer(folder / "tokenizer.model"))
+    manager = PlanManager(mixtral.model, AnyPlan().on(context.world_size), update_step=1000)
+    seen_LE = np.zeros((mixtral.model.params.n_layers, 8), int)
+
+    def observe(batch, reports) -> None:
+        for layer, report in enumerate(reports):
+            seen_LE[layer] += np.bincount(report.routing.experts_TK.flatten().numpy(), minlength=8)
+
+    mixtral.engine.plan_manager, mixtral.engine.observe = manager, observe
+    mixtral.complete([[1, 5 + i, 7] for i in range(5)], 9, temperature=0)
+    assert manager.statistics.launched_steps > 8
+    return manager._counts_HLE.sum(0).tolist(), seen_LE.tolist()
+
+
+@pytest.mark.parametrize("attention", ["dp", "tp"])
+def test_decode_steps_count_every_sequence_once(attention, tmp_path):
+    """And no row that only fills the shape: five sequences take steps of five, and over two ranks of three rows."""
+    make_tokenizer(tmp_path)
+    for counted, seen in run_ranks(_counts_of_decode_steps, 2, attention, tmp_path):
+        assert counted == seen
 
 
 def _model(context: RankContext, attention: str = "dp", **changes):
@@ -212,6 +384,27 @@ def test_ranks_are_matched_so_that_fewest_experts_move(seed):
     on_nodes = ExpertPlan(nearest_ranks(old.holds_LWE[0], new.slots_LWS[0], 2)[None], 8).holds_LWE[0]
     for node in (slice(0, 2), slice(2, 4)):
         assert sorted(map(tuple, on_nodes[node])) == sorted(map(tuple, holds_WE[node]))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_what_a_rank_keeps_stays_in_its_slot(seed):
+    old, new = (random_plan(seed + 50 * i, 8, 4) for i in (0, 1))
+    found = ExpertPlan(nearest_slots(old.slot_of_LWE[0], new.slots_LWS[0])[None], 8)
+    assert (found.holds_LWE == new.holds_LWE).all()
+    before_WE, after_WE = old.slot_of_LWE[0], found.slot_of_LWE[0]
+    room_WE = before_WE < found.holds_LWE[0].sum(1)[:, None]
+    kept_WE = (before_WE >= 0) & (after_WE >= 0) & room_WE
+    assert (after_WE == before_WE)[kept_WE].all()
+
+
+def test_pauses_are_sorted_by_length():
+    pauses = Pauses()
+    for ms in (0.5, 1.0, 7.0, 5000.0):
+        pauses = pauses.with_one(ms / 1e3)
+    assert pauses.histogram == (1, 1, 0, 1, *[0] * (len(PAUSE_BOUNDS_MS) - 4), 1)
+    assert (pauses.count, pauses.longest_s) == (4, 5.0)
+    assert pauses.mean_s == pytest.approx(5.0085 / 4)
+    assert Pauses().mean_s == 0.0
 
 
 def test_one_layer_of_a_plan_is_replaced():

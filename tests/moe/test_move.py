@@ -96,6 +96,41 @@ def test_a_rank_may_be_left_without_experts():
     assert run_ranks(_adopt_all, 2, plans, MoEOptions()) == [[0, 4 * EXPERT_BYTES, 4 * EXPERT_BYTES]] * 2
 
 
+def _moved_in_place(context: RankContext) -> list[tuple[bool, bool, int]]:
+    """From plan to plan: whether it was in place, whether addresses stayed, slots for which memory was taken."""
+    plans = [contiguous(1, 8, 2), *(ExpertPlan(np.array([slots]), 8) for slots in IN_PLACE)]
+    layer, found = build(WHOLE, plans[0], context), []
+    w13 = layer.experts.w13
+    for plan in plans[1:]:
+        before, sizes = w13.data_ptr(), []
+
+        def counted(slots, *shape, sizes=sizes):
+            sizes.append(slots)
+            return torch.empty(slots, *shape)
+
+        w13.new_empty = counted
+        report = layer.adopt(replace(layer.layout, plan=plan))
+        del w13.new_empty
+        _assert_consistent(layer, plan, context.rank)
+        found.append((report.in_place, before == w13.data_ptr(), *sizes))
+    return found
+
+
+# one swap between ranks, then two experts change slots, then a replica more on rank 1
+IN_PLACE = [
+    [[4, 1, 2, 3], [0, 5, 6, 7]],
+    [[1, 4, 2, 3], [0, 5, 6, 7]],
+    [[1, 4, 2, 3, -1], [0, 5, 6, 7, 1]],
+]
+
+
+def test_as_many_slots_stay_where_they_are():
+    """Only what is new in a slot takes memory; where one rank gets more slots, all ranks take new ones."""
+    first, second = run_ranks(_moved_in_place, 2)
+    assert first == [(True, True, 1), (True, True, 2), (False, False, 4)]
+    assert second == [(True, True, 1), (True, True, 0), (False, False, 5)]
+
+
 def _shadowed(context: RankContext):
     options = MoEOptions(FasterOptions(shadow=True, net_bandwidth=1e13, gpu_throughput=1e9))
     cache = ShadowCache(context, WHOLE.dim, WHOLE.hidden, torch.float32, 1.0, 16)

@@ -1,0 +1,59 @@
+"""Graphs of decode steps while experts move between GPUs, on the shipped checkpoint. Run with ``pytest -m gpu``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mixtralkit import Mixtral
+from mixtralkit.checkpoint import open_checkpoint
+from mixtralkit.config import MoEOptions
+from mixtralkit.distributed import RankContext
+from mixtralkit.engine.plan_manager import PlanManager
+from mixtralkit.engine.requests import Completion
+from mixtralkit.engine.tokenizer import Tokenizer
+from tests.engine.test_plan_manager import AnyPlan, AsManySlots
+from tests.gpu.ranks import RANKS, run_on_gpus
+from tests.gpu.test_engine import CKPTS, PROMPTS, told
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+]
+
+
+def _answers(mixtral: Mixtral) -> list[Completion]:
+    requests = [mixtral.request(i, PROMPTS[i % len(PROMPTS)], 30 + 8 * (i % 4), temperature=0) for i in range(30)]
+    return mixtral.engine.complete(requests)
+
+
+def _moving(context: RankContext, attention: str, kind: type[AnyPlan]) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    mixtral = Mixtral.load(
+        open_checkpoint(CKPTS), Tokenizer(Path(CKPTS, "tokenizer.model")), context, 256, 2 * RANKS, dtype="float32",
+        attention=attention, experts="ep", options=MoEOptions(peer_rows=None),
+    )  # fmt: skip
+    wanted = told(_answers(mixtral))
+    manager = PlanManager(mixtral.model, kind().on(RANKS), update_step=10)
+    mixtral.engine.plan_manager = manager
+    for _ in range(2):
+        assert told(_answers(mixtral)) == wanted
+    done = manager.statistics
+    assert done.layers_moved > 12
+    assert done.graph_steps > 50
+    if kind is AsManySlots:
+        assert done.layers_relocated == done.recaptures == 0
+    else:
+        assert done.layers_relocated > 6
+        assert done.launched_steps > 0
+        assert done.recaptures > 0
+    mixtral.engine.plan_manager = None
+    assert told(_answers(mixtral)) == wanted
+
+
+@pytest.mark.parametrize("attention", ["tp", "dp"])
+@pytest.mark.parametrize("kind", [AnyPlan, AsManySlots])
+def test_graphs_go_on_while_experts_move(attention, kind):
+    run_on_gpus(_moving, attention, kind)

@@ -1,0 +1,76 @@
+"""benchmarks/bench_plan_manager.py: its lines, its prompts, the ways side by side."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from mixtralkit.config import MoEOptions
+from mixtralkit.distributed import RankContext
+from mixtralkit.planning.hardware import Hardware
+from tests.configs import small_config
+from tests.ranks import run_ranks
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import bench_plan_manager as bench  # noqa: E402
+
+SMALL = {"prompts": 6, "prompt_len": 5, "new_tokens": 9, "max_batch_size": 3, "update_step": 4, "repeats": 1}
+
+
+@pytest.fixture
+def architecture(tmp_path) -> Path:
+    path = tmp_path / "small.json"
+    path.write_text(json.dumps(small_config().to_mistral()))
+    return path
+
+
+def test_lines_of_one_rank(architecture, tmp_path, capsys):
+    output = tmp_path / "lines.json"
+    bench.bench_plan_manager(
+        model=architecture, layers=2, attention="tp", policies="none,balanced", device="cpu", output=output, **SMALL
+    )
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines == [json.loads(line) for line in output.read_text().splitlines()]
+    alone, managed = lines
+    assert (alone["policy"], managed["policy"]) == ("none", "balanced")
+    assert alone["same_tokens"]
+    assert managed["same_tokens"]
+    assert "pauses" not in alone
+    assert alone["steps"]["launched"] > 10
+    assert managed["plans"]["considered"] > 1
+    assert managed["pauses"]["longest_ms"] >= managed["pauses"]["mean_ms"] > 0
+    assert all({"commit", "torch", "tokens_per_s", "step_ms", "seconds"} <= line.keys() for line in lines)
+
+
+def _ways(context: RankContext, architecture: Path, attention: str) -> list[dict]:
+    source = bench.Source(ROOT / "ckpts", architecture, None, 0)
+    engine = source.build(context, bench.parse_dtype("float32"), attention, (14, 4), MoEOptions(peer_rows=None))
+    requests = source.requests(engine, 9, 5, 9)
+    half = engine.model.params.vocab_size // 2
+    assert [max(request.prompt) < half for request in requests] == [True] * 5 + [False] * 4
+    hardware = Hardware.load(bench.MACHINES / "cpu-2core.json")
+    found = bench.Bench(engine, requests, hardware, 6, None, 1.0, 0)
+    return list(found.compare(["none", "random"], 2))
+
+
+@pytest.mark.parametrize("attention", ["tp", "dp"])
+def test_random_plans_change_no_token(architecture, attention):
+    for alone, moved in run_ranks(_ways, 2, architecture, attention):
+        assert alone["same_tokens"]
+        assert moved["same_tokens"]
+        assert moved["layers_moved"] > 3
+        assert moved["mb_moved"] > 0
+        assert sum(moved["steps"].values()) == sum(alone["steps"].values())
+        assert moved["pauses"]["longest_ms"] >= moved["pauses"]["longest_move_ms"] > 0
+
+
+def test_what_cannot_run(architecture):
+    with pytest.raises(ValueError, match=r"prompts \(1\) must be at least 2"):
+        bench.bench_plan_manager(model=architecture, **{**SMALL, "prompts": 1})
+    with pytest.raises(ValueError, match=r"repeats \(0\) must be at least 1"):
+        bench.bench_plan_manager(model=architecture, **{**SMALL, "repeats": 0})
