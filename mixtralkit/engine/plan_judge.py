@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mixtralkit.model.transformer import Transformer
-from mixtralkit.moe.move import Transfer, transfers
+from mixtralkit.moe.move import Transfer, stays_in_place, transfers
 from mixtralkit.planning.cost import ModelShape, TimeModel
 from mixtralkit.planning.hardware import Hardware
 from mixtralkit.planning.plan import ExpertPlan
@@ -74,11 +74,15 @@ class MoveJudge:
         return float(before.step_s - after.step_s)
 
     def move_s(self, now: ExpertPlan, wish: ExpertPlan) -> float:
-        """Predicted seconds of the move: the busiest rank's bytes on the slower network, and copying what stays."""
+        """Predicted seconds of the move: the busiest rank's bytes on the slower network, and what is copied at home.
+
+        That is what comes where weights stay in place, and what stays where they do not.
+        """
         model = TimeModel(self.shape, self.hardware, now.world_size, now.ranks_per_node)
-        ways = transfers(now.holds_LWE[0], wish.holds_LWE[0], now.ranks_per_node)
-        stays_W = (now.holds_LWE[0] & wish.holds_LWE[0]).sum(1)
-        copied_s = 2 * stays_W.max() * self.shape.expert_bytes / self.hardware.memory_bandwidth
+        now_WE, wish_WE = now.holds_LWE[0], wish.holds_LWE[0]
+        ways = transfers(now_WE, wish_WE, now.ranks_per_node)
+        copied_WE = wish_WE & (~now_WE if stays_in_place(now_WE, wish_WE) else now_WE)
+        copied_s = 2 * copied_WE.sum(1).max() * self.shape.expert_bytes / self.hardware.memory_bandwidth
         return copied_s + float(model.exchange_s(*self._bytes(ways, now), messages=1))
 
     def _bytes(self, ways: tuple[Transfer, ...], now: ExpertPlan) -> tuple[list[np.ndarray], list[np.ndarray]]:

@@ -63,6 +63,14 @@ def transfers(old_WE: np.ndarray, new_WE: np.ndarray, ranks_per_node: int | None
     return tuple(found)
 
 
+def stays_in_place(old_WE: np.ndarray, new_WE: np.ndarray) -> bool:
+    """Whether every rank has as many slots as before, so that all weights keep their addresses.
+
+    A question of all ranks, so that they agree on whether graphs may go on. Arguments as for ``transfers``.
+    """
+    return bool((_holds(old_WE).sum(1) == _holds(new_WE).sum(1)).all())
+
+
 @torch.no_grad()
 def move_experts(
     experts: Experts,
@@ -85,8 +93,7 @@ def move_experts(
         RankFailed: another rank had no memory for it. Then no rank's weights have changed.
     """
     ways = transfers(old_WE, new_WE, ranks_per_node)
-    # of all ranks, so that they agree on whose graphs may go on
-    in_place = bool(((old_WE >= 0).sum(1) == (new_WE >= 0).sum(1)).all())
+    in_place = stays_in_place(old_WE, new_WE)
     old_E, new_E = old_WE[context.rank], new_WE[context.rank]
     fresh_E = (new_E >= 0) & (new_E != old_E) if in_place else new_E >= 0
     fresh = sorted(np.flatnonzero(fresh_E).tolist(), key=lambda expert: new_E[expert])

@@ -368,9 +368,12 @@ def test_the_price_of_a_move_is_the_busiest_ranks_bytes():
     judge = MoveJudge(SHAPE, MACHINE, steps=1)
     assert [way.target for way in transfers(NOW.holds_LWE[0], EVENED.holds_LWE[0])] == [1, 0]
     link = MACHINE.inside.exchange
-    copied_s = 2 * 2 * SHAPE.expert_bytes / MACHINE.memory_bandwidth  # ranks 2 and 3 keep two
     latency_s = MACHINE.inside.latency_s("exchange", 4)
+    copied_s = 2 * SHAPE.expert_bytes / MACHINE.memory_bandwidth  # ranks 0 and 1 get one each, in place
     assert judge.move_s(NOW, EVENED) == pytest.approx(SHAPE.expert_bytes / link.bandwidth + latency_s + copied_s)
+    more = ExpertPlan(np.array([[[0, 1, 2], [2, 3, -1], [4, 5, -1], [6, 7, -1]]]), 8)
+    copied_s = 2 * 2 * SHAPE.expert_bytes / MACHINE.memory_bandwidth  # all keep two, in new memory
+    assert judge.move_s(NOW, more) == pytest.approx(SHAPE.expert_bytes / link.bandwidth + latency_s + copied_s)
 
 
 @pytest.mark.parametrize("seed", range(10))
