@@ -63,7 +63,7 @@ def bench_plan_manager(
     update_step: int = 64,
     slots_per_rank: int | None = None,
     margin: float = 1.0,
-    peer_rows: int | None = None,
+    peer_rows: int | None = 1,
     repeats: int = 3,
     hardware: Path | None = None,
     dtype: str | None = None,
@@ -88,7 +88,7 @@ def bench_plan_manager(
         update_step: steps of a window.
         slots_per_rank: most experts of a rank in each layer; left out, as many as without a manager.
         margin: how many times its price a move must save, where moves are judged.
-        peer_rows: as in tools/example.py, for attention dp; left out, as many as a decode step has.
+        peer_rows: as in tools/example.py, for attention dp; left out, as many as a decode step has, on CPUs too.
         repeats: runs of each way.
         hardware: the machine's speeds, for the judge.
         dtype: bfloat16 on CUDA, float32 on a CPU when not given.

@@ -290,8 +290,9 @@ class MoEOptions:
             that no shape depends on the routing and nothing waits for the host; ``"auto"`` is static for decode
             steps and exact otherwise.
         peer_rows: most rows of a rank that go to their experts through the GPUs' memory, by kernels and not by
-            collectives, which takes memory for 2 · ranks rows for each (docs/expert-parallel.md): 0 for none; None,
-            and any other number below, for as many as a decode step has.
+            collectives, which takes memory for 2 · ranks rows for each (docs/expert-parallel.md): 0 for none; a number
+            below what a decode step has counts as that, and so does None on GPUs. On CPUs, where a twin takes every
+            row everywhere, None is 0.
         shadow_memory_gb: most memory for copies of other ranks' experts on each rank, in 10⁹ bytes, with
             ``faster.shadow`` or ``dynamic``.
         backend: ``"mixtralkit"``, or ``"fastmoe"`` for the real library.
@@ -304,7 +305,7 @@ class MoEOptions:
 
     faster: FasterOptions = field(default_factory=FasterOptions)
     exchange: str = "auto"
-    peer_rows: int | None = 0
+    peer_rows: int | None = None
     shadow_memory_gb: float = 4.0
     backend: str = "mixtralkit"
     dynamic: str = "none"

@@ -25,7 +25,8 @@ class ModelOptions:
         exchange: How rows travel to experts: exact sends just what there is, static keeps every shape fixed; auto is
             static for decoding and exact otherwise.
         peer_rows: Most rows of a rank that travel through the GPUs' memory instead of by collectives, at least as many
-            as a decode step has; 0 turns this way off, none takes as many as that step (docs/expert-parallel.md).
+            as a decode step has; left out, as many as that on GPUs, and 0, which turns this way off, on CPUs
+            (docs/expert-parallel.md).
         faster_schedule: FasterMoE's smart schedule; left out, FMOE_FASTER_SCHEDULE_ENABLE decides.
         faster_shadow: FasterMoE's shadowing; left out, FMOE_FASTER_SHADOW_ENABLE decides.
         faster_group_size: Ranks of a group of the schedule; left out, FMOE_FASTER_GROUP_SIZE decides.
@@ -49,7 +50,7 @@ class ModelOptions:
     experts: str = "auto"
     plan: Path | None = None
     exchange: str = "auto"
-    peer_rows: int | None = 0
+    peer_rows: int | None = None
     faster_schedule: bool | None = None
     faster_shadow: bool | None = None
     faster_group_size: int | None = None

@@ -94,7 +94,7 @@ def run_plans(context: RankContext, folder: str, **options) -> list[dict]:
 
 
 def test_plans_on_two_ranks(architecture):
-    options = {"attention": "dp", "experts": "ep", "peer_rows": None, "plan": Path(PLANS), "prefill": "3x4"}
+    options = {"attention": "dp", "experts": "ep", "peer_rows": 1, "plan": Path(PLANS), "prefill": "3x4"}
     lines = run_ranks(functools.partial(run_plans, **options), 2, str(architecture.parent), timeout_s=120)[0]
     assert lines[0]["measurement"] == "ceilings", "a profile ran first, so the start is not the process's"
     timed = [line for line in lines if line["measurement"] in ("decode", "prefill")]
@@ -127,7 +127,7 @@ def test_plans_of_a_trace_and_of_a_file(architecture, tmp_path):
 
 
 def test_auto_chooses_by_the_hardware_file(architecture, tmp_path):
-    options = {"plan": Path("auto"), "hardware": ROOT / "configs/hardware/h200x4.json", "peer_rows": None, "batch": "4"}
+    options = {"plan": Path("auto"), "hardware": ROOT / "configs/hardware/h200x4.json", "peer_rows": 1, "batch": "4"}
     lines = run_ranks(functools.partial(run_plans, **options), 2, str(architecture.parent), timeout_s=120)[0]
     decode = lines[-1]
     assert decode["measurement"] == "decode"

@@ -34,7 +34,7 @@ class Way:
     shadow: bool = False
     exchange: str = "auto"
     batch: int = 8
-    peer_rows: int | None = 0
+    peer_rows: int | None = None
 
     def expert_plan(self, world_size: int) -> ExpertPlan:
         layers = open_checkpoint(CKPTS).config.n_layers
@@ -59,8 +59,8 @@ WAYS = [
     Way(),
     Way(plan="replicas", batch=2),
     Way(plan="everywhere"),
-    Way(peer_rows=None),
-    Way(plan="replicas", batch=3, peer_rows=None),
+    Way(peer_rows=1),
+    Way(plan="replicas", batch=3, peer_rows=1),
     Way(exchange="exact", schedule=True),
     Way(exchange="exact", schedule=True, shadow=True),
     Way(exchange="static", shadow=True, plan="replicas"),

@@ -170,7 +170,8 @@ class Transformer(nn.Module):
         """
         options, parallel = self.options, self.layout.parallel
         travel = self.context.world_size > 1 and (parallel.attention, parallel.experts) == ("dp", "ep")
-        ours = options.backend == "mixtralkit" and options.exchange != "exact" and options.peer_rows != 0
+        wanted = self.context.device.type == "cuda" if options.peer_rows is None else options.peer_rows > 0
+        ours = options.backend == "mixtralkit" and options.exchange != "exact" and wanted
         if not travel or not ours or self.is_two_stage or self.shadow_cache is not None or self.two_phase is not None:
             return None
         rows = max(self.sequences_per_rank, options.peer_rows or 0)

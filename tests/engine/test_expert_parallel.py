@@ -34,7 +34,7 @@ def _config():
     return engine_config(n_layers=LAYERS, max_batch_size=BATCH)
 
 
-def _through_memory(context: RankContext, folder: Path, peer_rows: int | None) -> tuple[list[list[int]], int, Counter]:
+def _through_memory(context: RankContext, folder: Path, peer_rows: int) -> tuple[list[list[int]], int, Counter]:
     """Answers, rows a rank has room for, and how often what was called."""
     counts: Counter = Counter()
 
@@ -65,14 +65,14 @@ def _through_memory(context: RankContext, folder: Path, peer_rows: int | None) -
     return answers, model.peers.max_rows, counts
 
 
-@pytest.mark.parametrize(("world_size", "peer_rows"), [(2, None), (2, 12), (4, None)])
+@pytest.mark.parametrize(("world_size", "peer_rows"), [(2, 1), (2, 12), (4, 1)])
 def test_text_is_that_of_one_rank(tmp_path, world_size, peer_rows):
     """Room for nine tokens of prompts and all sequences takes every step, else only those without prompts go so."""
     alone = Engine(make_model(RankContext(), _config()), make_tokenizer(tmp_path))
     wanted = [completion.tokens for completion in alone.complete(REQUESTS)]
     for answers, room, counts in run_ranks(_through_memory, world_size, tmp_path, peer_rows):
         assert answers == wanted
-        assert room == max(BATCH // world_size, peer_rows or 0)
+        assert room == max(BATCH // world_size, peer_rows)
         assert counts["launch"] > 0
         steps = counts["launch"] + (counts["step"] if room >= 9 + BATCH // world_size else 0)
         assert counts["combine"] == LAYERS * steps

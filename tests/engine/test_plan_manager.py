@@ -76,7 +76,7 @@ class Way:
     shadow: bool = False
     nodes: int | None = None
     batch: int = 8
-    peer_rows: int | None = 0
+    peer_rows: int | None = None
     popularity: Path | None = None
 
     def options(self) -> MoEOptions:
@@ -86,13 +86,13 @@ class Way:
     @property
     def decodes(self) -> bool:
         """Whether it has decode steps."""
-        return self.attention == "tp" or self.peer_rows is None
+        return self.attention == "tp" or self.peer_rows == 1
 
 
 WAYS = [
     Way("tp"),
     Way("tp", batch=2),
-    Way(peer_rows=None),
+    Way(peer_rows=1),
     Way(batch=2),
     Way(exchange="static", shadow=True),
     Way(exchange="exact", schedule=True, shadow=True),

@@ -29,7 +29,7 @@ OWN = [(2, 0, 3), (3,), (), (0, 2)]  # the slots that have sequences on each ran
 def compare(context: RankContext, config, parallel: ParallelConfig, plan: ExpertPlan) -> None:
     """Prefills two caches, then decodes a few steps in each way, with rows that only fill the shape."""
     layout = RankLayout(config, parallel, plan, context.rank)
-    model = Transformer(layout, context, options=MoEOptions(peer_rows=None))
+    model = Transformer(layout, context, options=MoEOptions(peer_rows=1))
     model.initialize(0, std=0.15)
     prompts, first, end = PROMPTS, *model.layout.vocab
     if model.ranks_with_own_sequences > 1:
@@ -139,14 +139,14 @@ def _needs_plain_steps(context: RankContext, changes: list[tuple[str, MoEOptions
 
 def test_ways_of_rows_that_need_the_plain_step():
     changes = [
-        ("ep", MoEOptions(peer_rows=None), {}),
+        ("ep", MoEOptions(peer_rows=1), {}),
         ("ep", MoEOptions(peer_rows=1), {}),  # fewer than a decode step has
-        ("tp", MoEOptions(peer_rows=None), {}),
+        ("tp", MoEOptions(peer_rows=1), {}),
         ("ep", MoEOptions(peer_rows=0), {}),
-        ("ep", MoEOptions(exchange="exact", peer_rows=None), {}),
-        ("ep", MoEOptions(FasterOptions(shadow=True), peer_rows=None), {}),
-        ("ep", MoEOptions(peer_rows=None), {"ranks_per_node": 1}),
-        ("ep", MoEOptions(peer_rows=None), {"cold_capacity_factor": 0.5}),
+        ("ep", MoEOptions(exchange="exact", peer_rows=1), {}),
+        ("ep", MoEOptions(FasterOptions(shadow=True), peer_rows=1), {}),
+        ("ep", MoEOptions(peer_rows=1), {"ranks_per_node": 1}),
+        ("ep", MoEOptions(peer_rows=1), {"cold_capacity_factor": 0.5}),
     ]
     assert run_ranks(_needs_plain_steps, 2, changes) == [[False, False, True, True, True, True, False, True]] * 2
 
@@ -167,3 +167,16 @@ def test_options_that_need_the_plain_step():
     assert (Decoder.for_model(shadowed, cache) is None) == (shadowed.shadow_cache is not None)
     model.layers[0].feed_forward.experts.w13.requires_grad_(True)
     assert Decoder.for_model(model, cache) is None
+
+
+def test_left_out_rows_go_by_collectives_on_a_cpu():
+    """There the twin takes every row to every rank: right, and slow."""
+    assert run_ranks(_has_peers, 2, None) == [False, False]
+    assert run_ranks(_has_peers, 2, 1) == [True, True]
+
+
+def _has_peers(context: RankContext, rows: int | None) -> bool:
+    config = small_config()
+    plan = contiguous(config.n_layers, config.num_experts, context.world_size)
+    layout = RankLayout(config, ParallelConfig("dp", "ep"), plan, context.rank)
+    return Transformer(layout, context, options=MoEOptions(peer_rows=rows)).peers is not None
