@@ -8,6 +8,7 @@ how the tests compare this with ``Transformer.step``.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ from mixtralkit.layout import RankLayout
 from mixtralkit.model.kv_cache import KVCache
 from mixtralkit.model.transformer import Block, Transformer
 from mixtralkit.moe.gate import Routing
+from mixtralkit.planning.spread import are_few, one_holder
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,10 @@ class Decoder:
     def __init__(self, model: Transformer, cache: KVCache) -> None:
         self.model, self.cache, self.layout = model, cache, model.layout
         self._relocations = model.relocations
-        # where each layer's experts are: slots_TE of this rank if rows are on every rank, places_EC if they travel
-        self.tables_L = [self._table(layer) for layer in range(model.params.n_layers)]
+        # where each layer's experts are: slots_TE of this rank if rows are on every rank, places_EC if they travel;
+        # for steps of many rows and of few (planning.spread.are_few)
+        layers = range(model.params.n_layers)
+        self.tables = {few: [self._table(layer, few) for layer in layers] for few in (False, True)}
 
     @classmethod
     def for_model(cls, model: Transformer, cache: KVCache) -> Decoder | None:
@@ -77,20 +81,22 @@ class Decoder:
         model = self.model
         before_LWE, now_LWE = self.layout.plan.slot_of_LWE, model.layout.plan.slot_of_LWE
         stays = self._relocations == model.relocations
-        for layer in np.flatnonzero((before_LWE != now_LWE).any((1, 2))).tolist():
-            old, new = self.tables_L[layer], self._table(layer)
+        changed = np.flatnonzero((before_LWE != now_LWE).any((1, 2))).tolist()
+        for layer, few in itertools.product(changed, self.tables):
+            old, new = self.tables[few][layer], self._table(layer, few)
             if old is not None and new is not None and old.shape == new.shape:
                 old.copy_(new)
             else:
-                self.tables_L[layer], stays = new, False
+                self.tables[few][layer], stays = new, False
         self.layout, self._relocations = model.layout, model.relocations
         return stays
 
-    def _table(self, layer: int) -> torch.Tensor | None:
+    def _table(self, layer: int, few: bool) -> torch.Tensor | None:
         layout, context = self.model.layout, self.model.context
         if self.model.peers is None:
-            return _slots_in_turn(layout, layer, self.cache.slots, context.device)
-        places = ExpertPlaces.of(layout.plan.slot_of_LWE[layer], context.rank, context.device)
+            return _slots_in_turn(layout, layer, self.cache.slots, context.device, few)
+        slots_WE = layout.plan.slot_of_LWE[layer]
+        places = ExpertPlaces.of(one_holder(slots_WE) if few else slots_WE, context.rank, context.device)
         # turns of up to W - 1 replicas elsewhere, so that every plan's table has the same shape
         turns = math.lcm(*range(1, context.world_size))
         return places.places_EC.repeat(1, turns // places.places_EC.shape[1])
@@ -155,7 +161,7 @@ class Decoder:
         x_BD = linear(out_BP, attention.wo.weight, residual_TO=x_BD, out=x_BD)
         normed_BD, routing = self._route(block, x_BD, (block.ffn_norm.weight, eps))
         # rows that only fill the shape, with slot -1, go nowhere: no expert is read for them
-        places, kept_B = ExpertPlaces(self.tables_L[layer]), slots_B
+        places, kept_B = ExpertPlaces(self._tables_for(rows * peers.context.world_size)[layer]), slots_B
         arrived = peers.dispatch(normed_BD, routing.experts_TK, routing.weights_TK, places, rows, kept_B)
         y_RD = expert_sum(
             arrived.x_RD, arrived.slots_RK, arrived.weights_RK, experts.w13, experts.w2,
@@ -173,8 +179,13 @@ class Decoder:
         gated = gate(x_BD, choice.weight, choice.top_k, norm)
         return gated.normed_TD, Routing(gated.experts_TK, gated.weights_TK, gated.logits_TE)
 
+    def _tables_for(self, rows: int) -> list[torch.Tensor | None]:
+        """Of every layer, for a step of so many rows of all ranks."""
+        params = self.model.params
+        return self.tables[are_few(rows, params.num_experts_per_tok, params.num_experts)]
+
     def _slots(self, layer: int, experts_BK: torch.Tensor) -> torch.Tensor:
-        slots_TE = self.tables_L[layer]
+        slots_TE = self._tables_for(len(experts_BK))[layer]
         return experts_BK if slots_TE is None else slots_TE[: experts_BK.shape[0]].gather(1, experts_BK)
 
 
@@ -189,14 +200,18 @@ def _rows_can_travel(model: Transformer, cache: KVCache) -> bool:
     return peers.mailbox is not None or model.context.device.type == "cpu"
 
 
-def _slots_in_turn(layout: RankLayout, layer: int, rows: int, device: torch.device) -> torch.Tensor | None:
+def _slots_in_turn(
+    layout: RankLayout, layer: int, rows: int, device: torch.device, few: bool = False
+) -> torch.Tensor | None:
     """This rank's slot for each expert by row, -1 where the row's turn is another replica's: int64 [T, E].
 
-    None where slots are the experts themselves. Replicas of an expert take turns by row.
+    None where slots are the experts themselves. Replicas of an expert take turns by row; for ``few`` rows one of them
+    takes all.
     """
     if layout.parallel.experts == "tp":
         return None
     slots_WE = layout.plan.slot_of_LWE[layer]
+    slots_WE = one_holder(slots_WE) if few else slots_WE
     holds_WE = slots_WE >= 0
     if layout.world_size == 1 and (slots_WE[0] == np.arange(slots_WE.shape[1])).all():
         return None

@@ -30,6 +30,7 @@ from mixtralkit.moe.move import MoveReport, move_experts
 from mixtralkit.moe.peer import PeerDispatch
 from mixtralkit.moe.schedule import num_chunks, run_in_chunks
 from mixtralkit.moe.shadow import Home, LayerShadows, ShadowCache, ShadowReport
+from mixtralkit.planning.spread import are_few, one_holder
 
 if TYPE_CHECKING:
     from mixtralkit.moe.two_phase import Flight
@@ -93,7 +94,7 @@ class MoELayer(nn.Module):
         """What follows from the slots of this layer in the layout's plan."""
         slots_WE = self.layout.plan.slot_of_LWE[self.layer]
         self.assigner = Assigner(slots_WE, self.context, self.layout.parallel.attention == "tp")
-        self.places = None
+        self.places = self.few_places = None
         if self.peers is not None:
             self.use_peers(self.peers)
         self.shadows = None
@@ -107,7 +108,10 @@ class MoELayer(nn.Module):
         """
         self.peers = peers
         slots_WE = self.layout.plan.slot_of_LWE[self.layer]
-        self.places = ExpertPlaces.of(slots_WE, self.context.rank, self.context.device)
+        self.places, self.few_places = (
+            ExpertPlaces.of(held_WE, self.context.rank, self.context.device)
+            for held_WE in (slots_WE, one_holder(slots_WE))
+        )
 
     def adopt(self, layout: RankLayout) -> MoveReport:
         """Goes over to this layer's slots in another plan, between two steps. Collective.
@@ -206,7 +210,8 @@ class MoELayer(nn.Module):
         fits = self.peers is not None and rows_per_rank <= self.peers.max_rows
         # copies of experts would change the places from step to step
         if fits and self.shadows is None and self.nodes is None and not torch.is_grad_enabled():
-            return PeerDispatch(self.peers, self.places, rows_per_rank)
+            few = are_few(rows_per_rank * self.context.world_size, self.gate.top_k, self.layout.plan.num_experts)
+            return PeerDispatch(self.peers, self.few_places if few else self.places, rows_per_rank)
         return StaticDispatch(self.context, rows_per_rank)
 
     @staticmethod

@@ -14,7 +14,7 @@ class PeerDispatch:
     """``StaticDispatch``'s assignment and sums, and rows that cross a link only to be computed there. No gradients."""
 
     def __init__(self, exchange: PeerExchange, places: ExpertPlaces, rows_per_rank: int) -> None:
-        """``places`` are those of the layer's plan, and so of the assigner that ``dispatch`` is given."""
+        """``places`` are those of the layer's plan, or of one holder of each expert in it."""
         self.exchange, self.places, self.rows_per_rank = exchange, places, rows_per_rank
 
     def dispatch(self, x_TD: torch.Tensor, cut: CutRouting, assigner: Assigner) -> tuple[RoutedRows, torch.Tensor]:

@@ -3,6 +3,31 @@
 from __future__ import annotations
 
 import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+FEW_CHOICES = 64  # of an expert in the mean, up to which a step's time is reading experts (H200, Mixtral-8x7B)
+
+
+def are_few(rows: int, top_k: int, num_experts: int) -> bool:
+    """Whether so many rows of all ranks leave experts waiting for their weights, so that replicas do not pay."""
+    return rows * top_k <= FEW_CHOICES * num_experts
+
+
+def one_holder(slots_WE: np.ndarray) -> np.ndarray:
+    """Slots of one layer (-1 where not held) with one holder left of each expert, ranks having evenly many.
+
+    For few rows: a replica that computes as well is one more expert to read. The same on every rank; evenly means that
+    the most experts of a rank are as few as the plan allows.
+    """
+    ranks, experts = slots_WE.shape
+    for most in range(-(-experts // ranks), experts + 1):
+        misses_EP = np.repeat(slots_WE.T < 0, most, axis=1)  # places of the ranks, ``most`` of each
+        expert_E, place_E = linear_sum_assignment(misses_EP)
+        if not misses_EP[expert_E, place_E].any():
+            kept_WE, rank_E = np.full_like(slots_WE, -1), place_E // most
+            kept_WE[rank_E, expert_E] = slots_WE[rank_E, expert_E]
+            return kept_WE
+    raise ValueError("an expert has no slot")
 
 
 def spread_rows(counts_E: np.ndarray, fixed_W: np.ndarray, holds_WE: np.ndarray) -> np.ndarray:

@@ -165,7 +165,10 @@ class AddressGraphs:
 
     def addresses(self) -> list[tuple]:
         decoder = self.steps().decoder
-        tensors = [*decoder.model.named_tensors().values(), *decoder.tables_L]
+        tensors = [
+            *decoder.model.named_tensors().values(),
+            *(table for tables in decoder.tables.values() for table in tables),
+        ]
         return [(x.data_ptr(), x.shape, x.stride()) for x in tensors if x is not None]
 
     def run(self, key, function, rehearse, may_capture=True) -> Run:

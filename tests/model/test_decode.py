@@ -16,6 +16,7 @@ from mixtralkit.model.decode import Decoder
 from mixtralkit.model.kv_cache import KVCache
 from mixtralkit.model.step import StepBatch
 from mixtralkit.model.transformer import Transformer
+from mixtralkit.planning import spread
 from mixtralkit.planning.plan import ExpertPlan, contiguous, everywhere
 from tests.configs import random_config, small_config
 from tests.moe.layers import random_plan
@@ -88,10 +89,16 @@ def test_split_over_ranks(world, experts):
     )
 
 
-def test_replicas_take_turns():
+def _compare_replicas(context: RankContext, few_choices: int) -> None:
     config = small_config(n_layers=1)
-    for plan in (everywhere(1, config.num_experts, 2), random_plan(3, config.num_experts, 2)):
-        run_ranks(compare, 2, config, ParallelConfig("tp", "ep"), plan)
+    with patch.object(spread, "FEW_CHOICES", few_choices):
+        for plan in (everywhere(1, config.num_experts, 2), random_plan(3, config.num_experts, 2)):
+            compare(context, config, ParallelConfig("tp", "ep"), plan)
+
+
+@pytest.mark.parametrize("few_choices", [0, 64])
+def test_replicas_take_turns_or_one_takes_all(few_choices):
+    run_ranks(_compare_replicas, 2, few_choices)
 
 
 def unlike_layers(world: int) -> ExpertPlan:
@@ -103,26 +110,34 @@ def unlike_layers(world: int) -> ExpertPlan:
     return ExpertPlan(np.array([[own + [-1] * (8 - len(own)) for own in layer] for layer in layers]), 8)
 
 
-def compare_travelling(context: RankContext) -> None:
-    """Against exact exchanges; and every choice of a sequence is computed once, of rows that fill the shape none."""
+def compare_travelling(context: RankContext, few_choices: int) -> None:
+    """Against exact exchanges; and every choice of a sequence is computed once, of rows that fill the shape none.
+
+    No more experts of a rank are read than its share where rows are few.
+    """
     config = small_config(n_layers=4, max_batch_size=SLOTS * context.world_size)
-    computed, plain = [], decode.expert_sum
+    computed, read, plain = [], [], decode.expert_sum
 
     def counted(x_RD, slots_RK, *args, **more) -> torch.Tensor:
         computed.append(int((slots_RK >= 0).sum()))
+        read.append(len(slots_RK[slots_RK >= 0].unique()))
         return plain(x_RD, slots_RK, *args, **more)
 
-    with patch.object(decode, "expert_sum", counted):
+    with patch.object(decode, "expert_sum", counted), patch.object(spread, "FEW_CHOICES", few_choices):
         compare(context, config, ParallelConfig("dp", "ep"), unlike_layers(context.world_size))
     assert len(computed) == STEPS * config.n_layers
     sequences = sum(map(len, OWN[: context.world_size]))
     everywhere_L = context.all_reduce(torch.tensor(computed))
     assert everywhere_L.tolist() == [sequences * config.num_experts_per_tok] * len(computed)
+    if few_choices:
+        contiguous_hot_and_everywhere = [read[i] for i in range(len(read)) if i % 4 != 2]
+        assert max(contiguous_hot_and_everywhere) <= 8 // context.world_size
 
 
+@pytest.mark.parametrize("few_choices", [0, 64])
 @pytest.mark.parametrize("world", [2, 4])
-def test_rows_that_travel(world):
-    run_ranks(compare_travelling, world)
+def test_rows_that_travel(world, few_choices):
+    run_ranks(compare_travelling, world, few_choices)
 
 
 def _needs_plain_steps(context: RankContext, changes: list[tuple[str, MoEOptions, dict]]) -> list[bool]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from mixtralkit.kernels.peer_exchange import PeerExchange
 from mixtralkit.moe.dispatch import StaticDispatch
 from mixtralkit.moe.peer import PeerDispatch
 from mixtralkit.moe.reference import moe_reference
+from mixtralkit.planning import spread
 from mixtralkit.planning.plan import ExpertPlan, contiguous, everywhere
 from tests.moe.layers import Whole, build, random_plan
 from tests.ranks import run_ranks
@@ -42,8 +45,9 @@ def _run(context: RankContext, cases: list[tuple[Whole, ExpertPlan]]) -> None:
 
 
 def _compare_rows(context: RankContext, layer, x_TD: torch.Tensor, most: int) -> None:
-    """Row by row what both ways bring here; theirs come rank by rank, ours row by row."""
-    way, home, cut = layer.arrange(x_TD, layer.gate(x_TD), most)
+    """Row by row what both ways bring here, replicas taking turns; theirs come rank by rank, ours row by row."""
+    with patch.object(spread, "FEW_CHOICES", 0):
+        way, home, cut = layer.arrange(x_TD, layer.gate(x_TD), most)
     found, members_T = way.dispatch(home.x_TD, cut, home.assigner)
     wanted, _ = StaticDispatch(context, most).dispatch(home.x_TD, cut, home.assigner)
 
