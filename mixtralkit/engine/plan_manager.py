@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 
+from mixtralkit.distributed import RankFailed
 from mixtralkit.engine.decoding import Flight
 from mixtralkit.engine.plan_judge import MoveJudge
 from mixtralkit.engine.plan_policies import Policy
@@ -160,13 +161,7 @@ class PlanManager:
 
     def _update(self, layer: int, follow: Callable[[], None] | None) -> None:
         """One layer of the pass: rank 0 decides, all move."""
-        wish, self._wish = self._wish, None
-        with self.context.agreed():
-            if self.context.is_first:
-                wish = self._decide(layer) if wish is None else wish
-                if wish.error is not None:
-                    raise wish.error
-        slots_WS = self.context.broadcast_object(wish and wish.slots_WS)
+        slots_WS = self._agreed_slots(layer)
         if slots_WS is None:
             self._count(layers_kept=1)
             return
@@ -184,6 +179,18 @@ class PlanManager:
         )  # fmt: skip
         longest_s = max(self.statistics.longest_move_s, move_s)
         self.statistics = replace(self.statistics, longest_move_s=longest_s)
+
+    def _agreed_slots(self, layer: int) -> np.ndarray | None:
+        """Rank 0's wish for the layer; its error on all ranks, in the one message that tells them the slots."""
+        wish, self._wish = self._wish, None
+        if self.context.is_first and wish is None:
+            wish = self._decide(layer)
+        slots_WS, words = self.context.broadcast_object(wish and (wish.slots_WS, wish.error and str(wish.error)))
+        if wish is not None and wish.error is not None:
+            raise wish.error
+        if words is not None:
+            raise RankFailed(f"rank 0: {words}")
+        return slots_WS
 
     def _decide(self, layer: int) -> _Wish:
         """Of rank 0: plans and judges a layer; no collective, and no error leaves it."""

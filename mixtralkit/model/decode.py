@@ -20,7 +20,7 @@ from mixtralkit.kernels.experts import expert_sum
 from mixtralkit.kernels.gate import gate
 from mixtralkit.kernels.linear import linear
 from mixtralkit.kernels.norm import rms_norm
-from mixtralkit.kernels.peer_exchange import ExpertPlaces
+from mixtralkit.kernels.peer_exchange import MOST_RANKS, ExpertPlaces
 from mixtralkit.layout import RankLayout
 from mixtralkit.model.kv_cache import KVCache
 from mixtralkit.model.transformer import Block, Transformer
@@ -97,6 +97,8 @@ class Decoder:
             return _slots_in_turn(layout, layer, self.cache.slots, context.device, few)
         slots_WE = layout.plan.slot_of_LWE[layer]
         places = ExpertPlaces.of(one_holder(slots_WE) if few else slots_WE, context.rank, context.device)
+        if context.world_size > MOST_RANKS:  # a CPU's: no graph is there to need it, and the table would be large
+            return places.places_EC
         # turns of up to W - 1 replicas elsewhere, so that every plan's table has the same shape
         turns = math.lcm(*range(1, context.world_size))
         return places.places_EC.repeat(1, turns // places.places_EC.shape[1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -13,19 +12,13 @@ import pytest
 from mixtralkit.checkpoint import open_checkpoint
 from mixtralkit.config import FasterOptions, MoEOptions
 from mixtralkit.distributed import RankContext, RankFailed
-from mixtralkit.engine import decoding
-from mixtralkit.engine.decoding import DecodeSteps
-from mixtralkit.engine.graphs import Run
 from mixtralkit.engine.plan_judge import MoveJudge
 from mixtralkit.engine.plan_manager import PlanManager, nearest_ranks, nearest_slots, with_layer
 from mixtralkit.engine.plan_policies import make_policy
 from mixtralkit.engine.plan_statistics import PAUSE_BOUNDS_MS, Pauses, PlanStatistics
-from mixtralkit.engine.requests import Request
-from mixtralkit.engine.sampler import SamplingOptions
 from mixtralkit.engine.statistics import MoEStatistics
 from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.mixtral import Mixtral
-from mixtralkit.model.decode import Decoder
 from mixtralkit.moe.move import transfers
 from mixtralkit.planning.cost import ModelShape
 from mixtralkit.planning.plan import ExpertPlan, contiguous
@@ -34,7 +27,7 @@ from mixtralkit.planning.synthetic import RoutingProcess
 from tests.engine.parts import engine_config, make_checkpoint, make_model, make_tokenizer
 from tests.moe.layers import random_plan
 from tests.planning.machines import machine
-from tests.ranks import RankError, run_ranks
+from tests.ranks import run_ranks
 from tests.test_example_command import run
 
 CKPTS = Path(__file__).resolve().parent.parent.parent / "ckpts"
@@ -157,146 +150,13 @@ def test_moving_experts_changes_no_token(world_size, tmp_path):
         assert all(of_rank[place] == results[0][place] for of_rank in results), "ranks must do the same"
 
 
-class AddressGraphs:
-    """Graphs as a GPU has them, but for the capture: a replay needs what the steps read to be where it was then."""
-
-    def __init__(self, steps: Callable[[], DecodeSteps]) -> None:
-        self.steps, self.captured, self.forgotten = steps, {}, set()
-
-    def addresses(self) -> list[tuple]:
-        decoder = self.steps().decoder
-        tensors = [
-            *decoder.model.named_tensors().values(),
-            *(table for tables in decoder.tables.values() for table in tables),
-        ]
-        return [(x.data_ptr(), x.shape, x.stride()) for x in tensors if x is not None]
-
-    def run(self, key, function, rehearse, may_capture=True) -> Run:
-        if key not in self.captured and not may_capture:
-            return Run(function())
-        again = 0.0
-        if key not in self.captured:
-            rehearse()
-            self.captured[key], again = self.addresses(), float(key in self.forgotten)
-        if self.captured[key] != self.addresses():
-            raise RuntimeError("replay of a stale graph")
-        return Run(function(), True, again)
-
-    def forget(self) -> None:
-        self.forgotten |= self.captured.keys()
-        self.captured.clear()
-
-
-def _requests(count: int) -> list[Request]:
-    """More than run at a time, of different lengths, so that requests come in all the time."""
-    greedy = SamplingOptions(temperature=0)
-    return [Request(i, tuple(range(5, 8 + 2 * i)), 20 + 7 * (i % 4), greedy) for i in range(count)]
-
-
-def _with_graphs(context: RankContext, folder: Path, attention: str, policy: AnyPlan | None, follows: bool = True):
-    """Answers, statistics, and kinds of the decode steps in their order: g for a graph, l for launched."""
-    mixtral = Mixtral.from_parts(_model(context, attention), Tokenizer(folder / "tokenizer.model"))
-    engine, kinds = mixtral.engine, []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoding, "Graphs", lambda device, enabled: AddressGraphs(lambda: engine._steps))
-        if not follows:
-            patch.setattr(Decoder, "follow", lambda decoder: setattr(decoder, "layout", decoder.model.layout) or True)
-        if policy is not None:
-            engine.plan_manager = PlanManager(mixtral.model, policy.on(context.world_size), update_step=6)
-            launched = engine.plan_manager.launched
-
-            def noted(flight) -> None:
-                kinds.append("g" if flight.replayed else "l")
-                launched(flight)
-
-            engine.plan_manager.launched = noted
-        answers = [completion.tokens for completion in engine.complete(_requests(13))]
-    return answers, engine.plan_manager and engine.plan_manager.statistics, "".join(kinds)
-
-
-@pytest.mark.parametrize("attention", ["tp", "dp"])
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-@pytest.mark.parametrize("policy", [AnyPlan, AsManySlots])
-def test_graphs_follow_the_plan(world_size, attention, policy, tmp_path):
-    """The tokens of an undisturbed run on one rank; no graph is replayed whose memory has moved."""
-    make_tokenizer(tmp_path)
-    wanted, _, _ = _with_graphs(RankContext(), tmp_path, "tp", None)
-    for answers, statistics, kinds in run_ranks(_with_graphs, world_size, tmp_path, attention, policy()):
-        assert answers == wanted
-        assert statistics.graph_steps == kinds.count("g")
-        assert statistics.launched_steps == kinds.count("l")
-        assert statistics.plain_steps > 2
-        assert statistics.considered > 3
-        assert kinds[0] == "g"
-        assert kinds.count("g") > 20
-        if world_size == 1:
-            assert statistics.layers_moved == 0
-        elif policy is AnyPlan:
-            assert statistics.layers_relocated > 6
-            assert statistics.recaptures > 1
-            assert "lg" in kinds, "graphs come back behind a pass"
-        else:
-            assert statistics.layers_moved > 6
-            assert statistics.layers_relocated == statistics.recaptures == 0
-
-
-def test_a_stale_graph_would_be_noticed(tmp_path):
-    make_tokenizer(tmp_path)
-    with pytest.raises(RankError, match="replay of a stale graph"):
-        run_ranks(_with_graphs, 2, tmp_path, "tp", AnyPlan(), False)
-
-
-def _outdated(context: RankContext) -> list[str]:
-    """Steps made before a layer moved."""
-    model = _model(context, "tp")
-    steps = DecodeSteps(model, Decoder.for_model(model, model.allocate_cache()), 4)
-    errors = []
-    for seed in (1, 2):
-        plan = with_layer(model.layout.plan, 0, random_plan(seed, 8, context.world_size).slots_LWS[0])
-        model.adopt(0, plan)
-        with pytest.raises(RuntimeError) as error:
-            steps.launch([], False)
-        errors.append(str(error.value))
-        steps.follow()
-    return errors
-
-
-def test_steps_that_did_not_follow_are_refused():
-    message = "the model's plan has changed under its decode steps; they must follow it first"
-    assert run_ranks(_outdated, 2) == [[message] * 2] * 2
-
-
-def _counts_of_decode_steps(context: RankContext, attention: str, folder: Path) -> tuple[list, list]:
-    """What the manager has counted after a run, and what all steps' observers have seen."""
-    mixtral = Mixtral.from_parts(_model(context, attention), Tokenizer(folder / "tokenizer.model"))
-    manager = PlanManager(mixtral.model, AnyPlan().on(context.world_size), update_step=1000)
-    seen_LE = np.zeros((mixtral.model.params.n_layers, 8), int)
-
-    def observe(batch, reports) -> None:
-        for layer, report in enumerate(reports):
-            seen_LE[layer] += np.bincount(report.routing.experts_TK.flatten().numpy(), minlength=8)
-
-    mixtral.engine.plan_manager, mixtral.engine.observe = manager, observe
-    mixtral.complete([[1, 5 + i, 7] for i in range(5)], 9, temperature=0)
-    assert manager.statistics.launched_steps > 8
-    return manager._counts_HLE.sum(0).tolist(), seen_LE.tolist()
-
-
-@pytest.mark.parametrize("attention", ["dp", "tp"])
-def test_decode_steps_count_every_sequence_once(attention, tmp_path):
-    """And no row that only fills the shape: five sequences take steps of five, and over two ranks of three rows."""
-    make_tokenizer(tmp_path)
-    for counted, seen in run_ranks(_counts_of_decode_steps, 2, attention, tmp_path):
-        assert counted == seen
-
-
-def _model(context: RankContext, attention: str = "dp", **changes):
+def small_model(context: RankContext, attention: str = "dp", **changes):
     return make_model(context, engine_config(num_experts=8, num_experts_per_tok=2, **changes), attention)
 
 
 def _counted(context: RankContext, attention: str, folder: Path):
     """Loads as the policy saw them, against those of every rank's routing, and moves between consecutive steps."""
-    mixtral = Mixtral.from_parts(_model(context, attention), Tokenizer(folder / "tokenizer.model"))
+    mixtral = Mixtral.from_parts(small_model(context, attention), Tokenizer(folder / "tokenizer.model"))
     seen, moved, steps = [], [], []
 
     def policy(loads_1E: np.ndarray, tokens: int) -> ExpertPlan:
@@ -330,7 +190,7 @@ def test_loads_are_those_of_all_ranks_and_a_step_waits_for_one_layer(attention, 
 
 
 def _failing(context: RankContext, folder: Path) -> str:
-    mixtral = Mixtral.from_parts(_model(context), Tokenizer(folder / "tokenizer.model"))
+    mixtral = Mixtral.from_parts(small_model(context), Tokenizer(folder / "tokenizer.model"))
 
     def policy(loads_1E: np.ndarray, tokens: int) -> ExpertPlan:
         raise ValueError("no plan today")
@@ -436,7 +296,7 @@ def test_policies_by_name_keep_to_their_slots(name):
 
 def _plan_only(plan: ExpertPlan):
     """What policy and judge read of a model of several ranks, on one."""
-    model = _model(RankContext(), n_layers=2)
+    model = small_model(RankContext(), n_layers=2)
     model.layout = replace(model.layout, plan=plan)
     return model
 
@@ -459,7 +319,7 @@ def test_replicas_need_slots():
 def test_what_cannot_be_managed():
     policy = AnyPlan().on(1)
     with pytest.raises(ValueError, match=r"update_step \(1\) must be at least 2"):
-        PlanManager(_model(RankContext()), policy, 1)
+        PlanManager(small_model(RankContext()), policy, 1)
     model = make_model(RankContext(), engine_config(), experts="tp")
     with pytest.raises(ValueError, match="update_step needs experts 'ep', not 'tp'"):
         PlanManager(model, policy, 8)
@@ -468,7 +328,7 @@ def test_what_cannot_be_managed():
 
 
 def test_one_rank_has_nothing_to_move(tmp_path):
-    mixtral = Mixtral.from_parts(_model(RankContext()), make_tokenizer(tmp_path))
+    mixtral = Mixtral.from_parts(small_model(RankContext()), make_tokenizer(tmp_path))
     model = mixtral.model
     judge = MoveJudge.for_model(model, MACHINE, 4)
     mixtral.engine.plan_manager = manager = PlanManager(model, make_policy("balanced", model, judge), 4, judge)

@@ -140,6 +140,26 @@ def test_rows_that_travel(world, few_choices):
     run_ranks(compare_travelling, world, few_choices)
 
 
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_every_plan_has_tables_of_one_shape(world):
+    """The same places as of the plan itself, on every rank; and the rows' turns are kept."""
+    for rank, seed in ((0, 1), (world - 1, 2)):
+        context = RankContext(rank, world)
+        tables = []
+        for plan in (contiguous(1, 8, world), random_plan(seed, 8, world), everywhere(1, 8, world)):
+            config = small_config(n_layers=1, n_heads=8, n_kv_heads=8, dim=64)
+            model = Transformer(
+                RankLayout(config, ParallelConfig("dp", "ep"), plan, rank), context, options=MoEOptions(peer_rows=1)
+            )
+            table_EC = Decoder(model, model.allocate_cache()).tables[False][0]
+            tables.append(table_EC)
+            wanted = decode.ExpertPlaces.of(plan.slot_of_LWE[0], rank, context.device)
+            experts_TK = torch.arange(8).repeat(50, 1)
+            found = decode.ExpertPlaces(table_EC).look_up(experts_TK)
+            assert all(torch.equal(a, b) for a, b in zip(found, wanted.look_up(experts_TK), strict=True))
+        assert len({table.shape for table in tables}) == 1
+
+
 def _needs_plain_steps(context: RankContext, changes: list[tuple[str, MoEOptions, dict]]) -> list[bool]:
     found = []
     for experts, options, of_plan in changes:
