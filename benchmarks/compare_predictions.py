@@ -102,7 +102,8 @@ def compare(line: dict[str, Any], hardware: Hardware) -> Compared:
     span = 1 if decodes else line["prompt_len"]
     context = line["prompt_len"] + line["new_tokens"] // 2 if decodes else 0
     layout = layout_of(line)
-    execution = Execution(layout, context=context, span=span, fused=layout != "static")
+    few = line.get("few_choices", 0)  # lines without it are older than the rule
+    execution = Execution(layout, context=context, span=span, fused=layout != "static", few_choices=few)
     loads_LE = np.ones((config.n_layers, config.num_experts))
     plan = named_plan(line.get("plan", {}).get("name", "contiguous"), loads_LE, ranks)
     samples = sample_steps(loads_LE, batch * span, config.num_experts_per_tok)

@@ -8,6 +8,7 @@ import numpy as np
 
 from mixtralkit.planning.cost import TimeModel, ring_share
 from mixtralkit.planning.plan import ExpertPlan
+from mixtralkit.planning.spread import FEW_CHOICES
 from mixtralkit.planning.trace import RoutingTrace
 from mixtralkit.planning.traffic import Holders, Spread, cut_to_capacity, once_per_member
 
@@ -30,6 +31,8 @@ class Execution:
         context: tokens of each sequence that the cache holds already.
         span: tokens of a step that belong to one sequence; 1 in decode.
         fused: by this project's kernels, launched without waiting for the host; else as plain torch runs.
+        few_choices: of an expert in the mean, up to which fused steps compute it at one of its holders alone
+            (``spread.are_few``); 0 lets replicas take turns always.
     """
 
     layout: str = "ep"
@@ -38,6 +41,7 @@ class Execution:
     context: int = 0
     span: int = 1
     fused: bool = False
+    few_choices: int = FEW_CHOICES
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
@@ -137,7 +141,8 @@ class Replay:
         source_T = np.zeros_like(self.home_T)
         if self.execution.fused and self.execution.span == 1:  # no counts are taken in a graph
             place_T = np.arange(len(self.step_T)) - (self.tokens_S.cumsum() - self.tokens_S)[self.step_T]
-            ranks_TK, waits = holders.assign_in_turn(experts_TK, source_T, place_T, rows_are_everywhere=True), 0.0
+            turns_TK = holders.assign_in_turn(experts_TK, source_T, place_T, rows_are_everywhere=True)
+            ranks_TK, waits = self._one_holder_of_few(self.tokens_S, holders, experts_TK, turns_TK), 0.0
         else:
             everywhere = {"rows_are_everywhere": True}
             ranks_TK = holders.assign(experts_TK, source_T, self.step_T, self.steps, self.spread, **everywhere)
@@ -162,7 +167,9 @@ class Replay:
 
     def _through_memory(self, layer: int, holders: Holders, experts_TK: np.ndarray):
         """Kernels that reach into the other ranks' memory: a row goes to each of its ranks once and comes back."""
-        ranks_TK = holders.assign_in_turn(experts_TK, self.home_T, self.row_T)
+        turns_TK = holders.assign_in_turn(experts_TK, self.home_T, self.row_T)
+        rows_S = self._per_rank(self.step_T, self.home_T, self.steps).max(1) * self.world  # each rank has that many
+        ranks_TK = self._one_holder_of_few(rows_S, holders, experts_TK, turns_TK)
         home_T1, row_bytes = self.home_T[:, None], float(self.model.shape.row_bytes)
         row_N, from_N, to_N = _pairs(once_per_member(ranks_TK) & (ranks_TK != home_T1), home_T1, ranks_TK)
         counts_WW = np.bincount(from_N * self.world + to_N, minlength=self.world**2).reshape(self.world, -1)
@@ -171,6 +178,11 @@ class Replay:
         out_SW, into_SW = (row_bytes * self._per_rank(step_N, ranks_N, self.steps) for ranks_N in (from_N, to_N))
         way_S = self.model.peer_exchange_s(out_SW, into_SW) / 2
         return ranks_TK, (way_S, self._experts_s(self.step_T, self.steps, ranks_TK, experts_TK), way_S)
+
+    def _one_holder_of_few(self, rows_S, holders: Holders, experts_TK: np.ndarray, turns_TK: np.ndarray) -> np.ndarray:
+        """In steps of few rows an expert's one holder for all of its choices; ``turns_TK`` in the others."""
+        few_S = rows_S * experts_TK.shape[1] <= self.execution.few_choices * self.plan.num_experts
+        return np.where(few_S[self.step_T][:, None], holders.assign_to_one(experts_TK), turns_TK)
 
     def _exchanged(self, layer: int, holders: Holders, experts_TK: np.ndarray):
         """Exact exchanges: the pairs of ranks that rows travel between, stage by stage."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mixtralkit.planning.plan import ExpertPlan
-from mixtralkit.planning.spread import spread_rows
+from mixtralkit.planning.spread import one_holder, spread_rows
 
 # (counts_GE of rows that are free to go to any replica, fixed_GW rows at home, holds_WE) -> rows [G, E, W]
 Spread = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
@@ -122,6 +122,11 @@ class Holders:
         ranks_TK = np.where(home_TK, source_T[:, None], self.replicas_EW[experts_TK, turn_TK])
         ranks_TK[~kept_TK] = -1
         return ranks_TK
+
+    def assign_to_one(self, experts_TK: np.ndarray) -> np.ndarray:
+        """Each expert's choices to one of its holders, as steps of few rows do."""
+        one_WE = one_holder(np.where(self.holds_WE, 0, -1))
+        return np.where(experts_TK >= 0, (one_WE >= 0).argmax(0)[experts_TK], -1)
 
 
 def cut_to_capacity(

@@ -21,6 +21,7 @@ from mixtralkit.planning.plan import contiguous, everywhere
 from mixtralkit.planning.policies.named import named_plan
 from mixtralkit.planning.replay import Execution
 from mixtralkit.planning.simulate import sample_routing, simulate
+from mixtralkit.planning.spread import one_holder
 from mixtralkit.planning.trace import RoutingTrace
 from tests.configs import small_config
 from tests.planning.machines import machine
@@ -109,22 +110,24 @@ def test_rows_through_memory_go_once_to_each_rank():
     )
 
 
+@pytest.mark.parametrize("few", [False, True])
 @pytest.mark.parametrize("name", ["contiguous", "hot_cold+1", "balanced+3", "everywhere"])
-def test_choices_are_computed_where_a_decode_step_computes_them(name):
+def test_choices_are_computed_where_a_decode_step_computes_them(name, few):
     """Against the tables of the running steps, for steps of 28 rows over 4 ranks, 7 of each where each has its own."""
     config = small_config()
     plan = named_plan(name, np.random.default_rng(3).random((config.n_layers, 8)), 4)
     trace = sample_routing(np.ones((config.n_layers, 8)), 56, 2)
     shape = ModelShape.of(config)
-    split = simulate(plan, trace, shape, _hardware(), Execution("tp_ep", 7, fused=True))
-    own = simulate(plan, trace, shape, _hardware(), Execution("peer", 7, fused=True))
+    how = {"fused": True, "few_choices": 64 * few}
+    split = simulate(plan, trace, shape, _hardware(), Execution("tp_ep", 7, **how))
+    own = simulate(plan, trace, shape, _hardware(), Execution("peer", 7, **how))
     wanted_split, wanted_own = np.zeros((2, config.n_layers, 4))
     for layer in range(config.n_layers):
         slots_WE = plan.slot_of_LWE[layer]
         for rank in range(4):
             layout = RankLayout(config, ParallelConfig("tp", "ep"), plan, rank)
-            slots_TE = _slots_in_turn(layout, layer, 28, torch.device("cpu"))
-            places = ExpertPlaces.of(slots_WE, rank, torch.device("cpu"))
+            slots_TE = _slots_in_turn(layout, layer, 28, torch.device("cpu"), few)
+            places = ExpertPlaces.of(one_holder(slots_WE) if few else slots_WE, rank, torch.device("cpu"))
             for step in range(2):
                 chosen_TK = torch.tensor(trace.experts[28 * step : 28 * step + 28, layer].astype(np.int64))
                 wanted_split[layer, rank] += int((slots_TE.gather(1, chosen_TK) >= 0).sum())
@@ -136,7 +139,7 @@ def test_choices_are_computed_where_a_decode_step_computes_them(name):
 
 def test_a_plan_that_holds_all_experts_everywhere_sends_nothing():
     trace = sample_routing(np.ones((2, 8)), 64, 2)
-    found = simulate(everywhere(2, 8, 4), trace, SHAPE, _hardware(), Execution("peer", fused=True))
+    found = simulate(everywhere(2, 8, 4), trace, SHAPE, _hardware(), Execution("peer", fused=True, few_choices=0))
     assert found.links_WW.sum() == 0
     assert found.rows_LW.sum() == 2 * 64 * 2
 
@@ -148,12 +151,15 @@ def test_each_step_has_a_pause_and_a_head():
 
 
 def test_replicas_cost_reading_where_few_rows_make_reading_all():
+    """Unless one holder of each expert computes it."""
     trace = sample_routing(np.ones((1, 8)), 16, 2)
-    times = [
-        simulate(named_plan(name, np.ones((1, 8)), 4), trace, SHAPE, _hardware(), Execution("peer", fused=True)).step_s
-        for name in ("contiguous", "everywhere")
-    ]
-    assert times[0] < times[1]
+    plans = [named_plan(name, np.ones((1, 8)), 4) for name in ("contiguous", "everywhere")]
+    turns, one = (
+        [simulate(plan, trace, SHAPE, _hardware(), Execution("peer", fused=True, few_choices=few)) for plan in plans]
+        for few in (0, 64)
+    )
+    assert turns[0].step_s < turns[1].step_s
+    assert one[0].step_s == one[1].step_s == turns[0].step_s
 
 
 def test_what_must_be_known():
