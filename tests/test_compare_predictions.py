@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -13,7 +14,10 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import compare_predictions as comparison  # noqa: E402
 
+from mixtralkit.config import ModelConfig  # noqa: E402
+from mixtralkit.planning.choose import Situation, candidates, choose  # noqa: E402
 from mixtralkit.planning.hardware import Hardware  # noqa: E402
+from mixtralkit.planning.memory import Room  # noqa: E402
 
 RESULTS = tuple(
     ROOT / "benchmarks" / "results" / f"{name}.json"
@@ -34,6 +38,20 @@ def test_predictions_are_near_what_was_measured(tmp_path, capsys):
     assert len([row for row in rows if row.startswith("|")]) == 29
     assert sum(line.startswith("left out: ") for line in text) == 1
     assert (tmp_path / "scatter.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("memory_gb", [139.0, 80.0, 55.0])
+@pytest.mark.parametrize("batch", [1, 8, 64, 256])
+def test_auto_takes_what_was_measured_fastest_on_two_gpus(batch, memory_gb):
+    lines = [r for r in comparison.read_lines(RESULTS[2]) if r["measurement"] == "decode" and r["batch"] == batch]
+    fitting = [r for r in lines if max(r["memory_by_rank"]["total_gb"]) <= memory_gb]
+    config = ModelConfig.from_file(ROOT / "configs/models/mixtral-8x7b.json").with_limits(193, batch)
+    hardware = Hardware.load(comparison.CONFIGS / "hardware" / "h200x4.json")
+    room = Room(batch, 193, prefill_budget=8192, peer_rows=None)
+    chosen = choose(candidates(Situation(config, hardware, 2, room, "auto", "auto", None)), memory_gb)
+    took = [r for r in fitting if (r["attention"], r["experts"]) == dataclasses.astuple(chosen.parallel)]
+    best_ms, its_ms = (min(r["ms_per_step"] for r in some) for some in (fitting, took))
+    assert its_ms <= 1.03 * best_ms
 
 
 def test_lines_of_a_plan_name_it(tmp_path):
