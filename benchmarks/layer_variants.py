@@ -140,7 +140,7 @@ class LayerWay:
 
     def _make_layers(self, count: int) -> list[MoELayer]:
         variant, bench = self.variant, self.case.bench
-        faster = replace(bench.faster, schedule=variant.schedule, shadow=variant.shadow)
+        faster = replace(bench.faster, schedule=variant.schedule, schedule_force=True, shadow=variant.shadow)
         exact = variant.exchange in ("exact", "coherent")
         options = MoEOptions(faster, "exact" if exact else "static")
         cache = ShadowCache.for_model(self.layout, self.context, bench.dtype, options)

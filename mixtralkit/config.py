@@ -225,7 +225,8 @@ class FasterOptions:
     """FasterMoE's switches, and the figures of its shadow model.
 
     ``net_bandwidth`` in bytes/s, ``gpu_throughput`` in FLOP/s, ``alpha`` = expert hidden width / ``d_model``;
-    ``alpha`` and ``d_model`` of None are taken from the model.
+    ``alpha`` and ``d_model`` of None are taken from the model. ``schedule`` turns itself off between GPUs that reach
+    each other's memory, where it never paid, unless ``schedule_force`` (docs/smart-schedule.md).
     """
 
     schedule: bool = False
@@ -235,6 +236,7 @@ class FasterOptions:
     gpu_throughput: float = 11.5e12
     alpha: float | None = None
     d_model: int | None = None
+    schedule_force: bool = False
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> FasterOptions:
@@ -251,6 +253,7 @@ class FasterOptions:
             gpu_throughput=_number(environ, "FMOE_FASTER_GLBPLC_GPUTP", float, 11.5e12),
             alpha=_number(environ, "FMOE_FASTER_GLBPLC_ALPHA", float, None),
             d_model=_number(environ, "FMOE_FASTER_GLBPLC_DMODEL", int, None),
+            schedule_force=_switch(environ, "FMOE_FASTER_SCHEDULE_FORCE"),
         )
 
 

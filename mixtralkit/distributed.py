@@ -148,12 +148,18 @@ class RankContext:
 
         Collective, and every rank gets memory or none does. Takes torch's symmetric memory without multicast.
         """
-        if self.group is None or self.device.type != "cuda":
+        if self.group is None:
             return None
+        memory = self._map_peers(shape, dtype, fill) if self.gpus_reach_each_other() else None
+        return memory if all(self.all_gather_objects(memory is not None)) else None
+
+    def gpus_reach_each_other(self) -> bool:
+        """Whether all ranks are GPUs of one host that write each other's memory. Collective."""
+        if self.device.type != "cuda":
+            return False
         places = self.all_gather_objects((socket.gethostname(), self.device.index))
         reached = len({host for host, _ in places}) == 1 and all(self._writes_to(index) for _, index in places)
-        memory = self._map_peers(shape, dtype, fill) if all(self.all_gather_objects(reached)) else None
-        return memory if all(self.all_gather_objects(memory is not None)) else None
+        return all(self.all_gather_objects(reached))
 
     def _writes_to(self, index: int) -> bool:
         here = self.device.index

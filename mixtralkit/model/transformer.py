@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mixtralkit.config import ModelConfig, MoEOptions
+from mixtralkit.config import ModelConfig, MoEOptions, ParallelConfig
 from mixtralkit.distributed import RankContext
 from mixtralkit.kernels.all_reduce import RowReducer
 from mixtralkit.kernels.peer_exchange import PeerExchange
@@ -118,6 +119,13 @@ class Transformer(nn.Module):
             Block(i, layout, context, dtype, self.options, nodes, self.shadow_cache) for i in range(config.n_layers)
         )
         moe_layers = [block.feed_forward for block in self.layers]
+        faster, travel = self.options.faster, layout.parallel == ParallelConfig("dp", "ep")
+        if faster.schedule and travel and not moe_layers[0].in_chunks and context.is_first:
+            warnings.warn(
+                "the smart schedule is off: these GPUs reach each other's memory, where chunks never paid; "
+                "FMOE_FASTER_SCHEDULE_FORCE=1 keeps it on",
+                stacklevel=2,
+            )
         self.two_phase = TwoPhase.for_model(moe_layers, config, context, self.options)
         self.norm = RMSNorm(config.dim, config.norm_eps, **like)
         self.output = nn.Linear(config.dim, layout.vocab[1] - layout.vocab[0], bias=False, **like)

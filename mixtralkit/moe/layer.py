@@ -88,6 +88,10 @@ class MoELayer(nn.Module):
         hidden = layout.hidden[1] - layout.hidden[0]
         self.experts = Experts(len(layout.experts(layer)), config.dim, hidden, dtype, context.device)
         self.way = self._choose_way()
+        faster = self.options.faster
+        self.in_chunks = faster.schedule and self._rows_travel(self.way)
+        if self.in_chunks and not faster.schedule_force:  # at no size did it pay there (docs/smart-schedule.md)
+            self.in_chunks = not context.gpus_reach_each_other()
         self._look_up(shadow_cache)
 
     def _look_up(self, shadow_cache: ShadowCache | None) -> None:
@@ -147,7 +151,7 @@ class MoELayer(nn.Module):
         """
         routing = self.gate(x_TD)
         way, home, cut = self.arrange(x_TD, routing, rows_per_rank, flight)
-        if self.options.faster.schedule and self._rows_travel(way):
+        if self.in_chunks and self._rows_travel(way):
             chunks = num_chunks(self.context.world_size, self.options.faster.group_size)
             y_TD, handles = run_in_chunks(way, home.experts, home.x_TD, cut, home.assigner, chunks)
         else:

@@ -46,7 +46,7 @@ def test_a_layer_in_chunks_over_two_streams_equals_the_reference():
     """Streams that do not wait for each other give wrong rows only now and then, so this repeats."""
     context = RankContext(device=torch.device("cuda"))
     whole = Whole(dim=256, hidden=512)
-    options = MoEOptions(faster=FasterOptions(schedule=True))
+    options = MoEOptions(faster=FasterOptions(schedule=True, schedule_force=True))
     layer, plain = (build(whole, contiguous(1, 8, 1), context, options=o) for o in (options, None))
     for repeat in range(30):
         x_TD = whole.rows(512, repeat).cuda()
