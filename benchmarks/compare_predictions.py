@@ -3,9 +3,9 @@
     python benchmarks/compare_predictions.py benchmarks/results/model-h200.json \
         benchmarks/results/moe-layer-h200x2.json --plot scatter.png
 
-Whole models are lines of bench_model.py, layers alone those of bench_moe_layer.py. Predictions take what a line says of
-model, ranks, layout, plan, rows and routing, and nothing that it measured: unless its routing is skewed, every expert is
-as likely as another, as random weights make it. docs/cost-model.md has the formulas.
+Whole models are lines of bench_model.py, layers alone those of bench_moe_layer.py. Predictions take what a line says
+of model, ranks, layout, plan, rows and routing, and nothing that it measured: unless its routing is skewed, every
+expert is as likely as another, as random weights make it. docs/cost-model.md has the formulas.
 """
 
 from __future__ import annotations
@@ -39,13 +39,17 @@ LAYER_SAMPLES = 4  # the inputs of a round of bench_moe_layer.py
 
 @dataclass(frozen=True)
 class Compared:
-    """One line: what it is, which of them go together in the picture, and its milliseconds."""
+    """One line: what it is, which of them go together in the picture, and its milliseconds.
+
+    ``place`` is the row and the column of a layer's line in their table; None for a whole model's.
+    """
 
     what: str
     group: str
     layout: str
     measured_ms: float
     predicted_ms: float
+    place: tuple[str, str] | None = None
 
     @property
     def error(self) -> float:
@@ -72,7 +76,8 @@ def compare_predictions(
     compared = [compare(line, nearest(machines, line["ranks"])) for line in lines if line not in left_out]
     if not compared:
         raise ValueError("results have no line of decode or prefill, or of a layer in a layout that is modelled")
-    print(table(compared))
+    print(table([one for one in compared if one.place is None]))
+    print(table_of_layers([one for one in compared if one.place is not None]))
     for line in left_out:
         print(f"left out: {describe(line)}, {layout_of(line)} ({line['note']})")
     print(table_of_groups(compared))
@@ -152,7 +157,9 @@ def compare_layer(line: dict[str, Any], hardware: Hardware) -> Compared:
     attention = PHASES.index("attention")
     seconds = np.mean([found_LP.sum() - found_LP[:, attention].sum() for found_LP in phases])
     kind = "counted rows" if layout == "ep" else layout
-    return Compared(describe(line), f"{ranks} ranks, layer, {kind}", layout, line["ms"], 1e3 * float(seconds))
+    place = (line["variant"], f"{line['routing']}, {line['tokens_per_rank']}")
+    group = f"{ranks} ranks, layer, {kind}"
+    return Compared(describe(line), group, layout, line["ms"], 1e3 * float(seconds), place)
 
 
 def loads_of(routing: str, shape: ModelShape) -> np.ndarray:
@@ -205,19 +212,30 @@ def describe(line: dict[str, Any]) -> str:
 
 
 def table(compared: Sequence[Compared]) -> str:
-    """Markdown."""
+    """Markdown, a row a line."""
     rows = ["| | layout | measured, ms | predicted, ms | difference |", "|---|---|---|---|---|"]
     rows += [
         f"| {one.what} | {one.layout} | {one.measured_ms:.2f} | {one.predicted_ms:.2f} | {one.error:+.1%} |"
         for one in compared
     ]
-    errors = [abs(one.error) for one in compared]
-    return "\n".join([*rows, "", f"{len(compared)} lines: median error {median(errors):.1%}, worst {max(errors):.1%}"])
+    return "\n".join([*rows, ""]) if compared else ""
+
+
+def table_of_layers(compared: Sequence[Compared]) -> str:
+    """Markdown, a row a variant, a column for each routing and number of rows: measured ms and the difference."""
+    if not compared:
+        return ""
+    variants, cases = ({one.place[part]: None for one in compared} for part in (0, 1))
+    cases = sorted(cases, key=lambda case: (case.partition(", ")[0] != "uniform", int(case.split()[-1])))
+    cells = {one.place: f"{one.measured_ms:.2f} ({one.error:+.0%})" for one in compared}
+    rows = [f"| | {' | '.join(cases)} |", "|---" * (len(cases) + 1) + "|"]
+    rows += [f"| {name} | {' | '.join(cells.get((name, case), '') for case in cases)} |" for name in variants]
+    return "\n".join([*rows, ""])
 
 
 def table_of_groups(compared: Sequence[Compared]) -> str:
     """Markdown: lines, median and worst error of each group."""
-    rows = ["", "| | lines | median | worst |", "|---|---|---|---|"]
+    rows = ["| | lines | median | worst |", "|---|---|---|---|"]
     for group in dict.fromkeys(one.group for one in compared):
         errors = [one.error for one in compared if one.group == group]
         worst = max(errors, key=abs)
@@ -229,7 +247,7 @@ def draw(compared: Sequence[Compared], path: Path) -> None:
     """Predicted against measured times, both logarithmic, with the lines of 25% above and below."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5, 5), layout="constrained")
+    figure = Figure(figsize=(6, 6), layout="constrained")
     axes = figure.subplots()
     times = [value for one in compared for value in (one.measured_ms, one.predicted_ms)]
     ends = np.array([min(times) / 1.5, max(times) * 1.5])
