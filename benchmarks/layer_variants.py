@@ -283,7 +283,7 @@ class LayerWay:
     def _ranks(self, layer: MoELayer, way, home, cut: CutRouting) -> torch.Tensor:
         """Where each choice is computed, -1 where it was dropped."""
         if self.variant.exchange == "peer":
-            return layer.places.look_up(cut.experts_TK)[0]
+            return way.places.look_up(cut.experts_TK)[0]
         even = not isinstance(way, StaticDispatch)
         chunks = num_chunks(self.context.world_size, layer.options.faster.group_size) if self.variant.schedule else 1
         parts = [replace(cut, experts_TK=part) for part in cut.experts_TK.tensor_split(chunks)]

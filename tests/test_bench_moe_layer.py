@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import torch
 
 from mixtralkit.config import FasterOptions, ModelConfig
 from mixtralkit.distributed import RankContext
+from mixtralkit.planning import spread
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -189,9 +191,9 @@ def test_traces_that_do_not_fit(trace):
 # --- counts
 
 
-def count_all(context: RankContext, names: list[str], rows: int) -> list[tuple[list, dict]]:
+def count_all(context: RankContext, names: list[str], rows: int, few_choices: int = 64) -> list[tuple[list, dict]]:
     """For each variant everyone's experts and the plan's slots, and what is counted."""
-    with torch.no_grad():
+    with torch.no_grad(), patch.object(spread, "FEW_CHOICES", few_choices):
         case = make_case(context, skewed(), rows)
         experts_CWTK = [context.all_gather(routing.experts_TK).tolist() for routing in case.routings]
         found = []
@@ -205,12 +207,15 @@ def count_all(context: RankContext, names: list[str], rows: int) -> list[tuple[l
 
 
 def brute_force(
-    experts_CWTK: list, slots_WE: list, out: int, back: int, turns: bool, stays: bool
+    experts_CWTK: list, slots_WE: list, out: int, back: int, turns: bool, stays: bool, one_each: bool
 ) -> tuple[float, float, list[list[int]]]:
     """Bytes of the rank that sends most, share of choices at home by a replica, choices that each rank computes.
 
-    Sums go back to the row's own rank, or (``stays``) to the rank of its first choice.
+    Sums go back to the row's own rank, or (``stays``) to the rank of its first choice. ``one_each``: one holder of each
+    expert computes it.
     """
+    copies_E = (np.array(slots_WE) >= 0).sum(0)
+    slots_WE = spread.one_holder(np.array(slots_WE)) if one_each else slots_WE
     ranks = len(slots_WE)
     sent_W, home, choices, computed_CW = [0.0] * ranks, 0, 0, []
     for experts_WTK in experts_CWTK:
@@ -225,7 +230,7 @@ def brute_force(
                     goes.add(to)
                     first = to if first is None else first
                     computed_CW[-1][to] += 1
-                    home += to == rank and len(holders) > 1
+                    home += int(to == rank and copies_E[expert] > 1)
                     choices += 1
                 sent_W[rank] += out * len(goes - {rank})
                 for to in goes - {first if stays else rank}:
@@ -233,7 +238,8 @@ def brute_force(
     return max(sent_W) / len(experts_CWTK), home / choices, computed_CW
 
 
-def test_counts_are_those_of_brute_force():
+@pytest.mark.parametrize("few_choices", [0, 64])
+def test_counts_are_those_of_brute_force(few_choices):
     row, packed = 4 * DIM, 4 * DIM + 4 * (3 * TOP_K + 1)
     rows, ranks = 6, 4
     settings = {  # bytes out and back, and bytes to all others whatever the routing
@@ -247,12 +253,14 @@ def test_counts_are_those_of_brute_force():
         "balanced+peer": (row, row, 8 * rows * TOP_K),
         "everywhere": (packed, row, 0),
     }
-    everyone = run_ranks(count_all, ranks, list(settings), rows)
+    everyone = run_ranks(count_all, ranks, list(settings), rows, few_choices)
     for name, *results in zip(settings, *everyone, strict=True):
         out, back, fixed = settings[name]
         (routed, slots_WE), found = results[0]
         assert all(result == results[0] for result in results)
-        sent, share, computed_CW = brute_force(routed, slots_WE, out, back, "peer" in name, "coherent" in name)
+        sent, share, computed_CW = brute_force(
+            routed, slots_WE, out, back, "peer" in name, "coherent" in name, "peer" in name and few_choices > 0
+        )
         assert found["bytes_sent"] == pytest.approx(sent + (ranks - 1) * fixed, abs=1), name
         assert found["hot_share"] == pytest.approx(share, abs=1e-4), name
         ratios = [max(computed_W) * ranks / sum(computed_W) for computed_W in computed_CW]
