@@ -1,9 +1,10 @@
-"""The time model against what bench_model.py measured: predicted and measured milliseconds, and their differences.
+"""The time model against what was measured: predicted and measured milliseconds, and their differences.
 
     python benchmarks/compare_predictions.py benchmarks/results/model-h200.json \
-        benchmarks/results/model-tp4-h200x4.json --hardware configs/hardware/h200x4.json --plot scatter.png
+        benchmarks/results/moe-layer-h200x2.json --plot scatter.png
 
-Predictions take what a line says of model, ranks, layout, plan and sequences, and nothing that it measured: every
+Whole models are lines of bench_model.py, layers alone those of bench_moe_layer.py. Predictions take what a line says
+of model, ranks, layout, plan, rows and routing, and nothing that it measured: unless its routing is skewed, every
 expert is as likely as another, as random weights make it. docs/cost-model.md has the formulas.
 """
 
@@ -22,24 +23,33 @@ from mixtralkit.cli import run_tool
 from mixtralkit.config import ModelConfig, parse_dtype
 from mixtralkit.planning.choose import sample_steps
 from mixtralkit.planning.cost import ModelShape
-from mixtralkit.planning.hardware import Hardware
+from mixtralkit.planning.hardware import Hardware, nearest
 from mixtralkit.planning.policies.named import named_plan
-from mixtralkit.planning.replay import Execution
-from mixtralkit.planning.simulate import simulate
+from mixtralkit.planning.replay import PHASES, Execution
+from mixtralkit.planning.simulate import sample_routing, simulate
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-MEASUREMENTS = ("decode", "prefill")
+MACHINES = tuple(CONFIGS / "hardware" / f"{name}.json" for name in ("h200x2", "h200x4"))
+MODELS, LAYERS = ("decode", "prefill"), ("moe_layer_over_ranks",)
+# What bench_moe_layer.py adds to a plan's name, and the layout of such a layer's steps.
+EXCHANGES = {"": "ep", "+peer": "peer"}
+PLANS = ("contiguous", "hot_cold", "balanced", "everywhere")
+LAYER_SAMPLES = 4  # the inputs of a round of bench_moe_layer.py
 
 
 @dataclass(frozen=True)
 class Compared:
-    """One line: what it is, which of them go together in the picture, and its milliseconds."""
+    """One line: what it is, which of them go together in the picture, and its milliseconds.
+
+    ``place`` is the row and the column of a layer's line in their table; None for a whole model's.
+    """
 
     what: str
     group: str
     layout: str
     measured_ms: float
     predicted_ms: float
+    place: tuple[str, str] | None = None
 
     @property
     def error(self) -> float:
@@ -48,32 +58,47 @@ class Compared:
 
 def compare_predictions(
     results: tuple[Path, ...],
-    hardware: Path = CONFIGS / "hardware" / "h200x4.json",
+    hardware: tuple[Path, ...] = MACHINES,
     leave_out: str = "not this code's time",
     plot: Path | None = None,
 ) -> None:
-    """Prints a table, the median and the worst error; the last line is JSON.
+    """Prints a table of lines, one of groups, the median and the worst error; the last line is JSON.
 
     Args:
-        results: files of bench_model.py: lines of JSON, or an object with them under "runs".
-        hardware: machine to predict for.
+        results: files of bench_model.py or bench_moe_layer.py: lines of JSON, or an object with them under "runs".
+        hardware: machines to predict for; a line takes the one measured among the nearest number of ranks.
         leave_out: lines whose note has these words are named and not counted.
         plot: picture of predicted against measured times, .png.
     """
-    machine = Hardware.load(hardware)
-    lines = [line for path in results for line in read_lines(path) if line.get("measurement") in MEASUREMENTS]
+    machines = [Hardware.load(path) for path in hardware]
+    lines = [line for path in results for line in read_lines(path) if is_modelled(line)]
     left_out = [line for line in lines if leave_out in line.get("note", "")]
-    compared = [compare(line, machine) for line in lines if line not in left_out]
+    compared = [compare(line, nearest(machines, line["ranks"])) for line in lines if line not in left_out]
     if not compared:
-        raise ValueError("results have no line of decode or prefill to compare")
-    print(table(compared))
+        raise ValueError("results have no line of decode or prefill, or of a layer in a layout that is modelled")
+    print(table([one for one in compared if one.place is None]))
+    print(table_of_layers([one for one in compared if one.place is not None]))
     for line in left_out:
         print(f"left out: {describe(line)}, {layout_of(line)} ({line['note']})")
+    print(table_of_groups(compared))
     errors = [abs(one.error) for one in compared]
     found = {"median_error": round(median(errors), 4), "worst_error": round(max(errors), 4)}
-    print(json.dumps({"hardware": machine.name, "compared": len(compared), **found}))
+    print(json.dumps({"hardware": [machine.name for machine in machines], "compared": len(compared), **found}))
     if plot is not None:
         draw(compared, plot)
+
+
+def is_modelled(line: dict[str, Any]) -> bool:
+    """Whether the line is one of a model's steps, or of a layer whose layout the model knows."""
+    if line.get("measurement") in MODELS:
+        return True
+    return line.get("measurement") in LAYERS and line.get("variant") in layer_layouts()
+
+
+def layer_layouts() -> dict[str, str]:
+    """Layout of each variant of bench_moe_layer.py that is modelled."""
+    found = {plan + way: layout for plan in PLANS for way, layout in EXCHANGES.items()}
+    return found | {"tensor_parallel+sums": "tp"}
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -83,7 +108,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         lines = [json.loads(line) for line in text.splitlines()] if _is_lines(text) else json.loads(text)["runs"]
         return [line for line in lines if isinstance(line, dict)]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a file of bench_model.py ({error})") from None
+        raise ValueError(f"{path}: not a file of measurements ({error})") from None
 
 
 def _is_lines(text: str) -> bool:
@@ -96,6 +121,8 @@ def _is_lines(text: str) -> bool:
 
 def compare(line: dict[str, Any], hardware: Hardware) -> Compared:
     """Predicts a line's time."""
+    if line["measurement"] in LAYERS:
+        return compare_layer(line, hardware)
     config = replace(ModelConfig.from_file(CONFIGS / "models" / f"{line['model']}.json"), n_layers=line["layers"])
     decodes = line["measurement"] == "decode"
     batch, ranks = line["batch"], line["ranks"]
@@ -114,8 +141,51 @@ def compare(line: dict[str, Any], hardware: Hardware) -> Compared:
     return Compared(describe(line), group, layout, measured_ms, 1e3 * float(seconds))
 
 
+def compare_layer(line: dict[str, Any], hardware: Hardware) -> Compared:
+    """Predicts the time of one layer, without its attention."""
+    ranks, layout = line["ranks"], layout_of(line)
+    shape = ModelShape(
+        line["dim"], line["hidden"], line["num_experts"], line["top_k"], heads=1, kv_heads=1, head_dim=1, vocab=1,
+        data_bytes=parse_dtype(line["dtype"]).itemsize,
+    )  # fmt: skip
+    loads_LE = loads_of(line["routing"], shape)
+    plan = named_plan(_plan_of_layer(line), loads_LE, ranks)
+    execution = Execution(layout, fused=True, few_choices=line.get("few_choices", 0))
+    tokens = line["tokens_per_rank"] * ranks
+    samples = [sample_routing(loads_LE, tokens, shape.top_k, seed) for seed in range(LAYER_SAMPLES)]
+    phases = [simulate(plan, sample, shape, hardware, execution).phases_LP for sample in samples]
+    attention = PHASES.index("attention")
+    seconds = np.mean([found_LP.sum() - found_LP[:, attention].sum() for found_LP in phases])
+    kind = "counted rows" if layout == "ep" else layout
+    place = (line["variant"], f"{line['routing']}, {line['tokens_per_rank']}")
+    group = f"{ranks} ranks, layer, {kind}"
+    return Compared(describe(line), group, layout, line["ms"], 1e3 * float(seconds), place)
+
+
+def loads_of(routing: str, shape: ModelShape) -> np.ndarray:
+    """Loads [1, E] of a layer's routing: uniform, or skew:SHARE, of all choices the part that is expert 0's."""
+    kind, _, share = routing.partition(":")
+    if kind not in ("uniform", "skew"):
+        raise ValueError(f"routing ({routing!r}) must be uniform or skew:SHARE")
+    loads_LE = np.ones((1, shape.num_experts))
+    if kind == "skew":
+        loads_LE[:, 0] = float(share) / (1 - float(share)) * (shape.num_experts - 1)
+    return loads_LE
+
+
+def _plan_of_layer(line: dict[str, Any]) -> str:
+    """Name of the plan; bench_moe_layer.py's balanced one has a slot a rank more than the experts need."""
+    plan = line["variant"].partition("+")[0]
+    if plan == "balanced":
+        slots = min(line["num_experts"], -(-line["num_experts"] // line["ranks"]) + 1)
+        return f"balanced+{slots * line['ranks'] - line['num_experts']}"
+    return "contiguous" if plan == "tensor_parallel" else plan
+
+
 def layout_of(line: dict[str, Any]) -> str:
     """The layout that a line's steps had, as ``replay.Execution`` names it."""
+    if line["measurement"] in LAYERS:
+        return layer_layouts()[line["variant"]]
     if line["ranks"] == 1 or (line["attention"], line["experts"]) == ("tp", "tp"):
         return "tp"
     if line["attention"] == "tp":
@@ -129,6 +199,10 @@ def layout_of(line: dict[str, Any]) -> str:
 
 def describe(line: dict[str, Any]) -> str:
     """Ranks, what was run, and the plan, in a few words."""
+    if line["measurement"] in LAYERS:
+        return (
+            f"{line['ranks']} ranks, layer, {line['tokens_per_rank']} rows a rank, {line['routing']}, {line['variant']}"
+        )
     if line["measurement"] == "decode":
         work = f"decode {line['batch']}, {line['prompt_len']} + {line['new_tokens']} tokens"
     else:
@@ -138,21 +212,42 @@ def describe(line: dict[str, Any]) -> str:
 
 
 def table(compared: Sequence[Compared]) -> str:
-    """Markdown."""
+    """Markdown, a row a line."""
     rows = ["| | layout | measured, ms | predicted, ms | difference |", "|---|---|---|---|---|"]
     rows += [
         f"| {one.what} | {one.layout} | {one.measured_ms:.2f} | {one.predicted_ms:.2f} | {one.error:+.1%} |"
         for one in compared
     ]
-    errors = [abs(one.error) for one in compared]
-    return "\n".join([*rows, "", f"{len(compared)} lines: median error {median(errors):.1%}, worst {max(errors):.1%}"])
+    return "\n".join([*rows, ""]) if compared else ""
+
+
+def table_of_layers(compared: Sequence[Compared]) -> str:
+    """Markdown, a row a variant, a column for each routing and number of rows: measured ms and the difference."""
+    if not compared:
+        return ""
+    variants, cases = ({one.place[part]: None for one in compared} for part in (0, 1))
+    cases = sorted(cases, key=lambda case: (case.partition(", ")[0] != "uniform", int(case.split()[-1])))
+    cells = {one.place: f"{one.measured_ms:.2f} ({one.error:+.0%})" for one in compared}
+    rows = [f"| | {' | '.join(cases)} |", "|---" * (len(cases) + 1) + "|"]
+    rows += [f"| {name} | {' | '.join(cells.get((name, case), '') for case in cases)} |" for name in variants]
+    return "\n".join([*rows, ""])
+
+
+def table_of_groups(compared: Sequence[Compared]) -> str:
+    """Markdown: lines, median and worst error of each group."""
+    rows = ["| | lines | median | worst |", "|---|---|---|---|"]
+    for group in dict.fromkeys(one.group for one in compared):
+        errors = [one.error for one in compared if one.group == group]
+        worst = max(errors, key=abs)
+        rows.append(f"| {group} | {len(errors)} | {median(map(abs, errors)):.1%} | {worst:+.1%} |")
+    return "\n".join([*rows, ""])
 
 
 def draw(compared: Sequence[Compared], path: Path) -> None:
     """Predicted against measured times, both logarithmic, with the lines of 25% above and below."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5, 5), layout="constrained")
+    figure = Figure(figsize=(6, 6), layout="constrained")
     axes = figure.subplots()
     times = [value for one in compared for value in (one.measured_ms, one.predicted_ms)]
     ends = np.array([min(times) / 1.5, max(times) * 1.5])

@@ -12,7 +12,7 @@ from mixtralkit.config import ModelConfig, MoEOptions, ParallelConfig
 from mixtralkit.distributed import RankContext
 from mixtralkit.planning.choose import Situation, candidates, choose, table
 from mixtralkit.planning.fused_cost import MOST_RANKS
-from mixtralkit.planning.hardware import Hardware
+from mixtralkit.planning.hardware import Hardware, nearest
 from mixtralkit.planning.memory import Room
 from mixtralkit.planning.plan import ExpertPlan
 from mixtralkit.planning.trace import RoutingTrace
@@ -89,15 +89,19 @@ def choose_automatically(
 
 
 def find_hardware(path: str | Path | None, context: RankContext) -> Hardware | None:
-    """The machine of a file, or the first in ``configs/hardware`` for this GPU with all figures; None without one."""
+    """The machine of a file, or of those in ``configs/hardware`` for this GPU with all figures the nearest; else None.
+
+    Nearest by the ranks that were measured.
+    """
     if path is not None:
         return Hardware.load(path)
     if context.device.type != "cuda":
         return None
     gpu, needs_wires = torch.cuda.get_device_name(context.device), context.world_size > 1
+    found = []
     for known in sorted(MACHINES.glob("*.json")):
         hardware = Hardware.load(known)
         fused = hardware.fused
         if hardware.gpu == gpu and fused is not None and (not needs_wires or None not in (fused.sums, fused.exchange)):
-            return hardware
-    return None
+            found.append(hardware)
+    return nearest(found, context.world_size) if found else None

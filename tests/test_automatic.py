@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,7 @@ def test_a_file_for_this_gpu_is_found(monkeypatch):
     context = RankContext(world_size=4, device=torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
     assert find_hardware(None, context).name == "h200x4"
+    assert find_hardware(None, replace(context, world_size=2)).name == "h200x2", "measured among as many ranks"
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H20")
     assert find_hardware(None, context) is None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ import compare_predictions as comparison  # noqa: E402
 
 from mixtralkit.config import ModelConfig  # noqa: E402
 from mixtralkit.planning.choose import Situation, candidates, choose  # noqa: E402
+from mixtralkit.planning.cost import ModelShape  # noqa: E402
 from mixtralkit.planning.hardware import Hardware  # noqa: E402
 from mixtralkit.planning.memory import Room  # noqa: E402
 
@@ -23,35 +23,86 @@ RESULTS = tuple(
     ROOT / "benchmarks" / "results" / f"{name}.json"
     for name in ("model-h200", "model-tp4-h200x4", "model-plans-h200x2")
 )
+LAYERS = ROOT / "benchmarks" / "results" / "moe-layer-h200x2.json"
+PLANS = RESULTS[2]
 
 
 def test_predictions_are_near_what_was_measured(tmp_path, capsys):
-    comparison.compare_predictions(RESULTS, plot=tmp_path / "scatter.png")
-    text = capsys.readouterr().out.splitlines()
-    found = json.loads(text[-1])
-    assert found["compared"] == 29
+    comparison.compare_predictions((*RESULTS, LAYERS), plot=tmp_path / "scatter.png")
+    text = capsys.readouterr().out
+    found = json.loads(text.splitlines()[-1])
+    assert found["compared"] == 29 + 64
     assert found["median_error"] <= 0.10
-    assert found["worst_error"] <= 0.25
-    rows = [
-        line for line in text if (line.startswith("| ") and "decode" in line) or ("prefill" in line and "|" in line)
-    ]
-    assert len([row for row in rows if row.startswith("|")]) == 29
-    assert sum(line.startswith("left out: ") for line in text) == 1
+    lines = [line for line in text.splitlines() if line.startswith(("| 1 rank, ", "| 2 ranks, ", "| 4 ranks, "))]
+    models, groups = ([line for line in lines if line.count("|") == columns] for columns in (6, 5))
+    assert (len(models), len(groups)) == (29, 10)
+    for line in groups:
+        _, name, _, middle, worst, _ = line.split("|")
+        # the host's time, of which these are mostly made, was up to 1.7 times that of other lines with the same work
+        counted = "counted rows" in name
+        assert float(middle.strip(" %")) <= (15 if counted else 10), line
+        assert abs(float(worst.strip(" %"))) <= (35 if counted else 25), line
+    assert text.count("left out: ") == 1
     assert (tmp_path / "scatter.png").stat().st_size > 1000
+
+
+def test_layers_are_predicted_without_attention(capsys):
+    comparison.compare_predictions((LAYERS,))
+    text = capsys.readouterr().out.splitlines()
+    head = "| | uniform, 16 | uniform, 64 | uniform, 1024 | uniform, 4096 | skew:0.5, 16 | skew:0.5, 64 |"
+    start = next(index for index, line in enumerate(text) if line.startswith(head))
+    rows = {line.split(" | ")[0].strip("| "): line for line in text[start + 2 : start + 10]}
+    exact, through_memory = ("contiguous", "hot_cold", "balanced"), ("+peer",)
+    assert set(rows) == {
+        *exact, *(plan + way for plan in (*exact, "everywhere") for way in through_memory), "tensor_parallel+sums"
+    }  # fmt: skip
+    assert all(line.count("(") == 8 for line in rows.values())
+
+
+@pytest.mark.parametrize(("routing", "first"), [("uniform", 1 / 8), ("skew:0.5", 1 / 2), ("skew:0.25", 1 / 4)])
+def test_loads_of_a_routing(routing, first):
+    shape = ModelShape(8, 8, 8, 2, 1, 1, 1, 1)
+    loads_LE = comparison.loads_of(routing, shape)
+    assert loads_LE[0, 0] / loads_LE.sum() == pytest.approx(first)
+    with pytest.raises(ValueError, match=r"routing \('trace:x'\) must be uniform or skew:SHARE"):
+        comparison.loads_of("trace:x", shape)
+
+
+def measured_ms(batch: int) -> dict[tuple[str, str, str], tuple[float, float]]:
+    """Of each layout over two GPUs: ms of a decode step, and the most GB that torch had on a GPU."""
+    return {
+        (line["attention"], line["experts"], line["plan"]["name"] if line["experts"] == "ep" else "split"): (
+            line["ms_per_step"], line["peak_memory_gb"],
+        )
+        for line in comparison.read_lines(PLANS)
+        if line["measurement"] == "decode" and line["batch"] == batch
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("memory_gb", [139.0, 80.0, 55.0])
 @pytest.mark.parametrize("batch", [1, 8, 64, 256])
-def test_auto_takes_what_was_measured_fastest_on_two_gpus(batch, memory_gb):
-    lines = [r for r in comparison.read_lines(RESULTS[2]) if r["measurement"] == "decode" and r["batch"] == batch]
-    fitting = [r for r in lines if max(r["memory_by_rank"]["total_gb"]) <= memory_gb]
-    config = ModelConfig.from_file(ROOT / "configs/models/mixtral-8x7b.json").with_limits(193, batch)
-    hardware = Hardware.load(comparison.CONFIGS / "hardware" / "h200x4.json")
-    room = Room(batch, 193, prefill_budget=8192, peer_rows=None)
-    chosen = choose(candidates(Situation(config, hardware, 2, room, "auto", "auto", None)), memory_gb)
-    took = [r for r in fitting if (r["attention"], r["experts"]) == dataclasses.astuple(chosen.parallel)]
-    best_ms, its_ms = (min(r["ms_per_step"] for r in some) for some in (fitting, took))
-    assert its_ms <= 1.03 * best_ms
+def test_auto_takes_what_was_fastest_on_two_gpus(batch, memory_gb):
+    measured = measured_ms(batch)
+    assert len(measured) == 4
+    hardware = Hardware.load(comparison.CONFIGS / "hardware" / "h200x2.json")
+    model = ModelConfig.from_file(comparison.CONFIGS / "models" / "mixtral-8x7b.json")
+    room = Room(batch, 128 + 65, 128 * batch, peer_rows=None)
+    chosen = choose(candidates(Situation(model, hardware, 2, room, context=128 + 65 // 2)), memory_gb)
+    name = (chosen.parallel.attention, chosen.parallel.experts, chosen.name)
+    best_ms = min(ms for ms, peak_gb in measured.values() if peak_gb <= memory_gb)
+    assert measured[name][0] <= 1.03 * best_ms
+    assert measured[name][1] <= memory_gb
+
+
+@pytest.mark.parametrize("batch", [1, 8, 64, 256])
+def test_of_plans_with_sequences_of_their_own_the_fastest_is_predicted_to_be(batch):
+    """Under the rule by which replicas took turns when these lines were measured."""
+    hardware = Hardware.load(comparison.CONFIGS / "hardware" / "h200x2.json")
+    lines = [line for line in comparison.read_lines(PLANS) if line["measurement"] == "decode"]
+    own = [comparison.compare(line, hardware) for line in lines if line["batch"] == batch and line["attention"] == "dp"]
+    assert len(own) == 3
+    chosen = min(own, key=lambda one: one.predicted_ms)
+    assert chosen.measured_ms <= 1.03 * min(one.measured_ms for one in own)
 
 
 def test_lines_of_a_plan_name_it(tmp_path):
@@ -81,7 +132,7 @@ def test_lines_of_json_are_read_too_and_other_files_are_refused(tmp_path):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert comparison.read_lines(path) == lines
     path.write_text("{}")
-    with pytest.raises(ValueError, match=r"lines\.json: not a file of bench_model\.py"):
+    with pytest.raises(ValueError, match=r"lines\.json: not a file of measurements"):
         comparison.read_lines(path)
     path.write_text(json.dumps({"measurement": "start"}) + "\n")
     with pytest.raises(ValueError, match="no line of decode or prefill"):

@@ -118,7 +118,14 @@ class TimeModel:
         """Norm and gate of so many tokens."""
         return self.launches_s(self.kernels.gate) + self.product_s(tokens_W, self.shape.dim * self.shape.num_experts)
 
-    def attention_s(self, tokens_W: np.ndarray, context: float, span: int = 1, split: int = 1) -> np.ndarray:
+    def attention_s(
+        self,
+        tokens_W: np.ndarray,
+        context: float,
+        span: int = 1,
+        split: int = 1,
+        passed_on_W: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Attention without its all-reduce.
 
         Args:
@@ -126,15 +133,18 @@ class TimeModel:
             context: tokens of each sequence that are in the cache already.
             span: tokens of the step that belong to one sequence; 1 in decode.
             split: ranks that share the heads.
+            passed_on_W: rows that go through the output projection; None is all.
         """
         shape, tokens_W = self.shape, np.asarray(tokens_W, float)
         heads, kv_heads = shape.heads / split, max(shape.kv_heads / split, 1)
-        weights = shape.dim * shape.head_dim * (2 * heads + 2 * kv_heads)
+        last_W = tokens_W if passed_on_W is None else np.asarray(passed_on_W, float)
+        products = self.product_s(tokens_W, shape.dim * shape.head_dim * (heads + 2 * kv_heads))
+        products = products + self.product_s(last_W, shape.dim * shape.head_dim * heads)
         cache = tokens_W / span * (context + span) * 2 * kv_heads * shape.head_dim * shape.data_bytes
         flop = 4 * tokens_W * (context + (span + 1) / 2) * heads * shape.head_dim
         reading, arithmetic = cache / self.hardware.memory_bandwidth, flop / self.hardware.peak_flops
         launches = self.launches_s(self.kernels.attention)
-        return launches + self.product_s(tokens_W, weights) + np.maximum(reading, arithmetic)
+        return launches + products + np.maximum(reading, arithmetic)
 
     def head_s(self, rows_W: np.ndarray, split: int = 1) -> np.ndarray:
         """The output matrix for ``rows_W`` rows, the vocabulary shared by ``split`` ranks, logits gathered."""

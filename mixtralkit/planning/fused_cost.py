@@ -49,12 +49,20 @@ class FusedTimeModel(TimeModel):
         passes = 2 * _PASSES_OF_NORM + _PASSES_OF_GATE
         return self._fused.small_s + self._pass_s(tokens_W, passes)
 
-    def attention_s(self, tokens_W: np.ndarray, context: float, span: int = 1, split: int = 1) -> np.ndarray:
+    def attention_s(
+        self,
+        tokens_W: np.ndarray,
+        context: float,
+        span: int = 1,
+        split: int = 1,
+        passed_on_W: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Two products and the attention between them; arguments as ``TimeModel.attention_s`` has them."""
         shape, tokens_W = self.shape, np.asarray(tokens_W, float)
         heads, kv_heads = shape.heads / split, max(shape.kv_heads / split, 1)
         products = self.product_s(tokens_W, shape.dim * shape.head_dim * (heads + 2 * kv_heads))
-        products = products + self.product_s(tokens_W, shape.dim * shape.head_dim * heads)
+        last_W = tokens_W if passed_on_W is None else np.asarray(passed_on_W, float)
+        products = products + self.product_s(last_W, shape.dim * shape.head_dim * heads)
         cache = tokens_W / span * (context + span) * 2 * kv_heads * shape.head_dim * shape.data_bytes
         flop = 4 * tokens_W * (context + (span + 1) / 2) * heads * shape.head_dim
         seconds = cache / self._fused.attention_bandwidth

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -196,6 +196,14 @@ class Hardware:
     def load(cls, path: str | Path) -> Hardware:
         """Reads a hardware file; errors name it."""
         return load_json(path, cls.from_dict)
+
+
+def nearest(machines: Sequence[Hardware], ranks: int) -> Hardware:
+    """Of machines with ``fused`` the one measured among the number of ranks nearest to ``ranks``; the first of several.
+
+    A machine that was measured on one rank has no ``members``.
+    """
+    return min(machines, key=lambda machine: abs((machine.fused.members or 1) - ranks))
 
 
 def _network(content: Any, name: str) -> Network:

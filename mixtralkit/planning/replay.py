@@ -74,6 +74,7 @@ class Replay:
         self.links_WW, self.bytes_L = np.zeros((self.world, self.world)), np.zeros(layers)
         self.away_L, self.dropped_L, self.rerouted_L = (np.zeros(layers, np.int64) for _ in range(3))
         self.lead_T: np.ndarray | None = None
+        self.kept_T = np.arange(trace.num_tokens)
         self.crossings = self.node_crossings = 0
 
     def _deal(self, tokens: int) -> None:
@@ -94,17 +95,34 @@ class Replay:
         chunk_T = np.where(self.row_T < boundary_T, self.row_T // (short_T + 1), late_T)
         self.groups, self.group_T = self.steps * chunks, self.step_T * chunks + chunk_T
 
+    def _keep_last_rows(self) -> None:
+        """Leaves the last row of every prompt, and the last of a step."""
+        place_T = np.arange(len(self.step_T)) - (self.tokens_S.cumsum() - self.tokens_S)[self.step_T]
+        last_T = ((place_T + 1) % self.execution.span == 0) | (place_T + 1 == self.tokens_S[self.step_T])
+        for name in ("kept_T", "step_T", "home_T", "row_T", "group_T"):
+            setattr(self, name, getattr(self, name)[last_T])
+        if self.lead_T is not None:
+            self.lead_T = self.lead_T[last_T]
+        self.tokens_S = np.bincount(self.step_T)
+
     def layer(self, layer: int) -> None:
-        """Replays one layer and adds what it found."""
+        """Replays one layer and adds what it found; of prompts' rows the last layer's attention passes on the last."""
         holders, layout = Holders.of(self.plan, layer), self.execution.layout
-        tokens_SW = self._per_rank(self.step_T, self.home_T, self.steps)
-        if layout in ("tp", "tp_ep"):
-            tokens_SW = np.repeat(self.tokens_S[:, None], self.world, 1)
+        all_SW = self._tokens_SW()
+        no_capacity = self.plan.cold_capacity_factor is None  # which rows would lose theirs depends on all of them
+        if self.execution.span > 1 and layer + 1 == self.plan.num_layers and no_capacity:
+            self._keep_last_rows()
+        tokens_SW = self._tokens_SW()
         experts_TK = self._cut(layer, holders)
         run = {"tp": self._split_width, "tp_ep": self._replicated, "static": self._static,
                "peer": self._through_memory}.get(layout, self._exchanged)  # fmt: skip
         ranks_TK, work = run(layer, holders, experts_TK)
-        times_P = [self._attention_s(tokens_SW), self.model.gate_s(tokens_SW).max(-1), *work]
+        times_P = [self._attention_s(all_SW, tokens_SW), self.model.gate_s(tokens_SW).max(-1), *work]
+        if self._launched:
+            counts = self.model.kernels
+            host_P = [self.model.launches_s(n) for n in (counts.attention, counts.gate, 0, counts.experts, 0)]
+            times_P = [np.maximum(device, host) for device, host in zip(times_P, host_P, strict=True)]
+            work = times_P[2:]
         self.phases_LP[layer] = [np.sum(seconds) for seconds in times_P]
         self.hidden_L[layer] = self._hidden_s(*work)
         self._count_loads(layer, ranks_TK, experts_TK.shape[1])
@@ -114,8 +132,14 @@ class Replay:
         peaks = np.array([loads_SW.max(1).sum() for loads_SW in self.loads_LSW], float)
         return peaks, np.array([loads_SW.mean(1).sum() for loads_SW in self.loads_LSW])
 
+    def _tokens_SW(self) -> np.ndarray:
+        """Rows of each step that each rank has in attention and gate."""
+        if self.execution.layout in ("tp", "tp_ep"):
+            return np.repeat(self.tokens_S[:, None], self.world, 1)
+        return self._per_rank(self.step_T, self.home_T, self.steps)
+
     def _cut(self, layer: int, holders: Holders) -> np.ndarray:
-        experts_TK = self.trace.experts[:, layer].astype(np.int64)
+        experts_TK = self.trace.experts[self.kept_T, layer].astype(np.int64)
         weights = self.trace.weights
         if self.execution.layout == "tp":
             return experts_TK
@@ -124,7 +148,7 @@ class Replay:
         else:
             home_SE = np.tile(holders.holds_WE, (self.steps, 1))
             place_T = self.step_T * self.world + self.home_T
-        weights_TK = None if weights is None else weights[:, layer]
+        weights_TK = None if weights is None else weights[self.kept_T, layer]
         experts_TK, self.dropped_L[layer], self.rerouted_L[layer] = cut_to_capacity(
             self.plan, home_SE, experts_TK, weights_TK, place_T
         )
@@ -245,9 +269,10 @@ class Replay:
         self._add_links(layer, ring_WW * ring_share(self.world) * size_S.sum())
         return self.model.all_reduce_s(size_S)
 
-    def _attention_s(self, tokens_SW: np.ndarray) -> np.ndarray:
+    def _attention_s(self, tokens_SW: np.ndarray, passed_on_SW: np.ndarray) -> np.ndarray:
         execution, split = self.execution, self._split
-        seconds_S = self.model.attention_s(tokens_SW, execution.context, execution.span, split).max(-1)
+        times = tokens_SW, execution.context, execution.span, split, passed_on_SW
+        seconds_S = self.model.attention_s(*times).max(-1)
         if split > 1:
             seconds_S = seconds_S + self.model.all_reduce_s(self.tokens_S * float(self.model.shape.row_bytes))
         return seconds_S
@@ -257,7 +282,8 @@ class Replay:
         tokens_SW = self._per_rank(self.step_T, self.home_T, self.steps)
         if self._split > 1:
             tokens_SW = self.tokens_S[:, None]
-        seconds = sum(self.model.head_s(tokens_W / self.execution.span, self._split).max() for tokens_W in tokens_SW)
+        span = self.execution.span if len(self.kept_T) == self.trace.num_tokens else 1
+        seconds = sum(self.model.head_s(tokens_W / span, self._split).max() for tokens_W in tokens_SW)
         seconds += self.steps * self.model.between_steps_s()
         if self.execution.layout == "coherent":
             seconds += sum(self.model.all_gather_s(tokens_SW.max(1) * float(self.model.shape.row_bytes)))
@@ -290,6 +316,11 @@ class Replay:
                 wire_S = arrived_S = wire_S + send_CS[chunk + 1]
             wire_S = np.maximum(wire_S, experts_S) + back_CS[chunk]
         return float((send_CS + compute_CS + back_CS).sum() - wire_S.sum())
+
+    @property
+    def _launched(self) -> bool:
+        """Whether the host launches fused kernels one by one, no faster than it can: it waits for counts in between."""
+        return self.execution.fused and self.execution.layout in ("ep", "two_stage", "coherent")
 
     @property
     def _split(self) -> int:

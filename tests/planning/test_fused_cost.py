@@ -14,9 +14,9 @@ from mixtralkit.kernels import all_reduce, peer_exchange
 from mixtralkit.kernels.peer_exchange import ExpertPlaces
 from mixtralkit.layout import RankLayout
 from mixtralkit.model.decode import _slots_in_turn
-from mixtralkit.planning.cost import ModelShape
+from mixtralkit.planning.cost import KernelCounts, ModelShape
 from mixtralkit.planning.fused_cost import MOST_RANKS, FusedTimeModel
-from mixtralkit.planning.hardware import FusedKernels, Hardware
+from mixtralkit.planning.hardware import FusedKernels, Hardware, nearest
 from mixtralkit.planning.plan import contiguous, everywhere
 from mixtralkit.planning.policies.named import named_plan
 from mixtralkit.planning.replay import Execution
@@ -160,6 +160,47 @@ def test_replicas_cost_reading_where_few_rows_make_reading_all():
     )
     assert turns[0].step_s < turns[1].step_s
     assert one[0].step_s == one[1].step_s == turns[0].step_s
+
+
+@pytest.mark.parametrize(("layout", "world"), [("tp", 1), ("tp", 4), ("tp_ep", 4), ("ep", 4)])
+def test_of_prompts_the_last_layer_passes_on_their_last_rows(layout, world):
+    """8 prompts of 16 tokens in two layers: the second's attention reads all rows, what follows has 8."""
+    trace = sample_routing(np.ones((2, 8)), 128, 2)
+    plan = contiguous(2, 8, world)
+    found = simulate(plan, trace, SHAPE, _hardware(), Execution(layout, span=16, fused=True))
+    assert found.rows_LW.sum(1).tolist() == [256, 16]
+    assert (found.phases_LP[1] <= found.phases_LP[0]).all()
+    assert found.phases_LP[1, 3] < found.phases_LP[0, 3]
+    alone = simulate(plan, trace.take(np.arange(15, 128, 16)), SHAPE, _hardware(), Execution(layout, fused=True))
+    assert found.ends_s == pytest.approx(alone.ends_s)
+    np.testing.assert_allclose(found.phases_LP[1, 1:], alone.phases_LP[1, 1:])
+    np.testing.assert_array_equal(found.rows_LW[1], alone.rows_LW[1])
+
+
+def test_rows_of_an_expert_with_a_capacity_all_go_on():
+    trace = sample_routing(np.ones((2, 8)), 128, 2)
+    plan = replace(contiguous(2, 8, 4), cold_capacity_factor=1.0)
+    found = simulate(plan, trace, SHAPE, _hardware(), Execution("ep", span=16, fused=True))
+    assert (found.rows_LW.sum(1) > 200).all()
+
+
+def test_between_counted_rows_the_host_is_at_least_as_long_as_its_launches():
+    """Where rows are few the host decides, where they are many the device."""
+    kernels, hardware = KernelCounts(), _hardware(experts=((1, 3e-6, 1e14),))
+    few, many = (
+        simulate(contiguous(1, 8, 4), sample_routing(np.ones((1, 8)), rows, 2), SHAPE, hardware, Execution(fused=True))
+        for rows in (8, 200_000)
+    )
+    assert few.phases_LP[0, 1] == pytest.approx(kernels.gate * hardware.launch_s)
+    assert few.phases_LP[0, 3] == pytest.approx(kernels.experts * hardware.launch_s)
+    assert many.phases_LP[0, 3] > 10 * kernels.experts * hardware.launch_s
+
+
+def test_the_machine_measured_among_the_nearest_number_of_ranks():
+    two, four = (replace(_hardware(members=members), name=str(members)) for members in (2, 4))
+    one = replace(_hardware(members=None, sums=None, exchange=None), name="None")
+    for ranks, name in ((1, "None"), (2, "2"), (3, "2"), (4, "4"), (8, "4")):
+        assert nearest([one, two, four], ranks).name == name
 
 
 def test_what_must_be_known():
