@@ -99,7 +99,8 @@ def test_every_variant_on_two_ranks(tmp_path):
         assert line["share_of_bound"] == pytest.approx(line["bound_ms"] / line["ms"], abs=1e-3)
         assert line["rows_max_over_mean"] >= 1 >= line["rows_mean_over_max"] > 0
         assert line["dropped"] == 0 or "capacity" in name
-        assert (line["hot_share"] == 1) == (name.startswith("everywhere") or name == "loop_over_experts")
+        at_home = ("everywhere", "loop_over_experts")  # through memory one of few rows' holders computes each expert
+        assert (line["hot_share"] == 1) == (name in at_home)
         assert (line["commit"], line["ranks"], line["top_k"]) == (lines[0]["commit"], 2, TOP_K)
     by_name = {line["variant"]: line for line in lines[len(names) :]}
     assert by_name["hot_cold"]["hot_share"] > by_name["contiguous"]["hot_share"] == 0
@@ -291,7 +292,7 @@ def test_bound_of_the_real_mixtral():
     )
     context = RankContext(world_size=4)
     shared = Bench(context, config, [], torch.empty(0, dtype=torch.bfloat16), 4096, FasterOptions(), True, 0)
-    ceilings = Ceilings(4.42e12, 4.28e12, 725e12)
+    ceilings = Ceilings(4.42e12, 4.28e12, 725e12, 680e12)
     for rows, loads_E, wanted_ms, limit in (
         (16, [16] * 8, 0.1595, "bytes"),
         (16, [64, 64, 0, 0, 0, 0, 0, 0], 0.0399, "bytes"),
