@@ -119,7 +119,8 @@ class Transformer(nn.Module):
             Block(i, layout, context, dtype, self.options, nodes, self.shadow_cache) for i in range(config.n_layers)
         )
         moe_layers = [block.feed_forward for block in self.layers]
-        faster, travel = self.options.faster, layout.parallel == ParallelConfig("dp", "ep")
+        faster = self.options.faster
+        travel = context.world_size > 1 and layout.parallel == ParallelConfig("dp", "ep")
         if faster.schedule and travel and not moe_layers[0].in_chunks and context.is_first:
             warnings.warn(
                 "the smart schedule is off: these GPUs reach each other's memory, where chunks never paid; "
