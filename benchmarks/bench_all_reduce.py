@@ -23,8 +23,8 @@ from machine import describe_run
 from mixtralkit.cli import run_tool
 from mixtralkit.config import parse_dtype
 from mixtralkit.distributed import RankContext
-from mixtralkit.kernels.all_reduce import RowReducer, add_norm_plain
-from mixtralkit.kernels.all_reduce_triton import candidates, sum_rows
+from mixtralkit.ops.all_reduce import RowReducer, add_norm_plain
+from mixtralkit.ops.all_reduce_triton import candidates, sum_rows
 
 EPS = 1e-5
 REPLAYS = 4  # of a graph between two events

@@ -39,7 +39,7 @@ from mixtralkit.engine.generation import Engine
 from mixtralkit.engine.requests import Request
 from mixtralkit.model.transformer import Transformer
 from mixtralkit.options import ModelOptions
-from mixtralkit.planning.spread import FEW_CHOICES
+from mixtralkit.planning.replicas import SMALL_BATCH_CHOICES
 
 
 @with_fields(running=ModelOptions)
@@ -158,7 +158,7 @@ class Bench:
         self.common = self.about | {
             **asdict(model.layout.parallel),
             "plan": plan_fields(model.layout.plan, loads_from), "peer_rows": rows_through_memory(model),
-            "few_choices": FEW_CHOICES,
+            "few_choices": SMALL_BATCH_CHOICES,
         }  # fmt: skip
 
     def engine(self, count: int, length: int, budget: int) -> Engine:

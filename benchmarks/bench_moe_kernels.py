@@ -23,9 +23,9 @@ from profile_step import profiled
 from mixtralkit.cli import run_tool
 from mixtralkit.config import ModelConfig, parse_dtype
 from mixtralkit.distributed import RankContext
-from mixtralkit.kernels.experts import expert_sum, expert_sum_plain
-from mixtralkit.kernels.gate import gate, gate_plain
-from mixtralkit.kernels.timing import times_ms
+from mixtralkit.ops.experts import expert_sum, expert_sum_plain
+from mixtralkit.ops.gate import gate, gate_plain
+from mixtralkit.ops.timing import times_ms
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 5e-3}  # ‖difference‖ / ‖reference‖
 INPUT_SETS, WEIGHT_SETS, EPS = 4, 2, 1e-5

@@ -8,8 +8,8 @@ from statistics import median
 import torch
 
 from mixtralkit.distributed import RankContext
-from mixtralkit.kernels.runtime import runs_triton
-from mixtralkit.kernels.timing import times_ms
+from mixtralkit.ops.runtime import runs_triton
+from mixtralkit.ops.timing import times_ms
 
 STEADY_MS = 1000.0  # of products, after which the clock is what the power limit leaves
 

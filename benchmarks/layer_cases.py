@@ -13,10 +13,10 @@ from torch import nn
 
 from mixtralkit.config import FasterOptions, ModelConfig
 from mixtralkit.distributed import RankContext
-from mixtralkit.kernels.all_reduce import RowReducer
-from mixtralkit.kernels.gate import gate
-from mixtralkit.kernels.peer_exchange import PeerExchange
 from mixtralkit.moe.gate import Routing
+from mixtralkit.ops.all_reduce import RowReducer
+from mixtralkit.ops.gate import gate
+from mixtralkit.ops.peer_exchange import PeerExchange
 from mixtralkit.planning.trace import RoutingTrace
 
 INPUT_SETS = 4  # inputs take turns, so that none stays in a cache; a round is one call on each

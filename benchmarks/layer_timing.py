@@ -18,7 +18,7 @@ from layer_cases import INPUT_SETS
 from layer_ways import Phase, Unavailable, Way
 
 from mixtralkit.distributed import RankContext
-from mixtralkit.kernels.timing import GRAPH_MS
+from mixtralkit.ops.timing import GRAPH_MS
 
 AHEAD_CYCLES = 400_000  # some 200 us: the device idles so long while the host queues what is timed
 MOST_TURNS = 8

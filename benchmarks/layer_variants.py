@@ -11,8 +11,6 @@ from layer_counts import Counts, by_rows, computed, members, there_and_back, to_
 from layer_ways import FastMoEWay, LoopWay, PaddedWay, Phase, Unavailable, Way
 
 from mixtralkit.config import MoEOptions, ParallelConfig
-from mixtralkit.kernels.all_reduce import RowReducer
-from mixtralkit.kernels.runtime import tuned
 from mixtralkit.layout import RankLayout
 from mixtralkit.moe.capacity import CutRouting
 from mixtralkit.moe.coherent import CoherentDispatch
@@ -22,6 +20,8 @@ from mixtralkit.moe.layer import MoELayer
 from mixtralkit.moe.schedule import num_chunks, run_in_chunks
 from mixtralkit.moe.shadow import ShadowCache
 from mixtralkit.moe.two_phase import TwoPhase
+from mixtralkit.ops.all_reduce import RowReducer
+from mixtralkit.ops.runtime import tuned
 from mixtralkit.planning.plan import ExpertPlan, contiguous, everywhere
 from mixtralkit.planning.policies.balanced import balanced
 from mixtralkit.planning.policies.hot_cold import hot_cold
@@ -319,7 +319,7 @@ def _in_one_trip(sums: RowReducer, rows: int) -> bool:
     """Whether every rank sends all its parts to every other, as the kernel does with few rows."""
     if sums.inboxes is None or rows > sums.inboxes.few:
         return False
-    from mixtralkit.kernels.all_reduce_triton import default_settings
+    from mixtralkit.ops.all_reduce_triton import default_settings
 
     ranks, device = sums.context.world_size, sums.context.device
     settings = tuned("all_reduce", device, rows, dim=sums.dim, ranks=ranks)

@@ -12,10 +12,10 @@ from layer_cases import Case, GivenGate
 from layer_counts import Counts, by_choices, by_rows, computed, to_all
 
 from mixtralkit.config import ParallelConfig
-from mixtralkit.kernels.gate import gate
+from mixtralkit.fastmoe.backend import FastMoELayer
 from mixtralkit.layout import RankLayout
-from mixtralkit.moe.fmoe_backend import FastMoELayer
 from mixtralkit.moe.gate import Routing
+from mixtralkit.ops.gate import gate
 from mixtralkit.planning.plan import contiguous
 
 Phase = tuple[str, Callable[[], object]]

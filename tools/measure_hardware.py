@@ -16,8 +16,8 @@ import torch.distributed as dist
 from mixtralkit.cli import run_tool
 from mixtralkit.config import parse_dtype
 from mixtralkit.distributed import RankContext
-from mixtralkit.kernels.figures import Sizes, measure_fused
-from mixtralkit.kernels.runtime import runs_triton
+from mixtralkit.ops.figures import Sizes, measure_fused
+from mixtralkit.ops.runtime import runs_triton
 from mixtralkit.planning.hardware import Hardware, Link, Network
 
 ROWS = (1, 4, 16, 64, 256, 1024, 4096)

@@ -19,8 +19,8 @@ from mixtralkit.cli import run_tool
 from mixtralkit.config import ModelConfig, ParallelConfig, parse_dtype
 from mixtralkit.distributed import RankContext
 from mixtralkit.json_file import load_json
-from mixtralkit.kernels.tuning import KERNELS, Best, cases_of, settings_file, sweep
 from mixtralkit.layout import RankLayout
+from mixtralkit.ops.tuning import KERNELS, Best, cases_of, settings_file, sweep
 from mixtralkit.planning.plan import contiguous
 
 

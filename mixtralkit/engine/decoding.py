@@ -23,12 +23,12 @@ from mixtralkit.distributed import RankContext
 from mixtralkit.engine.graphs import Graphs, Run
 from mixtralkit.engine.requests import Sequence
 from mixtralkit.engine.sampler import gather_vocabulary, sample_each, sample_likeliest, settings_of, uniform
-from mixtralkit.kernels.counting import count_keys
 from mixtralkit.model.decode import Decoder
 from mixtralkit.model.step import StepBatch
 from mixtralkit.model.transformer import Transformer
 from mixtralkit.moe.gate import Routing
 from mixtralkit.moe.layer import MoEReport
+from mixtralkit.ops.counting import count_keys
 
 
 def bucket_sizes(most: int) -> list[int]:

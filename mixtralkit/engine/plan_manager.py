@@ -24,11 +24,11 @@ from mixtralkit.engine.decoding import Flight
 from mixtralkit.engine.plan_judge import MoveJudge
 from mixtralkit.engine.plan_policies import Policy
 from mixtralkit.engine.plan_statistics import PlanStatistics
-from mixtralkit.kernels.counting import count_keys
 from mixtralkit.model.step import StepBatch
 from mixtralkit.model.transformer import Transformer
 from mixtralkit.moe.layer import MoEReport
 from mixtralkit.moe.move import open_links
+from mixtralkit.ops.counting import count_keys
 from mixtralkit.planning.plan import ExpertPlan
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from mixtralkit.distributed import RankContext
-from mixtralkit.kernels.sampling import best_token, merge_best
+from mixtralkit.ops.sampling import best_token, merge_best
 
 
 @dataclass(frozen=True)

@@ -11,19 +11,19 @@ import torch.nn.functional as F
 from torch import nn
 
 from mixtralkit.distributed import RankContext
-from mixtralkit.kernels.attention import (
+from mixtralkit.layout import RankLayout
+from mixtralkit.model.kv_cache import KVCache
+from mixtralkit.model.rope import rotate
+from mixtralkit.model.step import Span, StepBatch
+from mixtralkit.ops.attention import (
     attend_rows,
     causal_window,
     decode_attention,
     rotate_and_store,
     split_heads,
 )
-from mixtralkit.kernels.ragged_attention import ragged_attention, ragged_attention_plain, span_table
-from mixtralkit.kernels.runtime import runs_triton
-from mixtralkit.layout import RankLayout
-from mixtralkit.model.kv_cache import KVCache
-from mixtralkit.model.rope import rotate
-from mixtralkit.model.step import Span, StepBatch
+from mixtralkit.ops.ragged_attention import ragged_attention, ragged_attention_plain, span_table
+from mixtralkit.ops.runtime import runs_triton
 
 Rope = tuple[torch.Tensor, torch.Tensor]  # cosine and sine of ``rope.rotations``, float32 [T, 1, C/2] each
 Attend = Callable[[int, torch.Tensor, Rope, tuple[int, int]], torch.Tensor]

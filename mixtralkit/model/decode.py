@@ -15,17 +15,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from mixtralkit.kernels.attention import decode_attention
-from mixtralkit.kernels.experts import expert_sum
-from mixtralkit.kernels.gate import gate
-from mixtralkit.kernels.linear import linear
-from mixtralkit.kernels.norm import rms_norm
-from mixtralkit.kernels.peer_exchange import MOST_RANKS, ExpertPlaces
 from mixtralkit.layout import RankLayout
 from mixtralkit.model.kv_cache import KVCache
 from mixtralkit.model.transformer import Block, Transformer
 from mixtralkit.moe.gate import Routing
-from mixtralkit.planning.spread import are_few, one_holder
+from mixtralkit.ops.attention import decode_attention
+from mixtralkit.ops.experts import expert_sum
+from mixtralkit.ops.gate import gate
+from mixtralkit.ops.linear import linear
+from mixtralkit.ops.norm import rms_norm
+from mixtralkit.ops.peer_exchange import MOST_RANKS, ExpertPlaces
+from mixtralkit.planning.replicas import is_small, one_holder
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Decoder:
         self.model, self.cache, self.layout = model, cache, model.layout
         self._relocations = model.relocations
         # where each layer's experts are: slots_TE of this rank if rows are on every rank, places_EC if they travel;
-        # for steps of many rows and of few (planning.spread.are_few)
+        # for steps of many rows and of few (planning.replicas.is_small)
         layers = range(model.params.n_layers)
         self.tables = {few: [self._table(layer, few) for layer in layers] for few in (False, True)}
 
@@ -184,7 +184,7 @@ class Decoder:
     def _tables_for(self, rows: int) -> list[torch.Tensor | None]:
         """Of every layer, for a step of so many rows of all ranks."""
         params = self.model.params
-        return self.tables[are_few(rows, params.num_experts_per_tok, params.num_experts)]
+        return self.tables[is_small(rows, params.num_experts_per_tok, params.num_experts)]
 
     def _slots(self, layer: int, experts_BK: torch.Tensor) -> torch.Tensor:
         slots_TE = self._tables_for(len(experts_BK))[layer]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mixtralkit.kernels.attention import rotate
+from mixtralkit.ops.attention import rotate
 
 __all__ = ["rope_table", "rotate", "rotations"]
 

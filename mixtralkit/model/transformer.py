@@ -13,20 +13,20 @@ from torch import nn
 
 from mixtralkit.config import ModelConfig, MoEOptions, ParallelConfig
 from mixtralkit.distributed import RankContext
-from mixtralkit.kernels.all_reduce import RowReducer
-from mixtralkit.kernels.peer_exchange import PeerExchange
+from mixtralkit.fastmoe.backend import FastMoELayer
 from mixtralkit.layout import RankLayout, canonical_shapes
 from mixtralkit.model.attention import Attend, Attention, CachedAttention, FreshAttention
 from mixtralkit.model.kv_cache import KVCache
 from mixtralkit.model.norm import RMSNorm
 from mixtralkit.model.rope import rotations
 from mixtralkit.model.step import StepBatch
-from mixtralkit.moe.fmoe_backend import FastMoELayer
 from mixtralkit.moe.gate import Routing
 from mixtralkit.moe.layer import MoELayer, MoEReport
 from mixtralkit.moe.move import MoveReport
 from mixtralkit.moe.shadow import ShadowCache
 from mixtralkit.moe.two_phase import Flight, TwoPhase
+from mixtralkit.ops.all_reduce import RowReducer
+from mixtralkit.ops.peer_exchange import PeerExchange
 from mixtralkit.planning.plan import ExpertPlan
 
 MANY_ROWS = 2**20  # any prefill's: sums of rows take memory for some thousands and go in pieces beyond

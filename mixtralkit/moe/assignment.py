@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from mixtralkit.distributed import RankContext
-from mixtralkit.kernels.counting import count_keys
 from mixtralkit.moe.balance import ranks_in_turn
 from mixtralkit.moe.capacity import CutRouting
-from mixtralkit.planning.spread import spread_rows
+from mixtralkit.ops.counting import count_keys
+from mixtralkit.planning.replicas import spread_rows
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
-"""Rows to the ranks that ``planning.spread`` has shared them out to."""
+"""Rows to the ranks that ``planning.replicas`` has shared them out to."""
 
 from __future__ import annotations
 
 import torch
 
-from mixtralkit.kernels.counting import count_keys
+from mixtralkit.ops.counting import count_keys
 
 
 def ranks_in_turn(

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from mixtralkit.kernels.counting import count_keys
 from mixtralkit.moe.gate import Routing
+from mixtralkit.ops.counting import count_keys
 from mixtralkit.planning.plan import ExpertPlan
 
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 
 from mixtralkit.distributed import RankContext
-from mixtralkit.kernels.counting import count_keys
 from mixtralkit.moe.assignment import Assigner
 from mixtralkit.moe.capacity import CutRouting
 from mixtralkit.moe.collectives import all_to_all
 from mixtralkit.moe.dispatch import for_rank, start_rows
 from mixtralkit.moe.exchange import Exchange, TravellingRows
 from mixtralkit.moe.experts import RoutedRows
+from mixtralkit.ops.counting import count_keys
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from mixtralkit.kernels.experts import expert_sum
+from mixtralkit.ops.experts import expert_sum
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from mixtralkit.kernels.gate import gate
+from mixtralkit.ops.gate import gate
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from torch import nn
 
 from mixtralkit.config import MoEOptions, ParallelConfig
 from mixtralkit.distributed import RankContext
-from mixtralkit.kernels.peer_exchange import ExpertPlaces, PeerExchange
 from mixtralkit.layout import RankLayout
 from mixtralkit.moe.assignment import Assigner
 from mixtralkit.moe.capacity import CutRouting, cold_capacity, cut_to_capacity
@@ -30,7 +29,8 @@ from mixtralkit.moe.move import MoveReport, move_experts
 from mixtralkit.moe.peer import PeerDispatch
 from mixtralkit.moe.schedule import num_chunks, run_in_chunks
 from mixtralkit.moe.shadow import Home, LayerShadows, ShadowCache, ShadowReport
-from mixtralkit.planning.spread import are_few, one_holder
+from mixtralkit.ops.peer_exchange import ExpertPlaces, PeerExchange
+from mixtralkit.planning.replicas import is_small, one_holder
 
 if TYPE_CHECKING:
     from mixtralkit.moe.two_phase import Flight
@@ -214,7 +214,7 @@ class MoELayer(nn.Module):
         fits = self.peers is not None and rows_per_rank <= self.peers.max_rows
         # copies of experts would change the places from step to step
         if fits and self.shadows is None and self.nodes is None and not torch.is_grad_enabled():
-            few = are_few(rows_per_rank * self.context.world_size, self.gate.top_k, self.layout.plan.num_experts)
+            few = is_small(rows_per_rank * self.context.world_size, self.gate.top_k, self.layout.plan.num_experts)
             return PeerDispatch(self.peers, self.few_places if few else self.places, rows_per_rank)
         return StaticDispatch(self.context, rows_per_rank)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from mixtralkit.kernels.peer_exchange import ExpertPlaces, PeerExchange
 from mixtralkit.moe.assignment import Assigner
 from mixtralkit.moe.capacity import CutRouting
 from mixtralkit.moe.experts import RoutedRows
+from mixtralkit.ops.peer_exchange import ExpertPlaces, PeerExchange
 
 
 class PeerDispatch:

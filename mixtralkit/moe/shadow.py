@@ -22,10 +22,10 @@ import torch.distributed as dist
 
 from mixtralkit.config import FasterOptions, MoEOptions, ParallelConfig
 from mixtralkit.distributed import RankContext
-from mixtralkit.kernels.counting import count_keys
 from mixtralkit.layout import RankLayout
 from mixtralkit.moe.assignment import Assigner
 from mixtralkit.moe.experts import Experts, RoutedRows, weighted_expert_sum
+from mixtralkit.ops.counting import count_keys
 from mixtralkit.planning.cost import ShadowModel, choose_shadows
 
 if TYPE_CHECKING:

@@ -24,8 +24,8 @@ import torch.distributed as dist
 
 from mixtralkit.config import ModelConfig, MoEOptions
 from mixtralkit.distributed import RankContext
-from mixtralkit.kernels.counting import count_keys
 from mixtralkit.moe.shadow import Home, LayerShadows
+from mixtralkit.ops.counting import count_keys
 from mixtralkit.planning.policies.two_phase import check_estimate
 from mixtralkit.planning.popularity import PathPopularity, extend_paths
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from mixtralkit.planning.cost import TimeModel, ring_share
 from mixtralkit.planning.plan import ExpertPlan
-from mixtralkit.planning.spread import FEW_CHOICES
+from mixtralkit.planning.replicas import SMALL_BATCH_CHOICES
 from mixtralkit.planning.trace import RoutingTrace
 from mixtralkit.planning.traffic import Holders, Spread, cut_to_capacity, once_per_member
 
@@ -32,7 +32,7 @@ class Execution:
         span: tokens of a step that belong to one sequence; 1 in decode.
         fused: by this project's kernels, launched without waiting for the host; else as plain torch runs.
         few_choices: of an expert in the mean, up to which fused steps compute it at one of its holders alone
-            (``spread.are_few``); 0 lets replicas take turns always.
+            (``replicas.is_small``); 0 lets replicas take turns always.
     """
 
     layout: str = "ep"
@@ -41,7 +41,7 @@ class Execution:
     context: int = 0
     span: int = 1
     fused: bool = False
-    few_choices: int = FEW_CHOICES
+    few_choices: int = SMALL_BATCH_CHOICES
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:

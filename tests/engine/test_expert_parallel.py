@@ -15,12 +15,12 @@ from mixtralkit.engine.generation import Engine
 from mixtralkit.engine.requests import Request
 from mixtralkit.engine.sampler import SamplingOptions
 from mixtralkit.engine.tokenizer import Tokenizer
-from mixtralkit.kernels.peer_exchange import PeerExchange
 from mixtralkit.layout import RankLayout
 from mixtralkit.model.transformer import Transformer
+from mixtralkit.ops.peer_exchange import PeerExchange
 from tests.engine.parts import engine_config, make_model, make_tokenizer
-from tests.kernels.test_peer_exchange import mailbox_of_files
 from tests.model.test_decode import unlike_layers
+from tests.ops.test_peer_exchange import mailbox_of_files
 from tests.ranks import run_ranks
 
 pytest.importorskip("triton")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mixtralkit.distributed import RankContext
-from mixtralkit.kernels.all_reduce import EMPTY_WORDS, RowReducer
+from mixtralkit.ops.all_reduce import EMPTY_WORDS, RowReducer
 from tests.gpu.ranks import SHARED, run_on_gpus
 
 pytestmark = pytest.mark.gpu
@@ -31,7 +31,7 @@ def _normed(x_TD: torch.Tensor, weight_D: torch.Tensor) -> torch.Tensor:
 
 def _late(context: RankContext, dim: int, dtype: torch.dtype) -> None:
     """Calls of changing size back to back, each rank late at random; nothing but the calls synchronises the ranks."""
-    from mixtralkit.kernels.all_reduce_triton import sum_rows
+    from mixtralkit.ops.all_reduce_triton import sum_rows
 
     device, alike, own = context.device, random.Random(1), random.Random(context.rank)
     reducer = RowReducer.create(context, MOST_ROWS, dim, dtype)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mixtralkit.kernels.attention import decode_attention, decode_attention_plain
-from mixtralkit.kernels.runtime import runs_triton
 from mixtralkit.model.attention import CachedAttention
 from mixtralkit.model.kv_cache import KVCache
 from mixtralkit.model.rope import rope_table, rotations
 from mixtralkit.model.step import StepBatch
+from mixtralkit.ops.attention import decode_attention, decode_attention_plain
+from mixtralkit.ops.runtime import runs_triton
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda", 0)

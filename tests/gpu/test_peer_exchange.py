@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from mixtralkit.distributed import RankContext
-from mixtralkit.kernels.norm import rms_norm_plain
-from mixtralkit.kernels.peer_exchange import EMPTY, ExpertPlaces, PeerExchange
+from mixtralkit.ops.norm import rms_norm_plain
+from mixtralkit.ops.peer_exchange import EMPTY, ExpertPlaces, PeerExchange
 from tests.gpu.ranks import RANKS, SHARED, run_on_gpus
 
 pytestmark = pytest.mark.gpu

@@ -10,7 +10,7 @@ from scipy.optimize import linprog
 from mixtralkit.distributed import RankContext
 from mixtralkit.moe.assignment import Assigner
 from mixtralkit.moe.capacity import CutRouting
-from mixtralkit.planning.spread import spread_rows
+from mixtralkit.planning.replicas import spread_rows
 from tests.moe.layers import random_plan
 from tests.ranks import run_ranks
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from mixtralkit.config import ModelConfig, ParallelConfig
-from mixtralkit.kernels.all_reduce import FEW_ROWS, MANY_ROWS, Inboxes
-from mixtralkit.kernels.peer_exchange import PeerMailbox
 from mixtralkit.layout import RankLayout
+from mixtralkit.ops.all_reduce import FEW_ROWS, MANY_ROWS, Inboxes
+from mixtralkit.ops.peer_exchange import PeerMailbox
 from mixtralkit.planning.choose import Situation, candidates, choose, sample_steps, table
 from mixtralkit.planning.hardware import Hardware
 from mixtralkit.planning.memory import Room, rank_memory

@@ -10,18 +10,18 @@ import pytest
 import torch
 
 from mixtralkit.config import ParallelConfig
-from mixtralkit.kernels import all_reduce, peer_exchange
-from mixtralkit.kernels.peer_exchange import ExpertPlaces
 from mixtralkit.layout import RankLayout
 from mixtralkit.model.decode import _slots_in_turn
+from mixtralkit.ops import all_reduce, peer_exchange
+from mixtralkit.ops.peer_exchange import ExpertPlaces
 from mixtralkit.planning.cost import KernelCounts, ModelShape
 from mixtralkit.planning.fused_cost import MOST_RANKS, FusedTimeModel
 from mixtralkit.planning.hardware import FusedKernels, Hardware, nearest
 from mixtralkit.planning.plan import contiguous, everywhere
 from mixtralkit.planning.policies.named import named_plan
 from mixtralkit.planning.replay import Execution
+from mixtralkit.planning.replicas import one_holder
 from mixtralkit.planning.simulate import sample_routing, simulate
-from mixtralkit.planning.spread import one_holder
 from mixtralkit.planning.trace import RoutingTrace
 from tests.configs import small_config
 from tests.planning.machines import machine

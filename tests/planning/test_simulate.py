@@ -17,8 +17,8 @@ from mixtralkit.moe.coherent import CoherentDispatch
 from mixtralkit.planning.cost import ModelShape
 from mixtralkit.planning.plan import ExpertPlan, contiguous, everywhere
 from mixtralkit.planning.replay import Execution
+from mixtralkit.planning.replicas import spread_rows
 from mixtralkit.planning.simulate import predict, sample_routing, simulate
-from mixtralkit.planning.spread import spread_rows
 from mixtralkit.planning.trace import RoutingTrace
 from tests.moe.layers import Whole, build, random_plan
 from tests.planning.machines import machine

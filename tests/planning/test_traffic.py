@@ -9,7 +9,7 @@ import torch
 from mixtralkit.moe import capacity
 from mixtralkit.moe.gate import Routing
 from mixtralkit.planning.plan import ExpertPlan
-from mixtralkit.planning.spread import spread_rows
+from mixtralkit.planning.replicas import spread_rows
 from mixtralkit.planning.traffic import cut_to_capacity, once_per_member, pour
 from tests.moe.layers import random_plan
 

@@ -9,7 +9,7 @@ import torch
 from mixtralkit.planning.policies.balanced import balanced, rebalance_experts
 from mixtralkit.planning.policies.inputs import Budget
 from mixtralkit.planning.policies.quality import measure
-from mixtralkit.planning.spread import spread_rows
+from mixtralkit.planning.replicas import spread_rows
 
 
 def packed(loads: list[float], packs: int) -> list[list[int]]:

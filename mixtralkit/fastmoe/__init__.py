@@ -1,0 +1,1 @@
+"""FastMoE's layer contract and gates, and the real library as a backend."""

@@ -1,0 +1,116 @@
+"""Compiles kernels for a GPU that is not there, in a process without the interpreter: ``python -m … 90``.
+
+The interpreter knows no types: a kernel that it runs may still be refused by the compiler. Launches are those of the
+launchers on tensors in main memory that nothing touches; prints one line a kernel.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+MODULES = (
+    "attention",
+    "experts_few",
+    "experts_grouped",
+    "gate",
+    "linear",
+    "norm",
+    "ragged_attention",
+    "sampling",
+    "sorting",
+)
+BF16 = torch.bfloat16
+
+
+class NoGPU:
+    """What Triton's driver is asked before a compilation."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+class Compiled:
+    """A kernel whose launches only compile."""
+
+    def __init__(self, name: str, kernel) -> None:
+        self.name, self.kernel = name, kernel
+
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            found = self.kernel.run(*args, grid=(1, 1, 1), warmup=True, **options)
+            print(f"{self.name} {found.metadata.shared}", flush=True)
+
+        return launch
+
+
+def prepare(capability: int) -> None:
+    """Every kernel of the package compiles for ``capability`` where it would be launched."""
+    triton.runtime.driver.set_active(NoGPU(capability))
+    for module in (importlib.import_module(f"mixtralkit.ops.{name}_triton") for name in MODULES):
+        if hasattr(module, "overlaps_launches"):
+            module.overlaps_launches = lambda device: capability >= 90
+        if hasattr(module, "multiprocessors"):
+            module.multiprocessors = lambda device: 132
+        for name, value in list(vars(module).items()):
+            if name.startswith("_") and isinstance(value, triton.runtime.JITFunction) and _is_launched(module, name):
+                setattr(module, name, Compiled(name, value))
+
+
+def _is_launched(module, name: str) -> bool:
+    with open(module.__file__, encoding="utf-8") as source:
+        return f"{name}[" in source.read()
+
+
+def experts(rows: int, slots: int = 8, width: int = 4096, hidden: int = 14336) -> None:
+    from mixtralkit.ops.experts_few_triton import expert_sum_few
+    from mixtralkit.ops.experts_grouped_triton import expert_sum_grouped
+
+    x_RD = torch.empty(rows, width, dtype=BF16)
+    weights = torch.empty(slots, 2 * hidden, width, dtype=BF16), torch.empty(slots, width, hidden, dtype=BF16)
+    chosen = torch.zeros(rows, 2, dtype=torch.int64), torch.zeros(rows, 2)
+    (expert_sum_few if rows <= 16 else expert_sum_grouped)(x_RD, *chosen, *weights, x_RD)
+
+
+def rest(rows: int, width: int = 4096, heads: int = 32, kv_heads: int = 8) -> None:
+    from mixtralkit.ops.attention_triton import launch_decode_attention, launch_rotate_and_store
+    from mixtralkit.ops.gate_triton import gate_rows
+    from mixtralkit.ops.linear_triton import default_settings, linear_few
+    from mixtralkit.ops.norm_triton import add_rms_norm_rows
+    from mixtralkit.ops.ragged_attention_triton import launch_ragged_attention
+
+    x_TD, norm = torch.empty(rows, width, dtype=BF16), (torch.empty(width, dtype=BF16), 1e-5)
+    gate_rows(x_TD, torch.empty(8, width, dtype=BF16), 2, norm)
+    add_rms_norm_rows(x_TD, x_TD, *norm)
+    for outputs in (width, 6144) if rows <= 16 else ():
+        linear_few(x_TD, torch.empty(outputs, width, dtype=BF16), norm, settings=default_settings(rows, outputs, width))
+    cache = torch.empty(min(rows, 256), kv_heads, 384, 128, dtype=BF16)
+    place = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64), torch.empty(384, 64, 2)
+    qkv_TP = torch.empty(rows, (heads + 2 * kv_heads) * 128, dtype=BF16)
+    launch_decode_attention(qkv_TP, cache, cache, *place, heads)
+    q_THC = launch_rotate_and_store(qkv_TP, cache, cache, *place, heads)
+    launch_ragged_attention(q_THC, cache, cache, torch.zeros(1, 4, dtype=torch.int32), rows)
+
+
+if __name__ == "__main__":
+    prepare(int(sys.argv[1]))
+    for count in (1, 8, 64, 128, 256, 1024, 4096):
+        experts(count)
+    for count in (1, 8, 256, 16384):
+        rest(count)

@@ -1,0 +1,22 @@
+"""The kernels are accepted by Triton's compiler, for GPUs that this machine need not have."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [90])
+def test_kernels_compile(capability, tmp_path):
+    """A name that was a number in one branch and a pointer in the other passed the interpreter and no compiler."""
+    environ = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "tests.ops.compile_for_gpus", str(capability)]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    shared = [int(line.split()[1]) for line in done.stdout.splitlines()]
+    assert len(shared) > 50
+    assert max(shared) <= 227 * 1024  # of a multiprocessor of Hopper
