@@ -64,7 +64,7 @@ class ReplicaTable:
 
     @cached_property
     def group_WE(self) -> np.ndarray:
-        """Which ``group_holds_GW`` serves each expert's rows of each rank: int [W, E], -1 where the rank does itself."""
+        """Of ``group_holds_GW``, which serves each expert's rows of each rank: int [W, E], -1 for the rank itself."""
         experts, ranks = np.arange(self.slots_WE.shape[1]), np.arange(len(self.slots_WE))
         if self.rows_everywhere:
             return np.broadcast_to(experts, self.slots_WE.shape)
@@ -77,7 +77,7 @@ class ReplicaTable:
 
     @cached_property
     def group_holds_GW(self) -> np.ndarray:
-        """The ranks that may compute a group's rows: bool [G, W]; first the experts' holders, then those of each node."""
+        """The ranks that may compute a group's rows: bool [G, W]; the experts' holders, then those of each node."""
         nodes = len(self.slots_WE) // self._per_node
         groups = [self.holds_WE.T]
         if nodes > 1 and not self.rows_everywhere:
@@ -126,7 +126,7 @@ class ReplicaTable:
         Args:
             counts_SE: rows of each expert on each rank that has rows: [W, E], or [1, E] where all have the same.
         """
-        world, experts = self.slots_WE.shape
+        world = len(self.slots_WE)
         senders = self.group_WE[: len(counts_SE)]
         free_N = senders >= 0
         counts_G = np.bincount(senders[free_N], counts_SE[free_N], minlength=len(self.group_holds_GW)).astype(np.int64)

@@ -31,7 +31,7 @@ def pour(counts_GE: np.ndarray, fixed_GW: np.ndarray, holds_WE: np.ndarray) -> n
     """Rows of each expert for each of its replicas: expert after expert, into the rank with the least so far.
 
     Experts with fewer replicas go first. The layer starts so too and then moves rows along chains of replicas until
-    no rank can be relieved (``planning.replicas.spread_rows``); that finer spread takes too long for thousands of ranks.
+    no rank can be relieved (``replicas.spread_rows``); that finer spread takes too long for thousands of ranks.
     """
     groups, (world_size, num_experts) = len(counts_GE), holds_WE.shape
     rows_GEW = np.zeros((groups, num_experts, world_size), np.int64)
