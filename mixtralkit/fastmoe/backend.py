@@ -15,11 +15,11 @@ from torch import nn
 from mixtralkit.config import MoEOptions
 from mixtralkit.distributed import RankContext
 from mixtralkit.layout import RankLayout
-from mixtralkit.moe.experts import Experts
-from mixtralkit.moe.gate import TopKGate
-from mixtralkit.moe.layer import MoEReport
-from mixtralkit.moe.shadow import ShadowCache
+from mixtralkit.moe.layer import MoEReport, StepRows
+from mixtralkit.moe.router import Router
+from mixtralkit.moe.store import ExpertStore
 from mixtralkit.ops.experts import swiglu_grouped
+from mixtralkit.ops.hidden import Hidden, Norm, add
 from mixtralkit.planning.plan import contiguous
 
 DEVICE_TYPES = ("cuda",)  # the library's kernels exist for these
@@ -31,41 +31,30 @@ class FastMoELayer(nn.Module):
     The library knows one plan, ``contiguous`` with equal ranks, without a capacity, each rank with its own rows.
     """
 
-    def __init__(
-        self,
-        layer: int,
-        layout: RankLayout,
-        context: RankContext,
-        dtype: torch.dtype,
-        options: MoEOptions | None = None,
-        nodes: tuple[RankContext, RankContext] | None = None,
-        shadow_cache: ShadowCache | None = None,
-    ) -> None:
-        """``nodes`` and ``shadow_cache`` are there for ``MoELayer``'s sake: the library exchanges in one stage."""
+    def __init__(self, layer: int, context: RankContext, store: ExpertStore, options: MoEOptions) -> None:
         super().__init__()
-        _check_supported(layout, MoEOptions() if options is None else options)
+        _check_supported(store.layout, options)
         self.functions = load_functions(context.device)
-        config = layout.config
-        self.context, self.slots = context, len(layout.experts(layer))
-        self.gate = TopKGate(config.dim, config.num_experts, config.num_experts_per_tok, dtype, context.device)
-        self.experts = Experts(self.slots, config.dim, config.hidden_dim, dtype, context.device)
+        config = store.layout.config
+        self.context, self.slots = context, len(store.layout.experts(layer))
+        self.gate = Router(config.dim, config.num_experts, config.num_experts_per_tok, store.dtype, context.device)
+        self.experts = store.experts[layer]
 
     def forward(
-        self, x_TD: torch.Tensor, rows_per_rank: int | None = None, flight: None = None
-    ) -> tuple[torch.Tensor, MoEReport]:
-        """Rows [T, D] (T may be 0) to rows of the same order, and what happened. Collective over the ranks.
-
-        ``rows_per_rank`` is ignored: the library's exchange has exact splits; and ``flight``, which is None here.
-        """
-        routing = self.gate(x_TD)
-        tokens, top_k = routing.experts_TK.shape
+        self, hidden: Hidden, rows: StepRows | None = None, following: Norm | None = None
+    ) -> tuple[Hidden, MoEReport]:
+        """As ``MoELayer.forward``; the library's exchange has exact splits, whatever ``rows`` says."""
+        routing, hidden = self.gate(hidden)
+        x_TD, (tokens, top_k) = hidden.normed_TD, routing.experts_TK.shape
         x_ND, experts_NK = x_TD, routing.experts_TK
+        if rows is not None and rows.valid_T is not None:
+            experts_NK = experts_NK.masked_fill((rows.valid_T < 0)[:, None], -1)
         if tokens == 0:  # CUDA refuses to start a kernel for no rows; one row without an expert is harmless
             x_ND, experts_NK = x_TD.new_zeros(1, x_TD.shape[1]), experts_NK.new_full((1, top_k), -1)
         y_NKD = self._through_experts(x_ND, experts_NK).unflatten(0, experts_NK.shape)[:tokens]
         y_TD = (y_NKD.float() * routing.weights_TK[..., None]).sum(1).type_as(x_TD)
         none = torch.zeros((), dtype=torch.int64, device=x_TD.device)
-        return y_TD, MoEReport(routing, none, none, ())
+        return add(y_TD, hidden.x_TD, following), MoEReport(routing, none, none)
 
     def _through_experts(self, x_ND: torch.Tensor, experts_NK: torch.Tensor) -> torch.Tensor:
         """One row [N·K, D] for each choice, zero where it is -1."""

@@ -17,9 +17,8 @@ from torch import nn
 from mixtralkit.config import FasterOptions
 from mixtralkit.distributed import RankContext
 from mixtralkit.fastmoe.gates import BaseGate, NaiveGate
-from mixtralkit.moe.assignment import Assignment
 from mixtralkit.moe.capacity import CutRouting
-from mixtralkit.moe.collectives import enter_replicated, sum_over_ranks
+from mixtralkit.moe.dispatch.collectives import enter_replicated, sum_over_ranks
 from mixtralkit.moe.dispatch import ExchangedDispatch
 from mixtralkit.moe.experts import RoutedRows
 from mixtralkit.moe.schedule import num_chunks, run_in_chunks
@@ -103,14 +102,14 @@ class FMoE(nn.Module):
         return idx.reshape(-1, self.top_k), score.reshape(-1, self.top_k)  # FastMoE's gates shape them in many ways
 
     def _experts_of_all_ranks(self, x_ND: torch.Tensor, idx_NK: torch.Tensor, score_NK: torch.Tensor) -> torch.Tensor:
-        way, assigner = ExchangedDispatch(self.context), _HomeAssigner(self.num_expert)
+        dispatcher, table = ExactDispatcher(self.context), _FixedTable(self.num_expert)
         none = idx_NK.new_zeros(())
         cut = CutRouting(idx_NK, score_NK.float().masked_fill(idx_NK < 0, 0.0), none, none)
         if self.faster.schedule and self.world_size > 1:
             chunks = num_chunks(self.world_size, self.faster.group_size)
-            return run_in_chunks(way, self._experts_of_rank, x_ND, cut, assigner, chunks)[0]
-        rows, handle = way.dispatch(x_ND, cut, assigner)
-        return way.combine(self._experts_of_rank(rows), handle)
+            return run_in_chunks(dispatcher, self._experts_of_rank, Hidden(None, x_ND), cut, table, chunks)[0].rows_TD
+        rows, handle = dispatcher.dispatch(Hidden(None, x_ND), cut, table)
+        return dispatcher.combine(self._experts_of_rank(rows), handle).rows_TD
 
     def _experts_of_rank(self, rows: RoutedRows) -> torch.Tensor:
         """Σ_k weight · expert(x) over this rank's experts, in the dtype of their output, summed in float32."""
@@ -151,16 +150,16 @@ class FMoE(nn.Module):
                 parameter.dp_comm = comm
 
 
-class _HomeAssigner:
-    """Every expert has one home: expert e on rank ``e // num_expert``, in slot ``e % num_expert``."""
+class _FixedTable:
+    """Every expert is in one place: expert e on rank ``e // num_expert``, in slot ``e % num_expert``."""
 
     def __init__(self, num_expert: int) -> None:
         self.num_expert = num_expert
 
-    def assign(self, cut: CutRouting, even: bool = True) -> Assignment:
-        lost_TK, experts_TK = cut.experts_TK < 0, cut.experts_TK
-        ranks_TK, slots_TK = experts_TK // self.num_expert, experts_TK % self.num_expert
-        return Assignment(ranks_TK.masked_fill(lost_TK, -1), slots_TK.masked_fill(lost_TK, -1))
+    def pour(self, experts_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        lost_NK = experts_NK < 0
+        ranks_NK, slots_NK = experts_NK // self.num_expert, experts_NK % self.num_expert
+        return ranks_NK.masked_fill(lost_NK, -1), slots_NK.masked_fill(lost_NK, -1)
 
 
 def _moe_context(world_size: int, group: dist.ProcessGroup | None) -> RankContext:

@@ -38,8 +38,3 @@ class KVCache:
     @property
     def max_seq_len(self) -> int:
         return self.keys.shape[3]
-
-    def write(self, layer: int, slots_T: torch.Tensor, positions_T: torch.Tensor, k_TJC, v_TJC) -> None:
-        """Stores each token's key and value at its sequence's slot and its position."""
-        self.keys[layer][slots_T, :, positions_T] = k_TJC
-        self.values[layer][slots_T, :, positions_T] = v_TJC

@@ -7,11 +7,11 @@ Pangu's rule (see docs/hot-cold.md): an expert that is computed elsewhere takes 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from mixtralkit.moe.gate import Routing
+from mixtralkit.moe.router import Routing
 from mixtralkit.ops.counting import count_keys
 from mixtralkit.planning.plan import ExpertPlan
 
@@ -24,12 +24,27 @@ class CutRouting:
         experts_TK: int64 expert of each choice, -1 where the choice was dropped.
         weights_TK: float32, zero where dropped.
         dropped, rerouted: int64 scalars on the device, choices of this rank's rows.
+        is_cut: whether some choice may be -1.
+        valid_T: as ``layer.StepRows`` has it; the dispatchers drop those rows' choices.
     """
 
     experts_TK: torch.Tensor
     weights_TK: torch.Tensor
     dropped: torch.Tensor
     rerouted: torch.Tensor
+    is_cut: bool = True
+    valid_T: torch.Tensor | None = None
+
+    @property
+    def kept_TK(self) -> torch.Tensor:
+        """``experts_TK``, -1 also in rows that only fill the shape."""
+        return self.experts_TK if self.valid_T is None else self.experts_TK.masked_fill((self.valid_T < 0)[:, None], -1)
+
+    def take(self, rows_N: torch.Tensor | slice) -> CutRouting:
+        """Of some of the rows."""
+        experts_NK, weights_NK = self.experts_TK[rows_N], self.weights_TK[rows_N]
+        valid_N = None if self.valid_T is None else self.valid_T[rows_N]
+        return replace(self, experts_TK=experts_NK, weights_TK=weights_NK, valid_T=valid_N)
 
 
 def cold_capacity(plan: ExpertPlan, tokens: int, top_k: int) -> int | None:
@@ -56,7 +71,7 @@ def cut_to_capacity(
     """
     none = torch.zeros((), dtype=torch.int64, device=home_E.device)
     if capacity is None:
-        return CutRouting(routing.experts_TK, routing.weights_TK, none, none)
+        return CutRouting(routing.experts_TK, routing.weights_TK, none, none, is_cut=False)
     num_experts = len(home_E)
     worth_TK = routing.weights_TK if order == "weight" else torch.ones_like(routing.weights_TK)
     over_TK = ~home_E[routing.experts_TK] & (_place_in_expert(routing.experts_TK, worth_TK, num_experts) >= capacity)

@@ -13,24 +13,17 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from mixtralkit.config import ModelConfig, MoEOptions
-from mixtralkit.distributed import RankContext
-from mixtralkit.moe.shadow import Home, LayerShadows
+from mixtralkit.moe.shadow import Shadows
 from mixtralkit.ops.counting import count_keys
 from mixtralkit.planning.policies.two_phase import check_estimate
 from mixtralkit.planning.popularity import PathPopularity, extend_paths
-
-if TYPE_CHECKING:
-    from mixtralkit.moe.layer import MoELayer
 
 TABLES_GB = 1.0  # most memory for the chances of all paths, in 10⁹ bytes
 Moment = float | torch.cuda.Event
@@ -136,14 +129,6 @@ class _Ahead:
     move: Move
 
 
-@dataclass(frozen=True)
-class _Loads:
-    """A layer's rows of each expert, and its weights' versions on each rank; of all ranks."""
-
-    rows_E: np.ndarray
-    versions_W: list[int]
-
-
 class Flight:
     """One step's way through the layers: the paths of its rows, and what is under way for the next layer."""
 
@@ -152,82 +137,70 @@ class Flight:
         self._paths_T: torch.Tensor | int = 0
         self._ahead: _Ahead | None = None
 
-    def at(self, shadows: LayerShadows, x_TD: torch.Tensor, experts_TK: torch.Tensor) -> Home:
-        """What is at home for these rows in a layer, once the next layer's copies are on their way. Collective.
+    def at(self, layer: int, experts_TK: torch.Tensor) -> PhaseReport | None:
+        """Brings what these rows want of the layer, and has the next layer's copies on their way. Collective.
 
         Layers are visited in order. The first has no estimate: it chooses by its real counts alone.
 
         Args:
             experts_TK: int64 choices of this rank's rows, before any capacity.
         """
-        following = self._phases.shadows_of(shadows.layer + 1)
-        here, ahead = self._gather(shadows, following, experts_TK)
-        home = self._second_phase(shadows, x_TD, here, experts_TK.shape[1])
+        shadows = self._phases.shadows
+        real_E, estimate_E = self._gather(layer, experts_TK)
+        report = self._second_phase(layer, real_E, experts_TK.shape[1])
         self._ahead = None
-        if following is not None:
-            hidden_s = shadows.inference.s_per_row * here.rows_E.sum() / shadows.context.world_size
-            self._ahead = self._first_phase(following, ahead, hidden_s)
-        return home
+        if estimate_E is not None:
+            hidden_s = shadows.inference.s_per_row * real_E.sum() / shadows.context.world_size
+            move = self._phases.move()
+            loads_E = estimate_E / shadows.replicas_E(layer + 1)
+            # What an even share of this layer's rows takes costs nothing.
+            experts = shadows.bring(layer + 1, loads_E, hidden_s, move.send, in_use=layer)
+            self._ahead = _Ahead(estimate_E, experts, move)
+        return report
 
-    def _gather(
-        self, shadows: LayerShadows, following: LayerShadows | None, experts_TK: torch.Tensor
-    ) -> tuple[_Loads, _Loads | None]:
-        """Counts of this layer and the estimate for the next, in one message."""
-        popularity, cache = self._phases.popularity, shadows.cache
-        message = [count_keys(experts_TK, popularity.num_experts), cache.version(shadows.layer)[None]]
-        if following is not None:
+    def _gather(self, layer: int, experts_TK: torch.Tensor) -> tuple[np.ndarray, np.ndarray | None]:
+        """Counts of this layer and the estimate for the next, of all ranks, in one message."""
+        popularity, following = self._phases.popularity, layer + 1
+        message = [count_keys(experts_TK, popularity.num_experts).double()]
+        if following < popularity.num_layers:
             self._paths_T = extend_paths(
                 self._paths_T, experts_TK[:, 0], popularity.path_length, popularity.num_experts
             )
-            message += [self._phases.estimate(following.layer, self._paths_T), cache.version(following.layer)[None]]
-        gathered = shadows.context.all_gather(torch.cat([part.double() for part in message]))
-        parts = gathered.cpu().numpy().reshape(len(gathered), -1, popularity.num_experts + 1)  # host sync
-        loads = [_Loads(parts[:, i, :-1].sum(0), parts[:, i, -1].astype(int).tolist()) for i in range(parts.shape[1])]
-        return loads[0], (loads[1] if following is not None else None)
+            message.append(self._phases.estimate(following, self._paths_T))
+        gathered = self._phases.context.all_gather(torch.stack(message)).cpu().numpy().sum(0)  # host sync
+        return gathered[0], gathered[1] if len(gathered) > 1 else None
 
-    def _first_phase(self, following: LayerShadows, estimate: _Loads, hidden_s: float) -> _Ahead:
-        """Starts to move what the estimate wants; what an even share of this layer's rows takes costs nothing."""
-        move = self._phases.move()
-        loads_E = estimate.rows_E / following.copies_E
-        in_use = following.layer - 1
-        experts = following.bring(loads_E, estimate.versions_W, hidden_s, move.send, in_use)
-        return _Ahead(estimate.rows_E, experts, move)
-
-    def _second_phase(self, shadows: LayerShadows, x_TD: torch.Tensor, real: _Loads, top_k: int) -> Home:
+    def _second_phase(self, layer: int, real_E: np.ndarray, top_k: int) -> PhaseReport | None:
         """Keeps phase one's choice, or chooses again by the real counts and waits for what is missing."""
-        loads_E, ahead = real.rows_E / shadows.copies_E, self._ahead
+        phases, ahead = self._phases, self._ahead
+        shadows, loads_E = phases.shadows, real_E / phases.shadows.replicas_E(layer)
         if ahead is None:
-            shadows.refresh(loads_E, real.versions_W)
-            return shadows.home(x_TD, shadows.bring(loads_E, real.versions_W))
+            shadows.refresh(layer, loads_E)
+            if shadows.bring(layer, loads_E):
+                shadows.store.publish(layer)
+            return None
         moments = ahead.move.finish()
-        shadows.refresh(loads_E, real.versions_W)
-        check = check_estimate(ahead.estimate_E, real.rows_E, top_k, self._phases.threshold)
-        late = shadows.bring(loads_E, real.versions_W) if check.corrected else []
-        timing = Timing(*moments, self._phases.now()) if ahead.move or late else None
-        size = len(ahead.experts) * shadows.cache.bytes_each
-        phases = PhaseReport(check.right, check.distance, check.corrected, size, timing)
-        return shadows.home(x_TD, [*ahead.experts, *late], phases)
+        shadows.refresh(layer, loads_E)
+        check = check_estimate(ahead.estimate_E, real_E, top_k, phases.threshold)
+        late = shadows.bring(layer, loads_E) if check.corrected else []
+        if ahead.experts or late:
+            shadows.store.publish(layer)
+        timing = Timing(*moments, phases.now()) if ahead.move or late else None
+        size = len(ahead.experts) * shadows.store.expert_bytes
+        return PhaseReport(check.right, check.distance, check.corrected, size, timing)
 
 
 class TwoPhase:
     """What the steps of a model share: the chances of every path, the rule for corrections, the way weights move."""
 
-    def __init__(
-        self,
-        layers: Sequence[MoELayer],
-        popularity: PathPopularity,
-        context: RankContext,
-        threshold: float | None = None,
-    ) -> None:
+    def __init__(self, shadows: Shadows, popularity: PathPopularity, threshold: float | None = None) -> None:
         """``threshold`` is ``MoEOptions.finetune_threshold``."""
-        self._layers, self.popularity, self.threshold = layers, popularity, threshold
-        self.context = context
+        self.shadows, self.popularity, self.threshold = shadows, popularity, threshold
+        self.context = shadows.context
         self._tables = self._dense_tables()
 
     @classmethod
-    def for_model(
-        cls, layers: Sequence[MoELayer], config: ModelConfig, context: RankContext, options: MoEOptions
-    ) -> TwoPhase | None:
+    def for_model(cls, shadows: Shadows | None, config: ModelConfig, options: MoEOptions) -> TwoPhase | None:
         """As the options say; None where they do not, or where no rows travel.
 
         Raises:
@@ -245,17 +218,11 @@ class TwoPhase:
                 raise ValueError(
                     f"{options.popularity}: {name} ({getattr(popularity, name)}) must be the model's {wanted}"
                 )
-        if layers[0].shadows is None:
-            return None
-        return cls(layers, popularity, context, options.finetune_threshold)
+        return None if shadows is None else cls(shadows, popularity, options.finetune_threshold)
 
     def begin(self) -> Flight | None:
-        """A step's state, to be given to every layer in turn; None in training, where copies last for one layer."""
+        """A step's state, for every layer in turn; None in training, where copies last for one layer."""
         return None if torch.is_grad_enabled() else Flight(self)
-
-    def shadows_of(self, layer: int) -> LayerShadows | None:
-        """Of a layer as it is now (a new plan replaces them); None behind the last."""
-        return self._layers[layer].shadows if layer < len(self._layers) else None
 
     def estimate(self, layer: int, paths_T: torch.Tensor) -> torch.Tensor:
         """float64 [E], ``PathPopularity.estimate`` on the device, for rows with these paths up to the layer before."""

@@ -52,12 +52,13 @@ class Surroundings:
     trains: bool = False
 
 
-def choose_dispatcher(of: Surroundings, static_shapes: bool) -> str:
+def choose_dispatcher(of: Surroundings, rows_known: bool, decode: bool) -> str:
     """The name of the dispatcher that runs.
 
     Args:
-        static_shapes: every rank knows beforehand how many rows each gives at most (decode, or a step whose plan all
-            ranks have); False where only the counts of an exact exchange tell.
+        rows_known: every rank knows beforehand how many rows each gives at most, as in all steps of an engine; without,
+            only the counts of an exact exchange tell.
+        decode: a step of one row a sequence.
     """
     if of.world_size == 1:
         return "local"
@@ -65,10 +66,13 @@ def choose_dispatcher(of: Surroundings, static_shapes: bool) -> str:
         return "split_width" if of.attention == "tp" else "gathered"
     if of.attention == "tp":
         return "replicated"
-    if of.attention == "coherent":
+    if of.attention == "coherent" and decode:
         return "coherent"
-    if of.exchange == "static" and static_shapes and not of.trains:
-        return "static"
-    if of.symmetric and of.exchange == "auto" and static_shapes and not of.trains:
-        return "symmetric"
+    if rows_known and not of.trains:
+        if of.exchange == "static":
+            return "static"
+        if of.exchange == "auto" and of.symmetric:
+            return "symmetric"
+        if of.exchange == "auto" and decode:
+            return "static"
     return "two_stage" if of.ranks_per_node and 1 < of.ranks_per_node < of.world_size else "exact"

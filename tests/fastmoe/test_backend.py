@@ -15,7 +15,7 @@ from mixtralkit.fastmoe import backend as fmoe_backend
 from mixtralkit.fastmoe.backend import FastMoELayer
 from mixtralkit.layout import RankLayout
 from mixtralkit.model.transformer import Transformer
-from mixtralkit.moe.collectives import all_to_all
+from mixtralkit.moe.dispatch.collectives import all_to_all
 from mixtralkit.moe.reference import moe_reference
 from mixtralkit.planning.plan import contiguous, everywhere
 from tests.moe.layers import Whole

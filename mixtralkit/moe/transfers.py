@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,6 @@ import torch
 import torch.distributed as dist
 
 from mixtralkit.distributed import RankContext
-from mixtralkit.moe.experts import Experts
 
 
 @dataclass(frozen=True)
@@ -73,32 +73,29 @@ def stays_in_place(old_WE: np.ndarray, new_WE: np.ndarray) -> bool:
 
 @torch.no_grad()
 def move_experts(
-    experts: Experts,
+    parameters: Sequence[torch.Tensor],
     old_WE: np.ndarray,
     new_WE: np.ndarray,
+    ways: Sequence[Transfer],
+    in_place: bool,
     context: RankContext,
-    ranks_per_node: int | None = None,
-) -> MoveReport:
-    """Gives ``experts`` the weights of the new slots, in their order. Collective.
+) -> list[torch.Tensor]:
+    """Brings ``parameters`` [S, …] the experts of the new slots. Collective.
 
-    The parameters stay the same objects. Where every rank has as many slots as before, they also stay at their
-    addresses, so that a CUDA graph may go on: what is new in a slot waits in memory of its own until the old experts
-    have been sent, and slots that keep their expert are not touched. Otherwise all slots are new tensors, the old ones
-    freed when these are full.
+    In place, what is new in a slot waits in memory of its own until the old experts have been sent, and slots that
+    keep their expert are not touched. Otherwise the new slots are new tensors, which come back.
 
     Args:
         old_WE, new_WE: slot of each expert on each rank, -1 where it is not held.
+        ways: ``transfers(old_WE, new_WE)``.
 
     Raises:
         RankFailed: another rank had no memory for it. Then no rank's weights have changed.
     """
-    ways = transfers(old_WE, new_WE, ranks_per_node)
-    in_place = stays_in_place(old_WE, new_WE)
     old_E, new_E = old_WE[context.rank], new_WE[context.rank]
     fresh_E = (new_E >= 0) & (new_E != old_E) if in_place else new_E >= 0
     fresh = sorted(np.flatnonzero(fresh_E).tolist(), key=lambda expert: new_E[expert])
     place = {expert: i for i, expert in enumerate(fresh)}
-    parameters = (experts.w13, experts.w2)
     with context.agreed():
         targets = [weights.new_empty(len(fresh), *weights.shape[1:]) for weights in parameters]
     operations = []
@@ -114,13 +111,11 @@ def move_experts(
                 operations.append(_operation(dist.irecv, target[place[way.expert]], way.source, context))
     for work in dist.batch_isend_irecv(operations) if operations else ():
         work.wait()
-    for weights, target in zip(parameters, targets, strict=True):
-        if not in_place:
-            weights.data = target
-            continue
-        for expert in fresh:
-            weights[new_E[expert]].copy_(target[place[expert]])
-    return MoveReport(ways, len(ways) * bytes_each(experts), in_place)
+    if in_place:
+        for weights, target in zip(parameters, targets, strict=True):
+            for expert in fresh:
+                weights[new_E[expert]].copy_(target[place[expert]])
+    return targets
 
 
 def open_links(context: RankContext) -> None:
@@ -131,11 +126,6 @@ def open_links(context: RankContext) -> None:
     operations += [_operation(dist.irecv, numbers_W[rank:][:1], rank, context) for rank in others]
     for work in dist.batch_isend_irecv(operations) if operations else ():
         work.wait()
-
-
-def bytes_each(experts: Experts) -> int:
-    """Size of one expert's weights."""
-    return sum(weights.shape[1:].numel() * weights.element_size() for weights in (experts.w13, experts.w2))
 
 
 def _operation(kind, weights: torch.Tensor, peer: int, context: RankContext) -> dist.P2POp:

@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from mixtralkit.moe.assignment import Assigner
 from mixtralkit.moe.capacity import CutRouting
-from mixtralkit.moe.dispatch import Dispatch
-from mixtralkit.moe.experts import RoutedRows
+from mixtralkit.moe.dispatch.base import Dispatcher, RoutedRows
+from mixtralkit.moe.table import LayerTable
+from mixtralkit.ops.hidden import Hidden, Norm, join
 
 
 def num_chunks(world_size: int, group_size: int) -> int:
@@ -47,27 +47,29 @@ class Lines:
 
 
 def run_in_chunks(
-    way: Dispatch,
+    dispatcher: Dispatcher,
     experts: Callable[[RoutedRows], torch.Tensor],
-    x_TD: torch.Tensor,
+    hidden: Hidden,
     cut: CutRouting,
-    assigner: Assigner,
+    table: LayerTable,
     chunks: int,
-) -> tuple[torch.Tensor, list[Any]]:
-    """``combine(experts(dispatch(x)))`` in ``chunks`` parts of the rows; the rows, and each chunk's handle.
+    following: Norm | None = None,
+) -> tuple[Hidden, list[Any]]:
+    """``combine(experts(dispatch(hidden)))`` in ``chunks`` parts of the rows; the rows, and each chunk's handle.
 
     Every rank cuts its own rows in the same number of parts, some perhaps empty, so that collectives match.
     """
-    lines = Lines.for_device(x_TD.device)
-    parts = _split(x_TD, cut, chunks)
+    lines = Lines.for_device(cut.experts_TK.device)
+    bounds = torch.arange(len(hidden)).tensor_split(chunks)
+    parts = [slice(int(rows[0]), int(rows[-1]) + 1) if len(rows) else slice(0, 0) for rows in bounds]
 
-    def send(part: tuple[torch.Tensor, CutRouting]) -> tuple[RoutedRows, Any, torch.cuda.Event | None]:
+    def send(part: slice) -> tuple[RoutedRows, Any, torch.cuda.Event | None]:
         with _on(lines.exchange):
-            rows, handle = way.dispatch(*part, assigner)
+            rows, handle = dispatcher.dispatch(hidden.take(part), cut.take(part), table)
             return rows, handle, _mark(lines.exchange)
 
     _wait_for(lines.exchange, _mark(lines.experts))
-    sent, sums, handles = send(parts[0]), [], []
+    sent, found, handles = send(parts[0]), [], []
     for number in range(chunks):
         rows, handle, arrived = sent
         _wait_for(lines.experts, arrived)
@@ -78,17 +80,14 @@ def run_in_chunks(
             sent = send(parts[number + 1])
         _wait_for(lines.exchange, computed)
         with _on(lines.exchange):
-            sums.append(way.combine(_keep(y_RD, lines.exchange), handle))
+            found.append(dispatcher.combine(_keep(y_RD, lines.exchange), handle, following))
         handles.append(handle)
     _wait_for(lines.experts, _mark(lines.exchange))
-    return torch.cat([_keep(part, lines.experts) for part in sums]), handles
-
-
-def _split(x_TD: torch.Tensor, cut: CutRouting, chunks: int) -> list[tuple[torch.Tensor, CutRouting]]:
-    columns = zip(
-        x_TD.tensor_split(chunks), cut.experts_TK.tensor_split(chunks), cut.weights_TK.tensor_split(chunks), strict=True
-    )
-    return [(x, CutRouting(experts, weights, cut.dropped, cut.rerouted)) for x, experts, weights in columns]
+    for part in found:
+        for tensor in (part.x_TD, part.normed_TD):
+            if tensor is not None:
+                _keep(tensor, lines.experts)
+    return join(found), handles
 
 
 def _on(stream: torch.cuda.Stream | None) -> contextlib.AbstractContextManager:

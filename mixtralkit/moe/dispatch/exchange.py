@@ -1,13 +1,14 @@
-"""One exchange of rows between ranks: out once for each rank that computes a part, one sum back."""
+"""One exchange of rows between ranks by collectives: out once for each rank that computes a part, one sum back."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from mixtralkit.distributed import RankContext
-from mixtralkit.moe.collectives import all_to_all, gather_ranks
+from mixtralkit.moe.dispatch.base import RoutedRows
+from mixtralkit.moe.dispatch.collectives import all_to_all, gather_ranks
 
 
 @dataclass(frozen=True)
@@ -18,35 +19,46 @@ class TravellingRows:
         x_RD: rows.
         ranks_RK, slots_RK: int64 rank and slot of each choice, -1 where it was dropped.
         weights_RK: float32.
-        ids_R: int64 number of each row in whatever count the caller keeps.
+        ids_R: int64 number of each row in whatever count the caller keeps, below 2^24; None where nobody needs it.
     """
 
     x_RD: torch.Tensor
     ranks_RK: torch.Tensor
     slots_RK: torch.Tensor
     weights_RK: torch.Tensor
-    ids_R: torch.Tensor
+    ids_R: torch.Tensor | None = None
 
     def take(self, index_N: torch.Tensor) -> TravellingRows:
         """The rows of the given numbers."""
-        return TravellingRows(
-            self.x_RD[index_N],
-            self.ranks_RK[index_N],
-            self.slots_RK[index_N],
-            self.weights_RK[index_N],
-            self.ids_R[index_N],
-        )
+        return TravellingRows(*(None if t is None else t[index_N] for t in self._columns))
 
+    @property
+    def _columns(self) -> tuple[torch.Tensor | None, ...]:
+        return self.x_RD, self.ranks_RK, self.slots_RK, self.weights_RK, self.ids_R
 
-def join(parts: list[TravellingRows]) -> TravellingRows:
-    """The parts one after the other."""
-    return TravellingRows(
-        torch.cat([p.x_RD for p in parts]),
-        torch.cat([p.ranks_RK for p in parts]),
-        torch.cat([p.slots_RK for p in parts]),
-        torch.cat([p.weights_RK for p in parts]),
-        torch.cat([p.ids_R for p in parts]),
-    )
+    def followed_by(self, other: TravellingRows) -> TravellingRows:
+        """These rows, then the other ones."""
+        pairs = zip(self._columns, other._columns, strict=True)
+        return TravellingRows(*(None if a is None else torch.cat([a, b]) for a, b in pairs))
+
+    def for_rank(self, rank: int) -> RoutedRows:
+        """The rows as the experts take them: slots of other ranks' choices are -1."""
+        return RoutedRows(self.x_RD, self.slots_RK.masked_fill(self.ranks_RK != rank, -1), self.weights_RK)
+
+    def pack(self) -> torch.Tensor:
+        """All but the rows as float32 [R, 3K or 3K+1], so that one message carries it.
+
+        Whole numbers up to 2^24 are exact in float32.
+        """
+        whole = [self.ranks_RK, self.slots_RK, *([] if self.ids_R is None else [self.ids_R[:, None]])]
+        return torch.cat([self.weights_RK, *(values.to(torch.float32) for values in whole)], dim=1)
+
+    def unpack(self, packed_RP: torch.Tensor, x_RD: torch.Tensor) -> TravellingRows:
+        """``pack`` backwards, for other rows ``x_RD`` that travelled beside it."""
+        top_k = self.ranks_RK.shape[1]
+        ranks, slots, ids = packed_RP.detach()[:, top_k:].long().tensor_split([top_k, 2 * top_k], dim=1)
+        ids_R = None if self.ids_R is None else ids.squeeze(1)
+        return TravellingRows(x_RD, ranks, slots, packed_RP[:, :top_k], ids_R)
 
 
 @dataclass(frozen=True)
@@ -118,9 +130,8 @@ class Exchange:
         counts_WW = context.all_gather(rows.counts_W).tolist()  # host sync: the splits of an exact exchange
         send, receive = counts_WW[context.rank], [row[context.rank] for row in counts_WW]
         arrived_RD = all_to_all(leaving.x_RD, context, send, receive)
-        arrived = unpack(all_to_all(pack(leaving), context, send, receive), arrived_RD)
-        handle = ExchangeHandle(send, receive, len(staying.x_RD), rows.merge_RK)
-        return join([staying, arrived]), handle
+        arrived = leaving.unpack(all_to_all(leaving.pack(), context, send, receive), arrived_RD)
+        return staying.followed_by(arrived), ExchangeHandle(send, receive, len(staying.x_RD), rows.merge_RK)
 
     def bring_back(self, y_RD: torch.Tensor, handle: ExchangeHandle) -> torch.Tensor:
         """One sum for each row handed on by ``send`` → the sum of all its parts for each row given to it."""
@@ -150,7 +161,7 @@ class StaticExchange:
             padded = torch.cat([values, values.new_full((missing, *values.shape[1:]), fill)])
             return gather_ranks(padded, self.context).flatten(0, 1)
 
-        return unpack(everyone(pack(rows), -1.0), everyone(rows.x_RD, 0.0))
+        return replace(rows, ids_R=None).unpack(everyone(rows.pack(), -1.0), everyone(rows.x_RD, 0.0))
 
     def bring_back(self, y_RD: torch.Tensor, own_rows: int) -> torch.Tensor:
         """Every rank's part of this rank's rows, added up in rank order."""
@@ -158,23 +169,6 @@ class StaticExchange:
         splits = [y_RD.shape[0] // world] * world
         parts_WTD = all_to_all(y_RD, self.context, splits, splits).unflatten(0, (world, -1))
         return parts_WTD[:, :own_rows].sum(0)
-
-
-def pack(rows: TravellingRows) -> torch.Tensor:
-    """Ranks, slots, weights and id of each row as float32 [R, 3K+1], so that one message carries them.
-
-    Whole numbers up to 2^24 are exact in float32.
-    """
-    whole = (rows.ranks_RK, rows.slots_RK, rows.ids_R[:, None])
-    ranks, slots, ids = (values.to(torch.float32) for values in whole)
-    return torch.cat([ranks, slots, ids, rows.weights_RK], dim=1)
-
-
-def unpack(packed_RP: torch.Tensor, x_RD: torch.Tensor) -> TravellingRows:
-    """``pack`` backwards, for rows ``x_RD`` that travelled beside it."""
-    top_k = packed_RP.shape[1] // 3
-    ranks, slots, ids = packed_RP.detach()[:, : 2 * top_k + 1].long().split([top_k, top_k, 1], dim=1)
-    return TravellingRows(x_RD, ranks, slots, packed_RP[:, 2 * top_k + 1 :], ids.squeeze(1))
 
 
 def _one_hot(members_RK: torch.Tensor, world_size: int) -> torch.Tensor:

@@ -1,0 +1,223 @@
+"""The expert store: the only owner of a rank's expert weights, of its plan's slots and of copies that come and go.
+
+::
+
+    storage   │ layer 0's slots │ layer 1's slots │ … │ copies of other ranks' experts, of whatever layer │
+    table     layer i, expert e ─► rank, slot ─► place in the storage          (moe/table.py, on the device)
+
+Shadows, two phases and new plans all come down to weights that are written to a place and a table that names it. Both
+are done in stream order, so that a step in flight reads what was there when it was launched, and a captured graph goes
+on with whatever the tables say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from mixtralkit.distributed import RankContext
+from mixtralkit.layout import RankLayout
+from mixtralkit.moe.experts import Experts
+from mixtralkit.moe.table import LayerTable
+from mixtralkit.moe.transfers import MoveReport, move_experts, stays_in_place, transfers
+from mixtralkit.planning.replicas import ReplicaTable
+
+Send = Callable[[torch.Tensor, int], None]  # a tensor of the given rank to all, into the same tensor there
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A copy on every rank: its place in the storage, and its number among the layer's copies."""
+
+    place: int
+    number: int
+
+
+class ExpertStore:
+    """Expert weights of some layers on this rank. Every rank's store has the same copies in the same places.
+
+    Attributes:
+        experts, tables: by layer.
+        copies: (layer, expert) → copy.
+        room: how many copies there are places for.
+        relocations: how often experts got other addresses, so that captured graphs are void.
+    """
+
+    def __init__(
+        self,
+        layout: RankLayout,
+        context: RankContext,
+        dtype: torch.dtype,
+        room: int = 0,
+        layers: Sequence[int] | None = None,
+        may_change: bool = False,
+    ) -> None:
+        """``room`` is for copies; ``layers`` None means all; ``may_change`` says that plans may change between steps."""
+        self.layout, self.context, self.dtype, self.room = layout, context, dtype, room
+        self.may_change = may_change or room > 0
+        self.copies: dict[tuple[int, int], Copy] = {}
+        self.relocations = 0
+        self.layers = list(range(layout.config.n_layers)) if layers is None else list(layers)
+        self.experts: dict[int, Experts] = {}
+        self.tables: dict[int, LayerTable] = {}
+        self._allocate()
+
+    @property
+    def expert_bytes(self) -> int:
+        """Weights of one expert, or of this rank's part of its hidden width."""
+        config = self.layout.config
+        return 3 * config.dim * (self.layout.hidden[1] - self.layout.hidden[0]) * self.dtype.itemsize
+
+    def _empty(self, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
+        dim, hidden = self.layout.config.dim, self.layout.hidden[1] - self.layout.hidden[0]
+        like = {"dtype": self.dtype, "device": self.context.device}
+        return torch.empty(slots, 2 * hidden, dim, **like), torch.empty(slots, dim, hidden, **like)
+
+    def _allocate(self) -> None:
+        """Memory of every layer by itself, or one for all where copies need places that any layer can name."""
+        slots_L = [len(self.layout.experts(layer)) for layer in self.layers]
+        storage = self._empty(sum(slots_L) + self.room) if self.room else None
+        first = 0
+        for layer, slots in zip(self.layers, slots_L, strict=True):
+            own, storage_S = self._empty(slots) if storage is None else None, None
+            if storage is not None:
+                own = tuple(weights[first : first + slots] for weights in storage)
+                storage_S = self._own_places(slots)
+                storage_S += first
+            self.experts[layer] = Experts(*own, None if storage is None else (*storage, storage_S))
+            self.tables[layer] = LayerTable(self.replicas(layer), self.context, self.may_change)
+            first += slots
+        self._places = list(range(first, first + self.room))
+
+    @property
+    def _most_copies(self) -> int:
+        """Of one layer."""
+        return min(self.room, self.layout.config.num_experts)
+
+    def _own_places(self, slots: int) -> torch.Tensor:
+        """Places of a layer's slots from its first on; those for copies name nothing yet."""
+        return torch.arange(slots + self._most_copies, device=self.context.device).clamp(max=max(slots - 1, 0))
+
+    def slots_WE(self, layer: int) -> np.ndarray:
+        """The plan's slots of a layer, -1 where a rank lacks an expert; where experts are split all have all."""
+        if self.layout.parallel.experts == "tp":
+            return np.tile(np.arange(self.layout.config.num_experts), (self.layout.world_size, 1))
+        return self.layout.plan.slot_of_LWE[layer]
+
+    def replicas(self, layer: int) -> ReplicaTable:
+        """Who computes what in a layer now: copies are numbered after each rank's own slots."""
+        slots_WE = self.slots_WE(layer)
+        copies = {expert: copy.number for (of, expert), copy in self.copies.items() if of == layer}
+        if copies:
+            slots_WE = slots_WE.copy()
+            own_W = (self.slots_WE(layer) >= 0).sum(1)
+            for expert, number in copies.items():
+                lacks_W = slots_WE[:, expert] < 0
+                slots_WE[lacks_W, expert] = own_W[lacks_W] + number
+        return ReplicaTable(slots_WE, self.layout.plan.ranks_per_node, self.layout.parallel.attention == "tp")
+
+    def owner(self, layer: int, expert: int) -> tuple[int, int]:
+        """First rank that holds the expert by the plan, and its slot there."""
+        slots_W = self.slots_WE(layer)[:, expert]
+        rank = int((slots_W >= 0).argmax())
+        return rank, int(slots_W[rank])
+
+    def copied(self, layer: int) -> frozenset[int]:
+        """Experts of the layer that are on every rank thanks to a copy."""
+        return frozenset(expert for of, expert in self.copies if of == layer)
+
+    @torch.no_grad()
+    def fetch(self, layer: int, expert: int, send: Send | None = None) -> None:
+        """Brings a copy of an expert to a free place on every rank; ``publish`` lets rows use it. Collective.
+
+        Args:
+            send: moves the weights; None does it before this returns.
+        """
+        taken = {copy.place for copy in self.copies.values()}
+        place = next(place for place in self._places if place not in taken)
+        numbers = {copy.number for (of, _), copy in self.copies.items() if of == layer}
+        owner, slot = self.owner(layer, expert)
+        experts = self.experts[layer]
+        for storage, own in zip(experts.storage, (experts.w13, experts.w2), strict=False):
+            target = own[slot] if owner == self.context.rank else storage[place]
+            (send or self._broadcast)(target, owner)
+        number = next(n for n in range(self._most_copies) if n not in numbers)
+        self.copies[layer, expert] = Copy(place, number)
+
+    def _broadcast(self, weights: torch.Tensor, owner: int) -> None:
+        dist.broadcast(weights, group_src=owner, group=self.context.group)
+
+    def drop(self, keys: Iterable[tuple[int, int]]) -> None:
+        """Gives up copies, (layer, expert) each; their layers' rows do without them from now on."""
+        layers = set()
+        for key in list(keys):
+            del self.copies[key]
+            layers.add(key[0])
+        for layer in sorted(layers):
+            self.publish(layer)
+
+    def publish(self, layer: int) -> None:
+        """Lets rows use the layer's copies as they are now."""
+        experts, own = self.experts[layer], len(self.layout.experts(layer))
+        self.tables[layer].update(self.replicas(layer))
+        places = {copy.number: copy.place for (of, _), copy in self.copies.items() if of == layer}
+        if places:
+            numbers_C = torch.tensor([[own + number, place] for number, place in places.items()])
+            slot_C, place_C = numbers_C.T.to(self.context.device, non_blocking=True)
+            experts.storage[2][slot_C] = place_C
+
+    def adopt(self, layer: int, layout: RankLayout) -> MoveReport:
+        """Goes over to the layer's slots in another plan, between two steps. Collective.
+
+        Experts that a rank lacks come from others; copies of the layer are dropped. Where every rank has as many slots
+        as before, weights keep their addresses; otherwise ``relocations`` grows.
+
+        Raises:
+            ValueError: another model, ranks or ranks_per_node; experts 'tp'; weights that train.
+            RankFailed: another rank had no memory for it; then nothing has changed.
+        """
+        self._check_fits(layout, layer)
+        self.drop([key for key in self.copies if key[0] == layer])
+        old_WE, new_WE = self.layout.plan.slot_of_LWE[layer], layout.plan.slot_of_LWE[layer]
+        ways = transfers(old_WE, new_WE, layout.plan.ranks_per_node)
+        in_place, experts = stays_in_place(old_WE, new_WE), self.experts[layer]
+        targets = move_experts((experts.w13, experts.w2), old_WE, new_WE, ways, in_place, self.context)
+        self.layout = layout
+        if not in_place:
+            self._relocate(layer, targets)
+        self.tables[layer].update(self.replicas(layer))
+        return MoveReport(ways, len(ways) * self.expert_bytes, in_place)
+
+    def _check_fits(self, layout: RankLayout, layer: int) -> None:
+        old, new = self.layout.plan, layout.plan
+        if layout.parallel.experts != "ep":
+            raise ValueError(f"experts ({layout.parallel.experts!r}) must be 'ep' for a new plan between steps")
+        if self.experts[layer].w13.requires_grad:
+            raise ValueError("a new plan between steps needs weights that do not train")
+        ranks = [(plan.world_size, plan.ranks_per_node) for plan in (old, new)]
+        if replace(layout, plan=old) != self.layout or ranks[0] != ranks[1]:
+            raise ValueError("a new plan between steps must have the model, ranks and ranks_per_node of the old one")
+
+    def _relocate(self, layer: int, targets: Sequence[torch.Tensor]) -> None:
+        """New memory for the layer, or for all where they share one."""
+        self.relocations += 1
+        if not self.room:
+            for weights, target in zip((self.experts[layer].w13, self.experts[layer].w2), targets, strict=True):
+                weights.data = target
+            return
+        old = {of: (experts.w13.data, experts.w2.data) for of, experts in self.experts.items()} | {layer: targets}
+        self.drop(list(self.copies))
+        slots = [len(old[of][0]) for of in self.layers]
+        storage, first = self._empty(sum(slots) + self.room), 0
+        for of, count in zip(self.layers, slots, strict=True):
+            experts = self.experts[of]
+            for weights, memory, values in zip((experts.w13, experts.w2), storage, old[of], strict=True):
+                weights.data = memory[first : first + count].copy_(values)
+            storage_S = self._own_places(count) + first
+            experts.storage = (*storage, storage_S)
+            first += count
+        self._places = list(range(first, first + self.room))
