@@ -188,13 +188,13 @@ class Engine:
     def _static_rows(self, pieces: list[list[Piece]]) -> int | None:
         """The most tokens a rank has in this step, known to all, where fixed shapes pay.
 
-        That is in decode, and wherever ``peer_rows`` asks for the way through the GPUs' memory and it is there.
+        That is in decode, and wherever ``symmetric_rows`` asks for the way through the GPUs' memory and it is there.
         """
         most = max(sum(piece.stop - piece.start for piece in own) for own in pieces)
         is_decode = all(piece.stop - piece.start == 1 for own in pieces for piece in own)
         options = self.model.options
         fixed = is_decode or options.exchange == "static"
-        if not fixed and most <= (options.peer_rows or 0):
+        if not fixed and most <= (options.symmetric_rows or 0):
             fixed = self.model.peers is not None and self.model.peers.mailbox is not None
         return most if fixed else None
 
