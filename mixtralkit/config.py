@@ -214,10 +214,12 @@ class ParallelConfig:
     experts: str = "ep"
 
     def __post_init__(self) -> None:
-        if self.attention not in ("tp", "dp"):
-            raise ValueError(f"attention ({self.attention!r}) must be 'tp' or 'dp'")
+        if self.attention not in ("tp", "dp", "coherent"):
+            raise ValueError(f"attention ({self.attention!r}) must be 'tp', 'dp' or 'coherent'")
         if self.experts not in ("tp", "ep"):
             raise ValueError(f"experts ({self.experts!r}) must be 'tp' or 'ep'")
+        if self.attention == "coherent" and self.experts != "ep":
+            raise ValueError(f"experts ({self.experts!r}) must be 'ep' with attention 'coherent'")
 
 
 @dataclass(frozen=True)

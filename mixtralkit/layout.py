@@ -110,7 +110,7 @@ class RankLayout:
     @cached_property
     def kv_heads(self) -> tuple[int, int]:
         """Bounds of this rank's key-value heads; with fewer of them than ranks, neighbours hold the same one."""
-        if self.parallel.attention == "dp":
+        if self.parallel.attention != "tp":
             return 0, self.config.n_kv_heads
         if self.config.n_kv_heads >= self.world_size:
             return self._share(self.config.n_kv_heads)

@@ -15,18 +15,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from mixtralkit.distributed import RankContext
 from mixtralkit.engine.graphs import Graphs, Run
 from mixtralkit.engine.requests import Sequence
 from mixtralkit.engine.sampler import gather_vocabulary, sample_each, sample_likeliest, settings_of, uniform
-from mixtralkit.model.decode import Decoder
-from mixtralkit.model.step import StepBatch
+from mixtralkit.model.batch import ForwardBatch
+from mixtralkit.model.kv_cache import KVCache
 from mixtralkit.model.transformer import Transformer
-from mixtralkit.moe.gate import Routing
 from mixtralkit.moe.layer import MoEReport
 from mixtralkit.ops.counting import count_keys
 
@@ -71,7 +71,7 @@ class Flight:
     """A step that was launched, and what it gives when it is done.
 
     ``sequences_W`` are the sequences of each rank that has its own; where all run the same ones there is one list.
-    ``own`` is this rank's. ``routings`` are those of its rows, the ones that only fill behind, and ``counts_LE``
+    ``own`` is this rank's. ``reports`` are those of its rows, the ones that only fill behind, and ``counts_LE``
     (int64) the choices of each expert by the others, where they are counted; the next launch may overwrite both.
     ``packed`` [W, bytes] and ``wishes`` are on the host, with their values once ``done`` has passed. ``replayed`` and
     ``recapture_s`` are those of ``graphs.Run``.
@@ -79,9 +79,10 @@ class Flight:
 
     sequences_W: list[list[Sequence]]
     own: list[Sequence]
-    routings: list[Routing]
+    reports: list[MoEReport]
     counts_LE: torch.Tensor | None
     packed: torch.Tensor
+    room: int
     wishes: torch.Tensor
     done: torch.cuda.Event | None
     replayed: bool
@@ -107,9 +108,15 @@ class Flight:
         """Every sequence with its next token and the token's log-probability. Waits for the step."""
         self._wait()
         for sequences, packed in zip(self.sequences_W, self.packed, strict=True):
-            tokens_B, logprobs_B = unpacked(packed.clone())  # whole, it may start where no int64 may
+            tokens_B, logprobs_B = unpacked(packed[: 12 * self.room].clone())  # it may start where no int64 may
             # rows that fill come last
             yield from zip(sequences, tokens_B.tolist(), logprobs_B.tolist(), strict=False)
+
+    def loads_LE(self) -> np.ndarray:
+        """int64 choices of each expert by the rows of all ranks, where they travel with the answers. Waits."""
+        self._wait()
+        counts_WN = self.packed[:, 12 * self.room :].contiguous().view(torch.int64)
+        return counts_WN.sum(0).view(self.counts_LE.shape).numpy()
 
     def _wait(self) -> None:
         if self.done is not None:
@@ -118,10 +125,10 @@ class Flight:
 
 @dataclass(frozen=True)
 class _Answers:
-    """What a step leaves on the device: its rows' routings, what every rank with sequences of its own has sampled,
+    """What a step leaves on the device: its layers' reports, what every rank with sequences of its own has sampled,
     packed [W, bytes], and the choices of each expert."""
 
-    routings: list[Routing]
+    reports: list[MoEReport]
     packed: torch.Tensor
     counts_LE: torch.Tensor | None
 
@@ -137,40 +144,27 @@ class DecodeSteps:
     def __init__(
         self,
         model: Transformer,
-        decoder: Decoder,
-        slots: int,
+        cache: KVCache,
         cuda_graphs: bool = True,
         counts_choices: bool = False,
     ) -> None:
-        """
-        Args:
-            slots: most sequences of a step, under ``dp`` on one rank.
-            counts_choices: give every step's ``counts_LE``, as a part of it.
-        """
-        self.model, self.decoder, self.context = model, decoder, model.context
+        """``counts_choices``: give every step's ``counts_LE``, as a part of it; shadows always have it."""
+        self.model, self.cache, self.context = model, cache, model.context
+        slots = cache.slots
         self._owners = model.ranks_with_own_sequences
         self._owner = model.context.rank if self._owners > 1 else 0
         # the ranks that have each a part of the vocabulary
-        self._parts = model.context if self._owners == 1 else RankContext(device=model.context.device)
+        self._parts = model.context if model.sums is not None else RankContext(device=model.context.device)
         self._sizes = bucket_sizes(slots)
         self._own = _Rows(slots, self.context.device)
-        self._graphs = Graphs(self.context.device, cuda_graphs)
+        self._graphs = Graphs(self.context.device, cuda_graphs and model.decodes_in_graphs)
+        self._relocations = model.store.relocations
         self._sequences_W: list[list[Sequence]] = [[] for _ in range(self._owners)]
         self._filled = 0
         self._draws = False
-        self._nothing = torch.zeros((), dtype=torch.int64, device=self.context.device)
         layers, experts = model.params.n_layers, model.params.num_experts
         self._first_key_L11 = torch.arange(layers, device=self.context.device)[:, None, None] * experts
-        self._counts_choices = counts_choices
-
-    def follow(self) -> None:
-        """Goes over to the model's plan as it is now; no step may be in flight.
-
-        Graphs stay where all that they read stays at its address, and are forgotten otherwise. Collective only in that
-        all ranks do it between the same steps.
-        """
-        if not self.decoder.follow():
-            self._graphs.forget()
+        self._counts_choices = counts_choices or model.shadows is not None
 
     def launch(
         self, sequences: list[Sequence], unread: bool, wish: bool | None = None, may_capture: bool = True
@@ -183,12 +177,10 @@ class DecodeSteps:
                 the sequences are some of that step's, in the same order.
             wish: whether to stop, which rank 0 decides for all; None where no rank is ever asked.
             may_capture: False runs the step kernel by kernel where it has no graph yet; the same on every rank.
-
-        Raises:
-            RuntimeError: the model has another plan than the one that was followed last.
         """
-        if self.decoder.layout is not self.model.layout:
-            raise RuntimeError("the model's plan has changed under its decode steps; they must follow it first")
+        if self._relocations != self.model.store.relocations:  # what graphs read has other addresses now
+            self._graphs.forget()
+            self._relocations = self.model.store.relocations
         if not unread or len(sequences) != sum(map(len, self._sequences_W)):
             self._place(sequences, unread)
         own, rows, draws, mine = self._own, self._filled, self._draws, self._sequences_W[self._owner]
@@ -203,7 +195,7 @@ class DecodeSteps:
         )
         return self._flight(run, wish)
 
-    def observed(self, flight: Flight, sequences_before: int) -> tuple[StepBatch, list[MoEReport]] | None:
+    def observed(self, flight: Flight, sequences_before: int) -> tuple[ForwardBatch, list[MoEReport]] | None:
         """This rank's rows as an ``Observe`` takes them, without those of sequences that have ended; None for no row.
 
         To be called after the values of the step before were taken and before the next one is launched.
@@ -212,15 +204,17 @@ class DecodeSteps:
         if not rows:
             return None
         sequences = [flight.own[row] for row in rows]
-        batch = StepBatch.build(
+        batch = ForwardBatch.build(
             [(s.slot, s.cached, s.tokens[-1:]) for s in sequences],
             self.context.device,
             [sequences_before + s.request.id for s in sequences],
         )
         rows_B = self._upload(rows, torch.int64)
         # indexing copies, so that observers may keep what the next step overwrites
-        routings = [Routing(r.experts_TK[rows_B], r.weights_TK[rows_B], r.logits_TE[rows_B]) for r in flight.routings]
-        return batch, [MoEReport(routing, self._nothing, self._nothing, handles=()) for routing in routings]
+        return batch, [
+            replace(r, routing=r.routing.take(rows_B), dropped=r.dropped.clone(), rerouted=r.rerouted.clone())
+            for r in flight.reports
+        ]
 
     def _place(self, sequences: list[Sequence], unread: bool) -> None:
         """Gives each of this rank's sequences a row; where its last token is on the device, that moves there."""
@@ -248,23 +242,30 @@ class DecodeSteps:
 
     @torch.no_grad()
     def _step(self, of: _Rows, rows: int, draws: bool) -> _Answers:
-        decoded = self.decoder(of.tokens_B[:rows], of.positions_B[:rows], of.slots_B[:rows])
+        model = self.model
+        batch = ForwardBatch.of_rows(of.tokens_B[:rows], of.positions_B[:rows], of.slots_B[:rows], rows)
+        batch = replace(batch, observed=self._counts_choices)
+        hidden, reports = model.hidden(model.attend_to(batch, self.cache))
+        part_BV = model.logits(hidden)
         if draws:
-            logits_BV = gather_vocabulary(decoded.logits_BV, self.model.params.vocab_size, self._parts)
+            logits_BV = gather_vocabulary(part_BV, model.params.vocab_size, self._parts)
             tokens_B, logprobs_B = sample_each(logits_BV, of.settings_4B[:, :rows], of.uniforms_B[:rows])
         else:
-            tokens_B, logprobs_B = sample_likeliest(decoded.logits_BV, self.model.layout.vocab[0], self._parts)
+            tokens_B, logprobs_B = sample_likeliest(part_BV, model.layout.vocab[0], self._parts)
         of.tokens_B[:rows].copy_(tokens_B)
         of.logprobs_B[:rows].copy_(logprobs_B)
         of.positions_B[:rows].add_(of.advance_B[:rows])
-        packed = self.context.all_gather(of.packed) if self._owners > 1 else of.packed.unsqueeze(0)
-        counts_LE = self._counted(decoded.routings, of.slots_B[:rows]) if self._counts_choices else None
-        return _Answers(decoded.routings, packed, counts_LE)
+        counts_LE = self._counted(reports, of.slots_B[:rows]) if self._counts_choices else None
+        packed = of.packed
+        if model.shadows is not None:  # what the ranks counted travels with what they sampled
+            packed = torch.cat([packed, counts_LE.flatten().view(torch.uint8)])
+        packed = self.context.all_gather(packed) if self._owners > 1 else packed.unsqueeze(0)
+        return _Answers(reports, packed, counts_LE)
 
-    def _counted(self, routings: list[Routing], slots_B: torch.Tensor) -> torch.Tensor:
+    def _counted(self, reports: list[MoEReport], slots_B: torch.Tensor) -> torch.Tensor:
         """How many rows with a sequence chose each expert: int64 [L, E]."""
         layers, experts = self.model.params.n_layers, self.model.params.num_experts
-        keys_LBK = torch.stack([routing.experts_TK for routing in routings]) + self._first_key_L11
+        keys_LBK = torch.stack([report.routing.experts_TK for report in reports]) + self._first_key_L11
         keys_LBK = keys_LBK.masked_fill((slots_B < 0)[:, None], layers * experts)
         return count_keys(keys_LBK, layers * experts + 1)[:-1].view(layers, experts)
 
@@ -276,9 +277,13 @@ class DecodeSteps:
         if self.context.device.type == "cuda":
             done = torch.cuda.Event()
             done.record()
+        reports = run.value.reports
+        if run.replayed and self.model.shadows is not None:  # the graph's are those of its capture
+            told = enumerate(reports)
+            reports = [replace(report, shadows=self.model.shadows.report(layer)) for layer, report in told]
         return Flight(
-            self._sequences_W, self._sequences_W[self._owner], run.value.routings, run.value.counts_LE,
-            packed, wishes, done, run.replayed, run.recapture_s,
+            self._sequences_W, self._sequences_W[self._owner], reports, run.value.counts_LE, packed,
+            len(self._own.slots_B), wishes, done, run.replayed, run.recapture_s,
         )  # fmt: skip
 
     def _upload(self, values: Many, dtype: torch.dtype) -> torch.Tensor:

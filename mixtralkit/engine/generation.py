@@ -20,9 +20,10 @@ from mixtralkit.engine.recorder import together
 from mixtralkit.engine.requests import Completion, Request, Sequence, StreamEvent, check_prompt
 from mixtralkit.engine.sampler import logprobs_of, sample, uniform
 from mixtralkit.engine.tokenizer import Tokenizer
-from mixtralkit.model.decode import Decoder
-from mixtralkit.model.step import StepBatch
+from mixtralkit.model.batch import ForwardBatch
 from mixtralkit.model.transformer import Observe, Transformer
+from mixtralkit.moe.layer import MoEReport
+from mixtralkit.ops.counting import count_keys
 
 # Prompt tokens of a step: more of them make the experts' products little faster and the memory larger.
 PREFILL_BUDGET = 8192
@@ -99,57 +100,34 @@ class Engine:
 
     def _admitted(self, requests: Many[Request]) -> Batcher:
         if self.model.cache is None:
-            self.reset()  # the steps keep the cache that they were made for
             self.model.allocate_cache()
         slots, ranks = self.model.sequences_per_rank, self.model.ranks_with_own_sequences
         return Batcher(requests, self.tokenizer, slots, ranks, self.prefill_budget, self.model.params.max_seq_len)
 
     def reset(self) -> None:
-        """Forgets the decode steps and gives back their memory; the next run makes new ones.
-
-        Another cache or plan of the model is noticed without it. Collective.
-        """
+        """Forgets the decode steps and gives back their memory; the next run makes new ones. Collective."""
         self._steps: DecodeSteps | None = None
-        self._steps_made_for: tuple[object, ...] = ()
 
     def _loop(
         self, batcher: Batcher, should_stop: Callable[[], bool] | None, sequences_before: int
     ) -> Iterator[StreamEvent]:
         while batcher:
             if self.plan_manager is not None:
-                self.plan_manager.between_steps(self._follow_plan)
+                self.plan_manager.between_steps()
             batcher.admit()
-            steps = self._decode_steps() if batcher.only_decodes else None
-            if steps is None:
-                stop = yield from self._run_plain(batcher, should_stop, sequences_before)
+            if batcher.only_decodes:
+                stop = yield from self._run_ahead(self._decode_steps(), batcher, should_stop, sequences_before)
             else:
-                stop = yield from self._run_ahead(steps, batcher, should_stop, sequences_before)
+                stop = yield from self._run_plain(batcher, should_stop, sequences_before)
             if stop:
                 yield from _interrupted(batcher)
                 return
 
-    def _decode_steps(self) -> DecodeSteps | None:
-        """Steps for the model as it is now; None where it needs plain ones. Collective when they are made."""
-        self._follow_plan()
-        cache, layout = self.model.cache, self.model.layout
-        counts_choices = self.plan_manager is not None
-        made_for = (cache, layout, counts_choices)
-        if not _are_same(self._steps_made_for, made_for):
-            self.reset()
-            decoder = Decoder.for_model(self.model, cache)
-            if decoder is not None:
-                self._steps = DecodeSteps(self.model, decoder, cache.slots, self.cuda_graphs, counts_choices)
-            self._steps_made_for = made_for
+    def _decode_steps(self) -> DecodeSteps:
+        """Steps for the model's cache as it is now. Collective when they are made."""
+        if self._steps is None or self._steps.cache is not self.model.cache:
+            self._steps = DecodeSteps(self.model, self.model.cache, self.cuda_graphs, self.plan_manager is not None)
         return self._steps
-
-    def _follow_plan(self) -> None:
-        """Decode steps that differ from what the model needs now by its plan alone go over to it. Collective."""
-        cache, layout = self.model.cache, self.model.layout
-        if self._steps is None or self._steps_made_for[1] is layout:
-            return
-        if self._steps_made_for[0] is cache and Decoder.serves(self.model, cache):
-            self._steps.follow()
-            self._steps_made_for = (cache, layout, self._steps_made_for[2])
 
     def _run_ahead(
         self,
@@ -184,6 +162,8 @@ class Engine:
                         event = self._accept(batcher, sequence, token, logprob)
                         if event is not None:
                             yield event
+                if self.model.shadows is not None:
+                    self.model.shadows.between_steps(flight.loads_LE())
             if following is None:
                 return False
             if self.observe is not None and (step := steps.observed(following, sequences_before)) is not None:
@@ -197,36 +177,26 @@ class Engine:
         pieces = batcher.plan()
         wish = should_stop is not None and should_stop()
         own = pieces[self.context.rank if self._shares_sequences else 0]
-        own_values = self._step(own, self._static_rows(pieces), sequences_before)
+        most = max(sum(piece.stop - piece.start for piece in of_rank) for of_rank in pieces)
+        own_values = self._step(own, most, sequences_before)
         stop, values = self._exchange(pieces, wish, own_values, should_stop is not None)
         if not stop:
             for rank_pieces, numbers in zip(pieces, values, strict=True):
                 yield from self._take(batcher, rank_pieces, numbers)
         return stop
 
-    def _static_rows(self, pieces: list[list[Piece]]) -> int | None:
-        """The most tokens a rank has in this step, known to all, where fixed shapes pay.
-
-        That is in decode, and wherever ``symmetric_rows`` asks for the way through the GPUs' memory and it is there.
-        """
-        most = max(sum(piece.stop - piece.start for piece in own) for own in pieces)
-        is_decode = all(piece.stop - piece.start == 1 for own in pieces for piece in own)
-        options = self.model.options
-        fixed = is_decode or options.exchange == "static"
-        if not fixed and most <= (options.symmetric_rows or 0):
-            fixed = self.model.peers is not None and self.model.peers.mailbox is not None
-        return most if fixed else None
-
-    def _step(self, pieces: list[Piece], rows_per_rank: int | None, sequences_before: int) -> torch.Tensor:
+    def _step(self, pieces: list[Piece], rows_per_rank: int, sequences_before: int) -> torch.Tensor:
         """Runs this rank's pieces; the values of all pieces one after the other, float64 on the device.
 
         Of each piece: log-probabilities of its scored prompt tokens, then the sampled token and its log-probability.
+        Where shadows count them, the choices of each expert in each layer come first.
         """
         device = self.context.device
-        batch = StepBatch.build(
+        batch = ForwardBatch.build(
             [(piece.sequence.slot, piece.start, piece.sequence.ids(piece.start, piece.stop)) for piece in pieces],
             device,
             [sequences_before + piece.sequence.request.id for piece in pieces],
+            rows_per_rank,
         )
         scored_rows, sampled_rows, targets = [], [], []
         for piece, span in zip(pieces, batch.spans, strict=True):
@@ -236,8 +206,9 @@ class Engine:
             if piece.is_sampled:
                 sampled_rows.append(span.stop - 1)
         rows_N = torch.tensor(scored_rows + sampled_rows, dtype=torch.int64).to(device, non_blocking=True)
-        observe = together(self.observe, self.plan_manager)
-        logits_NV = self.model.step(batch, self.model.cache, rows_N, rows_per_rank, observe)
+        observe, counts = together(self.observe, self.plan_manager), []
+        glance = None if self.model.shadows is None else lambda reports: counts.extend(map(_choices, reports))
+        logits_NV = self.model.step(batch, self.model.cache, rows_N, observe, glance)
         targets_M = torch.tensor(targets, dtype=torch.int64).to(device, non_blocking=True)
         prompt_logprobs_M = logprobs_of(logits_NV[: len(targets)], targets_M)
         sampled = [piece.sequence for piece in pieces if piece.is_sampled]
@@ -247,7 +218,7 @@ class Engine:
             [uniform(s.request.sampling.seed, s.request.id, s.length) for s in sampled],
         )
         # float64 holds token ids and float32 values exactly, so one tensor carries both.
-        return torch.cat([prompt_logprobs_M.double(), tokens.double(), logprobs.double()])
+        return torch.cat([*counts, prompt_logprobs_M.double(), tokens.double(), logprobs.double()])
 
     def _exchange(
         self, pieces: list[list[Piece]], wish: bool, own_values: torch.Tensor, interruptible: bool
@@ -260,12 +231,16 @@ class Engine:
                 flag = own_values.new_tensor([float(wish)])
                 wish = bool(self.context.all_gather(flag)[0].item())
             return wish, [own_values.tolist()]
-        counts = [sum(piece.values for piece in own) for own in pieces]
-        packed = own_values.new_zeros(1 + max(counts))
+        shadows, params = self.model.shadows, self.model.params
+        first = 1 if shadows is None else 1 + params.n_layers * params.num_experts
+        counts = [first + sum(piece.values for piece in own) for own in pieces]
+        packed = own_values.new_zeros(max(counts))
         packed[0] = float(wish)
         packed[1 : 1 + len(own_values)] = own_values
-        gathered = self.context.all_gather(packed).tolist()
-        return bool(gathered[0][0]), [row[1 : 1 + n] for row, n in zip(gathered, counts, strict=True)]
+        gathered = self.context.all_gather(packed).cpu()
+        if shadows is not None:
+            shadows.between_steps(gathered[:, 1:first].sum(0).view(params.n_layers, -1).numpy())
+        return bool(gathered[0, 0]), [row[first:n] for row, n in zip(gathered.tolist(), counts, strict=True)]
 
     def _take(self, batcher: Batcher, pieces: list[Piece], numbers: list[float]) -> Iterator[StreamEvent]:
         """Gives one rank's values to its sequences."""
@@ -306,8 +281,9 @@ def check_prefill_budget(prefill_budget: int) -> None:
         raise ValueError(f"prefill_budget ({prefill_budget!r}) must be a whole number of at least 1")
 
 
-def _are_same(one: tuple[object, ...], other: tuple[object, ...]) -> bool:
-    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+def _choices(report: MoEReport) -> torch.Tensor:
+    """float64 [E]: how many rows chose each expert."""
+    return count_keys(report.routing.experts_TK, report.routing.logits_TE.shape[1]).double()
 
 
 def _next_rows(batcher: Batcher, flight: Flight | None) -> list[Sequence]:

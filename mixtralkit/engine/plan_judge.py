@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mixtralkit.model.transformer import Transformer
-from mixtralkit.moe.move import Transfer, stays_in_place, transfers
+from mixtralkit.moe.transfers import Transfer, stays_in_place, transfers
 from mixtralkit.planning.cost import ModelShape, TimeModel
 from mixtralkit.planning.hardware import Hardware
 from mixtralkit.planning.plan import ExpertPlan

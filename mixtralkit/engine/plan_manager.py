@@ -12,7 +12,6 @@ decode steps run ahead of their text as they do without a manager. See docs/plan
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,10 +23,10 @@ from mixtralkit.engine.decoding import Flight
 from mixtralkit.engine.plan_judge import MoveJudge
 from mixtralkit.engine.plan_policies import Policy
 from mixtralkit.engine.plan_statistics import PlanStatistics
-from mixtralkit.model.step import StepBatch
+from mixtralkit.model.batch import ForwardBatch
 from mixtralkit.model.transformer import Transformer
 from mixtralkit.moe.layer import MoEReport
-from mixtralkit.moe.move import open_links
+from mixtralkit.moe.transfers import open_links
 from mixtralkit.ops.counting import count_keys
 from mixtralkit.planning.plan import ExpertPlan
 
@@ -86,7 +85,7 @@ class PlanManager:
         self._restart()
         open_links(self.context)
 
-    def __call__(self, batch: StepBatch, reports: list[MoEReport]) -> None:
+    def __call__(self, batch: ForwardBatch, reports: list[MoEReport]) -> None:
         """Counts a plain step (an ``Observe``); nothing waits for the device."""
         _, layers, experts = self._shape_HLE
         chosen_LN = torch.stack([report.routing.experts_TK.flatten() for report in reports])
@@ -120,12 +119,8 @@ class PlanManager:
         """Whether ``between_steps`` has something to do, so that no step may be in flight; the same on every rank."""
         return self.in_pass or self._steps >= self.update_step
 
-    def between_steps(self, follow: Callable[[], None] | None = None) -> None:
-        """Goes on with the pass over the layers, by at most one move. Collective.
-
-        Args:
-            follow: called after a move, which the pause includes.
-        """
+    def between_steps(self) -> None:
+        """Goes on with the pass over the layers, by at most one move. Collective."""
         if not self.is_due:
             return
         started = time.perf_counter() - self._late_plan_s
@@ -135,7 +130,7 @@ class PlanManager:
             self._restart()
             self._count(considered=1)
             self._moved_before = self.statistics.layers_moved
-        self._update(self._next_layer, follow)
+        self._update(self._next_layer)
         self._next_layer += 1
         pauses = self.statistics.pauses.with_one(time.perf_counter() - started)
         self.statistics = replace(self.statistics, pauses=pauses)
@@ -159,7 +154,7 @@ class PlanManager:
         choices = loads_HLE[1, 0].sum() / self._late_steps / self.model.params.num_experts_per_tok
         return _Window(loads_HLE, max(1, round(choices / world)))
 
-    def _update(self, layer: int, follow: Callable[[], None] | None) -> None:
+    def _update(self, layer: int) -> None:
         """One layer of the pass: rank 0 decides, all move."""
         slots_WS = self._agreed_slots(layer)
         if slots_WS is None:
@@ -169,8 +164,6 @@ class PlanManager:
         report = self.model.adopt(layer, with_layer(self.model.layout.plan, layer, slots_WS))
         if self.context.device.type == "cuda":
             torch.cuda.synchronize(self.context.device)  # so that the pause is the move's, and no graph is running
-        if follow is not None:
-            follow()
         move_s = time.perf_counter() - started
         first = self.statistics.layers_moved == self._moved_before
         self._count(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mixtralkit.model.step import Span, StepBatch
+from mixtralkit.model.batch import ForwardBatch, Span
 from mixtralkit.model.transformer import Observe, Transformer
 from mixtralkit.moe.layer import MoEReport
 from mixtralkit.planning.trace import RoutingTrace
@@ -44,7 +44,7 @@ class RoutingRecorder:
                 part = part_of(self.path, self.context.rank)
                 self._part = PartWriter(part, config.num_experts, config.n_layers, config.num_experts_per_tok, meta)
 
-    def __call__(self, batch: StepBatch, reports: list[MoEReport]) -> None:
+    def __call__(self, batch: ForwardBatch, reports: list[MoEReport]) -> None:
         if self._part is None:
             return
         self._flush()
@@ -119,7 +119,7 @@ def together(*observers: Observe | None) -> Observe | None:
     if len(wanted) < 2:
         return wanted[0] if wanted else None
 
-    def observe(batch: StepBatch, reports: list[MoEReport]) -> None:
+    def observe(batch: ForwardBatch, reports: list[MoEReport]) -> None:
         for observer in wanted:
             observer(batch, reports)
 

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from mixtralkit.model.step import StepBatch
+from mixtralkit.model.batch import ForwardBatch
 from mixtralkit.model.transformer import Transformer
+from mixtralkit.moe.dispatch.exact import ExactHandle
 from mixtralkit.moe.layer import MoEReport
 from mixtralkit.moe.two_phase import Timing
 
@@ -58,13 +59,13 @@ class MoEStatistics:
 
     def __init__(self, model: Transformer) -> None:
         self.context = model.context
-        self.tokens_are_shared = model.layout.parallel.attention == "tp"
+        self.tokens_are_shared = model.ranks_with_own_sequences == 1
         layers = model.params.n_layers
         self._cut_L2 = torch.zeros(layers, 2, dtype=torch.int64, device=self.context.device)  # dropped, rerouted
         self._host_L4 = torch.zeros(layers, 4, dtype=torch.int64)  # choices, sent, shadows, shadow bytes
         self.phases = PhaseStatistics(model)
 
-    def __call__(self, batch: StepBatch, reports: list[MoEReport]) -> None:
+    def __call__(self, batch: ForwardBatch, reports: list[MoEReport]) -> None:
         counts_for_all = self.context.is_first or not self.tokens_are_shared
         if not counts_for_all:
             return  # rank 0 has the same rows
@@ -100,7 +101,7 @@ class PhaseStatistics:
         self._sums_L6 = torch.zeros(model.params.n_layers, 6, dtype=torch.float64)  # as in PhaseTotals
         self._timed: list[tuple[int, Timing]] = []
 
-    def __call__(self, batch: StepBatch, reports: list[MoEReport]) -> None:
+    def __call__(self, batch: ForwardBatch, reports: list[MoEReport]) -> None:
         self._take_timings()
         for layer, report in enumerate(reports):
             phases = report.shadows and report.shadows.phases
@@ -136,5 +137,4 @@ def _table(totals: Sequence[LayerTotals | PhaseTotals]) -> str:
 
 
 def _sent(handle: object) -> list[list[int]]:
-    parts = handle if isinstance(handle, tuple) else (handle,)  # a two-stage exchange has a handle for each stage
-    return [part.send for part in parts if hasattr(part, "send")]
+    return [stage.send for stage in handle.exchange] if isinstance(handle, ExactHandle) else []

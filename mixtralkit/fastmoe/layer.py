@@ -18,11 +18,12 @@ from mixtralkit.config import FasterOptions
 from mixtralkit.distributed import RankContext
 from mixtralkit.fastmoe.gates import BaseGate, NaiveGate
 from mixtralkit.moe.capacity import CutRouting
+from mixtralkit.moe.dispatch.base import RoutedRows
 from mixtralkit.moe.dispatch.collectives import enter_replicated, sum_over_ranks
-from mixtralkit.moe.dispatch import ExchangedDispatch
-from mixtralkit.moe.experts import RoutedRows
-from mixtralkit.moe.schedule import num_chunks, run_in_chunks
+from mixtralkit.moe.dispatch.exact import ExactDispatcher
+from mixtralkit.moe.dispatch.schedule import num_chunks, run_in_chunks
 from mixtralkit.ops.counting import count_keys
+from mixtralkit.ops.hidden import Hidden
 
 
 class FMoE(nn.Module):

@@ -40,7 +40,12 @@ class Attention(nn.Module):
         self.requires_grad_(False)
 
     def forward(
-        self, hidden: Hidden, batch: ForwardBatch, sums: RowReducer | None, following: Norm, wanted_N: torch.Tensor | None
+        self,
+        hidden: Hidden,
+        batch: ForwardBatch,
+        sums: RowReducer | None,
+        following: Norm,
+        wanted_N: torch.Tensor | None,
     ) -> Hidden:
         """The stream behind attention. Of all rows keys and values are kept; only ``wanted_N`` go on, None for all.
 

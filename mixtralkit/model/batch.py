@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -53,7 +53,7 @@ class ForwardBatch:
     positions_T: torch.Tensor
     slots_T: torch.Tensor
     spans: tuple[Span, ...] = ()
-    rows: StepRows = StepRows()
+    rows: StepRows = field(default_factory=StepRows)
     attend: Attend | None = None
     wanted_N: torch.Tensor | None = None
     observed: bool = False

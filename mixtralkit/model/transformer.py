@@ -21,7 +21,7 @@ from mixtralkit.model.coherent import run_coherent
 from mixtralkit.model.kv_cache import KVCache
 from mixtralkit.model.norm import RMSNorm
 from mixtralkit.moe.dispatch import Dispatchers
-from mixtralkit.moe.layer import CHUNKED, MoELayer, MoEReport
+from mixtralkit.moe.layer import MoELayer, MoEReport
 from mixtralkit.moe.router import Routing
 from mixtralkit.moe.shadow import Shadows, shadow_room
 from mixtralkit.moe.store import ExpertStore
@@ -62,7 +62,7 @@ class Transformer(nn.Module):
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim, _weight=None, **like)
         self.sums = self._take_sums()
         self.dispatchers = Dispatchers.create(layout, context, options, self.sums, self._take_symmetric_memory())
-        self.store = ExpertStore(layout, context, dtype, shadow_room(layout, context, dtype, options), may_change=True)
+        self.store = ExpertStore(layout, context, dtype, shadow_room(layout, context, dtype, options))
         self.shadows = Shadows(self.store, options.faster) if self.store.room else None
         self.two_phase = TwoPhase.for_model(self.shadows, config, options)
         self.layers = nn.ModuleList(
@@ -146,7 +146,7 @@ class Transformer(nn.Module):
     def adopt(self, layer: int, plan: ExpertPlan) -> MoveReport:
         """Goes over to ``plan``, which differs from the running one in ``layer`` alone, between two steps.
 
-        Collective; see ``ExpertStore.adopt``. ``store.relocations`` counts the times that experts got other addresses.
+        Collective; see ``ExpertStore.adopt``. ``store.relocations`` tells whether graphs may go on.
         """
         self.layout = replace(self.layout, plan=plan)
         return self.store.adopt(layer, self.layout)
@@ -157,13 +157,13 @@ class Transformer(nn.Module):
         return replace(batch, attend=attend)
 
     def hidden(self, batch: ForwardBatch) -> tuple[Hidden, list[MoEReport]]:
-        """The stream behind the last block, of ``batch.wanted_N`` alone if given, and what each layer did. Collective."""
+        """The stream behind the last block, of ``batch.wanted_N`` alone if given; what each layer did. Collective."""
         if self.layout.parallel.attention == "coherent" and self.context.world_size > 1 and batch.attend.is_cached:
             return run_coherent(self, batch)
         flight = None if self.two_phase is None else self.two_phase.begin()
         batch = replace(batch, rows=replace(batch.rows, flight=flight))
         first = self.layers[0].attention_norm.of
-        # Of the last block's rows only those asked for matter, unless an expert has a capacity: others would lose theirs.
+        # Of the last block's rows only those asked for matter, unless a capacity lets others lose their expert.
         early = self.layout.plan.cold_capacity_factor is None
         hidden, reports = self.through_blocks(Hidden(self.tok_embeddings(batch.tokens_T), None, first), batch, early)
         return hidden if early or batch.wanted_N is None else hidden.take(batch.wanted_N), reports
@@ -193,18 +193,25 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def step(
-        self, batch: ForwardBatch, cache: KVCache, rows_N: torch.Tensor, observe: Observe | None = None
+        self,
+        batch: ForwardBatch,
+        cache: KVCache,
+        rows_N: torch.Tensor,
+        observe: Observe | None = None,
+        glance: Callable[[list[MoEReport]], None] | None = None,
     ) -> torch.Tensor:
         """Runs the batch's tokens, extending ``cache``; float32 logits [N, V] of rows ``rows_N``. Collective.
 
         Every rank of ``tp`` gets the whole vocabulary. ``observe`` is called with the step and every layer's report,
-        the reports' tensors still on the device.
+        the reports' tensors still on the device; ``glance`` as well, but the last layer's may lack rows for it.
         """
         few = len(rows_N) < len(batch) and observe is None
         batch = replace(batch, wanted_N=rows_N if few else None, observed=observe is not None)
         hidden, reports = self.hidden(self.attend_to(batch, cache))
         if observe is not None:
             observe(batch, reports)
+        if glance is not None:
+            glance(reports)
         return self._whole_vocabulary(self.logits(hidden if few else hidden.take(rows_N)))
 
     @torch.no_grad()

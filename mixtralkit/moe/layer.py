@@ -15,7 +15,7 @@ from mixtralkit.moe.capacity import CutRouting, cold_capacity, cut_to_capacity
 from mixtralkit.moe.dispatch import Dispatcher, Dispatchers
 from mixtralkit.moe.dispatch.schedule import num_chunks, run_in_chunks
 from mixtralkit.moe.router import Router, Routing
-from mixtralkit.moe.shadow import Shadows, ShadowReport
+from mixtralkit.moe.shadow import ShadowReport, Shadows
 from mixtralkit.moe.store import ExpertStore
 from mixtralkit.moe.table import LayerTable
 from mixtralkit.ops.hidden import Hidden, Norm, join
@@ -154,4 +154,6 @@ class MoELayer(nn.Module):
         capacity = None
         if self.store.layout.parallel.experts == "ep":  # with 'tp' every rank has a part of each: none is cold
             capacity = cold_capacity(plan, routing.experts_TK.shape[0], self.gate.top_k)
-        return replace(cut_to_capacity(routing, table.local_E, capacity, plan.overflow, plan.cut_order), valid_T=valid_T)
+        return replace(
+            cut_to_capacity(routing, table.local_E, capacity, plan.overflow, plan.cut_order), valid_T=valid_T
+        )

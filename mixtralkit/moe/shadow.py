@@ -58,7 +58,7 @@ def shadow_room(layout: RankLayout, context: RankContext, dtype: torch.dtype, op
     Only rows that travel have a use for copies: on one rank, and with attention or experts split over the ranks, every
     rank has all rows or a part of all experts anyway.
     """
-    travels = context.world_size > 1 and layout.parallel.experts == "ep" and layout.parallel.attention != "tp"
+    travels = context.world_size > 1 and layout.parallel == ParallelConfig("dp", "ep")
     if not (options.copies_experts and travels):
         return 0
     config = layout.config
@@ -135,7 +135,7 @@ class Shadows:
         return [e for e in chosen if e not in here and self._fetch(layer, e, gain_E[e], send, in_use)]
 
     def hint(self, layer: int, experts: Sequence[int]) -> tuple[int, ...]:
-        """Copies experts that a plan or an estimate expects to be hot, before the step, the likeliest first. Collective.
+        """Copies experts that a plan or an estimate expects to be hot, the likeliest first. Collective.
 
         They push out what has the least gain, but nothing that was hinted and has not run yet. Those that every rank
         holds are skipped. Returns the layer's copies, as many as there was room for.

@@ -44,7 +44,7 @@ class ExpertStore:
         experts, tables: by layer.
         copies: (layer, expert) → copy.
         room: how many copies there are places for.
-        relocations: how often experts got other addresses, so that captured graphs are void.
+        relocations: grows when captured graphs are void: experts have other addresses, or are looked up otherwise.
     """
 
     def __init__(
@@ -54,11 +54,9 @@ class ExpertStore:
         dtype: torch.dtype,
         room: int = 0,
         layers: Sequence[int] | None = None,
-        may_change: bool = False,
     ) -> None:
-        """``room`` is for copies; ``layers`` None means all; ``may_change`` says that plans may change between steps."""
+        """``room`` is for copies; ``layers`` None means all."""
         self.layout, self.context, self.dtype, self.room = layout, context, dtype, room
-        self.may_change = may_change or room > 0
         self.copies: dict[tuple[int, int], Copy] = {}
         self.relocations = 0
         self.layers = list(range(layout.config.n_layers)) if layers is None else list(layers)
@@ -89,7 +87,7 @@ class ExpertStore:
                 storage_S = self._own_places(slots)
                 storage_S += first
             self.experts[layer] = Experts(*own, None if storage is None else (*storage, storage_S))
-            self.tables[layer] = LayerTable(self.replicas(layer), self.context, self.may_change)
+            self.tables[layer] = LayerTable(self.replicas(layer), self.context, self.room > 0)
             first += slots
         self._places = list(range(first, first + self.room))
 
@@ -174,7 +172,7 @@ class ExpertStore:
         """Goes over to the layer's slots in another plan, between two steps. Collective.
 
         Experts that a rank lacks come from others; copies of the layer are dropped. Where every rank has as many slots
-        as before, weights keep their addresses; otherwise ``relocations`` grows.
+        as before, weights keep their addresses.
 
         Raises:
             ValueError: another model, ranks or ranks_per_node; experts 'tp'; weights that train.
@@ -189,7 +187,7 @@ class ExpertStore:
         self.layout = layout
         if not in_place:
             self._relocate(layer, targets)
-        self.tables[layer].update(self.replicas(layer))
+        self.relocations += self.tables[layer].update(self.replicas(layer)) or not in_place
         return MoveReport(ways, len(ways) * self.expert_bytes, in_place)
 
     def _check_fits(self, layout: RankLayout, layer: int) -> None:
@@ -204,7 +202,6 @@ class ExpertStore:
 
     def _relocate(self, layer: int, targets: Sequence[torch.Tensor]) -> None:
         """New memory for the layer, or for all where they share one."""
-        self.relocations += 1
         if not self.room:
             for weights, target in zip((self.experts[layer].w13, self.experts[layer].w2), targets, strict=True):
                 weights.data = target

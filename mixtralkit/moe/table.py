@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import numpy as np
 import torch
 
@@ -22,9 +20,9 @@ class LayerTable:
             ones; of all rows where every rank has the same, else of this rank's.
     """
 
-    def __init__(self, replicas: ReplicaTable, context: RankContext, may_change: bool = False) -> None:
-        """``may_change``: ``update`` may be called, so no graph may rely on what the replicas are now."""
-        self.context, self.replicas, self.may_change = context, replicas, may_change
+    def __init__(self, replicas: ReplicaTable, context: RankContext, turns_always: bool = False) -> None:
+        """``turns_always``: rows take turns whether or not there are replicas now, since these come and go."""
+        self.context, self.replicas, self.turns_always = context, replicas, turns_always
         self.local_E, self.places_2EC, self._own_2EC = self._tensors()
 
     def _tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -41,22 +39,27 @@ class LayerTable:
         values = values.pin_memory() if self.context.device.type == "cuda" else values
         return values.to(self.context.device, non_blocking=True)
 
-    def update(self, replicas: ReplicaTable) -> None:
-        """Goes over to other replicas between two steps; in stream order, so that steps in flight see the old ones."""
+    def update(self, replicas: ReplicaTable) -> bool:
+        """Goes over to other replicas between two steps; in stream order, so that steps in flight see the old ones.
+
+        False where a graph that was captured before may go on.
+        """
+        before = self.takes_turns, self.is_identity
         self.replicas = replicas
         for own, new in zip((self.local_E, self.places_2EC, self._own_2EC), self._tensors(), strict=True):
             own.copy_(new)
+        return before != (self.takes_turns, self.is_identity)
 
     @property
     def takes_turns(self) -> bool:
         """Whether replicas may take turns; else an expert is at the same place for every row."""
-        return self.may_change or self.replicas.has_choice
+        return self.turns_always or self.replicas.has_choice
 
-    @cached_property
+    @property
     def is_identity(self) -> bool:
-        """Whether this rank's slots are the experts by their own numbers, for good."""
+        """Whether slots are the experts by their own numbers, as one rank has them."""
         slots_WE = self.replicas.slots_WE
-        return not self.may_change and len(slots_WE) == 1 and bool((slots_WE[0] == np.arange(slots_WE.shape[1])).all())
+        return len(slots_WE) == 1 and bool((slots_WE[0] == np.arange(slots_WE.shape[1])).all())
 
     def look_up(self, experts_TK: torch.Tensor, small: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """int64 (ranks_TK, slots_TK) that compute the choices, replicas in turn by row; both -1 where experts are."""

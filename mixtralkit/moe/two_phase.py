@@ -15,6 +15,7 @@ import contextlib
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
+
 import numpy as np
 import torch
 import torch.distributed as dist

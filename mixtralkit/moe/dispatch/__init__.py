@@ -67,7 +67,9 @@ class Dispatchers:
             "two_stage": lambda: TwoStageDispatcher(context, *context.split_nodes(per_node)),
             "coherent": lambda: CoherentDispatcher(context),
         }
-        kinds = [(rows, decode, trains) for rows in (False, True) for decode in (False, True) for trains in (False, True)]
+        kinds = [
+            (rows, decode, trains) for rows in (False, True) for decode in (False, True) for trains in (False, True)
+        ]
         names = sorted({choose_dispatcher(replace(of, trains=t), r, d) for r, d, t in kinds})
         return cls(of, {name: makers[name]() for name in names}, symmetric.max_rows if symmetric is not None else 0)
 

@@ -100,8 +100,6 @@ class StaticDispatcher:
         here = self.exchange.send(rows, rows_per_rank)
         return here.for_rank(self.context.rank), (len(hidden), hidden.x_TD)
 
-    def combine(
-        self, y_RD: torch.Tensor, handle: tuple[int, torch.Tensor | None], norm: Norm | None = None
-    ) -> Hidden:
+    def combine(self, y_RD: torch.Tensor, handle: tuple[int, torch.Tensor | None], norm: Norm | None = None) -> Hidden:
         own, x_TD = handle
         return add(self.exchange.bring_back(y_RD, own), x_TD, norm)

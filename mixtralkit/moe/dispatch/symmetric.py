@@ -1,4 +1,4 @@
-"""Own rows, whole experts, kernels that reach into the other ranks' memory: no collective, nothing waits for the host."""
+"""Own rows, whole experts, kernels that reach into other ranks' memory: no collective, no wait for the host."""
 
 from __future__ import annotations
 
