@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from mixtralkit.distributed import RankContext
-from mixtralkit.moe.gate import Routing
+from mixtralkit.moe.router import Routing
 
 
 def loop_over_experts(

@@ -23,7 +23,7 @@ from mixtralkit.config import ModelConfig, ParallelConfig, parse_dtype
 from mixtralkit.distributed import RankContext
 from mixtralkit.layout import RankLayout
 from mixtralkit.moe.layer import MoELayer
-from mixtralkit.moe.move import MoveReport, open_links
+from mixtralkit.moe.transfers import MoveReport, open_links
 from mixtralkit.planning.plan import ExpertPlan, contiguous
 
 

@@ -37,8 +37,8 @@ from mixtralkit.engine.statistics import PhaseStatistics
 from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.layout import RankLayout
 from mixtralkit.mixtral import Mixtral
-from mixtralkit.model.step import StepBatch
-from mixtralkit.moe.gate import Routing
+from mixtralkit.model.batch import ForwardBatch
+from mixtralkit.moe.router import Routing
 from mixtralkit.moe.layer import MoELayer, MoEReport
 from mixtralkit.moe.shadow import ShadowCache
 from mixtralkit.moe.two_phase import TwoPhase
@@ -89,7 +89,7 @@ class Stack:
             if x_TD.is_cuda:
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
-            statistics(StepBatch.build([], x_TD.device), reports)
+            statistics(ForwardBatch.build([], x_TD.device), reports)
             moved += sum(report.shadows.bytes_broadcast for report in reports if report.shadows)
         own_N = torch.tensor(seconds, dtype=torch.float64, device=x_TD.device)
         slowest = self.context.all_gather(own_N).amax(0).tolist()

@@ -13,7 +13,7 @@ from torch import nn
 
 from mixtralkit.config import FasterOptions, ModelConfig
 from mixtralkit.distributed import RankContext
-from mixtralkit.moe.gate import Routing
+from mixtralkit.moe.router import Routing
 from mixtralkit.ops.all_reduce import RowReducer
 from mixtralkit.ops.gate import gate
 from mixtralkit.ops.peer_exchange import PeerExchange

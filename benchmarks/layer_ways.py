@@ -14,7 +14,7 @@ from layer_counts import Counts, by_choices, by_rows, computed, to_all
 from mixtralkit.config import ParallelConfig
 from mixtralkit.fastmoe.backend import FastMoELayer
 from mixtralkit.layout import RankLayout
-from mixtralkit.moe.gate import Routing
+from mixtralkit.moe.router import Routing
 from mixtralkit.ops.gate import gate
 from mixtralkit.planning.plan import contiguous
 

@@ -15,7 +15,7 @@ from mixtralkit.engine.sampler import SamplingOptions
 from mixtralkit.layout import RankLayout
 from mixtralkit.model.decode import Decoder
 from mixtralkit.model.rope import rotations
-from mixtralkit.model.step import StepBatch
+from mixtralkit.model.batch import ForwardBatch
 from mixtralkit.model.transformer import Transformer
 
 # Of the middle row. A single row may be far off in half precision: a rounding tips a choice of experts that is a tie.
@@ -167,7 +167,7 @@ def _decoded_rows(model: Transformer, sequences_BT, reference_BNV) -> torch.Tens
     share = -(-count // owners)
     first = share * model.context.rank if owners > 1 else 0
     own_BT, wanted_BNV = sequences_BT[first : first + share], reference_BNV[first : first + share]
-    batch = StepBatch.build([(i, 0, ids) for i, ids in enumerate(own_BT[:, :PROMPT].tolist())], own_BT.device)
+    batch = ForwardBatch.build([(i, 0, ids) for i, ids in enumerate(own_BT[:, :PROMPT].tolist())], own_BT.device)
     model.step(batch, cache, batch.last_rows_B)
     slots_B = torch.arange(share, device=own_BT.device)
     slots_B[len(own_BT) :] = -1

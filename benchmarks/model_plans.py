@@ -11,7 +11,7 @@ import torch
 from mixtralkit.config import ModelConfig
 from mixtralkit.engine.generation import Engine
 from mixtralkit.engine.requests import Request
-from mixtralkit.model.step import StepBatch
+from mixtralkit.model.batch import ForwardBatch
 from mixtralkit.model.transformer import Transformer
 from mixtralkit.moe.layer import MoEReport
 from mixtralkit.planning.formats import load_plan
@@ -47,7 +47,7 @@ def profiled_loads(engine: Engine, requests: Sequence[Request]) -> np.ndarray:
     model, config = engine.model, engine.model.params
     counts_LE = np.zeros((config.n_layers, config.num_experts), np.int64)
 
-    def observe(batch: StepBatch, reports: list[MoEReport]) -> None:
+    def observe(batch: ForwardBatch, reports: list[MoEReport]) -> None:
         for layer, report in enumerate(reports):
             experts = report.routing.experts_TK.flatten()
             counts_LE[layer] += torch.bincount(experts, minlength=config.num_experts).cpu().numpy()

@@ -17,7 +17,7 @@ import torch
 
 from mixtralkit.config import FasterOptions, ModelConfig
 from mixtralkit.distributed import RankContext
-from mixtralkit.planning import spread
+from mixtralkit.planning import replicas as spread
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from mixtralkit.moe.gate import Routing
+from mixtralkit.moe.router import Routing
 
 
 def next_token_nats(logits_BTV: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from mixtralkit.engine.plan_statistics import PAUSE_BOUNDS_MS, Pauses, PlanStati
 from mixtralkit.engine.statistics import MoEStatistics
 from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.mixtral import Mixtral
-from mixtralkit.moe.move import transfers
+from mixtralkit.moe.transfers import transfers
 from mixtralkit.planning.cost import ModelShape
 from mixtralkit.planning.plan import ExpertPlan, contiguous
 from mixtralkit.planning.popularity import PathPopularity

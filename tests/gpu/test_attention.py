@@ -8,7 +8,7 @@ import torch
 from mixtralkit.model.attention import CachedAttention
 from mixtralkit.model.kv_cache import KVCache
 from mixtralkit.model.rope import rope_table, rotations
-from mixtralkit.model.step import StepBatch
+from mixtralkit.model.batch import ForwardBatch
 from mixtralkit.ops.attention import decode_attention, decode_attention_plain
 from mixtralkit.ops.runtime import runs_triton
 
@@ -96,7 +96,7 @@ def test_a_step_of_any_sequences_is_the_cpus(heads, kv_heads, width, window, dty
     for some in (pieces, [p for p in pieces if p[1] == 0], [(0, 0, 80), (2, 0, 80), (5, 0, 80)]):
         outs = []
         for device, kept in ((CUDA, cache), (torch.device("cpu"), on_cpu)):
-            batch = StepBatch.build([(slot, at, [0] * tokens) for slot, at, tokens in some], device)
+            batch = ForwardBatch.build([(slot, at, [0] * tokens) for slot, at, tokens in some], device)
             rope = rotations(batch.positions_T, width, 1e6)
             rows = qkv[: len(batch.tokens_T)].to(device, kept.keys.dtype)
             outs.append(CachedAttention(batch, kept, window)(0, rows, rope, (heads, kv_heads)))

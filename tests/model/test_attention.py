@@ -9,7 +9,7 @@ from mixtralkit.model import attention
 from mixtralkit.model.attention import CachedAttention
 from mixtralkit.model.kv_cache import KVCache
 from mixtralkit.model.rope import rope_table, rotations
-from mixtralkit.model.step import StepBatch
+from mixtralkit.model.batch import ForwardBatch
 
 HEADS, KV_HEADS, WIDTH, SLOTS, LENGTH, THETA = 6, 2, 8, 7, 40, 1e4
 
@@ -24,12 +24,12 @@ STEPS = {
 }
 
 
-def build(pieces: list[tuple[int, int, int]]) -> tuple[StepBatch, KVCache, torch.Tensor]:
+def build(pieces: list[tuple[int, int, int]]) -> tuple[ForwardBatch, KVCache, torch.Tensor]:
     """A step, a cache full of random keys and values, and the step's projections."""
     generator = torch.Generator().manual_seed(len(pieces))
     shape = (2, SLOTS, KV_HEADS, LENGTH, WIDTH)
     keys, values = (torch.randn(shape, generator=generator) for _ in range(2))
-    batch = StepBatch.build([(slot, position, [0] * tokens) for slot, position, tokens in pieces], "cpu")
+    batch = ForwardBatch.build([(slot, position, [0] * tokens) for slot, position, tokens in pieces], "cpu")
     qkv_TP = torch.randn(len(batch.tokens_T), (HEADS + 2 * KV_HEADS) * WIDTH, generator=generator)
     return batch, KVCache(keys, values, rope_table(LENGTH, WIDTH, THETA, torch.device("cpu"))), qkv_TP
 
@@ -54,7 +54,7 @@ def test_kernels_calls_are_the_plain_path(step, window, monkeypatch):
 
 def test_no_sequence_gives_no_rows():
     _, cache, _ = build(STEPS["decode"])
-    batch = StepBatch.build([], "cpu")
+    batch = ForwardBatch.build([], "cpu")
     qkv_TP = torch.empty(0, (HEADS + 2 * KV_HEADS) * WIDTH)
     out = CachedAttention(batch, cache, None)(0, qkv_TP, rotations(batch.positions_T, WIDTH, THETA), (HEADS, KV_HEADS))
     assert out.shape == (0, HEADS * WIDTH)

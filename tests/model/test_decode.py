@@ -14,9 +14,9 @@ from mixtralkit.layout import RankLayout
 from mixtralkit.model import decode
 from mixtralkit.model.decode import Decoder
 from mixtralkit.model.kv_cache import KVCache
-from mixtralkit.model.step import StepBatch
+from mixtralkit.model.batch import ForwardBatch
 from mixtralkit.model.transformer import Transformer
-from mixtralkit.planning import spread
+from mixtralkit.planning import replicas as spread
 from mixtralkit.planning.plan import ExpertPlan, contiguous, everywhere
 from tests.configs import random_config, small_config
 from tests.moe.layers import random_plan
@@ -40,14 +40,14 @@ def compare(context: RankContext, config, parallel: ParallelConfig, plan: Expert
     caches = [KVCache.allocate(model.layout, SLOTS, 64, model.dtype, context.device) for _ in range(2)]
     last = [torch.tensor([len(ids) - 1 for ids in prompts.values()]).cumsum(0).long() + torch.arange(own)]
     pieces = [(slot, 0, [t % config.vocab_size for t in ids]) for slot, ids in prompts.items()]
-    logits = [model.step(StepBatch.build(pieces, "cpu"), cache, last[0]) for cache in caches]
+    logits = [model.step(ForwardBatch.build(pieces, "cpu"), cache, last[0]) for cache in caches]
     decoder = Decoder.for_model(model, caches[1])
     lengths = {slot: len(ids) for slot, ids in prompts.items()}
     for _ in range(STEPS):
         tokens = logits[0].argmax(-1)
         pieces = [(slot, lengths[slot], [int(t)]) for slot, t in zip(lengths, tokens, strict=True)]
         seen = []
-        batch = StepBatch.build(pieces, "cpu")
+        batch = ForwardBatch.build(pieces, "cpu")
         wanted = model.step(batch, caches[0], torch.arange(own), observe=lambda *step, seen=seen: seen.append(step))
         ((_, reports),) = seen
         filler = torch.zeros(5 - own, dtype=torch.int64)

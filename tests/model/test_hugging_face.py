@@ -10,7 +10,7 @@ from mixtralkit.config import ModelConfig, ParallelConfig
 from mixtralkit.distributed import RankContext
 from mixtralkit.layout import RankLayout
 from mixtralkit.model.kv_cache import KVCache
-from mixtralkit.model.step import StepBatch
+from mixtralkit.model.batch import ForwardBatch
 from mixtralkit.model.transformer import Transformer
 from mixtralkit.planning.plan import contiguous
 from tests.configs import TOLERANCE, random_config, small_config
@@ -78,7 +78,7 @@ def greedy(model: Transformer, prompts: list[list[int]], new_tokens: int, own: l
     pieces = [(slot, 0, prompts[i]) for slot, i in enumerate(own)]
     answers: list[list[int]] = [[] for _ in own]
     for _ in range(new_tokens):
-        batch = StepBatch.build(pieces, "cpu")
+        batch = ForwardBatch.build(pieces, "cpu")
         tokens = model.step(batch, cache, batch.last_rows_B).argmax(-1).tolist()
         for answer, token in zip(answers, tokens, strict=True):
             answer.append(token)
@@ -123,9 +123,9 @@ def test_a_prompt_may_be_prefilled_in_chunks_beside_decoding_sequences():
     expected = [model.forward(torch.tensor([p]))[0, -1] for p in (PROMPTS[2], PROMPTS[0])]
     cache = KVCache.allocate(model.layout, 4, 64, torch.float32, torch.device("cpu"))
     long, short = PROMPTS[2], PROMPTS[0]
-    batch = StepBatch.build([(3, 0, long[:5]), (1, 0, short[:-1])], "cpu")
+    batch = ForwardBatch.build([(3, 0, long[:5]), (1, 0, short[:-1])], "cpu")
     model.step(batch, cache, batch.last_rows_B)
-    batch = StepBatch.build([(1, len(short) - 1, short[-1:]), (3, 5, long[5:])], "cpu")
+    batch = ForwardBatch.build([(1, len(short) - 1, short[-1:]), (3, 5, long[5:])], "cpu")
     logits = model.step(batch, cache, batch.last_rows_B)
     torch.testing.assert_close(logits[1], expected[0], rtol=0, atol=1e-4)
     torch.testing.assert_close(logits[0], expected[1], rtol=0, atol=1e-4)

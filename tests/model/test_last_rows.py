@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mixtralkit.distributed import RankContext
-from mixtralkit.model.step import StepBatch
+from mixtralkit.model.batch import ForwardBatch
 from mixtralkit.planning.plan import ExpertPlan
 from tests.configs import small_config
 from tests.engine.parts import make_model
@@ -24,7 +24,7 @@ def step(model, rows: list[int], observe=None, prompts=PROMPTS) -> tuple[torch.T
         block.feed_forward.gate.register_forward_hook(lambda gate, rows, routing: seen.append(len(rows[0])))
         for block in model.layers
     ]
-    batch = StepBatch.build(prompts, "cpu")
+    batch = ForwardBatch.build(prompts, "cpu")
     logits = model.step(batch, model.allocate_cache(), torch.tensor(rows, dtype=torch.int64), observe=observe)
     for hook in hooks:
         hook.remove()

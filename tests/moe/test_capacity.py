@@ -9,7 +9,7 @@ import torch
 
 from mixtralkit.distributed import RankContext
 from mixtralkit.moe.capacity import cold_capacity, cut_to_capacity
-from mixtralkit.moe.gate import Routing
+from mixtralkit.moe.router import Routing
 from mixtralkit.planning.plan import ExpertPlan, contiguous
 from tests.moe.layers import Whole, build
 from tests.ranks import run_ranks

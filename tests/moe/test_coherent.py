@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mixtralkit.distributed import RankContext
-from mixtralkit.moe import coherent
+from mixtralkit.moe.dispatch import coherent
 from mixtralkit.moe.reference import moe_reference
 from mixtralkit.planning.plan import contiguous
 from tests.moe.layers import Whole, build, random_plan

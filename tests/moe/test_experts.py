@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mixtralkit.moe.experts import RoutedRows, weighted_expert_sum
+from mixtralkit.moe.dispatch.base import RoutedRows, weighted_expert_sum
 
 
 def _sum_and_gradients(device: str) -> list[torch.Tensor]:

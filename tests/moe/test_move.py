@@ -12,8 +12,8 @@ import torch
 from mixtralkit.config import FasterOptions, MoEOptions
 from mixtralkit.distributed import RankContext, RankFailed
 from mixtralkit.layout import RankLayout
-from mixtralkit.moe import move
-from mixtralkit.moe.move import Transfer, transfers
+from mixtralkit.moe import transfers as move
+from mixtralkit.moe.transfers import Transfer, transfers
 from mixtralkit.moe.reference import moe_reference
 from mixtralkit.moe.shadow import LayerShadows, ShadowCache
 from mixtralkit.planning.plan import ExpertPlan, contiguous, everywhere

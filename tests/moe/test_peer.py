@@ -12,7 +12,7 @@ from mixtralkit.moe.dispatch import StaticDispatch
 from mixtralkit.moe.peer import PeerDispatch
 from mixtralkit.moe.reference import moe_reference
 from mixtralkit.ops.peer_exchange import PeerExchange
-from mixtralkit.planning import spread
+from mixtralkit.planning import replicas as spread
 from mixtralkit.planning.plan import ExpertPlan, contiguous, everywhere
 from tests.moe.layers import Whole, build, random_plan
 from tests.ranks import run_ranks

@@ -11,9 +11,9 @@ import torch.distributed as dist
 
 from mixtralkit.config import FasterOptions, MoEOptions
 from mixtralkit.distributed import RankContext
-from mixtralkit.moe import coherent, exchange
+from mixtralkit.moe.dispatch import coherent, exchange
 from mixtralkit.moe.capacity import cut_to_capacity
-from mixtralkit.moe.coherent import CoherentDispatch
+from mixtralkit.moe.dispatch.coherent import CoherentDispatch
 from mixtralkit.planning.cost import ModelShape
 from mixtralkit.planning.plan import ExpertPlan, contiguous, everywhere
 from mixtralkit.planning.replay import Execution

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mixtralkit.moe import capacity
-from mixtralkit.moe.gate import Routing
+from mixtralkit.moe.router import Routing
 from mixtralkit.planning.plan import ExpertPlan
 from mixtralkit.planning.replicas import spread_rows
 from mixtralkit.planning.traffic import cut_to_capacity, once_per_member, pour
