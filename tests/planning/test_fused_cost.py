@@ -13,7 +13,7 @@ from mixtralkit.config import ParallelConfig
 from mixtralkit.layout import RankLayout
 from mixtralkit.model.decode import _slots_in_turn
 from mixtralkit.ops import all_reduce, peer_exchange
-from mixtralkit.ops.peer_exchange import ExpertPlaces
+from mixtralkit.ops.symmetric_exchange import ExpertPlaces
 from mixtralkit.planning.cost import KernelCounts, ModelShape
 from mixtralkit.planning.fused_cost import MOST_RANKS, FusedTimeModel
 from mixtralkit.planning.hardware import FusedKernels, Hardware, nearest
