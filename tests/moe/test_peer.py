@@ -12,7 +12,7 @@ from mixtralkit.moe.dispatch import StaticDispatch
 from mixtralkit.moe.peer import PeerDispatch
 from mixtralkit.moe.reference import moe_reference
 from mixtralkit.ops.symmetric_exchange import SymmetricExchange
-from mixtralkit.planning import spread
+from mixtralkit.planning import replicas
 from mixtralkit.planning.plan import ExpertPlan, contiguous, everywhere
 from tests.moe.layers import Whole, build, random_plan
 from tests.ranks import run_ranks
@@ -46,7 +46,7 @@ def _run(context: RankContext, cases: list[tuple[Whole, ExpertPlan]]) -> None:
 
 def _compare_rows(context: RankContext, layer, x_TD: torch.Tensor, most: int) -> None:
     """Row by row what both ways bring here, replicas taking turns; theirs come rank by rank, ours row by row."""
-    with patch.object(spread, "SMALL_BATCH_CHOICES", 0):
+    with patch.object(replicas, "SMALL_BATCH_CHOICES", 0):
         way, home, cut = layer.arrange(x_TD, layer.gate(x_TD), most)
     found, members_T = way.dispatch(home.x_TD, cut, home.assigner)
     wanted, _ = StaticDispatch(context, most).dispatch(home.x_TD, cut, home.assigner)
