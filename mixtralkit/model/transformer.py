@@ -29,7 +29,7 @@ from mixtralkit.moe.transfers import MoveReport
 from mixtralkit.moe.two_phase import TwoPhase
 from mixtralkit.ops.all_reduce import RowReducer
 from mixtralkit.ops.hidden import Hidden
-from mixtralkit.ops.peer_exchange import PeerExchange
+from mixtralkit.ops.symmetric_exchange import SymmetricExchange
 from mixtralkit.planning.dispatchers import IN_GRAPHS
 from mixtralkit.planning.plan import ExpertPlan
 
@@ -89,7 +89,7 @@ class Transformer(nn.Module):
             return None
         return RowReducer.create(self.context, MOST_SUMMED_ROWS, self.params.dim, self.dtype)
 
-    def _take_symmetric_memory(self) -> PeerExchange | None:
+    def _take_symmetric_memory(self) -> SymmetricExchange | None:
         """Memory for the rows of a step on every rank; None where rows do not travel, or not so.
 
         Room for a decode step of all sequences, or for ``options.symmetric_rows`` if these are more; larger steps go in
@@ -106,8 +106,8 @@ class Transformer(nn.Module):
         if not (rows and travel and self.layout.parallel.experts == "ep" and one_node and ours):
             return None
         rows = max(self.sequences_per_rank, rows)
-        memory = PeerExchange.create(context, rows, config.dim, config.num_experts_per_tok, self.dtype)
-        return memory if memory.mailbox is not None or context.device.type == "cpu" else None
+        memory = SymmetricExchange.create(context, rows, config.dim, config.num_experts_per_tok, self.dtype)
+        return memory if memory.memory is not None or context.device.type == "cpu" else None
 
     @property
     def params(self) -> ModelConfig:

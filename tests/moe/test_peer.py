@@ -1,4 +1,4 @@
-"""The layer whose rows go by ``PeerExchange``: the oracle's sums, and the very rows and slots of ``StaticDispatch``."""
+"""The layer whose rows go by ``SymmetricExchange``: the oracle's sums, and the very rows and slots of ``StaticDispatch``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mixtralkit.distributed import RankContext
 from mixtralkit.moe.dispatch import StaticDispatch
 from mixtralkit.moe.peer import PeerDispatch
 from mixtralkit.moe.reference import moe_reference
-from mixtralkit.ops.peer_exchange import PeerExchange
+from mixtralkit.ops.symmetric_exchange import SymmetricExchange
 from mixtralkit.planning import replicas as spread
 from mixtralkit.planning.plan import ExpertPlan, contiguous, everywhere
 from tests.moe.layers import Whole, build, random_plan
@@ -27,7 +27,7 @@ ROWS = [9, 7, 0, 1]  # different on each rank, one of them empty
 def _run(context: RankContext, cases: list[tuple[Whole, ExpertPlan]]) -> None:
     most = max(ROWS)
     for whole, plan in cases:
-        peers = PeerExchange.create(context, most, whole.dim, whole.top_k, torch.float32)
+        peers = SymmetricExchange.create(context, most, whole.dim, whole.top_k, torch.float32)
         layer = build(whole, plan, context)
         x_TD = whole.rows(ROWS[context.rank], context.rank)
         with torch.no_grad():
@@ -76,7 +76,7 @@ def _capacity(context: RankContext, plan: ExpertPlan, rows: int) -> None:
     x_TD = HALF_SKEW.rows(rows, context.rank)
     with torch.no_grad():
         static_TD, static = layer(x_TD, rows_per_rank=rows)
-        layer.use_peers(PeerExchange.create(context, rows, HALF_SKEW.dim, HALF_SKEW.top_k, torch.float32))
+        layer.use_peers(SymmetricExchange.create(context, rows, HALF_SKEW.dim, HALF_SKEW.top_k, torch.float32))
         y_TD, report = layer(x_TD, rows_per_rank=rows)
     assert int(report.dropped) == int(static.dropped) > 0
     torch.testing.assert_close(y_TD, static_TD)

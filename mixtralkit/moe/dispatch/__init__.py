@@ -17,7 +17,7 @@ from mixtralkit.moe.dispatch.exact import ExactDispatcher, StaticDispatcher, Two
 from mixtralkit.moe.dispatch.local import LocalDispatcher
 from mixtralkit.moe.dispatch.symmetric import SymmetricDispatcher
 from mixtralkit.ops.all_reduce import RowReducer
-from mixtralkit.ops.peer_exchange import PeerExchange
+from mixtralkit.ops.symmetric_exchange import SymmetricExchange
 from mixtralkit.planning.dispatchers import Surroundings, choose_dispatcher
 
 __all__ = ["Dispatcher", "Dispatchers", "RoutedRows"]
@@ -44,7 +44,7 @@ class Dispatchers:
         context: RankContext,
         options: MoEOptions,
         sums: RowReducer | None = None,
-        symmetric: PeerExchange | None = None,
+        symmetric: SymmetricExchange | None = None,
     ) -> Dispatchers:
         """For the layout; groups of nodes are made where the plan has several. Collective then.
 

@@ -8,14 +8,14 @@ from mixtralkit.moe.capacity import CutRouting
 from mixtralkit.moe.dispatch.base import RoutedRows
 from mixtralkit.moe.table import LayerTable
 from mixtralkit.ops.hidden import Hidden, Norm
-from mixtralkit.ops.peer_exchange import ExpertPlaces, PeerExchange
+from mixtralkit.ops.symmetric_exchange import ExpertPlaces, SymmetricExchange
 from mixtralkit.planning.replicas import is_small
 
 
 class SymmetricDispatcher:
     """A row crosses a link once for each rank that computes any of its choices; sums are fetched. No gradients."""
 
-    def __init__(self, exchange: PeerExchange) -> None:
+    def __init__(self, exchange: SymmetricExchange) -> None:
         self.exchange = exchange
 
     def dispatch(
@@ -26,7 +26,7 @@ class SymmetricDispatcher:
         places = ExpertPlaces(table.places_2EC[int(small)])
         arrived = exchange.dispatch(hidden.normed_TD, cut.experts_TK, cut.weights_TK, places, rows, cut.valid_T)
         # as many choices come here as rows of this rank's own have, more or less
-        found = RoutedRows(arrived.x_RD, arrived.slots_RK, arrived.weights_RK, None, exchange.outbox(rows), rows)
+        found = RoutedRows(arrived.x_RD, arrived.slots_RK, arrived.weights_RK, None, exchange.sum_buffer(rows), rows)
         return found, (arrived.members_T, hidden.x_TD)
 
     def combine(
