@@ -43,7 +43,7 @@ class Sizes:
     dtype: torch.dtype = torch.bfloat16
     rows: tuple[int, ...] = (1, 8, 64, 256, 1024, 4096)
     expert_rows: tuple[int, ...] = (1, 2, 16, 64, 256, 1024, 4096)
-    peer_rows: tuple[int, ...] = (16, 64, 256, 1024, 4096)
+    symmetric_rows: tuple[int, ...] = (16, 64, 256, 1024, 4096)
     sequences: int = 64
     length: int = 1024
 
@@ -233,10 +233,10 @@ def _exchange_points(clock: KernelClock, sizes: Sizes) -> WirePoints:
     """Rows of uniform choices among two experts a rank, out and back."""
     context, found = clock.context, []
     ranks, experts = context.world_size, 2 * context.world_size
-    peers = PeerExchange.create(context, max(sizes.peer_rows), sizes.dim, TOP_K, sizes.dtype)
+    peers = PeerExchange.create(context, max(sizes.symmetric_rows), sizes.dim, TOP_K, sizes.dtype)
     places = ExpertPlaces.of(contiguous(1, experts, ranks).slot_of_LWE[0], context.rank, context.device)
     generator = torch.Generator().manual_seed(context.rank)
-    for rows in sizes.peer_rows:
+    for rows in sizes.symmetric_rows:
         x_TD = _normal(clock, sizes, rows, sizes.dim)
         experts_TK = torch.rand(rows, experts, generator=generator).topk(TOP_K, dim=-1).indices
         sends_TW = (experts_TK[..., None] // 2 == torch.arange(ranks)).any(1)

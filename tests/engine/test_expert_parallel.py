@@ -34,7 +34,7 @@ def _config():
     return engine_config(n_layers=LAYERS, max_batch_size=BATCH)
 
 
-def _through_memory(context: RankContext, folder: Path, peer_rows: int) -> tuple[list[list[int]], int, Counter]:
+def _through_memory(context: RankContext, folder: Path, symmetric_rows: int) -> tuple[list[list[int]], int, Counter]:
     """Answers, rows a rank has room for, and how often what was called."""
     counts: Counter = Counter()
 
@@ -58,21 +58,21 @@ def _through_memory(context: RankContext, folder: Path, peer_rows: int) -> tuple
         counted(Transformer, "step"),
         counted(PeerExchange, "combine"),
     ):
-        model = Transformer(layout, context, options=MoEOptions(peer_rows=peer_rows))
+        model = Transformer(layout, context, options=MoEOptions(symmetric_rows=symmetric_rows))
         model.initialize(3, std=0.15)
         engine = Engine(model, Tokenizer(folder / "tokenizer.model"), prefill_budget=9)
         answers = [completion.tokens for completion in engine.complete(REQUESTS)]
     return answers, model.peers.max_rows, counts
 
 
-@pytest.mark.parametrize(("world_size", "peer_rows"), [(2, 1), (2, 12), (4, 1)])
-def test_text_is_that_of_one_rank(tmp_path, world_size, peer_rows):
+@pytest.mark.parametrize(("world_size", "symmetric_rows"), [(2, 1), (2, 12), (4, 1)])
+def test_text_is_that_of_one_rank(tmp_path, world_size, symmetric_rows):
     """Room for nine tokens of prompts and all sequences takes every step, else only those without prompts go so."""
     alone = Engine(make_model(RankContext(), _config()), make_tokenizer(tmp_path))
     wanted = [completion.tokens for completion in alone.complete(REQUESTS)]
-    for answers, room, counts in run_ranks(_through_memory, world_size, tmp_path, peer_rows):
+    for answers, room, counts in run_ranks(_through_memory, world_size, tmp_path, symmetric_rows):
         assert answers == wanted
-        assert room == max(BATCH // world_size, peer_rows)
+        assert room == max(BATCH // world_size, symmetric_rows)
         assert counts["launch"] > 0
         steps = counts["launch"] + (counts["step"] if room >= 9 + BATCH // world_size else 0)
         assert counts["combine"] == LAYERS * steps

@@ -52,7 +52,7 @@ def load(context: RankContext, plan: str, batch: int, dtype: str = "float32", op
     torch.backends.cuda.matmul.allow_tf32 = False
     return Mixtral.load(
         open_checkpoint(CKPTS), Tokenizer(Path(CKPTS, "tokenizer.model")), context, 256, batch, dtype=dtype,
-        attention="dp", experts="ep", plan=PLANS[plan](), options=options or MoEOptions(peer_rows=None),
+        attention="dp", experts="ep", plan=PLANS[plan](), options=options or MoEOptions(symmetric_rows=None),
         cuda_graphs=graphs,
     )  # fmt: skip
 
@@ -144,7 +144,7 @@ def test_launches_never_wait_for_the_device():
 
 def _prompts_too(context: RankContext) -> None:
     wanted = told(answers(load_plain(context, "anyhow", 8)))
-    mixtral = load(context, "anyhow", 8, options=MoEOptions(peer_rows=4096))
+    mixtral = load(context, "anyhow", 8, options=MoEOptions(symmetric_rows=4096))
     assert told(answers(mixtral)) == wanted
     done = int(mixtral.model.peers.mailbox.calls[1])
     mixtral.complete(PROMPTS[:8], 1, temperature=0)  # one step, of prompts only

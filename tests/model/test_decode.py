@@ -30,7 +30,7 @@ OWN = [(2, 0, 3), (3,), (), (0, 2)]  # the slots that have sequences on each ran
 def compare(context: RankContext, config, parallel: ParallelConfig, plan: ExpertPlan) -> None:
     """Prefills two caches, then decodes a few steps in each way, with rows that only fill the shape."""
     layout = RankLayout(config, parallel, plan, context.rank)
-    model = Transformer(layout, context, options=MoEOptions(peer_rows=1))
+    model = Transformer(layout, context, options=MoEOptions(symmetric_rows=1))
     model.initialize(0, std=0.15)
     prompts, first, end = PROMPTS, *model.layout.vocab
     if model.ranks_with_own_sequences > 1:
@@ -149,7 +149,9 @@ def test_every_plan_has_tables_of_one_shape(world):
         for plan in (contiguous(1, 8, world), random_plan(seed, 8, world), everywhere(1, 8, world)):
             config = small_config(n_layers=1, n_heads=8, n_kv_heads=8, dim=64)
             model = Transformer(
-                RankLayout(config, ParallelConfig("dp", "ep"), plan, rank), context, options=MoEOptions(peer_rows=1)
+                RankLayout(config, ParallelConfig("dp", "ep"), plan, rank),
+                context,
+                options=MoEOptions(symmetric_rows=1),
             )
             table_EC = Decoder(model, model.allocate_cache()).tables[False][0]
             tables.append(table_EC)
@@ -174,22 +176,22 @@ def _needs_plain_steps(context: RankContext, changes: list[tuple[str, MoEOptions
 
 def test_ways_of_rows_that_need_the_plain_step():
     changes = [
-        ("ep", MoEOptions(peer_rows=1), {}),
-        ("ep", MoEOptions(peer_rows=1), {}),  # fewer than a decode step has
-        ("tp", MoEOptions(peer_rows=1), {}),
-        ("ep", MoEOptions(peer_rows=0), {}),
-        ("ep", MoEOptions(exchange="exact", peer_rows=1), {}),
-        ("ep", MoEOptions(FasterOptions(shadow=True), peer_rows=1), {}),
-        ("ep", MoEOptions(peer_rows=1), {"ranks_per_node": 1}),
-        ("ep", MoEOptions(peer_rows=1), {"cold_capacity_factor": 0.5}),
+        ("ep", MoEOptions(symmetric_rows=1), {}),
+        ("ep", MoEOptions(symmetric_rows=1), {}),  # fewer than a decode step has
+        ("tp", MoEOptions(symmetric_rows=1), {}),
+        ("ep", MoEOptions(symmetric_rows=0), {}),
+        ("ep", MoEOptions(exchange="exact", symmetric_rows=1), {}),
+        ("ep", MoEOptions(FasterOptions(shadow=True), symmetric_rows=1), {}),
+        ("ep", MoEOptions(symmetric_rows=1), {"ranks_per_node": 1}),
+        ("ep", MoEOptions(symmetric_rows=1), {"cold_capacity_factor": 0.5}),
     ]
     assert run_ranks(_needs_plain_steps, 2, changes) == [[False, False, True, True, True, True, False, True]] * 2
 
 
 @pytest.mark.parametrize("rows", [-1, 2.0, True, "4"])
-def test_a_bad_number_of_peer_rows_is_named(rows):
-    with pytest.raises(ValueError, match="peer_rows"):
-        MoEOptions(peer_rows=rows)
+def test_a_bad_number_of_symmetric_rows_is_named(rows):
+    with pytest.raises(ValueError, match="symmetric_rows"):
+        MoEOptions(symmetric_rows=rows)
 
 
 def test_options_that_need_the_plain_step():
@@ -214,4 +216,4 @@ def _has_peers(context: RankContext, rows: int | None) -> bool:
     config = small_config()
     plan = contiguous(config.n_layers, config.num_experts, context.world_size)
     layout = RankLayout(config, ParallelConfig("dp", "ep"), plan, context.rank)
-    return Transformer(layout, context, options=MoEOptions(peer_rows=rows)).peers is not None
+    return Transformer(layout, context, options=MoEOptions(symmetric_rows=rows)).peers is not None

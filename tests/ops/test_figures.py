@@ -13,7 +13,14 @@ from tests.planning.machines import machine
 from tests.ranks import run_ranks
 
 TINY = Sizes(
-    dim=64, hidden=96, dtype=torch.float32, rows=(1, 8), expert_rows=(1, 4), peer_rows=(2, 8), sequences=2, length=8
+    dim=64,
+    hidden=96,
+    dtype=torch.float32,
+    rows=(1, 8),
+    expert_rows=(1, 4),
+    symmetric_rows=(2, 8),
+    sequences=2,
+    length=8,
 )
 
 
