@@ -117,12 +117,12 @@ def test_lines_of_a_plan_name_it(tmp_path):
     }
     hardware = Hardware.load(comparison.CONFIGS / "hardware" / "h200x4.json")
     compared = comparison.compare(line, hardware)
-    assert compared.layout == "peer"
+    assert compared.dispatcher == "symmetric"
     assert compared.what.endswith("balanced+4")
     everywhere = comparison.compare({**line, "plan": {"name": "everywhere"}}, hardware)
     assert everywhere.predicted_ms > compared.predicted_ms, "all experts are read on each rank"
     plain = comparison.compare({**line, "symmetric_rows": 0}, hardware)
-    assert plain.layout == "static"
+    assert plain.dispatcher == "static"
     assert plain.predicted_ms > compared.predicted_ms, "each kernel is launched by the host"
 
 

@@ -163,6 +163,8 @@ class TimeModel:
 
     def symmetric_exchange_s(self, out_W: np.ndarray, into_W: np.ndarray) -> np.ndarray:
         """Rows to the ranks that compute them and sums back, bytes [..., W] of one of the two ways, on one node."""
+        if len(self._networks) > 1:
+            raise ValueError("dispatcher 'symmetric' needs all ranks on one node")
         return 2 * self.exchange_s([out_W], [into_W])
 
     def between_steps_s(self) -> float:

@@ -113,6 +113,7 @@ class Exact(DispatchCost):
 
     def run(self, replay, layer, table, experts_TK):
         ranks_TK = table.ranks_poured(experts_TK, replay.home_T, replay.group_T, replay.groups)
+        replay.away_L[layer] = ((ranks_TK >= 0) & (ranks_TK != replay.home_T[:, None])).sum()
         shape, model, choice = replay.model.shape, replay.model, table.has_choice
         stages = self.stages(replay, ranks_TK)
         kernels = model.kernels.dispatch + choice * model.kernels.replicas

@@ -1,4 +1,4 @@
-"""The replay of a trace, a layer at a time: which rows travel under every dispatcher, and what the time model says of it."""
+"""The replay of a trace, a layer at a time: which rows travel, and what the time model says of it."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ class Execution:
     Attributes:
         dispatcher: one of ``dispatchers.DISPATCHERS``.
         batch: tokens of a step on each rank; None takes the whole trace as one step.
+        step_tokens: of all ranks together, instead of ``batch``, where they need not divide by the ranks.
         chunks: parts of a step whose exchange and products overlap (the schedule); 1 is none.
         context: tokens of each sequence that the cache holds already.
         span: tokens of a step that belong to one sequence; 1 in decode.
@@ -39,13 +40,14 @@ class Execution:
     span: int = 1
     small_choices: int = SMALL_BATCH_CHOICES
     exchange_rows: int | None = None
+    step_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.dispatcher not in DISPATCHERS:
             raise ValueError(f"dispatcher ({self.dispatcher!r}) must be one of {', '.join(DISPATCHERS)}")
-        for name, least in (("batch", 1), ("chunks", 1), ("context", 0), ("span", 1), ("exchange_rows", 1)):
-            value = getattr(self, name)
-            may_be_none = name in ("batch", "exchange_rows")
+        optional = ("batch", "exchange_rows", "step_tokens")
+        for name, least in (("chunks", 1), ("context", 0), ("span", 1), *((name, 1) for name in optional)):
+            value, may_be_none = getattr(self, name), name in optional
             if not (may_be_none and value is None) and (not isinstance(value, int) or value < least):
                 raise ValueError(f"{name} ({value!r}) must be a whole number of at least {least}")
         if self.chunks > 1 and not DISPATCH_COSTS[self.dispatcher].overlaps:
@@ -56,9 +58,7 @@ class Execution:
 class Replay:
     """One replay as it goes from layer to layer; its arrays are ``simulate.Simulation``'s."""
 
-    def __init__(
-        self, plan: ExpertPlan, trace: RoutingTrace, model: TimeModel, execution: Execution
-    ) -> None:
+    def __init__(self, plan: ExpertPlan, trace: RoutingTrace, model: TimeModel, execution: Execution) -> None:
         self.plan, self.trace, self.model, self.execution = plan, trace, model, execution
         self.dispatch = DISPATCH_COSTS[execution.dispatcher]
         self.world = plan.world_size
@@ -76,7 +76,7 @@ class Replay:
     def _deal(self, tokens: int) -> None:
         """Step, rank, row of the rank and chunk of every token."""
         batch, chunks = self.execution.batch, self.execution.chunks
-        in_step = tokens if batch is None else batch * self.world
+        in_step = self.execution.step_tokens or (tokens if batch is None else batch * self.world)
         index_T = np.arange(tokens)
         self.step_T, place_T = np.divmod(index_T, in_step)
         self.steps = int(self.step_T[-1]) + 1

@@ -143,10 +143,10 @@ class ReplicaTable:
         counts_BG = np.bincount(key_F, minlength=batches * groups).reshape(batches, groups)
         fixed_F = batch_NK[stays_NK] * world + sender_NK[stays_NK]
         fixed_BW = np.bincount(fixed_F, minlength=batches * world).reshape(batches, world)
-        rows_BGW = pour_batches(counts_BG, fixed_BW, self.group_holds_GW)
+        _, rank_X, rows_BX = _pour(counts_BG, fixed_BW, self.group_holds_GW)
         order_F = np.argsort(key_F * world + sender_NK[travels_NK], kind="stable")
         ranks_F = np.empty(len(key_F), np.int64)
-        ranks_F[order_F] = np.repeat(np.tile(np.arange(world), batches * groups), rows_BGW.ravel())
+        ranks_F[order_F] = np.repeat(np.tile(rank_X, batches), rows_BX.ravel())
         ranks_NK[travels_NK] = ranks_F
         return ranks_NK
 
@@ -203,32 +203,46 @@ def pour_batches(counts_BG: np.ndarray, fixed_BW: np.ndarray, holds_GW: np.ndarr
     Returns:
         int64 [B, G, W], zero where a rank is not the group's, rows summing to ``counts_BG``.
     """
-    batches, (groups, world) = len(counts_BG), holds_GW.shape
-    rows_BGW = np.zeros((batches, groups, world), np.int64)
-    load_BW = np.asarray(fixed_BW, np.int64).copy()
-    used_G, copies_G = (counts_BG > 0).any(0), holds_GW.sum(1)
+    group_X, rank_X, rows_BX = _pour(counts_BG, fixed_BW, holds_GW)
+    rows_BGW = np.zeros((len(counts_BG), *holds_GW.shape), np.int64)
+    rows_BGW[:, group_X, rank_X] = rows_BX
+    return rows_BGW
+
+
+def _pour(counts_BG: np.ndarray, fixed_BW: np.ndarray, holds_GW: np.ndarray):
+    """``pour_batches`` without its zeros: group and rank of every place where rows may go, rising, and rows [B, X]."""
+    used_G = (counts_BG > 0).any(0)
+    group_X, rank_X = np.nonzero(holds_GW & used_G[:, None])
+    copies_G = np.bincount(group_X, minlength=len(used_G))
     if (used_G & (copies_G == 0)).any():
         raise ValueError("a group of rows has no rank")
-    single_X = np.flatnonzero(used_G & (copies_G == 1))
-    rank_X = holds_GW[single_X].argmax(1)
-    rows_BGW[:, single_X, rank_X] = counts_BG[:, single_X]
-    for group, rank in zip(single_X, rank_X, strict=True):
-        load_BW[:, rank] += counts_BG[:, group]
-    free = [int(g) for g in np.argsort(copies_G, kind="stable") if used_G[g] and copies_G[g] > 1]
-    ranks_of = [np.flatnonzero(holds_GW[group]) for group in free]
+    single_X = copies_G[group_X] == 1
+    rows_BX = np.where(single_X, counts_BG[:, group_X], 0).astype(np.int64)
+    load_BW = np.asarray(fixed_BW, np.int64).copy()
+    np.add.at(load_BW.T, rank_X[single_X], rows_BX[:, single_X].T)
+    ends_G = copies_G.cumsum()
+    free = [int(g) for g in np.argsort(copies_G, kind="stable") if copies_G[g] > 1]
+    places = [slice(ends_G[group] - copies_G[group], ends_G[group]) for group in free]
     for _ in range(_POURS if len(free) > 1 else 1):
         peak_B = load_BW.max(1)
-        for group, ranks in zip(free, ranks_of, strict=True):
-            without_BC = load_BW[:, ranks] - rows_BGW[:, group, ranks]
-            poured_BC = _fill(without_BC, counts_BG[:, group])
-            rows_BGW[:, group, ranks] = poured_BC
+        for group, of_group in zip(free, places, strict=True):
+            ranks = rank_X[of_group]
+            without_BC = load_BW[:, ranks] - rows_BX[:, of_group]
+            rows_BX[:, of_group] = poured_BC = _fill(without_BC, counts_BG[:, group])
             load_BW[:, ranks] = without_BC + poured_BC
         if (load_BW.max(1) == peak_B).all():
             break
-    if len(free) > 1 and world <= _MOST_EXACT_RANKS:
-        for batch in _not_even(rows_BGW[:, free], load_BW, holds_GW[free]):
-            _move_along_chains(rows_BGW[batch], load_BW[batch], holds_GW)
-    return rows_BGW
+    if len(free) > 1 and holds_GW.shape[1] <= _MOST_EXACT_RANKS:
+        of_free_X = ~single_X
+        number_G = np.zeros(len(used_G), np.int64)
+        number_G[free] = np.arange(len(free))
+        group_F, rank_F = number_G[group_X[of_free_X]], rank_X[of_free_X]
+        rows_BFW = np.zeros((len(counts_BG), len(free), holds_GW.shape[1]), np.int64)
+        rows_BFW[:, group_F, rank_F] = rows_BX[:, of_free_X]
+        for batch in _not_even(rows_BFW, load_BW, holds_GW[free]):
+            _move_along_chains(rows_BFW[batch], load_BW[batch], holds_GW[free])
+        rows_BX[:, of_free_X] = rows_BFW[:, group_F, rank_F]
+    return group_X, rank_X, rows_BX
 
 
 def _fill(load_BC: np.ndarray, rows_B: np.ndarray) -> np.ndarray:

@@ -56,7 +56,7 @@ class Given:
     world_size: int
     trace: RoutingTrace | None = None
     ranks_per_node: int | None = None
-    budget: Budget = Budget()
+    budget: Budget = field(default_factory=Budget)
     shape: ModelShape | None = None
     hardware: Hardware | None = None
     rows: float = 1.0
@@ -214,7 +214,8 @@ def candidate_names(given: Given, slots: int) -> list[str]:
         names += [f"hot_cold/node+{hot}" for hot in doubling(most_hot(num_experts, world, slots, ring))]
         if num_experts % (world // ring) == 0:
             on_node = num_experts // (world // ring)
-            names += [f"balanced/node+{extra}" for extra in [0, *extras] if -(-(num_experts + extra) // world) <= on_node]
+            fitting = [extra for extra in [0, *extras] if num_experts + extra <= world * on_node]
+            names += [f"balanced/node+{extra}" for extra in fitting]
     return names + ["everywhere"] * (slots >= num_experts)
 
 
