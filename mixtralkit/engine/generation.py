@@ -214,7 +214,7 @@ class Engine:
         options = self.model.options
         fixed = is_decode or options.exchange == "static"
         if not fixed and most <= (options.symmetric_rows or 0):
-            fixed = self.model.peers is not None and self.model.peers.mailbox is not None
+            fixed = self.model.peers is not None and self.model.peers.memory is not None
         return most if fixed else None
 
     def _step(self, pieces: list[Piece], rows_per_rank: int | None, sequences_before: int) -> torch.Tensor:
