@@ -169,7 +169,7 @@ def test_what_is_not_followed_is_said(tmp_path):
         tmp_path, generation_config={"eos_token_id": 2, "repetition_penalty": 1.1, "temperature": 0.7},
         config={"eos_token_id": 384}, added_tokens={"[PAD]": 384},
     )  # fmt: skip
-    with pytest.warns(UserWarning) as said:
+    with pytest.warns(UserWarning, match=".") as said:
         assert Tokenizer.beside(tmp_path, vocab_size=VOCAB_SIZE).n_words == VOCAB_SIZE
     texts = "\n".join(str(one.message) for one in said)
     assert "repetition_penalty 1.1, temperature 0.7: not followed" in texts
