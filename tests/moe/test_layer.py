@@ -117,14 +117,14 @@ def _cases(world_size: int) -> list[Case]:
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_every_dispatcher_equals_the_oracle(world_size):
     rows = ROWS[:world_size] if world_size > 1 else [256]
-    names = run_ranks(_run_all, world_size, _cases(world_size), rows, timeout_s=120)
+    names = run_ranks(_run_all, world_size, _cases(world_size), rows)
     wanted = {1: {"local"}, 2: {*DISPATCHERS} - {"local", "two_stage"}, 4: {*DISPATCHERS} - {"local"}}
     assert names == [wanted[world_size]] * world_size
 
 
 def test_eight_ranks_equal_the_oracle():
     cases = [(HALF_SKEW, contiguous(1, 8, 8), SCHEDULED), (UNIFORM, random_plan(6, 8, 8), None)]
-    run_ranks(_run_all, 8, cases, [3, 0, 7, 1, 20, 2, 0, 5], timeout_s=120)
+    run_ranks(_run_all, 8, cases, [3, 0, 7, 1, 20, 2, 0, 5])
 
 
 def _random_cases(context: RankContext, seeds: list[int]) -> None:
@@ -141,7 +141,7 @@ def _random_cases(context: RankContext, seeds: list[int]) -> None:
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_random_plans_with_replicas_equal_the_oracle(world_size):
-    run_ranks(_random_cases, world_size, list(range(12)), timeout_s=120)
+    run_ranks(_random_cases, world_size, list(range(12)))
 
 
 Trained = tuple[ExpertPlan, str, str, MoEOptions | None]
