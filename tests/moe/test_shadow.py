@@ -188,7 +188,8 @@ def test_copies_follow_the_counts_of_the_step_before(world_size):
         assert len(first.broadcast) == 2, "more experts are worth a copy than there is room for: the hottest are kept"
         assert later == [replace(first, broadcast=(), bytes_broadcast=0)] * 4, "none takes turns with another"
         assert dropped == away, "a shadowed expert has no capacity"
-        assert dropped < plain_dropped
+        assert dropped <= plain_dropped
+    assert any(dropped < plain_dropped for *_, (plain_dropped, dropped, _), _ in results)
     for rank, (*_, steps) in enumerate(results):
         _expect_rows_to_stay(contiguous(1, 8, world_size), rank, steps)
 
