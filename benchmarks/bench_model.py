@@ -26,9 +26,9 @@ from statistics import mean, median
 import torch
 from ceilings import Ceilings
 from machine import describe_run
-from model_bounds import choice_shares, decode_bytes, expected_experts, prefill_operations
+from model_bounds import choice_shares, computed_experts, decode_bytes, expected_experts, prefill_operations
 from model_check import TOLERANCE, check
-from model_plans import Variant, dispatchers_of, memory_by_rank, needs_loads, plan_fields
+from model_plans import Variant, dispatchers_of, memory_by_rank, plan_fields
 from model_source import RandomWords, Source, random_requests
 from model_watch import Watch, manager_fields, restore
 from peer_fields import peer_fields
@@ -112,7 +112,7 @@ def bench_model(
     most = max(batches + [count for count, _ in prompts])
     source = Source(config.with_limits(prompt_len + new_tokens, most), reader, context, kind, running, seed)
     variants = [Variant()] if running.plan is None else [Variant.parse(name) for name in str(running.plan).split(",")]
-    loads_LE, loads_from = source.loads([variant.plan for variant in variants], prompt_len, new_tokens)
+    loads_LE, loads_from = source.loads(variants, prompt_len, new_tokens)
     common = {
         **describe_run(context),
         "model": (model if ckpt is None else ckpt).stem, "layers": config.n_layers,
@@ -122,7 +122,7 @@ def bench_model(
     for number, variant in enumerate(variants):
         bench.release()
         model = source.build(variant, loads_LE)
-        bench.use(model, variant, loads_from if needs_loads(variant.plan) else None)
+        bench.use(model, variant, loads_from if variant.needs_loads else None)
         if "managed" in variant.extras:
             bench.make_manager = partial(source.manager, model, update_step)
         del model
@@ -329,7 +329,7 @@ class Bench:
             touched_L = [
                 sum(
                     expected_experts(params.num_experts, params.num_experts_per_tok, count * share) / params.num_experts
-                    for share in choice_shares(layout, layer)
+                    for share in choice_shares(layout, layer, count)
                 )
                 for layer in range(params.n_layers)
             ]
@@ -344,9 +344,8 @@ class Bench:
 
         def observe(batch, reports) -> None:
             if len(batch.tokens_T) == count and batch.is_decode:
-                held = [self.model.layout.experts(layer) for layer in range(len(reports))]
-                chosen = [set(report.routing.experts_TK.flatten().tolist()) for report in reports]
-                seen.append([float(len(own & set(here))) for own, here in zip(chosen, held, strict=True)])
+                chosen = [report.routing.experts_TK.cpu().numpy() for report in reports]
+                seen.append([float(computed_experts(self.model.layout, *one)) for one in enumerate(chosen)])
 
         engine.observe = observe
         try:

@@ -18,7 +18,7 @@ from mixtralkit.model.transformer import Transformer
 from mixtralkit.moe.layer import MoEReport
 from mixtralkit.planning.formats import load_plan
 from mixtralkit.planning.plan import ExpertPlan
-from mixtralkit.planning.policies.named import named_plan
+from mixtralkit.planning.policies.registry import named_plan, needs_loads
 from mixtralkit.planning.trace import RoutingTrace
 
 
@@ -46,6 +46,11 @@ class Variant:
             raise ValueError(f"plan ({text!r}) must have a capacity with reroute, as hot_cold+capacity0.5+reroute has")
         return cls("+".join(words), factors[0] if factors else None, tuple(extras))
 
+    @property
+    def needs_loads(self) -> bool:
+        """Whether the plan depends on how often experts are chosen."""
+        return self.plan is not None and needs_loads(self.plan)
+
     def cut(self, plan: ExpertPlan) -> ExpertPlan:
         """``plan`` with the capacity, if there is one."""
         if self.capacity is None:
@@ -55,13 +60,8 @@ class Variant:
         )
 
 
-def needs_loads(name: str | None) -> bool:
-    """Whether a plan of this name depends on how often experts are chosen."""
-    return name is not None and name.startswith(("hot_cold", "balanced"))
-
-
 def make_plan(name: str, config: ModelConfig, world_size: int, loads_LE: np.ndarray | None) -> ExpertPlan:
-    """The plan of a name (``planning.policies.named``) or of a plan file; of a file where there is one."""
+    """The plan of a name (``planning.policies.registry``) or of a plan file; of a file where there is one."""
     if Path(name).is_file():
         return load_plan(name, num_experts=config.num_experts, world_size=world_size)
     loads_LE = np.ones((config.n_layers, config.num_experts)) if loads_LE is None else loads_LE

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from model_check import GREEDY
-from model_plans import Variant, make_plan, needs_loads, profiled_loads, trace_loads
+from model_plans import Variant, make_plan, profiled_loads, trace_loads
 
 from mixtralkit.automatic import MACHINES, find_hardware
 from mixtralkit.checkpoint import CheckpointReader, load_into
@@ -29,7 +29,7 @@ PROFILED, PROFILED_TOKENS = 64, 16  # sequences and new tokens that a plan is ma
 class RandomWords:
     """A tokenizer of any vocabulary whose end token never comes, so that every answer has its full length."""
 
-    bos_id, eos_id, pad_id = 0, -1, -1
+    bos_id, eos_id, pad_id, end_ids = 0, -1, -1, frozenset()
     drops_first_space = False
 
     def __init__(self, vocab_size: int) -> None:
@@ -89,9 +89,9 @@ class Source:
         judge = MoveJudge.for_model(model, machine, update_step)
         return PlanManager(model, make_policy("balanced", model, judge), update_step, judge)
 
-    def loads(self, plans: list[str | None], prompt_len: int, new_tokens: int) -> tuple[np.ndarray | None, str | None]:
+    def loads(self, variants: list[Variant], prompt_len: int, new_tokens: int) -> tuple[np.ndarray | None, str | None]:
         """Loads [L, E] that plans need, and what they come from; None where no plan does."""
-        if not any(needs_loads(plan) for plan in plans):
+        if not any(variant.needs_loads for variant in variants):
             return None, None
         if self.running.trace is not None:
             with self.context.agreed():

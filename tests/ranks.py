@@ -38,7 +38,7 @@ def join_gloo(rank: int, world_size: int, store: str) -> RankContext:
 
 
 def run_ranks(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60.0, join: Join = join_gloo
+    function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 240.0, join: Join = join_gloo
 ) -> list[Any]:
     """Calls ``function(context, *args)`` on ``world_size`` ranks; returns their values in rank order.
 

@@ -19,7 +19,7 @@ from mixtralkit.layout import RankLayout
 from mixtralkit.model.transformer import Transformer
 from mixtralkit.ops.symmetric_exchange import SymmetricExchange
 from tests.engine.parts import engine_config, make_model, make_tokenizer
-from tests.model.test_decode import unlike_layers
+from tests.model.test_batches import unlike_layers
 from tests.ops.test_symmetric_exchange import memory_of_files
 from tests.ranks import run_ranks
 

@@ -186,7 +186,7 @@ def test_every_arrangement_equals_the_oracle(world_size):
             Case(slice_size, drop=True, mask=True, schedule=True),
             Case(slice_size, experts="list", top_k=3, schedule=True),
         ]
-    run_ranks(_run, world_size, cases, timeout_s=120)
+    run_ranks(_run, world_size, cases)
 
 
 def test_leading_dimensions_are_kept():

@@ -1,14 +1,14 @@
-"""The two ways a step attends to the cache, kernels' calls and plain torch, against each other."""
+"""Any step's attention to the cache against one query and one head at a time."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from mixtralkit.model import attention
 from mixtralkit.model.attention import CachedAttention
 from mixtralkit.model.kv_cache import KVCache
-from mixtralkit.model.rope import rope_table, rotations
+from mixtralkit.model.rope import rope_table, rotate, rotations
+from mixtralkit.ops.attention import split_heads
 from mixtralkit.model.batch import ForwardBatch
 
 HEADS, KV_HEADS, WIDTH, SLOTS, LENGTH, THETA = 6, 2, 8, 7, 40, 1e4
@@ -34,27 +34,50 @@ def build(pieces: list[tuple[int, int, int]]) -> tuple[ForwardBatch, KVCache, to
     return batch, KVCache(keys, values, rope_table(LENGTH, WIDTH, THETA, torch.device("cpu"))), qkv_TP
 
 
+def slow(layer: int, batch: ForwardBatch, cache: KVCache, qkv_TP: torch.Tensor, window: int | None) -> torch.Tensor:
+    """One query and one head at a time, after all keys and values are stored."""
+    q_THC, k_TJC, v_TJC = split_heads(qkv_TP, HEADS, KV_HEADS)
+    rope = rotations(batch.positions_T, WIDTH, THETA)
+    q_THC, k_TJC = rotate(q_THC, *rope), rotate(k_TJC, *rope)
+    places = list(zip(batch.slots_T.tolist(), batch.positions_T.tolist(), strict=True))
+    for row, (slot, position) in enumerate(places):
+        cache.keys[layer, slot, :, position], cache.values[layer, slot, :, position] = k_TJC[row], v_TJC[row]
+    out = []
+    for row, (slot, position) in enumerate(places):
+        seen = slice(0 if window is None else max(0, position + 1 - window), position + 1)
+        for head in range(HEADS):
+            keys, values = (memory[layer, slot, head * KV_HEADS // HEADS, seen] for memory in (cache.keys, cache.values))
+            out.append((keys @ q_THC[row, head] / WIDTH**0.5).softmax(0) @ values)
+    return torch.stack(out).view(len(places), HEADS * WIDTH)
+
+
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("step", STEPS)
-def test_kernels_calls_are_the_plain_path(step, window, monkeypatch):
-    """Which rows go to which call, and back to which place."""
+def test_every_row_attends_to_its_sequence(step, window):
     batch, cache, qkv_TP = build(STEPS[step])
-    rope = rotations(batch.positions_T, WIDTH, THETA)
-    plain_cache = KVCache(cache.keys.clone(), cache.values.clone(), cache.rope_SC)
-    plain = CachedAttention(batch, plain_cache, window)
-    wanted = [plain(layer, qkv_TP, rope, (HEADS, KV_HEADS)) for layer in range(2)]
-    monkeypatch.setattr(attention, "runs_triton", lambda _: True)
-    by_kernels = CachedAttention(batch, cache, window)
+    slow_cache = KVCache(cache.keys.clone(), cache.values.clone(), cache.rope_SC)
+    attend = CachedAttention(cache, window, batch.spans, torch.device("cpu"))
     for layer in range(2):
-        got = by_kernels(layer, qkv_TP, rope, (HEADS, KV_HEADS))
-        torch.testing.assert_close(got, wanted[layer], rtol=1e-4, atol=1e-5)
-    assert torch.equal(cache.keys, plain_cache.keys)
-    assert torch.equal(cache.values, plain_cache.values)
+        got = attend(layer, qkv_TP, batch, (HEADS, KV_HEADS))
+        torch.testing.assert_close(got, slow(layer, batch, slow_cache, qkv_TP, window), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(cache.keys, slow_cache.keys)
+    assert torch.equal(cache.values, slow_cache.values)
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_rows_that_fill_the_shape_write_nothing(window):
+    batch, cache, qkv_TP = build(STEPS["decode"])
+    slow_cache = KVCache(cache.keys.clone(), cache.values.clone(), cache.rope_SC)
+    fill = torch.zeros(2, dtype=torch.int64)
+    columns = (torch.cat([t, fill - i]) for t, i in ((batch.tokens_T, 0), (batch.positions_T, 0), (batch.slots_T, 1)))
+    padded = ForwardBatch.of_rows(*columns, rows_per_rank=5)
+    got = CachedAttention(cache, window)(0, torch.cat([qkv_TP, qkv_TP[:2]]), padded, (HEADS, KV_HEADS))
+    torch.testing.assert_close(got[:3], slow(0, batch, slow_cache, qkv_TP, window), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(cache.keys, slow_cache.keys)
 
 
 def test_no_sequence_gives_no_rows():
     _, cache, _ = build(STEPS["decode"])
     batch = ForwardBatch.build([], "cpu")
     qkv_TP = torch.empty(0, (HEADS + 2 * KV_HEADS) * WIDTH)
-    out = CachedAttention(batch, cache, None)(0, qkv_TP, rotations(batch.positions_T, WIDTH, THETA), (HEADS, KV_HEADS))
-    assert out.shape == (0, HEADS * WIDTH)
+    assert CachedAttention(cache, None)(0, qkv_TP, batch, (HEADS, KV_HEADS)).shape == (0, HEADS * WIDTH)

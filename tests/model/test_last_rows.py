@@ -21,7 +21,7 @@ def step(model, rows: list[int], observe=None, prompts=PROMPTS) -> tuple[torch.T
     """Logits, and how many rows each layer's gate saw."""
     seen = []
     hooks = [
-        block.feed_forward.gate.register_forward_hook(lambda gate, rows, routing: seen.append(len(rows[0])))
+        block.feed_forward.gate.register_forward_hook(lambda gate, given, found: seen.append(len(given[0])))
         for block in model.layers
     ]
     batch = ForwardBatch.build(prompts, "cpu")
@@ -51,7 +51,7 @@ def test_a_capacity_counts_all_rows():
     model = make_model(RankContext(), small_config())
     plan = model.layout.plan
     capped = ExpertPlan(plan.slots_LWS, plan.num_experts, cold_capacity_factor=1.0)
-    model.layout = replace(model.layout, plan=capped)
+    model.layout = model.store.layout = replace(model.layout, plan=capped)
     assert step(model, [7])[1] == [8] * len(model.layers)
 
 

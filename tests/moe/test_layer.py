@@ -75,7 +75,7 @@ def test_every_way_equals_the_oracle(world_size):
 
 def test_eight_ranks_equal_the_oracle():
     cases = [(HALF_SKEW, contiguous(1, 8, 8), SCHEDULED), (UNIFORM, random_plan(6, 8, 8), None)]
-    for errors in run_ranks(_run_all, 8, cases, [3, 0, 7, 1, 20, 2, 0, 5], timeout_s=120):
+    for errors in run_ranks(_run_all, 8, cases, [3, 0, 7, 1, 20, 2, 0, 5]):
         assert max(errors.values()) < 1e-4, errors
 
 
@@ -104,7 +104,7 @@ def _random_cases(context: RankContext, seeds: list[int]):
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_random_plans_with_replicas_equal_the_oracle(world_size):
-    run_ranks(_random_cases, world_size, list(range(12)), timeout_s=120)
+    run_ranks(_random_cases, world_size, list(range(12)))
 
 
 def _gradients(context: RankContext, whole: Whole, plan: ExpertPlan, attention: str, experts: str, rows: list[int],

@@ -42,7 +42,7 @@ def curve(context: RankContext, zero: bool, options: MoEOptions | None = None):
 def test_curve_is_that_of_one_rank(world_size, zero, options):
     losses, logged, tensors, figures = curve(RankContext(), False)
     assert losses[-1] < losses[0]
-    results = run_ranks(curve, world_size, zero, options, timeout_s=90)
+    results = run_ranks(curve, world_size, zero, options)
     for got_losses, got_logged, _, got_figures in results:
         torch.testing.assert_close(torch.tensor(got_losses), torch.tensor(losses), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(torch.tensor(got_logged), torch.tensor(logged), rtol=1e-3, atol=1e-4)
