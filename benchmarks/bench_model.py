@@ -4,7 +4,7 @@
         --prompt_len 128 --new_tokens 256 --prefill 8x2048
     torchrun --standalone --nproc_per_node=4 benchmarks/bench_model.py … --attention tp --experts tp
     torchrun --standalone --nproc_per_node=4 benchmarks/bench_model.py … --attention dp --experts ep \
-        --symmetric_rows none --plan contiguous,hot_cold,balanced+2,balanced+4,balanced+8,everywhere
+        --plan contiguous,balanced+2,everywhere,contiguous+shadow,contiguous+managed,hot_cold+capacity0.5
 
 Prints one line of JSON a measurement on stdout, a table on stderr. docs/performance.md says what the fields mean.
 """
@@ -16,8 +16,10 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 
@@ -26,8 +28,9 @@ from ceilings import Ceilings
 from machine import describe_run
 from model_bounds import choice_shares, computed_experts, decode_bytes, expected_experts, prefill_operations
 from model_check import TOLERANCE, check
-from model_plans import memory_by_rank, plan_fields, rows_through_memory
+from model_plans import Variant, dispatchers_of, memory_by_rank, plan_fields
 from model_source import RandomWords, Source, random_requests
+from model_watch import Watch, manager_fields, restore
 from peer_fields import peer_fields
 from profile_step import profiled
 
@@ -36,10 +39,10 @@ from mixtralkit.cli import run_tool, with_fields
 from mixtralkit.config import ModelConfig, parse_dtype
 from mixtralkit.distributed import RankContext
 from mixtralkit.engine.generation import Engine
+from mixtralkit.engine.plan_manager import PlanManager
 from mixtralkit.engine.requests import Request
 from mixtralkit.model.transformer import Transformer
 from mixtralkit.options import ModelOptions
-from mixtralkit.planning.policies.registry import needs_loads
 from mixtralkit.planning.replicas import SMALL_BATCH_CHOICES
 
 
@@ -58,6 +61,7 @@ def bench_model(
     profile: Path | None = None,
     profile_steps: int = 8,
     prefill_budget: int | None = None,
+    update_step: int = 64,
     seed: int = 0,
     output: Path | None = None,
     *,
@@ -66,8 +70,9 @@ def bench_model(
     """Times a whole model: decode = (time of all new tokens - time of 1) / (new tokens - 1), and prefill.
 
     --plan takes auto, or plan files and names, several between commas: contiguous, hot_cold+N (N hot experts, 1 without
-    +N), balanced+N (N slots a layer more than experts), everywhere. Loads to plan by are those of --trace, or of random
-    prompts that are run before.
+    +N), balanced+N (N slots a layer more than experts), everywhere. Behind a name, +capacityF cuts the rows of cold
+    experts, +reroute offers them to other experts, +shadow copies hot experts, and +managed moves experts to balanced
+    plans every update_step steps. Loads to plan by are those of --trace, or of random prompts that are run before.
 
     Args:
         model: architecture, a params.json; not read with --ckpt.
@@ -83,6 +88,7 @@ def bench_model(
         profile: where traces go, gzipped: NAME.json gives NAME-decode-8.json.gz and so on. Also prints tables.
         profile_steps: decode steps in a trace.
         prefill_budget: prompt tokens of one step; when not given, all prompts of a measurement are one step.
+        update_step: steps between the plans of +managed.
         seed: of weights and prompts.
         output: file that takes the lines of JSON.
     """
@@ -105,23 +111,28 @@ def bench_model(
         config = replace(config, n_layers=layers)
     most = max(batches + [count for count, _ in prompts])
     source = Source(config.with_limits(prompt_len + new_tokens, most), reader, context, kind, running, seed)
-    plans = None if running.plan is None else str(running.plan).split(",")
-    loads_LE, loads_from = source.loads(plans or [], prompt_len, new_tokens)
+    variants = [Variant()] if running.plan is None else [Variant.parse(name) for name in str(running.plan).split(",")]
+    loads_LE, loads_from = source.loads(variants, prompt_len, new_tokens)
     common = {
         **describe_run(context),
         "model": (model if ckpt is None else ckpt).stem, "layers": config.n_layers,
         "dtype": str(kind).removeprefix("torch."), "weights": "random" if random_weights else "checkpoint",
     }  # fmt: skip
     bench = Bench(RandomWords(config.vocab_size), context, seed, repeats, prefill_budget, common, output)
-    for number, plan in enumerate(plans or [None]):
-        bench.model = None  # its memory, before another takes as much
-        bench.use(source.build(plan, loads_LE), loads_from if plan is not None and needs_loads(plan) else None)
+    for number, variant in enumerate(variants):
+        bench.release()
+        model = source.build(variant, loads_LE)
+        bench.use(model, variant, loads_from if variant.needs_loads else None)
+        if "managed" in variant.extras:
+            bench.make_manager = partial(source.manager, model, update_step)
+        del model
         if number == 0:
             if loads_from != "random prompts":  # which ran before
                 bench.start(import_s, prompt_len)
             bench.ceilings = Ceilings.measure(context, kind)
             bench.emit("ceilings", {})
-        for count in batches if check_layers > 0 else []:
+        # what a capacity drops is no error, and float32 may drop other rows
+        for count in batches if check_layers > 0 and variant.capacity is None else []:
             bench.check(check_layers, count)
         for count in batches:
             bench.decode(count, prompt_len, new_tokens)
@@ -147,31 +158,45 @@ class Bench:
     output: Path | None
     model: Transformer | None = None
     ceilings: Ceilings | None = None
+    make_manager: Callable[[], PlanManager] | None = None
 
     def __post_init__(self) -> None:
         self.drawn, self.common = 0, self.about
         if self.output is not None and self.context.is_first:
             self.output.write_text("", encoding="utf-8")
 
-    def use(self, model: Transformer, loads_from: str | None) -> None:
+    def release(self) -> None:
+        """Gives back the model's memory, before another takes as much."""
+        self.model = self.make_manager = None
+        self._collect()
+
+    def use(self, model: Transformer, variant: Variant, loads_from: str | None) -> None:
         """Measures this model from now on; ``loads_from`` says what its plan was made from, where that counts."""
-        self.model = model
+        self.model, self.first_plan = model, model.layout.plan
         self.common = self.about | {
             **asdict(model.layout.parallel),
-            "plan": plan_fields(model.layout.plan, loads_from), "symmetric_rows": rows_through_memory(model),
-            "few_choices": SMALL_BATCH_CHOICES,
+            "plan": plan_fields(model.layout.plan, loads_from), "with": variant.extras, **dispatchers_of(model),
+            "small_batch_choices": SMALL_BATCH_CHOICES,
         }  # fmt: skip
 
     def engine(self, count: int, length: int, budget: int) -> Engine:
         """A new engine on the same weights, with room for ``count`` sequences of ``length`` tokens and no more."""
         self.model.cache = None
-        gc.collect()  # the last engine's graphs and cache
+        self._collect()  # the last engine's graphs and cache
+        if self.context.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        layout = replace(self.model.layout, config=self.model.params.with_limits(length, count))
+        self.model.layout = self.model.store.layout = layout
+        engine = Engine(self.model, self.tokenizer, prefill_budget=self.prefill_budget or budget)
+        if self.make_manager is not None:
+            restore(self.model, self.first_plan)
+            engine.plan_manager = self.make_manager()
+        return engine
+
+    def _collect(self) -> None:
+        gc.collect()
         if self.context.device.type == "cuda":
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        config = self.model.params.with_limits(length, count)
-        self.model.layout = replace(self.model.layout, config=config)
-        return Engine(self.model, self.tokenizer, prefill_budget=self.prefill_budget or budget)
 
     def requests(self, count: int, length: int, new_tokens: int) -> list[Request]:
         """Prompts that never came before, the same on every rank."""
@@ -216,8 +241,9 @@ class Bench:
         warm_s = self.timed(engine, self.requests(count, prompt_len, min(new_tokens, 8)))
         pairs = []
         for _ in range(self.repeats):
-            first = self.timed(engine, self.requests(count, prompt_len, 1))
-            pairs.append((first, self.timed(engine, self.requests(count, prompt_len, new_tokens))))
+            first, watch = self.timed(engine, self.requests(count, prompt_len, 1)), Watch()
+            with watch.on():
+                pairs.append((first, self.timed(engine, self.requests(count, prompt_len, new_tokens))))
         steps_s = [(whole - first) / (new_tokens - 1) for first, whole in pairs]
         step_s, first_s, whole_s = median(steps_s), median(p[0] for p in pairs), median(p[1] for p in pairs)
         sizes, source = self._step_bytes(engine, count, prompt_len, new_tokens)
@@ -227,6 +253,8 @@ class Bench:
             "tokens_per_s": round(count / step_s, 2), "ms_per_step": round(1e3 * step_s, 4),
             "ms_per_step_all": [round(1e3 * value, 4) for value in steps_s],
             "time_to_first_token_s": round(first_s, 4), "warm_up_s": round(warm_s, 3),
+            "steps": dict(Counter(watch.kinds)),
+            **({} if engine.plan_manager is None else manager_fields(engine.plan_manager, self.context)),
             "bound_ms": round(1e3 * bound_s, 4), "bound": bound, "share_of_bound": round(bound_s / step_s, 4),
             "gb_per_step": {part: round(size / 1e9, 4) for part, size in sizes.items()}, "experts_from": source,
             **self._memory(), "memory_by_rank": memory_by_rank(self.model),

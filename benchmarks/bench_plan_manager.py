@@ -15,25 +15,23 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from unittest.mock import patch
 
 import numpy as np
 import torch
-from bench_model import RandomWords
 from machine import describe_run
+from model_source import RandomWords
+from model_watch import Watch, manager_fields, ms, restore
 
 from mixtralkit.checkpoint import load_into, open_checkpoint
 from mixtralkit.cli import run_tool
 from mixtralkit.config import ModelConfig, MoEOptions, parse_dtype
 from mixtralkit.distributed import RankContext
-from mixtralkit.engine.decoding import DecodeSteps
 from mixtralkit.engine.generation import Engine
 from mixtralkit.engine.plan_judge import MoveJudge
-from mixtralkit.engine.plan_manager import PlanManager, with_layer
+from mixtralkit.engine.plan_manager import PlanManager
 from mixtralkit.engine.plan_policies import Policy, make_policy
 from mixtralkit.engine.requests import Request
 from mixtralkit.engine.sampler import SamplingOptions
@@ -88,7 +86,8 @@ def bench_plan_manager(
         update_step: steps of a window.
         slots_per_rank: most experts of a rank in each layer; left out, as many as without a manager.
         margin: how many times its price a move must save, where moves are judged.
-        symmetric_rows: as in tools/example.py, for attention dp; left out, as many as a decode step has, on CPUs too.
+        symmetric_rows: as in tools/example.py, for attention dp; left out, at least as many as a decode step has, on
+            CPUs too.
         repeats: runs of each way.
         hardware: the machine's speeds, for the judge.
         dtype: bfloat16 on CUDA, float32 on a CPU when not given.
@@ -177,32 +176,6 @@ class Source:
         return found
 
 
-class Watch:
-    """When each step of an engine began, and how it ran."""
-
-    def __init__(self) -> None:
-        self.starts: list[float] = []
-        self.kinds: list[str] = []
-
-    @contextmanager
-    def on(self) -> Iterator[None]:
-        step, launch = Transformer.step, DecodeSteps.launch
-
-        def watched_step(*args):
-            self.starts.append(time.perf_counter())
-            self.kinds.append("plain")
-            return step(*args)
-
-        def watched_launch(*args):
-            self.starts.append(time.perf_counter())
-            flight = launch(*args)
-            self.kinds.append("graph" if flight.replayed else "launched")
-            return flight
-
-        with patch.object(Transformer, "step", watched_step), patch.object(DecodeSteps, "launch", watched_launch):
-            yield
-
-
 @dataclass
 class Bench:
     """The ways of one model; collective, like its engine."""
@@ -239,8 +212,9 @@ class Bench:
             yield {"policy": policy, **chosen, **every}
 
     def _run(self, policy: str) -> dict[str, object]:
-        self._restore()
+        restore(self.model, self.first_plan)
         manager = None if policy == "none" else self._manager(policy)
+        self.engine.reset()  # its steps count choices for a manager alone
         self._warm_up(manager)
         self.engine.plan_manager = manager
         watch = Watch()
@@ -263,23 +237,7 @@ class Bench:
             "step_ms": _spread_ms(slowest_s),
             "decode_step_ms": _spread_ms(slowest_s[np.array(watch.kinds) != "plain"]),
         }
-        return found if manager is None else {**found, **self._moves(manager)}
-
-    def _moves(self, manager: PlanManager) -> dict[str, object]:
-        done = manager.statistics
-        of_ranks = self.context.all_gather_objects((done.pauses, done.longest_move_s, done.recapture_s))
-        longest = max((pauses for pauses, _, _ in of_ranks), key=lambda pauses: pauses.longest_s)
-        return {
-            "pauses": {
-                "count": longest.count, "longest_ms": _ms(longest.longest_s), "mean_ms": _ms(longest.mean_s),
-                "longest_move_ms": _ms(max(move_s for _, move_s, _ in of_ranks)), "histogram": longest.histogram,
-            },
-            "plans": {"considered": done.considered, "adopted": done.adopted},
-            "layers_moved": done.layers_moved, "layers_kept": done.layers_kept,
-            "layers_relocated": done.layers_relocated, "experts_moved": done.experts_moved,
-            "mb_moved": round(done.bytes_moved / 1e6, 3),
-            "recaptures": done.recaptures, "recapture_s": round(max(s for _, _, s in of_ranks), 4),
-        }  # fmt: skip
+        return found if manager is None else {**found, **manager_fields(manager, self.context)}
 
     def _manager(self, policy: str) -> PlanManager:
         if policy == "random":
@@ -294,12 +252,6 @@ class Bench:
         if num_experts % world:
             raise ValueError(f"policy 'random' needs ranks ({world}) that divide the experts ({num_experts})")
         return lambda loads_1E, tokens: ExpertPlan(rng.permutation(num_experts).reshape(1, world, -1), num_experts)
-
-    def _restore(self) -> None:
-        """Every layer has its first slots again."""
-        for layer in range(self.model.params.n_layers):
-            slots_WS = self.first_plan.slots_LWS[layer]
-            self.model.adopt(layer, with_layer(self.model.layout.plan, layer, slots_WS))
 
     def _warm_up(self, manager: PlanManager | None) -> None:
         """Captures the graphs of such steps, where there are any."""
@@ -318,11 +270,7 @@ class Bench:
 def _spread_ms(steps_s: np.ndarray) -> dict[str, float]:
     if not len(steps_s):
         return {}
-    return {"median": _ms(median(steps_s)), "p99": _ms(np.quantile(steps_s, 0.99)), "longest": _ms(steps_s.max())}
-
-
-def _ms(seconds: float) -> float:
-    return round(1e3 * float(seconds), 3)
+    return {"median": ms(median(steps_s)), "p99": ms(np.quantile(steps_s, 0.99)), "longest": ms(steps_s.max())}
 
 
 def _row(line: dict[str, object]) -> str:

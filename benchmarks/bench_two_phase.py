@@ -38,8 +38,8 @@ from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.layout import RankLayout
 from mixtralkit.mixtral import Mixtral
 from mixtralkit.model.batch import ForwardBatch
-from mixtralkit.moe.router import Routing
 from mixtralkit.moe.layer import MoELayer, MoEReport
+from mixtralkit.moe.router import Routing
 from mixtralkit.moe.shadow import ShadowCache
 from mixtralkit.moe.two_phase import TwoPhase
 from mixtralkit.planning.hardware import Hardware

@@ -129,7 +129,7 @@ def compare(line: dict[str, Any], hardware: Hardware) -> Compared:
     span = 1 if decodes else line["prompt_len"]
     context = line["prompt_len"] + line["new_tokens"] // 2 if decodes else 0
     dispatcher = dispatcher_of(line)
-    few = line.get("few_choices", 0)  # lines without it are older than the rule
+    few = line.get("small_batch_choices", 0)  # lines without it are older than the rule
     tokens = batch * span
     execution = Execution(dispatcher, step_tokens=tokens, context=context, span=span, small_choices=few)
     if dispatcher == "static":
@@ -154,7 +154,7 @@ def compare_layer(line: dict[str, Any], hardware: Hardware) -> Compared:
     )  # fmt: skip
     loads_LE = loads_of(line["routing"], shape)
     plan = named_plan(_plan_of_layer(line), loads_LE, ranks)
-    execution = Execution(dispatcher, small_choices=line.get("few_choices", 0))
+    execution = Execution(dispatcher, small_choices=line.get("small_batch_choices", 0))
     tokens = line["tokens_per_rank"] * ranks
     samples = [sample_routing(loads_LE, tokens, shape.top_k, seed) for seed in range(LAYER_SAMPLES)]
     phases = [simulate(plan, sample, shape, hardware, execution).phases_LP for sample in samples]

@@ -13,11 +13,11 @@ from layer_ways import FastMoEWay, LoopWay, PaddedWay, Phase, Unavailable, Way
 from mixtralkit.config import MoEOptions, ParallelConfig
 from mixtralkit.layout import RankLayout
 from mixtralkit.moe.capacity import CutRouting
-from mixtralkit.moe.dispatch.coherent import CoherentDispatch
 from mixtralkit.moe.dispatch import ExchangedDispatch, StaticDispatch, for_rank, start_rows
-from mixtralkit.moe.router import Routing
-from mixtralkit.moe.layer import MoELayer
+from mixtralkit.moe.dispatch.coherent import CoherentDispatch
 from mixtralkit.moe.dispatch.schedule import num_chunks, run_in_chunks
+from mixtralkit.moe.layer import MoELayer
+from mixtralkit.moe.router import Routing
 from mixtralkit.moe.shadow import ShadowCache
 from mixtralkit.moe.two_phase import TwoPhase
 from mixtralkit.ops.all_reduce import RowReducer

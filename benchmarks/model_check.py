@@ -13,9 +13,8 @@ from mixtralkit.engine.generation import Engine
 from mixtralkit.engine.requests import Request
 from mixtralkit.engine.sampler import SamplingOptions
 from mixtralkit.layout import RankLayout
-from mixtralkit.model.decode import Decoder
-from mixtralkit.model.rope import rotations
 from mixtralkit.model.batch import ForwardBatch
+from mixtralkit.model.rope import rotations
 from mixtralkit.model.transformer import Transformer
 
 # Of the middle row. A single row may be far off in half precision: a rounding tips a choice of experts that is a tie.
@@ -29,20 +28,19 @@ class Check:
     """Differences from float32; a row is one token's logits.
 
     ``logits`` is ‖row - reference‖ / ‖reference‖ of the decode step, the middle row's, and ``rows_off`` the share of
-    rows where it is above 0.1; None where the model's options have no such step. ``answers`` is the difference in the
-    log-probabilities that the engine gives, and ``shortfall`` how far its tokens are from the reference's likeliest,
-    both over the logits' standard deviation, the middle row's.
+    rows where it is above 0.1. ``answers`` is the difference in the log-probabilities that the engine gives, and
+    ``shortfall`` how far its tokens are from the reference's likeliest, both over the logits' standard deviation, the
+    middle row's.
     """
 
     check_layers: int
-    logits: float | None
-    rows_off: float | None
+    logits: float
+    rows_off: float
     answers: float
     shortfall: float
 
     def passes(self, dtype: torch.dtype) -> bool:
-        errors = [self.answers, self.shortfall, *([] if self.logits is None else [self.logits])]
-        return all(error < TOLERANCE[dtype] for error in errors)  # not so for NaN
+        return all(error < TOLERANCE[dtype] for error in (self.logits, self.answers, self.shortfall))  # not for NaN
 
 
 def check(model: Transformer, tokenizer, layers: int, batch: int, seed: int) -> Check:
@@ -66,22 +64,25 @@ def check(model: Transformer, tokenizer, layers: int, batch: int, seed: int) -> 
     gc.collect()
     return Check(
         check_layers=small.params.n_layers,
-        logits=None if rows is None else float(rows.median()),
-        rows_off=None if rows is None else float((rows > 0.1).float().mean()),
+        logits=float(rows.median()),
+        rows_off=float((rows > 0.1).float().mean()),
         answers=median(answers_BN.flatten().tolist()),
         shortfall=median(shortfall_BN.flatten().tolist()),
     )
 
 
 def first_layers(model: Transformer, layers: int, batch: int) -> Transformer:
-    """A model of the first layers that shares the weights of ``model``, with room for ``batch`` short sequences."""
+    """A model of the first layers with the weights of ``model`` and room for ``batch`` short sequences. Collective."""
     config = replace(model.params, n_layers=layers).with_limits(PROMPT + NEW, batch)
     plan = replace(model.layout.plan, slots_LWS=model.layout.plan.slots_LWS[:layers])
     layout = RankLayout(config, model.layout.parallel, plan, model.context.rank)
     small = Transformer(layout, model.context, model.dtype, model.options)
     weights = dict(model.named_parameters())
     for name, parameter in small.named_parameters():
-        parameter.data = weights[name].data
+        if small.store.room and ".experts." in name:  # in one memory with places for copies
+            parameter.data.copy_(weights[name].data)
+        else:
+            parameter.data = weights[name].data
     return small
 
 
@@ -154,27 +155,28 @@ def _answers(model: Transformer, reference_BNV, tokens_BN, logprobs_BN) -> tuple
     return (logprobs_BN - (chosen - total)).abs() / scale, (best - chosen) / scale
 
 
-def _decoded_rows(model: Transformer, sequences_BT, reference_BNV) -> torch.Tensor | None:
-    """Relative errors of the decode step's logits [B·N], the earlier tokens given; None without such a step.
+@torch.no_grad()
+def _decoded_rows(model: Transformer, sequences_BT, reference_BNV) -> torch.Tensor:
+    """Relative errors of the decode step's logits [B·N], the earlier tokens given.
 
     Under attention ``dp`` each rank decodes its share of the sequences, and rows that fill the shape where it has less.
     """
     cache = model.allocate_cache()
-    decoder = Decoder.for_model(model, cache)
-    if decoder is None:
-        return None
     (count, length), owners = sequences_BT.shape, model.ranks_with_own_sequences
     share = -(-count // owners)
     first = share * model.context.rank if owners > 1 else 0
     own_BT, wanted_BNV = sequences_BT[first : first + share], reference_BNV[first : first + share]
-    batch = ForwardBatch.build([(i, 0, ids) for i, ids in enumerate(own_BT[:, :PROMPT].tolist())], own_BT.device)
-    model.step(batch, cache, batch.last_rows_B)
+    pieces = [(i, 0, ids) for i, ids in enumerate(own_BT[:, :PROMPT].tolist())]
+    prompts = ForwardBatch.build(pieces, own_BT.device, rows_per_rank=share * PROMPT)
+    model.step(prompts, cache, prompts.last_rows_B)
     slots_B = torch.arange(share, device=own_BT.device)
     slots_B[len(own_BT) :] = -1
     tokens_BT = F.pad(own_BT, (0, 0, 0, share - len(own_BT)))
     errors = []
     for position in range(PROMPT, length):
-        logits_BV = decoder(tokens_BT[:, position].contiguous(), torch.full_like(slots_B, position), slots_B).logits_BV
+        positions_B = torch.full_like(slots_B, position)
+        step = ForwardBatch.of_rows(tokens_BT[:, position].contiguous(), positions_B, slots_B, share)
+        logits_BV = model.logits(model.hidden(model.attend_to(step, cache))[0])
         wanted_BV = wanted_BNV[:, position - PROMPT + 1]
         squares = torch.stack([(logits_BV[: len(own_BT)] - wanted_BV).square().sum(-1), wanted_BV.square().sum(-1)])
         difference_B, size_B = squares if owners > 1 else model.context.all_reduce(squares)

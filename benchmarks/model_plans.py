@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +18,46 @@ from mixtralkit.model.transformer import Transformer
 from mixtralkit.moe.layer import MoEReport
 from mixtralkit.planning.formats import load_plan
 from mixtralkit.planning.plan import ExpertPlan
-from mixtralkit.planning.policies.registry import named_plan
+from mixtralkit.planning.policies.registry import named_plan, needs_loads
 from mixtralkit.planning.trace import RoutingTrace
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How a model runs: its plan's name or file, and what is written behind it.
+
+    ``NAME+capacity0.5`` cuts cold experts' rows to that factor, and with ``+reroute`` offers them to other experts;
+    ``+shadow`` copies hot experts; ``+managed`` makes new plans between steps. ``extras`` are these words.
+    """
+
+    plan: str | None = None
+    capacity: float | None = None
+    extras: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Variant:
+        """ValueError where ``reroute`` has no capacity."""
+        words = text.split("+")
+        extras: list[str] = []
+        while len(words) > 1 and re.fullmatch(r"capacity\d+(\.\d+)?|reroute|shadow|managed", words[-1]):
+            extras.insert(0, words.pop())
+        factors = [float(word.removeprefix("capacity")) for word in extras if word.startswith("capacity")]
+        if "reroute" in extras and not factors:
+            raise ValueError(f"plan ({text!r}) must have a capacity with reroute, as hot_cold+capacity0.5+reroute has")
+        return cls("+".join(words), factors[0] if factors else None, tuple(extras))
+
+    @property
+    def needs_loads(self) -> bool:
+        """Whether the plan depends on how often experts are chosen."""
+        return self.plan is not None and needs_loads(self.plan)
+
+    def cut(self, plan: ExpertPlan) -> ExpertPlan:
+        """``plan`` with the capacity, if there is one."""
+        if self.capacity is None:
+            return plan
+        return replace(
+            plan, cold_capacity_factor=self.capacity, overflow="reroute" if "reroute" in self.extras else "drop"
+        )
 
 
 def make_plan(name: str, config: ModelConfig, world_size: int, loads_LE: np.ndarray | None) -> ExpertPlan:
@@ -68,15 +108,11 @@ def plan_fields(plan: ExpertPlan, loads_from: str | None) -> dict[str, object]:
     return found if loads_from is None else {**found, "loads_from": loads_from}
 
 
-def rows_through_memory(model: Transformer) -> int:
-    """Rows of a rank that go to their experts through the GPUs' memory, or on a CPU by its twin; 0 for no such way.
-
-    Collective when first asked.
-    """
-    peers = model.peers
-    if peers is None or (peers.memory is None and model.context.device.type == "cuda"):
-        return 0
-    return peers.max_rows
+def dispatchers_of(model: Transformer) -> dict[str, object]:
+    """How rows find their experts in steps of prompts and in decoding, and most rows of a rank through symmetric
+    memory at once (0 where they do not go so)."""
+    names = {kind: model.dispatchers.name(True, kind == "decode") for kind in ("prefill", "decode")}
+    return {"dispatchers": names, "symmetric_rows": model.dispatchers.most_rows}
 
 
 def memory_by_rank(model: Transformer) -> dict[str, list[float]]:
@@ -88,13 +124,12 @@ def memory_by_rank(model: Transformer) -> dict[str, list[float]]:
     cache = model.cache
     weights = sum(parameter.nbytes for parameter in model.parameters())
     keys_values = 0 if cache is None else cache.keys.nbytes + cache.values.nbytes
-    exchange = 0
-    # taken in the first step that needs them; asking here would take them
-    peers, sums = (model.__dict__.get(name) for name in ("peers", "sums"))
-    if peers is not None and peers.memory is not None:
-        exchange += peers.memory.rows.own.nbytes + peers.memory.words.own.nbytes
-    if sums is not None and sums.memory is not None:
-        exchange += sums.memory.rows.own.nbytes
+    exchange, symmetric = 0, model.dispatchers.by_name.get("symmetric")
+    if symmetric is not None and symmetric.exchange.memory is not None:
+        memory = symmetric.exchange.memory
+        exchange += memory.rows.own.nbytes + memory.words.own.nbytes
+    if model.sums is not None and model.sums.memory is not None:
+        exchange += model.sums.memory.rows.own.nbytes
     on_gpu = model.context.device.type == "cuda"
     total = torch.cuda.max_memory_allocated() if on_gpu else weights + keys_values + exchange
     own = {"weights_gb": weights, "cache_gb": keys_values, "exchange_gb": exchange, "total_gb": total}

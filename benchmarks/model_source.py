@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from model_check import GREEDY
-from model_plans import make_plan, profiled_loads, trace_loads
+from model_plans import Variant, make_plan, profiled_loads, trace_loads
 
+from mixtralkit.automatic import MACHINES, find_hardware
 from mixtralkit.checkpoint import CheckpointReader, load_into
-from mixtralkit.config import ModelConfig
+from mixtralkit.config import FasterOptions, ModelConfig
 from mixtralkit.distributed import RankContext
 from mixtralkit.engine.generation import PREFILL_BUDGET, Engine
+from mixtralkit.engine.plan_judge import MoveJudge
+from mixtralkit.engine.plan_manager import PlanManager
+from mixtralkit.engine.plan_policies import make_policy
 from mixtralkit.engine.requests import Request
 from mixtralkit.mixtral import choose_layout
 from mixtralkit.model.transformer import Transformer
 from mixtralkit.options import ModelOptions
-from mixtralkit.planning.policies.registry import needs_loads
+from mixtralkit.planning.hardware import Hardware
 
 PROFILED, PROFILED_TOKENS = 64, 16  # sequences and new tokens that a plan is made from, without a trace
 
@@ -54,31 +58,45 @@ class Source:
     running: ModelOptions
     seed: int
 
-    def build(self, plan: str | None, loads_LE: np.ndarray | None) -> Transformer:
-        """The model with its weights, its experts as the plan of this name says."""
-        running, context, options = self.running, self.context, self.running.moe()
+    def build(self, variant: Variant, loads_LE: np.ndarray | None) -> Transformer:
+        """The model with its weights, its experts as the variant's plan says."""
+        running, context, options, placed = self.running, self.context, self.running.moe(), variant.plan
+        if "shadow" in variant.extras:
+            options = replace(options, faster=self.faster(options.faster))
         automatic = running.automatic().resolved(context, self.dtype, PREFILL_BUDGET)
         with context.agreed():
-            placed = plan
-            if plan not in (None, "auto"):
-                placed = make_plan(plan, self.config, context.world_size, loads_LE)
+            if placed not in (None, "auto"):
+                placed = make_plan(placed, self.config, context.world_size, loads_LE)
             layout = choose_layout(self.config, context, running.attention, running.experts, placed, options, automatic)
-            model = Transformer(layout, context, self.dtype, options)
+        model = Transformer(replace(layout, plan=variant.cut(layout.plan)), context, self.dtype, options)
         if self.reader is None:
             model.initialize(self.seed)
         else:
             load_into(model.named_tensors(), layout, self.reader, context, False)
-        _ = model.peers  # with room for the most sequences of all measurements
         return model
 
-    def loads(self, plans: list[str], prompt_len: int, new_tokens: int) -> tuple[np.ndarray | None, str | None]:
+    def faster(self, options: FasterOptions) -> FasterOptions:
+        """With shadows, chosen by the figures of ``--hardware`` where that is given."""
+        options = replace(options, shadow=True)
+        if self.running.hardware is None:
+            return options
+        machine = Hardware.load(self.running.hardware)
+        return replace(options, net_bandwidth=machine.inside.exchange.bandwidth, gpu_throughput=machine.peak_flops)
+
+    def manager(self, model: Transformer, update_step: int) -> PlanManager:
+        """Moves experts where ``balanced`` plans pay by the figures of ``--hardware`` or this device. Collective."""
+        machine = find_hardware(self.running.hardware, self.context) or Hardware.load(MACHINES / "cpu-2core.json")
+        judge = MoveJudge.for_model(model, machine, update_step)
+        return PlanManager(model, make_policy("balanced", model, judge), update_step, judge)
+
+    def loads(self, variants: list[Variant], prompt_len: int, new_tokens: int) -> tuple[np.ndarray | None, str | None]:
         """Loads [L, E] that plans need, and what they come from; None where no plan does."""
-        if not any(needs_loads(plan) for plan in plans):
+        if not any(variant.needs_loads for variant in variants):
             return None, None
         if self.running.trace is not None:
             with self.context.agreed():
                 return trace_loads(self.running.trace, self.config), "trace"
-        model, words = self.build("contiguous", None), RandomWords(self.config.vocab_size)
+        model, words = self.build(Variant("contiguous"), None), RandomWords(self.config.vocab_size)
         count = min(PROFILED, self.config.max_batch_size)
         requests = random_requests(words, count, prompt_len, min(new_tokens, PROFILED_TOKENS), 1000 * self.seed)
         return profiled_loads(Engine(model, words, prefill_budget=count * prompt_len), requests), "random prompts"

@@ -113,6 +113,22 @@ def test_plans_on_two_ranks(architecture):
     assert weights[4] == weights[5] == max(weights)
 
 
+def test_what_is_written_behind_a_plan(architecture):
+    names = "contiguous+shadow,hot_cold+1+capacity0.5,hot_cold+capacity0.5+reroute,contiguous+managed"
+    options = {"attention": "dp", "experts": "ep", "symmetric_rows": 1, "plan": Path(names), "batch": "6"}
+    options |= {"new_tokens": 9, "update_step": 2}
+    lines = run_ranks(functools.partial(run_plans, **options), 2, str(architecture.parent), timeout_s=120)[0]
+    decodes = [line for line in lines if line["measurement"] == "decode"]
+    extras = [["shadow"], ["capacity0.5"], ["capacity0.5", "reroute"], ["managed"]]
+    assert [line["with"] for line in decodes] == extras
+    assert [line["plan"]["name"] for line in decodes] == ["contiguous", "hot_cold+1", "hot_cold", "contiguous"]
+    assert len([line for line in lines if line["measurement"] == "check"]) == 2, "not where choices are dropped"
+    assert all(line["dispatchers"] == {"prefill": "symmetric", "decode": "symmetric"} for line in decodes)
+    assert all(line["steps"] == {"plain": 1, "launched": 8} for line in decodes)
+    assert decodes[3]["plans"]["considered"] > 0
+    assert not any("plans" in line for line in decodes[:3])
+
+
 def test_plans_of_a_trace_and_of_a_file(architecture, tmp_path):
     loads = np.tile([9.0, *[1.0] * 7], (2, 1))
     sample_routing(loads, 300, 2).save(tmp_path / "trace.npz")
@@ -146,6 +162,7 @@ def test_auto_chooses_by_the_hardware_file(architecture, tmp_path):
         ({"batch": "1,zwei"}, "batch .* must be whole numbers"),
         ({"prefill": "8*2048"}, r"prefill \('8\*2048'\) must be COUNTxLENGTH"),
         ({"new_tokens": 1}, r"new_tokens \(0\) must be at least 2"),
+        ({"plan": Path("hot_cold+reroute")}, r"plan \('hot_cold\+reroute'\) must have a capacity with reroute"),
     ],
 )
 def test_what_is_refused(architecture, options, words):
