@@ -89,6 +89,7 @@ def experts(rows: int, slots: int = 8, width: int = 4096, hidden: int = 14336, s
 
 def rest(rows: int, width: int = 4096, heads: int = 32, kv_heads: int = 8) -> None:
     from mixtralkit.ops.attention.triton import launch_decode_attention, launch_rotate_and_store
+    from mixtralkit.ops.capacity.triton import CapacityRule, cut_rows
     from mixtralkit.ops.gate.triton import gate_rows
     from mixtralkit.ops.linear.triton import default_settings, linear_small
     from mixtralkit.ops.norm.triton import add_rms_norm_rows
@@ -97,6 +98,9 @@ def rest(rows: int, width: int = 4096, heads: int = 32, kv_heads: int = 8) -> No
     x_TD, norm = torch.empty(rows, width, dtype=BF16), (torch.empty(width, dtype=BF16), 1e-5)
     gate_rows(x_TD, torch.empty(8, width, dtype=BF16), 2, norm)
     add_rms_norm_rows(x_TD, x_TD, *norm)
+    chosen_T2, rule = torch.zeros(rows, 2, dtype=torch.int64), CapacityRule(8, 1.1, 0.5, rows != 1, rows != 8)
+    valid_T = None if rows == 256 else chosen_T2[:, 0]
+    cut_rows(chosen_T2, torch.empty(rows, 2), torch.empty(rows, 8), torch.empty(8, dtype=torch.bool), rule, valid_T)
     for outputs in (width, 6144) if rows <= 16 else ():
         linear_small(
             x_TD, torch.empty(outputs, width, dtype=BF16), norm, settings=default_settings(rows, outputs, width)
