@@ -140,9 +140,9 @@ def _dispatch(
         word = tl.atomic_xchg(mine, tl.full([WORDS], EMPTY, tl.int64), mask=expected, sem="acquire", scope="sys")
         at = word >> 32
         here = (at >> SLOT_BITS) == RANK
-        weight = tl.where(here, word.to(tl.int32).to(tl.float32, bitcast=True), 0.0)
+        own_weight = tl.where(here, word.to(tl.int32).to(tl.float32, bitcast=True), 0.0)
         tl.store(slots_RK + number, tl.where(here, at & ((1 << SLOT_BITS) - 1), -1), mask=expected)
-        tl.store(weights_RK + number, weight, mask=expected)
+        tl.store(weights_RK + number, own_weight, mask=expected)
         if places_RK is not None:
             tl.store(places_RK + number, at.to(tl.int32), mask=expected)
     if program == 0:
