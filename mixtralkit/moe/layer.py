@@ -121,7 +121,7 @@ class MoELayer(nn.Module):
             hidden, experts, table, report = replace(hidden, normed_TD=x_TD), lent, lent.table, lent.report
         elif self.shadows is not None:
             report = self.shadows.report(self.layer, phases)
-        cut = self._cut(routing, table, rows.valid_T)
+        cut = self.cut(routing, table, rows.valid_T)
         name = self.dispatchers.name(rows.per_rank is not None, rows.decode, torch.is_grad_enabled())
         dispatcher = self.dispatchers.by_name[name]
         if self.options.faster.schedule and name in CHUNKED:
@@ -149,7 +149,8 @@ class MoELayer(nn.Module):
             handles.append(handle)
         return join(found), handles
 
-    def _cut(self, routing: Routing, table: LayerTable, valid_T: torch.Tensor | None) -> CutRouting:
+    def cut(self, routing: Routing, table: LayerTable, valid_T: torch.Tensor | None = None) -> CutRouting:
+        """The choices that the plan's capacity leaves; ``valid_T`` as in ``StepRows``."""
         plan = self.store.layout.plan
         capacity = None
         if self.store.layout.parallel.experts == "ep":  # with 'tp' every rank has a part of each: none is cold
