@@ -19,7 +19,9 @@ import torch.distributed as dist
 from mixtralkit.distributed import RankContext
 
 _PROCESSES = mp.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["torch", "torch.distributed", "fairscale.nn.model_parallel", "tests.ranks"])
+_PRELOADED = ["torch", "torch.distributed", "fairscale.nn.model_parallel", "tests.ranks"]
+_PRELOADED.append("torch.distributed.tensor")  # torch.testing imports it in its first comparison, which takes seconds
+_PROCESSES.set_forkserver_preload(_PRELOADED)
 
 
 class RankError(AssertionError):

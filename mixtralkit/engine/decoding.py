@@ -164,7 +164,7 @@ class DecodeSteps:
         self._draws = False
         layers, experts = model.params.n_layers, model.params.num_experts
         self._first_key_L11 = torch.arange(layers, device=self.context.device)[:, None, None] * experts
-        self._counts_choices = counts_choices or model.shadows is not None
+        self._counts_choices = counts_choices or model.counted_shadows is not None
 
     def launch(
         self, sequences: list[Sequence], unread: bool, wish: bool | None = None, may_capture: bool = True
@@ -257,7 +257,7 @@ class DecodeSteps:
         of.positions_B[:rows].add_(of.advance_B[:rows])
         counts_LE = self._counted(reports, of.slots_B[:rows]) if self._counts_choices else None
         packed = of.packed
-        if model.shadows is not None:  # what the ranks counted travels with what they sampled
+        if model.counted_shadows is not None:  # what the ranks counted travels with what they sampled
             packed = torch.cat([packed, counts_LE.flatten().view(torch.uint8)])
         packed = self.context.all_gather(packed) if self._owners > 1 else packed.unsqueeze(0)
         return _Answers(reports, packed, counts_LE)

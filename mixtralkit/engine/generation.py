@@ -162,7 +162,7 @@ class Engine:
                         event = self._accept(batcher, sequence, token, logprob)
                         if event is not None:
                             yield event
-                if self.model.shadows is not None:
+                if self.model.counted_shadows is not None:
                     self.model.shadows.between_steps(flight.loads_LE())
             if following is None:
                 return False
@@ -207,7 +207,7 @@ class Engine:
                 sampled_rows.append(span.stop - 1)
         rows_N = torch.tensor(scored_rows + sampled_rows, dtype=torch.int64).to(device, non_blocking=True)
         observe, counts = together(self.observe, self.plan_manager), []
-        glance = None if self.model.shadows is None else lambda reports: counts.extend(map(_choices, reports))
+        glance = None if self.model.counted_shadows is None else lambda reports: counts.extend(map(_choices, reports))
         logits_NV = self.model.step(batch, self.model.cache, rows_N, observe, glance)
         targets_M = torch.tensor(targets, dtype=torch.int64).to(device, non_blocking=True)
         prompt_logprobs_M = logprobs_of(logits_NV[: len(targets)], targets_M)
@@ -231,7 +231,7 @@ class Engine:
                 flag = own_values.new_tensor([float(wish)])
                 wish = bool(self.context.all_gather(flag)[0].item())
             return wish, [own_values.tolist()]
-        shadows, params = self.model.shadows, self.model.params
+        shadows, params = self.model.counted_shadows, self.model.params
         first = 1 if shadows is None else 1 + params.n_layers * params.num_experts
         counts = [first + sum(piece.values for piece in own) for own in pieces]
         packed = own_values.new_zeros(max(counts))

@@ -27,6 +27,7 @@ class MoveJudge:
         steps: over which a plan has to pay.
         surroundings: what decides which dispatcher runs.
         exchange_rows: rows of a rank that symmetric memory holds at once; None holds all.
+        decode_tokens: steps with at most so many tokens a rank are taken as decoding.
         margin: how many times its price a move must save; above 1 moves less often.
     """
 
@@ -35,6 +36,7 @@ class MoveJudge:
     steps: int
     surroundings: Surroundings
     exchange_rows: int | None = None
+    decode_tokens: int = 1
     margin: float = 1.0
 
     def __post_init__(self) -> None:
@@ -45,21 +47,11 @@ class MoveJudge:
 
     @classmethod
     def for_model(cls, model: Transformer, hardware: Hardware, steps: int, margin: float = 1.0) -> MoveJudge:
-        """For this model as it runs. Collective where ranks may reach each other's memory and nobody asked before."""
-        plan, parallel, exchange = model.layout.plan, model.layout.parallel, model.peers
+        """For this model as it runs."""
+        plan, dispatchers = model.layout.plan, model.dispatchers
         hardware.networks(plan.world_size, plan.ranks_per_node)
-        on_gpu = model.context.device.type == "cuda"
-        symmetric = exchange is not None and (exchange.mailbox is not None or not on_gpu)
-        here = Surroundings(
-            parallel.attention,
-            parallel.experts,
-            plan.world_size,
-            plan.ranks_per_node,
-            symmetric,
-            model.options.exchange,
-        )
-        shape = ModelShape.of(model.params, model.dtype.itemsize)
-        return cls(shape, hardware, steps, here, exchange.max_rows if symmetric else None, margin)
+        shape, rows = ModelShape.of(model.params, model.dtype.itemsize), dispatchers.most_rows or None
+        return cls(shape, hardware, steps, dispatchers.surroundings, rows, model.sequences_per_rank, margin)
 
     def pays(self, now: ExpertPlan, wish: ExpertPlan, loads_1E: np.ndarray, tokens: int) -> bool:
         """Whether going from ``now`` to ``wish``, plans of one layer, saves more than it costs.
@@ -104,5 +96,5 @@ class MoveJudge:
 
     def execution(self, tokens: int) -> Execution:
         """How steps of so many tokens a rank run: every rank has their plan, so shapes are known beforehand."""
-        dispatcher = choose_dispatcher(self.surroundings, static_shapes=True)
+        dispatcher = choose_dispatcher(self.surroundings, rows_known=True, decode=tokens <= self.decode_tokens)
         return Execution(dispatcher, tokens, exchange_rows=self.exchange_rows)

@@ -137,6 +137,11 @@ class Transformer(nn.Module):
         return -(-self.params.max_batch_size // self.ranks_with_own_sequences)
 
     @property
+    def counted_shadows(self) -> Shadows | None:
+        """Shadows that what a step has counted decides for the next; None also where two phases decide inside it."""
+        return self.shadows if self.two_phase is None else None
+
+    @property
     def decodes_in_graphs(self) -> bool:
         """Whether a decode step is the same launches on the same addresses whatever the routing is."""
         ours = self.options.backend == "mixtralkit" and self.two_phase is None

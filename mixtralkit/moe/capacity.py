@@ -1,7 +1,7 @@
 """Rows over a cold expert's capacity: which are cut, and where they may go instead.
 
 Pangu's rule (see docs/hot-cold.md): an expert that is computed elsewhere takes at most
-``int(ceil(K·T·capacity_factor / E) · cold_token_percent)`` of a rank's T rows. Experts at home take all.
+``int(ceil(K·T·capacity_factor / E) · cold_token_percent)`` of a rank's T rows. Local experts take all.
 """
 
 from __future__ import annotations
@@ -47,15 +47,23 @@ class CutRouting:
         return replace(self, experts_TK=experts_NK, weights_TK=weights_NK, valid_T=valid_N)
 
 
-def cold_capacity(plan: ExpertPlan, tokens: int, top_k: int) -> int | None:
-    """Rows of ``tokens`` that a cold expert takes; None without a limit."""
+def cold_capacity(plan: ExpertPlan, tokens: int | torch.Tensor, top_k: int) -> int | torch.Tensor | None:
+    """Rows of ``tokens`` that a cold expert takes, on the device if ``tokens`` is there; None without a limit."""
     if plan.cold_capacity_factor is None:
         return None
+    if isinstance(tokens, torch.Tensor):  # the same operations in the same precision
+        share = top_k * tokens.double() * plan.cold_capacity_factor / plan.num_experts
+        return (share.ceil() * plan.cold_token_percent).long()
     return int(math.ceil(top_k * tokens * plan.cold_capacity_factor / plan.num_experts) * plan.cold_token_percent)
 
 
 def cut_to_capacity(
-    routing: Routing, home_E: torch.Tensor, capacity: int | None, overflow: str, order: str = "weight"
+    routing: Routing,
+    local_E: torch.Tensor,
+    capacity: int | torch.Tensor | None,
+    overflow: str,
+    order: str = "weight",
+    valid_T: torch.Tensor | None = None,
 ) -> CutRouting:
     """Keeps ``capacity`` choices of each cold expert, the heaviest or the first; the rest is dropped, or rerouted.
 
@@ -64,31 +72,35 @@ def cut_to_capacity(
     become the softmax over the experts it ends with. A choice that finds no room is dropped: weight zero.
 
     Args:
-        home_E: True for experts without a limit.
+        local_E: True for experts without a limit.
         capacity: rows; None returns the routing as it is.
         overflow: ``"drop"`` or ``"reroute"``.
         order: ``"weight"`` keeps the heaviest choices, ``"arrival"`` those of the first rows, as Pangu's slice does.
+        valid_T: int64, negative for a row that only fills the shape, which takes no room and is not counted.
     """
-    none = torch.zeros((), dtype=torch.int64, device=home_E.device)
+    none = torch.zeros((), dtype=torch.int64, device=local_E.device)
     if capacity is None:
-        return CutRouting(routing.experts_TK, routing.weights_TK, none, none, is_cut=False)
-    num_experts = len(home_E)
+        return CutRouting(routing.experts_TK, routing.weights_TK, none, none, is_cut=False, valid_T=valid_T)
+    num_experts, wanted_TK = len(local_E), routing.experts_TK
+    if valid_T is not None:
+        wanted_TK = wanted_TK.masked_fill((valid_T < 0)[:, None], num_experts)  # in nobody's queue
     worth_TK = routing.weights_TK if order == "weight" else torch.ones_like(routing.weights_TK)
-    over_TK = ~home_E[routing.experts_TK] & (_place_in_expert(routing.experts_TK, worth_TK, num_experts) >= capacity)
+    is_over_TK = _place_in_expert(wanted_TK, worth_TK, num_experts) >= capacity
+    over_TK = is_over_TK & ~local_E[routing.experts_TK] & (wanted_TK < num_experts)
     if overflow == "drop":
         kept = routing.weights_TK.masked_fill(over_TK, 0.0)
-        return CutRouting(routing.experts_TK.masked_fill(over_TK, -1), kept, over_TK.sum(), none)
+        return CutRouting(routing.experts_TK.masked_fill(over_TK, -1), kept, over_TK.sum(), none, valid_T=valid_T)
 
     kept_TK = routing.experts_TK.masked_fill(over_TK, -1)
-    filled_E = count_keys(kept_TK + 1, num_experts + 1)[1:]
-    room_E = torch.where(home_E, torch.full_like(filled_E, kept_TK.numel()), capacity - filled_E)
+    filled_E = count_keys(wanted_TK.masked_fill(over_TK, num_experts), num_experts + 1)[:-1]
+    room_E = torch.where(local_E, torch.full_like(filled_E, kept_TK.numel()), capacity - filled_E)
     experts_TK = _reroute(routing, kept_TK, room_E, worth_TK)
     chosen_TK = routing.logits_TE.gather(1, experts_TK.clamp(min=0)).masked_fill(experts_TK < 0, -torch.inf)
     # A row that lost no choice keeps its weights to the last bit; a row that lost all has only zeros.
     moved_T = over_TK.any(1, keepdim=True)
     weights_TK = torch.where(moved_T, chosen_TK.softmax(-1).nan_to_num(0.0), routing.weights_TK)
     dropped = (experts_TK < 0).sum()
-    return CutRouting(experts_TK, weights_TK, dropped, over_TK.sum() - dropped)
+    return CutRouting(experts_TK, weights_TK, dropped, over_TK.sum() - dropped, valid_T=valid_T)
 
 
 def _reroute(routing: Routing, experts_TK: torch.Tensor, room_E: torch.Tensor, worth_TK: torch.Tensor) -> torch.Tensor:

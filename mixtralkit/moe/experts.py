@@ -42,8 +42,7 @@ def run_experts(
     rows: RoutedRows, w13_SGD: torch.Tensor, w2_SDF: torch.Tensor, storage_S: torch.Tensor | None = None
 ) -> torch.Tensor:
     """``ops.experts.expert_sum`` of rows as a dispatcher gives them."""
-    more = {} if storage_S is None else {"storage_S": storage_S}
     return expert_sum(
         rows.x_RD, rows.slots_RK, rows.weights_RK, w13_SGD, w2_SDF, rows.residual_RD, rows.out_RD, rows.likely_rows,
-        **more,
+        storage_S,
     )  # fmt: skip

@@ -151,10 +151,8 @@ class MoELayer(nn.Module):
 
     def cut(self, routing: Routing, table: LayerTable, valid_T: torch.Tensor | None = None) -> CutRouting:
         """The choices that the plan's capacity leaves; ``valid_T`` as in ``StepRows``."""
-        plan = self.store.layout.plan
-        capacity = None
+        plan, capacity = self.store.layout.plan, None
         if self.store.layout.parallel.experts == "ep":  # with 'tp' every rank has a part of each: none is cold
-            capacity = cold_capacity(plan, routing.experts_TK.shape[0], self.gate.top_k)
-        return replace(
-            cut_to_capacity(routing, table.local_E, capacity, plan.overflow, plan.cut_order), valid_T=valid_T
-        )
+            rows = len(routing.experts_TK) if valid_T is None else (valid_T >= 0).sum()
+            capacity = cold_capacity(plan, rows, self.gate.top_k)
+        return cut_to_capacity(routing, table.local_E, capacity, plan.overflow, plan.cut_order, valid_T)

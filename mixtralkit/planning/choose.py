@@ -91,7 +91,7 @@ class Situation:
         """What decode steps run."""
         symmetric = self.room.symmetric_rows != 0
         here = (parallel.attention, parallel.experts, self.world_size, self.ranks_per_node, symmetric, self.exchange)
-        return choose_dispatcher(Surroundings(*here), static_shapes=True)
+        return choose_dispatcher(Surroundings(*here), rows_known=True, decode=True)
 
 
 def candidates(situation: Situation) -> list[Candidate]:

@@ -56,8 +56,8 @@ class ModelShape:
 
     @property
     def packed_bytes(self) -> int:
-        """What travels beside a row on its way out."""
-        return _PACKED_BYTES * (3 * self.top_k + 1)
+        """What travels beside a row on its way out: rank, slot and weight of each choice."""
+        return _PACKED_BYTES * 3 * self.top_k
 
 
 @dataclass(frozen=True)

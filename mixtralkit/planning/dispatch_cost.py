@@ -110,6 +110,7 @@ class Exact(DispatchCost):
     """Counted rows by collectives, once for each destination rank; replicas are poured."""
 
     overlaps = True
+    id_bytes = 0  # of a row's number, which travels where rows do not come back
 
     def run(self, replay, layer, table, experts_TK):
         ranks_TK = table.ranks_poured(experts_TK, replay.home_T, replay.group_T, replay.groups)
@@ -118,7 +119,7 @@ class Exact(DispatchCost):
         stages = self.stages(replay, ranks_TK)
         kernels = model.kernels.dispatch + choice * model.kernels.replicas
         start_s = model.launches_s(kernels) + (3 + choice) * model.hardware.sync_s
-        out_bytes = shape.row_bytes + shape.packed_bytes
+        out_bytes = shape.row_bytes + shape.packed_bytes + self.id_bytes
         dispatch_G = start_s + sum(replay.travel_s(layer, stage, out_bytes, messages=3) for stage in stages)
         if choice:
             dispatch_G = dispatch_G + model.all_gather_s(8.0 * shape.num_experts)  # counts, to pour by
@@ -153,6 +154,7 @@ class Coherent(Exact):
     """Rows stay where their heaviest choice was computed: to the other choices' ranks, and the sums to that one."""
 
     overlaps = False
+    id_bytes = 4
 
     def stages(self, replay, ranks_TK):
         home_T1 = replay.home_T[:, None]

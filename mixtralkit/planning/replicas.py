@@ -110,7 +110,7 @@ class ReplicaTable:
         if small:
             return np.where(experts_N < 0, -1, self.small_E[experts])
         group_N = self.group_WE[sender_N, experts]
-        counts_G, order_GW = self.group_holds_GW.sum(1), self._order_GW
+        counts_G, order_GW = self.group_holds_GW.sum(1).clip(min=1), self._order_GW  # a node may hold no replica
         start_N = 0 if self.rows_everywhere else sender_N
         turn_N = (row_N % TURNS + start_N) % counts_G[group_N]
         ranks_N = np.where(group_N < 0, sender_N, order_GW[group_N, turn_N])

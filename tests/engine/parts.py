@@ -11,6 +11,8 @@ import torch
 
 from mixtralkit.config import ModelConfig, MoEOptions, ParallelConfig
 from mixtralkit.distributed import RankContext
+from mixtralkit.engine.batching import Batcher
+from mixtralkit.engine.generation import Engine
 from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.layout import RankLayout, canonical_shapes
 from mixtralkit.model.transformer import Transformer
@@ -50,6 +52,21 @@ def make_tokenizer(folder: Path) -> Tokenizer:
     path = folder / "tokenizer.model"
     path.write_bytes(tokenizer_bytes())
     return Tokenizer(path)
+
+
+class PlainBatcher(Batcher):
+    """Never leaves decoding to steps that run ahead."""
+
+    only_decodes = False
+
+
+class PlainEngine(Engine):
+    """One step after the other, of sequences that the host knows: the oracle of steps that run ahead."""
+
+    def _admitted(self, requests) -> Batcher:
+        batcher = super()._admitted(requests)
+        batcher.__class__ = PlainBatcher
+        return batcher
 
 
 def engine_config(**changes) -> ModelConfig:

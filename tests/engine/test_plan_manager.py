@@ -77,11 +77,6 @@ class Way:
         faster, dynamic = FasterOptions(self.schedule, self.shadow, **EAGER), "two_phase" if self.popularity else "none"
         return MoEOptions(faster, self.exchange, self.symmetric_rows, dynamic=dynamic, popularity=self.popularity)
 
-    @property
-    def decodes(self) -> bool:
-        """Whether it has decode steps."""
-        return self.attention == "tp" or self.symmetric_rows == 1
-
 
 WAYS = [
     Way("tp"),
@@ -118,7 +113,7 @@ def _text(context: RankContext, ways: list[Way]) -> list[tuple[list[list[int]], 
         layout = mixtral.model.layout
         shapes = {name: tuple(tensor.shape) for name, tensor in mixtral.model.named_tensors().items()}
         assert shapes == layout.shapes()
-        assert (mixtral.engine._steps is not None) == way.decodes or context.world_size == 1
+        assert mixtral.engine._steps is not None
         if counted is not None:
             assert sum(layer.shadows for layer in counted.totals()) > 0
             assert sum(layer.estimates for layer in counted.phases.totals()) > 0
@@ -139,7 +134,7 @@ def test_moving_experts_changes_no_token(world_size, tmp_path):
     PathPopularity.fit(trace, 2).save(profile)
     ways = [way for way in WAYS if way.nodes != world_size]
     ways += [Way(exchange="exact", popularity=profile), Way(popularity=profile, batch=2)]
-    results = run_ranks(_text, world_size, ways, timeout_s=400)
+    results = run_ranks(_text, world_size, ways, timeout_s=900)
     for place, way in enumerate(ways):
         answers, statistics, _ = results[0][place]
         assert answers == _alone(), way
@@ -147,7 +142,7 @@ def test_moving_experts_changes_no_token(world_size, tmp_path):
         assert statistics.layers_moved > 6
         assert statistics.experts_moved > 12
         assert statistics.pauses.count == statistics.layers_moved + statistics.layers_kept
-        assert (statistics.launched_steps > 0) == way.decodes
+        assert statistics.launched_steps > 0
         assert all(of_rank[place] == results[0][place] for of_rank in results), "ranks must do the same"
 
 

@@ -13,15 +13,14 @@ from mixtralkit.distributed import RankContext
 from mixtralkit.engine import decoding
 from mixtralkit.engine.decoding import DecodeSteps
 from mixtralkit.engine.graphs import Graphs, Run
-from mixtralkit.engine.plan_manager import PlanManager, with_layer
+from mixtralkit.engine.plan_manager import PlanManager
 from mixtralkit.engine.requests import Request
 from mixtralkit.engine.sampler import SamplingOptions
 from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.mixtral import Mixtral
-from mixtralkit.model.decode import Decoder
+from mixtralkit.moe.store import ExpertStore
 from tests.engine.parts import make_tokenizer
 from tests.engine.test_plan_manager import AnyPlan, AsManySlots, small_model
-from tests.moe.layers import random_plan
 from tests.ranks import RankError, run_ranks
 
 
@@ -32,10 +31,10 @@ class AddressGraphs:
         self.steps, self.captured, self.forgotten = steps, {}, set()
 
     def addresses(self) -> list[tuple]:
-        decoder = self.steps().decoder
-        tables = [table for tables in decoder.tables.values() for table in tables]
-        tensors = [*decoder.model.named_tensors().values(), *tables]
-        return [(x.data_ptr(), x.shape, x.stride()) for x in tensors if x is not None]
+        model = self.steps().model
+        tables = [t for table in model.store.tables.values() for t in (table.local_E, table.places_2EC, table._own_2EC)]
+        tensors = [*model.named_tensors().values(), *tables]
+        return [(x.data_ptr(), x.shape, x.stride()) for x in tensors]
 
     def run(self, key, function, rehearse, may_capture=True) -> Run:
         if key not in self.captured and not may_capture:
@@ -66,7 +65,14 @@ def _with_graphs(context: RankContext, folder: Path, attention: str, policy: Any
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoding, "Graphs", lambda device, enabled: AddressGraphs(lambda: engine._steps))
         if not follows:
-            patch.setattr(Decoder, "follow", lambda decoder: setattr(decoder, "layout", decoder.model.layout) or True)
+            adopt = ExpertStore.adopt
+
+            def silent(store: ExpertStore, *moved):
+                report = adopt(store, *moved)
+                store.relocations = 0
+                return report
+
+            patch.setattr(ExpertStore, "adopt", silent)
         if policy is not None:
             engine.plan_manager = PlanManager(mixtral.model, policy.on(context.world_size), update_step=6)
             launched = engine.plan_manager.launched
@@ -110,26 +116,6 @@ def test_a_stale_graph_would_be_noticed(tmp_path):
     make_tokenizer(tmp_path)
     with pytest.raises(RankError, match="replay of a stale graph"):
         run_ranks(_with_graphs, 2, tmp_path, "tp", AnyPlan(), False)
-
-
-def _outdated(context: RankContext) -> list[str]:
-    """Steps made before a layer moved."""
-    model = small_model(context, "tp")
-    steps = DecodeSteps(model, Decoder.for_model(model, model.allocate_cache()), 4)
-    errors = []
-    for seed in (1, 2):
-        plan = with_layer(model.layout.plan, 0, random_plan(seed, 8, context.world_size).slots_LWS[0])
-        model.adopt(0, plan)
-        with pytest.raises(RuntimeError) as error:
-            steps.launch([], False)
-        errors.append(str(error.value))
-        steps.follow()
-    return errors
-
-
-def test_steps_that_did_not_follow_are_refused():
-    message = "the model's plan has changed under its decode steps; they must follow it first"
-    assert run_ranks(_outdated, 2) == [[message] * 2] * 2
 
 
 def _counts_of_decode_steps(context: RankContext, attention: str, folder: Path) -> tuple[list, list]:

@@ -16,7 +16,11 @@ from mixtralkit.fastmoe.backend import FastMoELayer
 from mixtralkit.layout import RankLayout
 from mixtralkit.model.transformer import Transformer
 from mixtralkit.moe.dispatch.collectives import all_to_all
+from mixtralkit.moe.layer import StepRows
 from mixtralkit.moe.reference import moe_reference
+from mixtralkit.moe.store import ExpertStore
+from mixtralkit.ops.hidden import Hidden
+from mixtralkit.ops.norm.reference import rms_norm_reference
 from mixtralkit.planning.plan import contiguous, everywhere
 from tests.moe.layers import Whole
 from tests.ranks import run_ranks
@@ -91,23 +95,42 @@ def _layout(whole: Whole, context: RankContext, attention: str = "dp", plan=None
     return RankLayout(whole.config(), ParallelConfig(attention, "ep"), plan, context.rank)
 
 
+def _layer(layout: RankLayout, context: RankContext, options: MoEOptions = FASTMOE) -> FastMoELayer:
+    return FastMoELayer(0, context, ExpertStore(layout, context, torch.float32), options)
+
+
 def _errors(context: RankContext, rows: list[int]) -> float:
     _install(pytest.MonkeyPatch())
     whole = Whole(skew={3: 2.0})
     gate, w13, w2 = whole.weights()
     layout = _layout(whole, context)
-    layer = FastMoELayer(0, layout, context, torch.float32, FASTMOE)
+    layer = _layer(layout, context)
     mine = list(layout.experts(0))
     with torch.no_grad():
         for parameter, value in zip(layer.parameters(), (gate, w13[mine], w2[mine]), strict=True):
             parameter.copy_(value)
     x_TD = whole.rows(rows[context.rank], context.rank)
-    y_TD, report = layer(x_TD, rows_per_rank=max(rows))
+    with torch.no_grad():
+        hidden, report = layer(Hidden(None, x_TD), StepRows(per_rank=max(rows)))
+    y_TD = hidden.rows_TD
     assert report.routing.experts_TK.shape == (len(x_TD), whole.top_k)
     assert int(report.dropped) == int(report.rerouted) == 0
     expected = moe_reference(x_TD, gate, w13, w2, whole.top_k)
     assert y_TD.shape == expected.shape
+    _compare_stream(whole, layer, x_TD)
     return float((y_TD - expected).abs().max()) if y_TD.numel() else 0.0
+
+
+@torch.no_grad()
+def _compare_stream(whole: Whole, layer: FastMoELayer, x_TD: torch.Tensor) -> None:
+    """As a block calls it: added to the residual stream, without the rows that only fill the shape."""
+    before, after = ((torch.linspace(0.8, 1.2, whole.dim) ** power, 1e-5) for power in (1, 2))
+    valid_T = torch.arange(len(x_TD)).masked_fill(torch.arange(len(x_TD)) % 3 == 1, -1)
+    hidden, _ = layer(Hidden(x_TD, None, before), StepRows(valid_T=valid_T), after)
+    y_TD = moe_reference(rms_norm_reference(x_TD, *before), *whole.weights(), whole.top_k)
+    wanted_TD = x_TD + y_TD.masked_fill((valid_T < 0)[:, None], 0.0)
+    torch.testing.assert_close(hidden.x_TD, wanted_TD, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(hidden.normalised(), rms_norm_reference(wanted_TD, *after), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -136,7 +159,7 @@ def test_missing_library_is_one_sentence(monkeypatch):
 def test_library_on_a_cpu_is_refused(installed, monkeypatch):
     monkeypatch.setattr(fmoe_backend, "DEVICE_TYPES", ("cuda",))
     with pytest.raises(ValueError, match="needs device 'cuda', not 'cpu'"):
-        FastMoELayer(0, _layout(Whole(), RankContext()), RankContext(), torch.float32)
+        _layer(_layout(Whole(), RankContext()), RankContext())
 
 
 @pytest.mark.parametrize(
@@ -154,4 +177,4 @@ def test_what_the_library_cannot_do_is_refused(installed, change, says):
     layout = _layout(change.get("whole", Whole()), two, change.get("attention", "dp"), change.get("plan"))
     options = MoEOptions(backend="fastmoe", faster=change.get("faster", FasterOptions()))
     with pytest.raises(ValueError, match=says):
-        FastMoELayer(0, layout, two, torch.float32, options)
+        _layer(layout, two, options)

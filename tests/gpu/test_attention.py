@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from mixtralkit.model.attention import CachedAttention
+from mixtralkit.model.batch import ForwardBatch
 from mixtralkit.model.kv_cache import KVCache
 from mixtralkit.model.rope import rope_table, rotations
-from mixtralkit.model.batch import ForwardBatch
 from mixtralkit.ops.attention import decode_attention, decode_attention_reference
 from mixtralkit.ops.runtime import runs_triton
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from mixtralkit.model.attention import CachedAttention
+from mixtralkit.model.batch import ForwardBatch
 from mixtralkit.model.kv_cache import KVCache
 from mixtralkit.model.rope import rope_table, rotate, rotations
 from mixtralkit.ops.attention import split_heads
-from mixtralkit.model.batch import ForwardBatch
 
 HEADS, KV_HEADS, WIDTH, SLOTS, LENGTH, THETA = 6, 2, 8, 7, 40, 1e4
 

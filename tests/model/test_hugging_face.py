@@ -9,8 +9,8 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from mixtralkit.config import ModelConfig, ParallelConfig
 from mixtralkit.distributed import RankContext
 from mixtralkit.layout import RankLayout
-from mixtralkit.model.kv_cache import KVCache
 from mixtralkit.model.batch import ForwardBatch
+from mixtralkit.model.kv_cache import KVCache
 from mixtralkit.model.transformer import Transformer
 from mixtralkit.planning.plan import contiguous
 from tests.configs import TOLERANCE, random_config, small_config

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,8 +12,14 @@ import torch
 from mixtralkit.config import ModelConfig, MoEOptions, ParallelConfig
 from mixtralkit.distributed import RankContext
 from mixtralkit.layout import RankLayout
-from mixtralkit.moe.layer import MoELayer, MoEReport
+from mixtralkit.moe.dispatch import Dispatchers
+from mixtralkit.moe.layer import MoELayer, MoEReport, StepRows
+from mixtralkit.moe.shadow import Shadows
+from mixtralkit.moe.store import ExpertStore
+from mixtralkit.ops.hidden import Hidden
 from mixtralkit.planning.plan import ExpertPlan
+
+EXPERT_BYTES = 3 * 16 * 24 * 4  # of a ``Whole`` as it is by default
 
 
 @dataclass(frozen=True)
@@ -25,9 +33,9 @@ class Whole:
     seed: int = 0
     skew: dict[int, float] = field(default_factory=dict)
 
-    def config(self) -> ModelConfig:
+    def config(self, n_layers: int = 1) -> ModelConfig:
         return ModelConfig(
-            dim=self.dim, n_layers=1, head_dim=4, hidden_dim=self.hidden, n_heads=8, n_kv_heads=8, vocab_size=8,
+            dim=self.dim, n_layers=n_layers, head_dim=4, hidden_dim=self.hidden, n_heads=8, n_kv_heads=8, vocab_size=8,
             num_experts=self.num_experts, num_experts_per_tok=self.top_k,
         )  # fmt: skip
 
@@ -55,20 +63,46 @@ def build(
     attention: str = "dp",
     experts: str = "ep",
     options: MoEOptions | None = None,
+    **tools: Any,
 ) -> MoELayer:
-    """This rank's part of the layer."""
+    """This rank's part of the layer; ``tools`` as ``MoELayer.alone`` takes them."""
     layout = RankLayout(whole.config(), ParallelConfig(attention, experts), plan, context.rank)
-    per_node = plan.ranks_per_node
-    nodes = context.split_nodes(per_node) if per_node and 1 < per_node < context.world_size else None
-    layer = MoELayer(0, layout, context, torch.float32, options, nodes)
-    gate, w13, w2 = whole.weights()
-    mine, part = list(layout.experts(0)), slice(*layout.hidden)
-    with torch.no_grad():
-        layer.gate.weight.copy_(gate)
-        w1, w3 = w13[mine].chunk(2, dim=1)
-        layer.experts.w13.copy_(torch.cat([w1[:, part], w3[:, part]], dim=1))
-        layer.experts.w2.copy_(w2[mine][:, :, part])
+    layer = MoELayer.alone(layout, context, torch.float32, options, **tools)
+    fill(layer, whole)
     return layer
+
+
+def stack(
+    wholes: Sequence[Whole], plan: ExpertPlan, context: RankContext, options: MoEOptions, room: int = 64, **tools: Any
+) -> tuple[list[MoELayer], Shadows]:
+    """Layers that share a store with ``room`` for copies; the plan's first layer is that of each."""
+    plan = replace(plan, slots_LWS=plan.slots_LWS[:1].repeat(len(wholes), 0))
+    layout = RankLayout(wholes[0].config(len(wholes)), ParallelConfig("dp", "ep"), plan, context.rank)
+    store = ExpertStore(layout, context, torch.float32, room)
+    shadows, dispatchers = Shadows(store, options.faster), Dispatchers.create(layout, context, options, **tools)
+    layers = [MoELayer(number, context, store, dispatchers, options, shadows) for number in range(len(wholes))]
+    for layer, whole in zip(layers, wholes, strict=True):
+        fill(layer, whole)
+    return layers, shadows
+
+
+@torch.no_grad()
+def fill(layer: MoELayer, whole: Whole) -> None:
+    """This rank's part of the weights."""
+    gate, w13, w2 = whole.weights()
+    layout = layer.store.layout
+    mine, part = list(layout.experts(layer.layer)), slice(*layout.hidden)
+    w1, w3 = w13[mine].chunk(2, dim=1)
+    layer.gate.weight.copy_(gate)
+    layer.experts.w13.copy_(torch.cat([w1[:, part], w3[:, part]], dim=1))
+    layer.experts.w2.copy_(w2[mine][:, :, part])
+
+
+def run_layer(layer: MoELayer, x_TD: torch.Tensor, **known: Any) -> tuple[torch.Tensor, MoEReport]:
+    """Rows by themselves through the layer; ``known`` is what ``StepRows`` takes. Gradients where weights train."""
+    with torch.set_grad_enabled(layer.experts.w13.requires_grad):
+        hidden, report = layer(Hidden(None, x_TD), StepRows(**known))
+    return hidden.rows_TD, report
 
 
 def random_plan(seed: int, num_experts: int, world_size: int, **changes) -> ExpertPlan:

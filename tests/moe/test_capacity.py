@@ -10,8 +10,9 @@ import torch
 from mixtralkit.distributed import RankContext
 from mixtralkit.moe.capacity import cold_capacity, cut_to_capacity
 from mixtralkit.moe.router import Routing
+from mixtralkit.ops.symmetric_exchange import SymmetricExchange
 from mixtralkit.planning.plan import ExpertPlan, contiguous
-from tests.moe.layers import Whole, build
+from tests.moe.layers import Whole, build, run_layer
 from tests.ranks import run_ranks
 
 
@@ -22,11 +23,11 @@ def _routing(seed: int, tokens: int, num_experts: int, top_k: int, skew: float =
     return Routing(experts, chosen.softmax(-1), logits_TE)
 
 
-def _slow_drop(routing: Routing, home: set[int], capacity: int, order: str = "weight") -> list[list[int]]:
+def _slow_drop(routing: Routing, local: set[int], capacity: int, order: str = "weight") -> list[list[int]]:
     """Each cold expert in turn takes its heaviest, or first, choices, one at a time."""
     experts = [list(row) for row in routing.experts_TK.tolist()]
     for expert in range(routing.logits_TE.shape[1]):
-        if expert in home:
+        if expert in local:
             continue
         wanting = [
             (-float(routing.weights_TK[t, k]) if order == "weight" else 0.0, t, k)
@@ -39,9 +40,9 @@ def _slow_drop(routing: Routing, home: set[int], capacity: int, order: str = "we
     return experts
 
 
-def _slow_reroute(routing: Routing, home: set[int], capacity: int, order: str = "weight") -> list[list[int]]:
+def _slow_reroute(routing: Routing, local: set[int], capacity: int, order: str = "weight") -> list[list[int]]:
     """Holes are offered next-best experts: all rows' first alternative, then all rows' second, …"""
-    experts = _slow_drop(routing, home, capacity, order)
+    experts = _slow_drop(routing, local, capacity, order)
     num_experts, top_k = routing.logits_TE.shape[1], routing.experts_TK.shape[1]
     room = {e: capacity - sum(row.count(e) for row in experts) for e in range(num_experts)}
     for place in range(top_k, num_experts):
@@ -53,7 +54,7 @@ def _slow_reroute(routing: Routing, home: set[int], capacity: int, order: str = 
                 worth = float(routing.weights_TK[t, k]) if order == "weight" else 0.0
                 offers.append((-worth, t, k, ranking[place]))
         for _, t, k, expert in sorted(offers):
-            if expert in home or room[expert] > 0:
+            if expert in local or room[expert] > 0:
                 experts[t][k] = expert
                 room[expert] -= 1
     return experts
@@ -65,13 +66,13 @@ def _slow_reroute(routing: Routing, home: set[int], capacity: int, order: str = 
 @pytest.mark.parametrize("order", ["weight", "arrival"])
 def test_the_cut_equals_the_slow_one(seed, capacity, overflow, order):
     num_experts, top_k = [(8, 2), (5, 1), (7, 3), (6, 6)][seed % 4]
-    routing, home = _routing(seed, 31, num_experts, top_k, skew=1.5), {0, 2}
-    home_E = torch.tensor([e in home for e in range(num_experts)])
-    cut = cut_to_capacity(routing, home_E, capacity, overflow, order)
-    slow = (_slow_drop if overflow == "drop" else _slow_reroute)(routing, home, capacity, order)
+    routing, local = _routing(seed, 31, num_experts, top_k, skew=1.5), {0, 2}
+    local_E = torch.tensor([e in local for e in range(num_experts)])
+    cut = cut_to_capacity(routing, local_E, capacity, overflow, order)
+    slow = (_slow_drop if overflow == "drop" else _slow_reroute)(routing, local, capacity, order)
     assert cut.experts_TK.tolist() == slow
     assert int(cut.dropped) == sum(row.count(-1) for row in slow)
-    assert int(cut.dropped) + int(cut.rerouted) == sum(row.count(-1) for row in _slow_drop(routing, home, capacity))
+    assert int(cut.dropped) + int(cut.rerouted) == sum(row.count(-1) for row in _slow_drop(routing, local, capacity))
     assert bool((cut.weights_TK[cut.experts_TK < 0] == 0).all())
     untouched = (cut.experts_TK == routing.experts_TK).all(1)
     assert torch.equal(cut.weights_TK[untouched], routing.weights_TK[untouched])
@@ -105,42 +106,84 @@ def test_capacity_is_pangus():
     plan = ExpertPlan(contiguous(1, 8, 2).slots_LWS, 8, cold_capacity_factor=1.1, cold_token_percent=0.5)
     assert cold_capacity(plan, 100, 2) == int(math.ceil(2 * 100 * 1.1 / 8) * 0.5) == 14
     assert cold_capacity(contiguous(1, 8, 2), 100, 2) is None
+    for tokens in range(300):
+        assert int(cold_capacity(plan, torch.tensor(tokens), 2)) == cold_capacity(plan, tokens, 2)
 
 
-def _capacity_layer(context: RankContext, whole: Whole, plan: ExpertPlan, attention: str):
-    layer = build(whole, plan, context, attention=attention)
-    x_TD = whole.rows(40, context.rank if attention == "dp" else 0)
-    y_TD, report = layer(x_TD)
-    return x_TD, y_TD, int(report.dropped), int(report.rerouted)
+@pytest.mark.parametrize("overflow", ["drop", "reroute"])
+@pytest.mark.parametrize("order", ["weight", "arrival"])
+def test_rows_without_a_sequence_take_no_room(overflow, order):
+    """A decode step in a graph is filled up with rows: the cut is the one of the others alone, whatever these hold."""
+    for seed in range(4):
+        routing = _routing(seed, 31, 8, 2, skew=1.5)
+        valid_T = torch.where(torch.rand(31, generator=torch.Generator().manual_seed(seed)) < 0.4, -1, 5)
+        rows, local_E = (valid_T >= 0).nonzero()[:, 0], torch.arange(8) < 2
+        plan = ExpertPlan(contiguous(1, 8, 2).slots_LWS, 8, cold_capacity_factor=0.7, cold_token_percent=0.9)
+        capacity = cold_capacity(plan, (valid_T >= 0).sum(), 2)
+        cut = cut_to_capacity(routing, local_E, capacity, overflow, order, valid_T)
+        alone = cut_to_capacity(routing.take(rows), local_E, cold_capacity(plan, len(rows), 2), overflow, order)
+        assert int(alone.dropped) + int(alone.rerouted) > 0
+        assert torch.equal(cut.experts_TK[rows], alone.experts_TK)
+        assert torch.equal(cut.weights_TK[rows], alone.weights_TK)
+        assert (cut.dropped, cut.rerouted) == (alone.dropped, alone.rerouted)
+        assert bool((cut.kept_TK[valid_T < 0] == -1).all())
+
+
+WHOLE = Whole(skew={3: 2.0, 0: 1.0})
+SLOTS = [[[0, 1, 2, 3, 4], [0, 1, 5, 6, 7]]]
+PLANS = [
+    ExpertPlan(torch.tensor(SLOTS).numpy(), 8, cold_capacity_factor=factor, overflow=overflow, cut_order=order)
+    for factor, order in ((0.3, "weight"), (1.0, "weight"), (0.3, "arrival"))
+    for overflow in ("drop", "reroute")
+]
+
+
+def _capacity_layer(context: RankContext, attention: str):
+    found, x_TD = [], WHOLE.rows(40, context.rank if attention == "dp" else 0)
+    for plan in PLANS:
+        layer = build(WHOLE, plan, context, attention=attention)
+        y_TD, report = run_layer(layer, x_TD)
+        found.append((x_TD, y_TD, int(report.dropped), int(report.rerouted)))
+        alone_TD, alone = run_layer(layer, x_TD[:30])
+        memory = SymmetricExchange.create(context, 40, WHOLE.dim, WHOLE.top_k, torch.float32)
+        for more in ({}, {"symmetric": memory}):
+            layer = build(WHOLE, plan, context, attention=attention, **more)
+            valid_T = torch.arange(40).masked_fill(torch.arange(40) >= 30, -1)  # filled up with rows that do not count
+            filled_TD, filled = run_layer(layer, x_TD, per_rank=40, decode=not more, valid_T=valid_T)
+            torch.testing.assert_close(filled_TD[:30], alone_TD)
+            assert (filled.dropped, filled.rerouted) == (alone.dropped, alone.rerouted)
+    return found
 
 
 @pytest.mark.parametrize("attention", ["dp", "tp"])
-@pytest.mark.parametrize("overflow", ["drop", "reroute"])
-@pytest.mark.parametrize(("factor", "order"), [(0.3, "weight"), (1.0, "weight"), (0.3, "arrival")])
-def test_the_layer_computes_what_the_cut_leaves(attention, overflow, factor, order):
+def test_the_layer_computes_what_the_cut_leaves(attention):
     """Experts 0 and 1 are hot; what remains of each row is added up expert by expert as the oracle would."""
-    whole = Whole(skew={3: 2.0, 0: 1.0})
-    slots = [[[0, 1, 2, 3, 4], [0, 1, 5, 6, 7]]]
-    plan = ExpertPlan(torch.tensor(slots).numpy(), 8, cold_capacity_factor=factor, overflow=overflow, cut_order=order)
-    gate, w13, w2 = whole.weights()
-    for rank, (x_TD, y_TD, dropped, rerouted) in enumerate(run_ranks(_capacity_layer, 2, whole, plan, attention)):
-        home = set(slots[0][rank]) if attention == "dp" else {0, 1}
-        logits_TE = x_TD @ gate.T
-        chosen, experts = logits_TE.topk(2)
-        routing = Routing(experts, chosen.softmax(-1), logits_TE)
-        capacity = math.ceil(2 * 40 * factor / 8)
-        slow = (_slow_drop if overflow == "drop" else _slow_reroute)(routing, home, capacity, order)
-        expected = torch.zeros_like(x_TD)
-        for t, row in enumerate(slow):
-            kept = [e for e in row if e >= 0]
-            over = slow[t] != experts[t].tolist()
-            if overflow == "reroute" and over:
-                weights = logits_TE[t, kept].softmax(-1) if kept else []
-            else:
-                weights = [routing.weights_TK[t, k] for k, e in enumerate(row) if e >= 0]
-            for expert, weight in zip(kept, weights, strict=True):
-                gate_F, up_F = (w13[expert] @ x_TD[t]).chunk(2)
-                expected[t] += weight * (w2[expert] @ (torch.nn.functional.silu(gate_F) * up_F))
-        torch.testing.assert_close(y_TD, expected, rtol=1e-4, atol=1e-4)
-        assert dropped == sum(row.count(-1) for row in slow)
-        assert (rerouted > 0) == (overflow == "reroute") or rerouted == 0
+    for rank, of_plans in enumerate(run_ranks(_capacity_layer, 2, attention)):
+        for plan, (x_TD, y_TD, dropped, rerouted) in zip(PLANS, of_plans, strict=True):
+            slow = _expect_cut(plan, rank, attention, x_TD, y_TD)
+            assert dropped == sum(row.count(-1) for row in slow)
+            assert (rerouted > 0) == (plan.overflow == "reroute") or rerouted == 0
+
+
+def _expect_cut(plan: ExpertPlan, rank: int, attention: str, x_TD: torch.Tensor, y_TD: torch.Tensor) -> list[list[int]]:
+    """Compares the layer's rows with what the slow cut leaves, which it returns."""
+    gate, w13, w2 = WHOLE.weights()
+    local = set(SLOTS[0][rank]) if attention == "dp" else {0, 1}
+    logits_TE = x_TD @ gate.T
+    chosen, experts = logits_TE.topk(2)
+    routing = Routing(experts, chosen.softmax(-1), logits_TE)
+    capacity = math.ceil(2 * 40 * plan.cold_capacity_factor / 8)
+    slow = (_slow_drop if plan.overflow == "drop" else _slow_reroute)(routing, local, capacity, plan.cut_order)
+    expected = torch.zeros_like(x_TD)
+    for t, row in enumerate(slow):
+        kept = [e for e in row if e >= 0]
+        over = slow[t] != experts[t].tolist()
+        if plan.overflow == "reroute" and over:
+            weights = logits_TE[t, kept].softmax(-1) if kept else []
+        else:
+            weights = [routing.weights_TK[t, k] for k, e in enumerate(row) if e >= 0]
+        for expert, weight in zip(kept, weights, strict=True):
+            gate_F, up_F = (w13[expert] @ x_TD[t]).chunk(2)
+            expected[t] += weight * (w2[expert] @ (torch.nn.functional.silu(gate_F) * up_F))
+    torch.testing.assert_close(y_TD, expected, rtol=1e-4, atol=1e-4)
+    return slow

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mixtralkit.moe.dispatch.base import RoutedRows, weighted_expert_sum
+from mixtralkit.moe.dispatch.base import RoutedRows
+from mixtralkit.moe.experts import run_experts
 
 
 def _sum_and_gradients(device: str) -> list[torch.Tensor]:
@@ -17,7 +18,7 @@ def _sum_and_gradients(device: str) -> list[torch.Tensor]:
     )
     slots_RK = torch.tensor([[0, -1], [-1, 1]] * 4, device=device)
     weights_RK = torch.full((8, 2), 0.5, device=device)
-    y_RD = weighted_expert_sum(RoutedRows(x_RD, slots_RK, weights_RK), w13_SGD, w2_SDF)
+    y_RD = run_experts(RoutedRows(x_RD, slots_RK, weights_RK), w13_SGD, w2_SDF)
     y_RD.float().sum().backward()
     return [tensor.detach().float().cpu() for tensor in (y_RD, x_RD.grad, w13_SGD.grad, w2_SDF.grad)]
 

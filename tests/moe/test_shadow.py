@@ -12,11 +12,14 @@ import torch.distributed as dist
 from mixtralkit.config import FasterOptions, MoEOptions, ParallelConfig
 from mixtralkit.distributed import RankContext
 from mixtralkit.layout import RankLayout
-from mixtralkit.moe.layer import MoELayer
+from mixtralkit.moe.layer import MoELayer, MoEReport
 from mixtralkit.moe.reference import moe_reference
-from mixtralkit.moe.shadow import LayerShadows, ShadowCache
+from mixtralkit.moe.shadow import Shadows, shadow_room
+from mixtralkit.moe.store import ExpertStore
+from mixtralkit.ops.counting import count_keys
+from mixtralkit.ops.hidden import Hidden
 from mixtralkit.planning.plan import ExpertPlan, contiguous, everywhere
-from tests.moe.layers import Whole, build, random_plan, sent_rows
+from tests.moe.layers import EXPERT_BYTES, Whole, random_plan, run_layer, sent_rows, stack
 from tests.ranks import run_ranks
 
 UNIFORM = Whole()
@@ -24,23 +27,8 @@ HALF_SKEW = Whole(seed=1, skew={3: 4.0})  # about half the choices are of expert
 ALL_SKEW = Whole(seed=2, skew={3: 60.0})  # every row chooses expert 3
 SHADOW = MoEOptions(faster=FasterOptions(shadow=True))
 SCHEDULED = MoEOptions(faster=FasterOptions(shadow=True, schedule=True))
-EXPERT_BYTES = 3 * 16 * 24 * 4
 ONE_EXPERT_GB = EXPERT_BYTES / 1e9
 ROWS = [256, 7, 0, 1]  # different on each rank, one of them empty
-
-
-def _cache(whole: Whole, context: RankContext, memory_gb: float = 1.0, layers: int = 1) -> ShadowCache:
-    most = layers * whole.num_experts
-    return ShadowCache(context, whole.dim, whole.hidden, torch.float32, memory_gb, most)
-
-
-def _build(
-    whole: Whole, plan: ExpertPlan, context: RankContext, options: MoEOptions, cache: ShadowCache, number: int = 0
-) -> MoELayer:
-    layer = build(whole, plan, context, options=options)
-    slots_WE = plan.slot_of_LWE[0]
-    layer.shadows = LayerShadows(number, layer.experts, slots_WE, cache, options.faster)
-    return layer
 
 
 def _oracle(whole: Whole, layer: MoELayer, x_TD: torch.Tensor) -> torch.Tensor:
@@ -48,10 +36,29 @@ def _oracle(whole: Whole, layer: MoELayer, x_TD: torch.Tensor) -> torch.Tensor:
     return moe_reference(x_TD, layer.gate.weight.detach(), w13, w2, whole.top_k)
 
 
-def _assert_exact(whole: Whole, layer: MoELayer, x_TD: torch.Tensor, rows_per_rank: int | None = None):
-    y_TD, report = layer(x_TD, rows_per_rank)
+def _assert_exact(whole: Whole, layer: MoELayer, x_TD: torch.Tensor, **known) -> MoEReport:
+    y_TD, report = run_layer(layer, x_TD, **known)
     torch.testing.assert_close(y_TD, _oracle(whole, layer, x_TD), rtol=1e-4, atol=1e-4)
     return report
+
+
+def _decide(shadows: Shadows, reports: list[MoEReport]) -> None:
+    """What an engine does between two steps: the choices of all ranks' rows, by layer."""
+    experts = shadows.store.layout.config.num_experts
+    counts_LE = torch.stack([count_keys(report.routing.experts_TK, experts) for report in reports])
+    shadows.between_steps(shadows.context.all_reduce(counts_LE).numpy())
+
+
+def _count_broadcasts() -> list[int]:
+    """Bytes of every broadcast from now on."""
+    moved, broadcast = [], dist.broadcast
+
+    def counted(tensor, *args, **more):
+        moved.append(tensor.numel() * tensor.element_size())
+        return broadcast(tensor, *args, **more)
+
+    dist.broadcast = counted
+    return moved
 
 
 def _expected_sent(experts_TK: list[list[int]], plan: ExpertPlan, rank: int, shadows: tuple[int, ...]) -> list[int]:
@@ -65,246 +72,270 @@ def _expected_sent(experts_TK: list[list[int]], plan: ExpertPlan, rank: int, sha
 
 
 def _exact_cases(context: RankContext, cases: list[tuple[Whole, ExpertPlan, MoEOptions]], rows: list[int]):
+    """Of each case the shadows of the second step, which the first one's counts have brought."""
     shadowed = []
     for whole, plan, options in cases:
-        layer = _build(whole, plan, context, options, _cache(whole, context))
+        (layer,), shadows = stack([whole], plan, context, options)
         x_TD = whole.rows(rows[context.rank], context.rank)
-        first = _assert_exact(whole, layer, x_TD).shadows
-        again = _assert_exact(whole, layer, x_TD).shadows
-        static = _assert_exact(whole, layer, x_TD, rows_per_rank=max(rows)).shadows
-        assert again.experts == static.experts == first.experts
-        assert again.broadcast == static.broadcast == ()
-        shadowed.append(first)
+        report = _assert_exact(whole, layer, x_TD)
+        assert report.shadows.experts == ()
+        _decide(shadows, [report])
+        first = _assert_exact(whole, layer, x_TD)
+        _decide(shadows, [first])
+        again = _assert_exact(whole, layer, x_TD)
+        static = _assert_exact(whole, layer, x_TD, per_rank=max(rows), decode=True)
+        assert again.shadows.experts == static.shadows.experts == first.shadows.experts
+        assert again.shadows.broadcast == static.shadows.broadcast == ()
+        shadowed.append(first.shadows)
     return shadowed
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_shadows_change_nothing(world_size):
+    wholes = (UNIFORM, HALF_SKEW, ALL_SKEW)
     cases = [
         (whole, plan, options)
-        for whole in (UNIFORM, HALF_SKEW, ALL_SKEW)
+        for whole in wholes
         for plan in (contiguous(1, 8, world_size), random_plan(whole.seed, 8, world_size))
         for options in (SHADOW, SCHEDULED)
     ]
+    if world_size == 4:  # two nodes of two
+        nodes = [random_plan(seed, 8, 4, ranks_per_node=2) for seed in range(3)]
+        cases += list(zip(wholes, nodes, (SHADOW, SCHEDULED, SHADOW), strict=True))
     reports = run_ranks(_exact_cases, world_size, cases, ROWS[:world_size])
     assert all(of_rank == reports[0] for of_rank in reports), "ranks must decide alike"
     for (whole, plan, _), report in zip(cases, reports[0], strict=True):
         if whole is not UNIFORM and plan.policy == "contiguous":
             assert 3 in report.experts
+        assert report.broadcast == report.experts or {*report.broadcast} == {*report.experts}
         assert not any(plan.hot_LE[0, e] for e in report.experts)
 
 
-def test_shadows_with_two_stages_change_nothing():
-    cases = [
-        (whole, random_plan(seed, 8, 4, ranks_per_node=2), options)
-        for seed, whole in enumerate((UNIFORM, HALF_SKEW, ALL_SKEW))
-        for options in (SHADOW, SCHEDULED)
-    ]
-    run_ranks(_exact_cases, 4, cases, ROWS)
-
-
 def _count(context: RankContext, whole: Whole, plan: ExpertPlan, tokens: int):
-    moved, broadcast = [], dist.broadcast
-
-    def counted(tensor, *args, **more):
-        moved.append(tensor.numel() * tensor.element_size())
-        return broadcast(tensor, *args, **more)
-
-    dist.broadcast = counted
-    layer = _build(whole, plan, context, SHADOW, _cache(whole, context))
-    x_TD = whole.rows(tokens, context.rank)
-    steps = []
-    for _ in range(2):
-        _, report = layer(x_TD)
+    (layer,), shadows = stack([whole], plan, context, SHADOW)
+    x_TD, steps, moved = whole.rows(tokens, context.rank), [], _count_broadcasts()
+    for _ in range(3):
+        _, report = run_layer(layer, x_TD)
+        assert not sum(moved), "nothing moves inside a step"
+        _decide(shadows, [report])
         steps.append((report.routing.experts_TK.tolist(), sent_rows(report), report.shadows, sum(moved)))
         moved.clear()
     return steps
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_rows_of_a_shadowed_expert_stay_and_its_weights_move_once(world_size):
-    plan = contiguous(1, 8, world_size)
-    for rank, (first, second) in enumerate(run_ranks(_count, world_size, ALL_SKEW, plan, 64)):
-        experts_TK, sent, shadows, moved = first
-        assert 3 in shadows.experts
-        assert shadows.broadcast != ()
-        assert moved == shadows.bytes_broadcast == len(shadows.broadcast) * EXPERT_BYTES
-        assert sent == _expected_sent(experts_TK, plan, rank, shadows.experts)
-        experts_TK, sent, again, moved = second
-        assert again == replace(shadows, broadcast=(), bytes_broadcast=0)
-        assert moved == 0
-        assert sent == _expected_sent(experts_TK, plan, rank, shadows.experts)
-
-
-def _changing_skew(context: RankContext, hot: list[int]):
-    """Two layers share room for one copy; in each step one expert of one layer is hot, None for none."""
+def _changing_skew(context: RankContext, hot: list[tuple[int, int]]):
+    """Two layers share room for one copy; in each step one expert of one layer is hot."""
     whole, plan = Whole(top_k=1, num_experts=4), contiguous(1, 4, context.world_size)
-    cache = _cache(whole, context, ONE_EXPERT_GB, layers=2)
-    assert cache.places == 1
-    layers = [_build(whole, plan, context, SHADOW, cache, number) for number in range(2)]
+    layers, shadows = stack([whole, whole], plan, context, SHADOW, room=1)
     steps = []
     for step, (layer_of_hot, expert) in enumerate(hot):
+        reports = []
         for number, layer in enumerate(layers):
-            layer.gate.weight.copy_(whole.weights()[0])
-            if number == layer_of_hot:
-                layer.gate.weight[expert, -1] = 60.0
-            else:  # rows in turn to each expert: no lead, no gain
-                layer.gate.weight.zero_()
-                layer.gate.weight[range(4), range(4)] = 1.0
+            layer.gate.weight.data.copy_(whole.weights()[0])
             x_TD = whole.rows(64, context.rank + 10 * step)
-            if number != layer_of_hot:
+            if number == layer_of_hot:
+                layer.gate.weight.data[expert, -1] = 60.0
+            else:  # rows in turn to each expert: no lead, no gain
+                layer.gate.weight.data.zero_()
+                layer.gate.weight.data[range(4), range(4)] = 1.0
                 x_TD[:, :4] = torch.eye(4).repeat(16, 1)
-            report = _assert_exact(whole, layer, x_TD).shadows
-            steps.append((report.experts, report.broadcast))
+            reports.append(_assert_exact(whole, layer, x_TD))
+        _decide(shadows, reports)
+        steps.append([(report.shadows.experts, report.shadows.broadcast) for report in reports])
     return steps
-
-
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_copies_follow_the_skew_under_a_budget_of_one(world_size):
-    hot = [(0, 1), (0, 1), (0, 2), (1, 3), (1, 3), (1, 3), (0, 0)]
-    reports = run_ranks(_changing_skew, world_size, hot)
-    assert all(of_rank == reports[0] for of_rank in reports)
-    of_layer = [reports[0][0::2], reports[0][1::2]]
-    hit, none = ((1,), ()), ((), ())
-    assert of_layer[0][:3] == [((1,), (1,)), hit, ((2,), (2,))]
-    assert of_layer[1][:3] == [none, none, none]
-    # Every run without a lead halves the gain of layer 0's copy, so that layer 1's makes it go.
-    assert of_layer[1][3:6] == [((3,), (3,)), ((3,), ()), ((3,), ())]
-    assert of_layer[0][3] == ((2,), ())
-    assert of_layer[0][4:6] == [none, none]
-    assert of_layer[0][6] == none, "a copy with as much gain is not pushed out"
 
 
 def _constant_skew(context: RankContext):
     slow = MoEOptions(faster=FasterOptions(shadow=True, gpu_throughput=1e6))
-    layer = _build(HALF_SKEW, contiguous(1, 8, 2), context, slow, _cache(HALF_SKEW, context, 2 * ONE_EXPERT_GB))
-    x_TD = HALF_SKEW.rows(64, context.rank)
-    return [layer(x_TD)[1].shadows for _ in range(5)]
+    (layer,), shadows = stack([HALF_SKEW], contiguous(1, 8, context.world_size), context, slow, room=2)
+    x_TD, found = HALF_SKEW.rows(64, context.rank), []
+    for _ in range(6):
+        _, report = run_layer(layer, x_TD)
+        _decide(shadows, [report])
+        found.append(report.shadows)
+    return found
 
 
-def test_copies_stay_while_the_loads_do():
-    """More experts are worth a copy than there is room for: the hottest are kept, none takes turns with another."""
-    first, *later = run_ranks(_constant_skew, 2)[0]
-    assert len(first.broadcast) == 2
-    assert later == [replace(first, broadcast=(), bytes_broadcast=0)] * 4
+def _capped(context: RankContext):
+    """Rows that a capacity of nothing drops, and those whose expert is neither here nor copied."""
+    plan = replace(contiguous(1, 8, context.world_size), cold_capacity_factor=0.0)
+    (layer,), shadows = stack([ALL_SKEW], plan, context, SHADOW)
+    x_TD = ALL_SKEW.rows(64, context.rank)
+    _, before = run_layer(layer, x_TD)
+    _decide(shadows, [before])
+    _, report = run_layer(layer, x_TD)
+    local = {*report.shadows.experts, *plan.experts_of(0, context.rank)}
+    away = sum(e not in local for row in report.routing.experts_TK.tolist() for e in row)
+    return int(before.dropped), int(report.dropped), away
+
+
+HOT = [(0, 1), (0, 1), (0, 2), (1, 3), (1, 3), (1, 3), (0, 0), (0, 0)]
+
+
+def _decisions(context: RankContext):
+    plan = contiguous(1, 8, context.world_size)
+    found = _changing_skew(context, HOT), _constant_skew(context), _capped(context)
+    _hints(context)
+    return *found, _count(context, ALL_SKEW, plan, 64)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_copies_follow_the_counts_of_the_step_before(world_size):
+    results = run_ranks(_decisions, world_size)
+    _expect_the_skew_followed([changing for changing, *_ in results])
+    for _, (before, first, *later), (plain_dropped, dropped, away), _ in results:
+        assert before.experts == ()
+        assert len(first.broadcast) == 2, "more experts are worth a copy than there is room for: the hottest are kept"
+        assert later == [replace(first, broadcast=(), bytes_broadcast=0)] * 4, "none takes turns with another"
+        assert dropped == away, "a shadowed expert has no capacity"
+        assert dropped <= plain_dropped
+    assert any(dropped < plain_dropped for *_, (plain_dropped, dropped, _), _ in results)
+    for rank, (*_, steps) in enumerate(results):
+        _expect_rows_to_stay(contiguous(1, 8, world_size), rank, steps)
+
+
+def _expect_the_skew_followed(reports: list) -> None:
+    """Room for one: (experts, broadcast) of each layer in each step."""
+    assert all(of_rank == reports[0] for of_rank in reports)
+    of_layer = list(zip(*reports[0], strict=True))
+    none = ((), ())
+    assert of_layer[0][:4] == (none, ((1,), (1,)), ((1,), ()), ((2,), (2,)))
+    assert of_layer[1][:4] == (none,) * 4
+    # Every run without a lead halves the gain of layer 0's copy, so that layer 1's makes it go.
+    assert of_layer[1][4:7] == (((3,), (3,)), ((3,), ()), ((3,), ()))
+    assert of_layer[0][4:] == (none,) * 4
+    assert of_layer[1][7] == ((3,), ()), "a copy with as much gain is not pushed out"
+
+
+def _expect_rows_to_stay(plan: ExpertPlan, rank: int, steps: list) -> None:
+    """Rows of a shadowed expert stay and its weights move once."""
+    (before_TK, sent_before, none, moved), (experts_TK, sent, shadows, again), (_, sent_again, resident, last) = steps
+    assert (none.experts, sent_before) == ((), _expected_sent(before_TK, plan, rank, ()))
+    assert 3 in shadows.experts
+    assert moved == shadows.bytes_broadcast == len(shadows.broadcast) * EXPERT_BYTES > 0
+    assert sent == sent_again == _expected_sent(experts_TK, plan, rank, shadows.experts)
+    assert resident == replace(shadows, broadcast=(), bytes_broadcast=0)
+    assert again == last == 0
 
 
 def _gradients(context: RankContext, whole: Whole, plan: ExpertPlan, rows: list[int], options: MoEOptions):
-    layer = _build(whole, plan, context, options, _cache(whole, context, 2 * ONE_EXPERT_GB)).requires_grad_(True)
+    (layer,), shadows = stack([whole], plan, context, options, room=2)
+    layer.requires_grad_(True)
     x_TD = whole.rows(rows[context.rank], context.rank).requires_grad_(True)
-    y_TD, report = layer(x_TD)
+    y_TD, report = run_layer(layer, x_TD)
     (y_TD * y_TD.detach().cos()).sum().backward()
     sums = []
     for whole_weights, own in zip(whole.weights()[1:], (layer.experts.w13, layer.experts.w2), strict=True):
         grad = torch.zeros_like(whole_weights)
         if own.grad is not None:
-            grad[list(layer.layout.experts(0))] = own.grad
+            grad[list(layer.store.layout.experts(0))] = own.grad
         sums.append(context.all_reduce(grad))
-    return x_TD.grad, context.all_reduce(layer.gate.weight.grad), sums, report.shadows, layer.shadows.cache.changes
+    return x_TD.grad, context.all_reduce(layer.gate.weight.grad), sums, report.shadows, len(shadows.store.copies)
 
 
-@pytest.mark.parametrize("schedule", [False, True])
+def _all_gradients(context: RankContext, plans: list[ExpertPlan], rows: list[int]):
+    slow = FasterOptions(shadow=True, gpu_throughput=1e6)  # so slow that any lead pays
+    options = [MoEOptions(faster=replace(slow, schedule=schedule)) for schedule in (False, True)]
+    found = [_gradients(context, HALF_SKEW, plan, rows, each) for plan in plans for each in options]
+    _train_and_evaluate(context)
+    return found
+
+
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_gradients_equal_the_oracles(world_size, schedule):
+def test_gradients_equal_the_oracles(world_size):
     """The owner receives the gradients that its expert's copies saw, also where a rank has no rows."""
-    slow = FasterOptions(shadow=True, schedule=schedule, gpu_throughput=1e6)  # so slow that any lead pays
-    options, rows = MoEOptions(faster=slow), [90, 0, 4, 17][:world_size]
-    for plan in (contiguous(1, 8, world_size), random_plan(7, 8, world_size)):
-        results = run_ranks(_gradients, world_size, HALF_SKEW, plan, rows, options)
-        gate, w13, w2 = (w.requires_grad_(True) for w in HALF_SKEW.weights())
-        for rank, (x_grad, _, _, shadows, changes) in enumerate(results):
-            x_TD = HALF_SKEW.rows(rows[rank], rank).requires_grad_(True)
-            y_TD = moe_reference(x_TD, gate, w13, w2, HALF_SKEW.top_k)
-            (y_TD * y_TD.detach().cos()).sum().backward()
+    rows = [90, 0, 4, 17][:world_size]
+    gate, w13, w2 = (w.requires_grad_(True) for w in HALF_SKEW.weights())
+    inputs = [HALF_SKEW.rows(tokens, rank).requires_grad_(True) for rank, tokens in enumerate(rows)]
+    for x_TD in inputs:
+        y_TD = moe_reference(x_TD, gate, w13, w2, HALF_SKEW.top_k)
+        (y_TD * y_TD.detach().cos()).sum().backward()
+    plans = [contiguous(1, 8, world_size), random_plan(7, 8, world_size)]
+    for rank, of_cases in enumerate(run_ranks(_all_gradients, world_size, plans, rows)):
+        for number, (x_grad, gate_grad, (w13_grad, w2_grad), shadows, copies) in enumerate(of_cases):
             if rows[rank]:
-                torch.testing.assert_close(x_grad, x_TD.grad, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(x_grad, inputs[rank].grad, rtol=1e-4, atol=1e-5)
             assert tuple(sorted(shadows.broadcast)) == shadows.experts
-            assert len(shadows.experts) == 2 or plan.policy == "random", "as many as the budget holds"
-            assert changes == 0, "nothing stays resident in training"
-        for _, gate_grad, (w13_grad, w2_grad), _, _ in results:
+            assert len(shadows.experts) == 2 or plans[number // 2].policy == "random", "as many as the budget holds"
+            assert copies == 0, "nothing stays resident in training"
             torch.testing.assert_close(gate_grad, gate.grad, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(w13_grad, w13.grad, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(w2_grad, w2.grad, rtol=1e-4, atol=1e-4)
 
 
-def _train_and_evaluate(context: RankContext):
-    layer = _build(ALL_SKEW, contiguous(1, 8, context.world_size), context, SHADOW, _cache(ALL_SKEW, context))
+def _train_and_evaluate(context: RankContext) -> None:
+    """An evaluation between two training steps must not see the experts of the one before."""
+    (layer,), shadows = stack([ALL_SKEW], contiguous(1, 8, context.world_size), context, SHADOW)
     layer.experts.requires_grad_(True)
     x_TD = ALL_SKEW.rows(64, context.rank)
-    with torch.no_grad():
-        before, first = layer(x_TD)
-        layer.experts.w2.mul_(2.0)
-        after, second = layer(x_TD)
-    torch.testing.assert_close(after, 2.0 * before)
-    assert second.shadows.broadcast == first.shadows.broadcast == first.shadows.experts != ()
+    for factor in (1.0, 2.0, 4.0):
+        with torch.no_grad():
+            hidden, report = layer(Hidden(None, x_TD))
+            _decide(shadows, [report])
+            copied, _ = layer(Hidden(None, x_TD))
+        assert report.shadows.experts == ()
+        assert shadows.store.copied(0)
+        for found in (hidden, copied):
+            torch.testing.assert_close(found.rows_TD, factor * _oracle(ALL_SKEW, layer, x_TD), rtol=1e-4, atol=1e-4)
+        layer(Hidden(None, x_TD))[0].rows_TD.sum().backward()
+        with torch.no_grad():
+            layer.experts.w2.mul_(2.0)
 
 
-def test_a_copy_of_weights_that_changed_is_not_used():
-    """An evaluation between two training steps must not see the experts of the one before."""
-    run_ranks(_train_and_evaluate, 2)
-
-
-def _hints(context: RankContext):
+def _hints(context: RankContext) -> None:
+    """Copies that come before the step."""
     whole, plan = UNIFORM, contiguous(1, 8, context.world_size)
-    cache = _cache(whole, context, 2 * ONE_EXPERT_GB, layers=2)
-    layers = [_build(whole, plan, context, SHADOW, cache, number) for number in range(2)]
+    layers, shadows = stack([whole, whole], plan, context, SHADOW, room=2)
     x_TD = whole.rows(5, context.rank)
-    assert cache.hint(0, [6]) == (6,)
-    assert cache.hint(1, [2, 5]) == (2,), "one place is left, and a hint is not pushed out before it ran"
-    static = _assert_exact(whole, layers[0], x_TD, rows_per_rank=5).shadows
-    assert (static.experts, static.broadcast) == ((6,), ())
-    exact = _assert_exact(whole, layers[1], x_TD).shadows
-    assert (exact.experts, exact.broadcast) == ((2,), ())
-    assert cache.hint(0, [6, 7]) == (6, 7), "the copy that ran without any gain makes room"
-    _assert_exact(whole, layers[1], x_TD)
-    changes = cache.changes
-    cache.clear()
-    assert cache.changes == changes + 2
-    assert _assert_exact(whole, layers[0], x_TD, rows_per_rank=5).shadows.experts == ()
+    assert shadows.hint(0, [6]) == (6,)
+    assert shadows.hint(1, [2, 5]) == (2,), "one place is left, and a hint is not pushed out before it ran"
+    for layer, expert in zip(layers, (6, 2), strict=True):
+        static = _assert_exact(whole, layer, x_TD, per_rank=5, decode=True).shadows
+        assert (static.experts, static.broadcast) == ((expert,), (expert,))
+        exact = _assert_exact(whole, layer, x_TD).shadows
+        assert (exact.experts, exact.broadcast) == ((expert,), ())
+    counts_LE = np.full((2, 8), 10)
+    counts_LE[0, 6] = 50
+    shadows.between_steps(counts_LE)
+    assert shadows.hint(0, [6, 7]) == (6, 7), "the copy that ran without any gain makes room"
+    for layer, experts in zip(layers, ((6, 7), ()), strict=True):
+        assert _assert_exact(whole, layer, x_TD).shadows.experts == experts
+    shadows.forget()
+    assert _assert_exact(whole, layers[0], x_TD, per_rank=5, decode=True).shadows.experts == ()
     with pytest.raises(ValueError, match="expert 8 of layer 0"):
-        cache.hint(0, [8])
-    layer = _build(whole, everywhere(1, 8, context.world_size), context, SHADOW, cache)
-    assert cache.hint(0, range(8)) == ()
+        shadows.hint(0, [8])
+    (layer,), shadows = stack([whole], everywhere(1, 8, context.world_size), context, SHADOW)
+    assert shadows.hint(0, range(8)) == ()
     assert _assert_exact(whole, layer, x_TD).shadows.experts == ()
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_hints_bring_copies_before_the_step(world_size):
-    run_ranks(_hints, world_size)
-
-
-def _capped(context: RankContext, whole: Whole):
-    plan = replace(contiguous(1, 8, context.world_size), cold_capacity_factor=0.0)
-    layer = _build(whole, plan, context, SHADOW, _cache(whole, context))
-    _, report = layer(whole.rows(64, context.rank))
-    home = {*report.shadows.experts, *plan.experts_of(0, context.rank)}
-    return int(report.dropped), sum(e not in home for row in report.routing.experts_TK.tolist() for e in row)
-
-
-def test_a_shadowed_expert_has_no_capacity():
-    for dropped, away in run_ranks(_capped, 2, ALL_SKEW):
-        assert dropped == away < 64
+def _layout(plan: ExpertPlan, attention: str = "dp", experts: str = "ep") -> RankLayout:
+    return RankLayout(UNIFORM.config(plan.num_layers), ParallelConfig(attention, experts), plan)
 
 
 def test_figures_come_from_the_model_unless_they_are_given():
-    slots_WE = contiguous(1, 8, 2).slot_of_LWE[0]
-    layer = build(UNIFORM, contiguous(1, 8, 1), RankContext())
-    cache = _cache(UNIFORM, RankContext())
-    own = LayerShadows(0, layer.experts, slots_WE, cache, FasterOptions()).inference
+    store = ExpertStore(_layout(contiguous(1, 8, 2)), RankContext(0, 2), torch.float32, room=1)
+    own = Shadows(store, FasterOptions()).inference
     assert (own.d_model, own.alpha, own.data_bytes, own.matrices) == (16, 1.5, 4, 3)
     given = FasterOptions(alpha=2.0, d_model=2048, net_bandwidth=1e9, gpu_throughput=1e12)
-    training = LayerShadows(0, layer.experts, slots_WE, cache, given).training
+    training = Shadows(store, given).training
     assert (training.alpha, training.d_model, training.compute_rounds, training.exchanges) == (2.0, 2048, 3, 4)
     assert (training.net_bandwidth, training.gpu_throughput) == (1e9, 1e12)
 
 
-def test_the_budget_holds_the_pool():
-    cache = _cache(UNIFORM, RankContext(), 2.9 * ONE_EXPERT_GB, layers=4)
-    assert cache.places == 2
-    assert sum(pool.numel() * pool.element_size() for pool in cache.pool) == 2 * EXPERT_BYTES
-    assert _cache(UNIFORM, RankContext(), 1.0, layers=4).places == 32, "no more room than there are experts"
+def test_the_budget_holds_the_copies():
+    context, layout = RankContext(0, 2), _layout(contiguous(4, 8, 2))
+
+    def room(memory_gb: float) -> int:
+        return shadow_room(layout, context, torch.float32, replace(SHADOW, shadow_memory_gb=memory_gb))
+
+    assert room(2.9 * ONE_EXPERT_GB) == 2
+    assert room(1.0) == 32, "no more room than there are experts"
     with pytest.raises(ValueError, match=r"shadow_memory_gb \(1e-09\) must hold an expert: 4.608e-06 or more"):
-        _cache(UNIFORM, RankContext(), 1e-9)
+        room(1e-9)
+    stores = [ExpertStore(layout, context, torch.float32, copies) for copies in (1, 3)]
+    sizes = [sum(w.numel() * w.element_size() for w in store.experts[0].storage[:2]) for store in stores]
+    assert sizes == [(4 * 4 + copies) * EXPERT_BYTES for copies in (1, 3)]
 
 
 @pytest.mark.parametrize("memory", [0, -1.0, float("nan"), True, "4"])
@@ -314,17 +345,16 @@ def test_a_bad_budget_is_named(memory):
 
 
 @pytest.mark.parametrize(
-    ("world_size", "attention", "experts", "options", "has_cache"),
+    ("world_size", "attention", "experts", "options", "room"),
     [
-        (2, "dp", "ep", SHADOW, True),
-        (2, "dp", "ep", MoEOptions(), False),
-        (2, "tp", "ep", SHADOW, False),
-        (2, "dp", "tp", SHADOW, False),
-        (1, "dp", "ep", SHADOW, False),
+        (2, "dp", "ep", SHADOW, 8),
+        (2, "dp", "ep", MoEOptions(), 0),
+        (2, "tp", "ep", SHADOW, 0),
+        (2, "coherent", "ep", SHADOW, 0),
+        (2, "dp", "tp", SHADOW, 0),
+        (1, "dp", "ep", SHADOW, 0),
     ],
 )
-def test_a_cache_is_made_where_rows_travel(world_size, attention, experts, options, has_cache):
-    layout = RankLayout(UNIFORM.config(), ParallelConfig(attention, experts), contiguous(1, 8, world_size))
-    cache = ShadowCache.for_model(layout, RankContext(world_size=world_size), torch.float32, options)
-    assert (cache is not None) == has_cache
-    assert cache is None or (cache.places, np.prod(cache.pool[0].shape)) == (8, 8 * 48 * 16)
+def test_there_is_room_where_rows_travel(world_size, attention, experts, options, room):
+    layout = _layout(contiguous(1, 8, world_size), attention, experts)
+    assert shadow_room(layout, RankContext(world_size=world_size), torch.float32, options) == room

@@ -19,22 +19,23 @@ from mixtralkit.engine.recorder import RoutingRecorder
 from mixtralkit.engine.statistics import MoEStatistics
 from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.mixtral import Mixtral
-from mixtralkit.moe.layer import MoELayer, MoEReport
+from mixtralkit.moe.layer import MoELayer, MoEReport, StepRows
 from mixtralkit.moe.reference import moe_reference
-from mixtralkit.moe.shadow import LayerShadows, ShadowCache
+from mixtralkit.moe.shadow import Shadows
 from mixtralkit.moe.two_phase import TwoPhase
+from mixtralkit.ops.hidden import Hidden
+from mixtralkit.ops.symmetric_exchange import SymmetricExchange
 from mixtralkit.planning.cost import ShadowModel, choose_shadows
 from mixtralkit.planning.plan import ExpertPlan, contiguous
 from mixtralkit.planning.policies.two_phase import check_estimate
 from mixtralkit.planning.popularity import PathPopularity, extend_paths
 from mixtralkit.planning.trace import RoutingTrace
-from tests.moe.layers import Whole, build, random_plan
+from tests.moe.layers import Whole, random_plan, stack
 from tests.ranks import run_ranks
 from tests.test_example_command import run
 
 LAYERS, EXPERTS = 4, 8
 WHOLES = [Whole(seed=seed, skew={(3 * seed) % 8: 3.0}) for seed in range(LAYERS)]
-EXPERT_BYTES = 3 * 16 * 24 * 4
 ROWS = [70, 7, 0, 1]  # different on each rank, one of them empty
 EAGER = FasterOptions(net_bandwidth=1e13, gpu_throughput=1e9)  # any lead pays
 
@@ -47,10 +48,10 @@ class Case:
     popularity: PathPopularity
     threshold: float | None = None
     faster: FasterOptions = EAGER
-    memory_gb: float = 1.0
+    room: int = LAYERS * EXPERTS
     rows: tuple[int, ...] = tuple(ROWS)
     steps: int = 2
-    static: bool = False
+    dispatcher: str = "exact"
 
 
 def _next(x_TD: torch.Tensor, y_TD: torch.Tensor) -> torch.Tensor:
@@ -76,24 +77,22 @@ def _popularity(path_length: int = 2) -> PathPopularity:
 
 
 def _stack(case: Case, context: RankContext) -> tuple[list[MoELayer], TwoPhase]:
-    whole = WHOLES[0]
-    cache = ShadowCache(context, whole.dim, whole.hidden, torch.float32, case.memory_gb, LAYERS * EXPERTS)
-    options, layers = MoEOptions(case.faster), []
-    for number, whole in enumerate(WHOLES):
-        layer = build(whole, case.plan, context, options=options)
-        layer.shadows = LayerShadows(number, layer.experts, case.plan.slot_of_LWE[0], cache, case.faster)
-        layers.append(layer)
-    return layers, TwoPhase(layers, case.popularity, context, case.threshold)
+    whole, tools = WHOLES[0], {}
+    if case.dispatcher == "symmetric":
+        tools["symmetric"] = SymmetricExchange.create(context, 50, whole.dim, whole.top_k, torch.float32)
+    layers, shadows = stack(WHOLES, case.plan, context, MoEOptions(case.faster), case.room, **tools)
+    return layers, TwoPhase(shadows, case.popularity, case.threshold)
 
 
 @torch.no_grad()
-def _step(layers: list[MoELayer], phases: TwoPhase, x_TD: torch.Tensor, rows: int | None) -> list[MoEReport]:
+def _step(layers: list[MoELayer], phases: TwoPhase, x_TD: torch.Tensor, case: Case) -> list[MoEReport]:
     """One step through the stack, compared with the oracle."""
     expected, _ = _oracle(x_TD)
-    flight, reports = phases.begin(), []
+    known = {} if case.dispatcher == "exact" else {"per_rank": max(case.rows), "decode": case.dispatcher == "static"}
+    rows, reports = StepRows(flight=phases.begin(), **known), []
     for layer in layers:
-        y_TD, report = layer(x_TD, rows, flight)
-        x_TD = _next(x_TD, y_TD)
+        hidden, report = layer(Hidden(None, x_TD), rows)
+        x_TD = _next(x_TD, hidden.rows_TD)
         reports.append(report)
     torch.testing.assert_close(x_TD, expected, rtol=1e-3, atol=1e-3)
     return reports
@@ -107,7 +106,7 @@ def _run(context: RankContext, cases: list[Case]):
         steps = []
         for step in range(case.steps):
             x_TD = Whole(seed=5 + step).rows(case.rows[context.rank], context.rank)
-            reports = _step(layers, phases, x_TD, max(case.rows) if case.static else None)
+            reports = _step(layers, phases, x_TD, case)
             steps.append(([r.shadows for r in reports], [r.routing.experts_TK.numpy() for r in reports]))
         results.append(steps)
     return results
@@ -124,7 +123,9 @@ def test_two_phases_change_nothing(world_size):
         Case(plain, _popularity()),
         Case(replicas, _popularity(), threshold=0.0),
         Case(plain, _popularity(), threshold=1.0, faster=replace(EAGER, schedule=True)),
-        Case(plain, _popularity(0), memory_gb=3.5 * EXPERT_BYTES / 1e9),
+        Case(plain, _popularity(0), room=3),
+        Case(plain, _popularity(), dispatcher="static"),
+        Case(replicas, _popularity(), dispatcher="symmetric"),
     ]
     if world_size == 4:
         cases.append(Case(_nodes(replicas), _popularity(), faster=replace(EAGER, schedule=True)))
@@ -145,93 +146,98 @@ def _expected(case: Case, choices: list[np.ndarray], layer: int):
     return check_estimate(estimate_E, np.bincount(choices[layer].ravel(), minlength=EXPERTS), 2, case.threshold)
 
 
-@pytest.mark.parametrize("threshold", [None, 0.0, 0.1, 1.0])
-def test_decisions_are_those_of_plain_counting(threshold):
-    case = Case(contiguous(1, 8, 2), _popularity(), threshold, steps=4)
-    results = [steps for (steps,) in run_ranks(_run, 2, [case])]
-    kept = set()
-    for of_ranks in zip(*results, strict=True):
-        choices = [np.concatenate(parts) for parts in zip(*(chosen for _, chosen in of_ranks), strict=True)]
-        shadows = of_ranks[0][0]
-        assert shadows[0].phases is None, "nothing comes before the first layer"
-        for layer in range(1, LAYERS):
-            found, expected = shadows[layer].phases, _expected(case, choices, layer)
-            assert (found.right, found.corrected) == (expected.right, expected.corrected)
-            assert found.distance == pytest.approx(expected.distance, abs=1e-6)
-            kept.add(not found.corrected)
-            if not found.corrected:
-                assert found.bytes_ahead == shadows[layer].bytes_broadcast, "nothing comes late without a correction"
-    assert kept == {0.0: {False}, 1.0: {True}}.get(threshold, {False, True})
+def test_decisions_are_those_of_plain_counting():
+    thresholds = [None, 0.0, 0.1, 1.0]
+    cases = [Case(contiguous(1, 8, 2), _popularity(), threshold, steps=4) for threshold in thresholds]
+    results = run_ranks(_run, 2, cases)
+    for case, *of_ranks in zip(cases, *results, strict=True):
+        kept = set()
+        for of_step in zip(*of_ranks, strict=True):
+            choices = [np.concatenate(parts) for parts in zip(*(chosen for _, chosen in of_step), strict=True)]
+            shadows = of_step[0][0]
+            assert shadows[0].phases is None, "nothing comes before the first layer"
+            for layer in range(1, LAYERS):
+                found, expected = shadows[layer].phases, _expected(case, choices, layer)
+                assert (found.right, found.corrected) == (expected.right, expected.corrected)
+                assert found.distance == pytest.approx(expected.distance, abs=1e-6)
+                kept.add(not found.corrected)
+                if not found.corrected:
+                    assert found.bytes_ahead == shadows[layer].bytes_broadcast, "nothing is late without a correction"
+        assert kept == {0.0: {False}, 1.0: {True}}.get(case.threshold, {False, True})
 
 
-def _count_broadcasts(context: RankContext, case: Case):
-    started, broadcast = [], dist.broadcast
+def _count_broadcasts(context: RankContext, cases: list[Case]):
+    """Of each case and step: bytes that came ahead and late by the reports, and that moved beside and at once."""
+    started, broadcast, found = [], dist.broadcast, []
 
     def counted(tensor, *args, **more):
         started.append((tensor.numel() * tensor.element_size(), more.get("async_op", False)))
         return broadcast(tensor, *args, **more)
 
     dist.broadcast = counted
-    layers, phases = _stack(case, context)
-    found = []
-    for _ in range(2):
-        x_TD = Whole(seed=5).rows(case.rows[context.rank], context.rank)
-        shadows = [report.shadows for report in _step(layers, phases, x_TD, None)]
-        ahead = sum(s.phases.bytes_ahead for s in shadows[1:])
-        late = sum(s.bytes_broadcast for s in shadows) - ahead
-        found.append((ahead, late, sum(n for n, free in started if free), sum(n for n, free in started if not free)))
-        timings = [s.phases.timing for s in shadows[1:]]
-        assert all((t is None) == (s.bytes_broadcast == 0) for t, s in zip(timings, shadows[1:], strict=True))
-        assert all(t.hidden_s >= 0 and t.waited_s >= 0 for t in timings if t)
-        assert all(t.hidden_s == 0 for t, s in zip(timings, shadows[1:], strict=True) if t and not s.phases.bytes_ahead)
-        started.clear()
+    for case in cases:
+        layers, phases = _stack(case, context)
+        for _ in range(2):
+            started.clear()
+            x_TD = Whole(seed=5).rows(case.rows[context.rank], context.rank)
+            shadows = [report.shadows for report in _step(layers, phases, x_TD, case)]
+            ahead = sum(s.phases.bytes_ahead for s in shadows[1:])
+            late = sum(s.bytes_broadcast for s in shadows) - ahead
+            found.append(
+                (ahead, late, sum(n for n, free in started if free), sum(n for n, free in started if not free))
+            )
+            _check_timings(shadows)
     return found
 
 
-@pytest.mark.parametrize("threshold", [0.0, 1.0])
-def test_bytes_are_those_that_moved_and_residents_do_not_move_again(threshold):
-    case = Case(contiguous(1, 8, 2), _popularity(), threshold, rows=(70, 40))
-    for first, second in run_ranks(_count_broadcasts, 2, case):
-        ahead, late, moved_beside, moved_at_once = first
-        assert (ahead, late) == (moved_beside, moved_at_once)
-        assert ahead > 0
-        assert second == (0, 0, 0, 0)
+def _check_timings(shadows: list) -> None:
+    timings = [s.phases.timing for s in shadows[1:]]
+    assert all((t is None) == (s.bytes_broadcast == 0) for t, s in zip(timings, shadows[1:], strict=True))
+    assert all(t.hidden_s >= 0 and t.waited_s >= 0 for t in timings if t)
+    assert all(t.hidden_s == 0 for t, s in zip(timings, shadows[1:], strict=True) if t and not s.phases.bytes_ahead)
 
 
-def test_static_steps_use_residents_and_move_nothing():
-    case = Case(contiguous(1, 8, 2), _popularity(), rows=(5, 3), static=True)
-    for ((steps),) in run_ranks(_run, 2, [case]):
-        assert all(s.phases is None and s.bytes_broadcast == 0 for shadows, _ in steps for s in shadows)
+def test_bytes_are_those_that_moved_and_residents_do_not_move_again():
+    cases = [Case(contiguous(1, 8, 2), _popularity(), threshold, rows=(70, 40)) for threshold in (0.0, 1.0)]
+    for found in run_ranks(_count_broadcasts, 2, cases):
+        for first, second in (found[:2], found[2:]):
+            ahead, late, moved_beside, moved_at_once = first
+            assert (ahead, late) == (moved_beside, moved_at_once)
+            assert ahead > 0
+            assert second == (0, 0, 0, 0)
 
 
 def test_copies_in_use_are_not_pushed_out():
     """The next layer's copies must not land where this layer's experts are being read."""
-    case = Case(contiguous(1, 8, 1), _popularity(), memory_gb=1.5 * EXPERT_BYTES / 1e9)
-    layers, _ = _stack(case, RankContext())
-    cache = layers[0].shadows.cache
+    layers, shadows = stack(WHOLES, contiguous(1, 8, 2), RankContext(0, 2), MoEOptions(EAGER), room=1)
+    mild_E, hot_E = np.ones(8), np.ones(8)
+    mild_E[3], hot_E[3] = 50, 100
 
-    def fetch(layer: int, gain: float, in_use: int | None = None) -> bool:
-        return cache.fetch(layer, 3, gain, [0], send=lambda weights, owner: None, in_use=in_use)
+    def bring(layer: int, loads_E: np.ndarray, in_use: int | None = None) -> list[int]:
+        return shadows.bring(layer, loads_E, send=lambda weights, owner: None, in_use=in_use)
 
-    assert fetch(0, 1.0)
-    assert not fetch(1, 2.0, in_use=0)
-    assert list(cache.places_of(0)) == [3]
-    assert fetch(1, 2.0, in_use=2)
-    assert list(cache.places_of(0)) == []
+    assert bring(0, mild_E) == [3]
+    assert bring(1, hot_E, in_use=0) == []
+    assert shadows.store.copied(0) == {3}
+    assert bring(1, hot_E, in_use=2) == [3]
+    assert shadows.store.copied(0) == set()
+    assert (layers[0].table.replicas.slots_WE < 0).any(0).all(), "the table says so"
 
 
-@pytest.mark.parametrize("threshold", [None, 1.0])
-def test_a_wrong_estimate_is_corrected_or_kept(threshold):
+def test_a_wrong_estimate_is_corrected_or_kept():
     """The profile swears by expert 7; in layer 1 it is expert 3 that is hot."""
-    wrong = RoutingTrace(np.array([[[7, token % 7]] * LAYERS for token in range(70)], np.int16), EXPERTS)
-    case = Case(contiguous(1, 8, 2), PathPopularity.fit(wrong, 1), threshold, rows=(70, 40), steps=1)
-    for [[(shadows, _)]] in run_ranks(_run, 2, [case]):
-        of_layer = shadows[1]
-        assert not of_layer.phases.right
-        assert of_layer.phases.bytes_ahead > 0
-        assert of_layer.phases.corrected == (threshold is None)
-        assert 7 in of_layer.broadcast
-        assert (3 in of_layer.broadcast) == (3 in of_layer.experts) == (threshold is None)
+    wrong = PathPopularity.fit(
+        RoutingTrace(np.array([[[7, token % 7]] * LAYERS for token in range(70)], np.int16), 8), 1
+    )
+    cases = [Case(contiguous(1, 8, 2), wrong, threshold, rows=(70, 40), steps=1) for threshold in (None, 1.0)]
+    for of_rank in run_ranks(_run, 2, cases):
+        for case, [(shadows, _)] in zip(cases, of_rank, strict=True):
+            of_layer, corrects = shadows[1], case.threshold is None
+            assert not of_layer.phases.right
+            assert of_layer.phases.bytes_ahead > 0
+            assert of_layer.phases.corrected == corrects
+            assert 7 in of_layer.broadcast
+            assert (3 in of_layer.broadcast) == (3 in of_layer.experts) == corrects
 
 
 class _LateWork:
@@ -270,7 +276,6 @@ def test_training_has_no_estimates():
     assert phases.begin() is None
     with torch.no_grad():
         assert phases.begin() is not None
-    assert phases.shadows_of(LAYERS) is None
 
 
 @pytest.mark.parametrize("path_length", [0, 1, 6])
@@ -284,10 +289,14 @@ def test_the_estimate_on_the_device_is_the_profiles(path_length):
         np.testing.assert_allclose(found_E, popularity.estimate(layer, codes_T), rtol=1e-5)
 
 
+def _shadows() -> Shadows:
+    return stack(WHOLES[:1], contiguous(1, 8, 1), RankContext(), MoEOptions(EAGER), room=1)[1]
+
+
 def test_tables_that_are_too_large_are_refused():
     keys = [np.zeros(0, np.int64)] * 8
     with pytest.raises(ValueError, match=r"path_length \(5\) layers over 64 experts take .* GB"):
-        TwoPhase([], PathPopularity(64, 2, 5, keys, keys), RankContext())
+        TwoPhase(_shadows(), PathPopularity(64, 2, 5, keys, keys))
 
 
 def test_hidden_seconds_make_shadows_cheaper():
@@ -324,9 +333,9 @@ def test_a_profile_of_another_model_is_refused(tmp_path):
     config = WHOLES[0].config()
     options = MoEOptions(dynamic="two_phase", popularity=tmp_path / "profile.npz")
     with pytest.raises(ValueError, match=r"profile.npz: num_layers \(4\) must be the model's 1"):
-        TwoPhase.for_model([], config, RankContext(), options)
+        TwoPhase.for_model(_shadows(), config, options)
     with pytest.raises(ValueError, match="cannot be read"):
-        TwoPhase.for_model([], config, RankContext(), replace(options, popularity=tmp_path / "none.npz"))
+        TwoPhase.for_model(None, config, replace(options, popularity=tmp_path / "none.npz"))
 
 
 CKPTS = Path(__file__).resolve().parent.parent.parent / "ckpts"

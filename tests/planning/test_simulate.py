@@ -12,14 +12,14 @@ import torch.distributed as dist
 from mixtralkit.config import FasterOptions, MoEOptions
 from mixtralkit.distributed import RankContext
 from mixtralkit.moe.dispatch import coherent, exchange
-from mixtralkit.moe.capacity import cut_to_capacity
-from mixtralkit.moe.dispatch.coherent import CoherentDispatch
+from mixtralkit.moe.layer import StepRows
+from mixtralkit.ops.hidden import Hidden
 from mixtralkit.planning.cost import ModelShape
 from mixtralkit.planning.plan import ExpertPlan, contiguous, everywhere
 from mixtralkit.planning.replay import Execution
 from mixtralkit.planning.simulate import predict, sample_routing, simulate
 from mixtralkit.planning.trace import RoutingTrace
-from tests.moe.layers import Whole, build, random_plan
+from tests.moe.layers import Whole, build, random_plan, run_layer
 from tests.planning.machines import machine
 from tests.ranks import run_ranks
 
@@ -61,10 +61,10 @@ def _run_layer(context: RankContext, whole: Whole, plan: ExpertPlan, dispatcher:
     computed = []
     layer.experts.register_forward_pre_hook(lambda _, args: computed.append(int((args[0].slots_RK >= 0).sum())))
     with _Counter(context) as bytes_W:
-        _, report = layer(x_TD, rows_per_rank=TOKENS if dispatcher == "static" else None)
+        _, report = run_layer(layer, x_TD, **({"per_rank": TOKENS, "decode": True} if dispatcher == "static" else {}))
     bytes_W[context.rank] = 0
     if dispatcher == "exact":
-        row = 4 * whole.dim * 2 + 4 * (3 * whole.top_k + 1)
+        row = 4 * whole.dim * 2 + 4 * 3 * whole.top_k
         sent = np.sum([h.send for h in report.handles], axis=0)
         back = np.sum([h.receive for h in report.handles], axis=0)
         assert bytes_W.tolist() == (sent * (row - 4 * whole.dim) + back * 4 * whole.dim).tolist()
@@ -88,52 +88,64 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_bytes_and_loads_are_those_of_the_layer(name):
-    whole, plan, dispatcher, chunks = CASES[name]
-    ranks = run_ranks(_run_layer, 4, whole, plan, dispatcher, chunks)
-    experts, weights = (np.concatenate([rank[i] for rank in ranks])[:, None] for i in (0, 1))
-    trace = RoutingTrace(experts.astype(np.int16), whole.num_experts, weights.astype(np.float16))
-    shape = ModelShape.of(whole.config(), data_bytes=4)
-    execution = Execution(dispatcher, batch=TOKENS, chunks=chunks)
-    found = simulate(plan, trace, shape, machine(across=True), execution)
-    assert found.links_WW.tolist() == [rank[3].tolist() for rank in ranks]
-    assert found.rows_LW[0].tolist() == [rank[4] for rank in ranks]
-    assert found.dropped_L.sum() == sum(rank[2] for rank in ranks)
-    assert found.links_WW.sum() > 0 or name == "everything at home"
-    assert found.dropped_L.sum() > 0 or not name.startswith("capacity")
+def _run_layers(context: RankContext):
+    return [_run_layer(context, *case) for case in CASES.values()]
 
 
-def _move_three_times(context: RankContext, whole: Whole, plan: ExpertPlan):
+def test_bytes_and_loads_are_those_of_the_layer():
+    results = run_ranks(_run_layers, 4)
+    for (name, case), *ranks in zip(CASES.items(), *results, strict=True):
+        whole, plan, dispatcher, chunks = case
+        experts, weights = (np.concatenate([rank[i] for rank in ranks])[:, None] for i in (0, 1))
+        trace = RoutingTrace(experts.astype(np.int16), whole.num_experts, weights.astype(np.float16))
+        shape = ModelShape.of(whole.config(), data_bytes=4)
+        execution = Execution(dispatcher, batch=TOKENS, chunks=chunks)
+        found = simulate(plan, trace, shape, machine(across=True), execution)
+        assert found.links_WW.tolist() == [rank[3].tolist() for rank in ranks], name
+        assert found.rows_LW[0].tolist() == [rank[4] for rank in ranks], name
+        assert found.dropped_L.sum() == sum(rank[2] for rank in ranks), name
+        assert found.links_WW.sum() > 0 or name == "everything at home"
+        assert found.dropped_L.sum() > 0 or not name.startswith("capacity")
+
+
+COHERENT = [
+    (top_k, random_plan(seed, 8, 4) if seed else contiguous(1, 8, 4), streams)
+    for top_k, streams in ((1, False), (2, True), (3, False))
+    for seed in (0, 3)
+]
+
+
+@torch.no_grad()
+def _move_three_times(context: RankContext):
     """Rows pass one layer three times and stay where their experts are; ids and choices of every pass."""
-    layer, way = build(whole, plan, context), CoherentDispatch(context)
-    x_TD, ids_T = whole.rows(TOKENS, context.rank), torch.arange(TOKENS) + TOKENS * context.rank
-    passes = []
-    with _Counter(context) as bytes_W:
-        for _ in range(3):
-            routing = layer.gate(x_TD)
-            passes.append((ids_T.numpy(), routing.experts_TK.numpy()))
-            cut = cut_to_capacity(routing, layer.assigner.at_home_E, None, "drop")
-            rows, handle = way.dispatch(x_TD, cut, layer.assigner, ids_T)
-            x_TD, ids_T = way.combine(layer.experts(rows), handle)
-    bytes_W[context.rank] = 0
-    return passes, bytes_W
+    found = []
+    for top_k, plan, streams in COHERENT:
+        whole = Whole(top_k=top_k)
+        layer = build(whole, plan, context, attention="coherent")
+        x_TD, ids_T = whole.rows(TOKENS, context.rank), torch.arange(TOKENS) + TOKENS * context.rank
+        norm = (torch.ones(whole.dim), 1e-5) if streams else None
+        hidden = Hidden(x_TD, None, norm, ids_T) if streams else Hidden(None, x_TD, None, ids_T)
+        passes = []
+        with _Counter(context) as bytes_W:
+            for _ in range(3):
+                ids_T = hidden.ids_T
+                hidden, report = layer(hidden, StepRows(decode=True), norm)
+                passes.append((ids_T.numpy(), report.routing.experts_TK.numpy()))
+        bytes_W[context.rank] = 0
+        found.append((passes, bytes_W))
+    return found
 
 
-@pytest.mark.parametrize("top_k", [1, 2, 3])
-@pytest.mark.parametrize("seed", [0, 3])
-def test_coherent_bytes_are_those_of_the_layer(top_k, seed):
-    whole = Whole(top_k=top_k)
-    plan = random_plan(seed, 8, 4) if seed else contiguous(1, 8, 4)
-    ranks = run_ranks(_move_three_times, 4, whole, plan)
-    experts = np.empty((4 * TOKENS, 3, top_k), np.int16)
-    for passes, _ in ranks:
-        for number, (ids, chosen) in enumerate(passes):
-            experts[ids, number] = chosen
-    three = ExpertPlan(np.repeat(plan.slots_LWS, 3, 0), 8)
-    shape = ModelShape.of(whole.config(), data_bytes=4)
-    found = simulate(three, RoutingTrace(experts, 8), shape, machine(), Execution("coherent", TOKENS))
-    assert found.links_WW.tolist() == [sent.tolist() for _, sent in ranks]
+def test_coherent_bytes_are_those_of_the_layer():
+    for (top_k, plan, _), *ranks in zip(COHERENT, *run_ranks(_move_three_times, 4), strict=True):
+        experts = np.empty((4 * TOKENS, 3, top_k), np.int16)
+        for passes, _ in ranks:
+            for number, (ids, chosen) in enumerate(passes):
+                experts[ids, number] = chosen
+        three = ExpertPlan(np.repeat(plan.slots_LWS, 3, 0), 8)
+        shape = ModelShape.of(Whole(top_k=top_k).config(), data_bytes=4)
+        found = simulate(three, RoutingTrace(experts, 8), shape, machine(), Execution("coherent", TOKENS))
+        assert found.links_WW.tolist() == [sent.tolist() for _, sent in ranks]
 
 
 def _even_trace(num_experts: int, top_k: int, layers: int = 1) -> RoutingTrace:
