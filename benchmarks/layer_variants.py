@@ -21,6 +21,7 @@ from mixtralkit.moe.router import Routing
 from mixtralkit.moe.shadow import Shadows, shadow_room
 from mixtralkit.moe.store import ExpertStore
 from mixtralkit.moe.two_phase import TwoPhase
+from mixtralkit.ops.capacity import CapacityRule
 from mixtralkit.ops.hidden import Hidden
 from mixtralkit.planning.dispatchers import IN_GRAPHS, ROWS_TRAVEL
 from mixtralkit.planning.plan import ExpertPlan, contiguous, everywhere
@@ -146,6 +147,8 @@ class LayerVariant:
             self.routings = [Routing(*(_of_all_ranks(case, t) for t in vars(r).values())) for r in case.routings]
         ids_T = case.rows * bench.context.rank + torch.arange(case.rows, device=bench.context.device)
         self.ids_T = ids_T if setting.attention == "coherent" else None
+        self.rule = CapacityRule.of(self.layout.plan) if setting.experts == "ep" else None
+        self.none = torch.zeros((), dtype=torch.int64, device=bench.context.device)
         self.norm = (torch.ones_like(self.inputs[0][0]), 1e-5)
         self.layers, shadows = self._make_layers(INPUT_SETS if setting.two_phase else len(bench.weights))
         self.name = self.layers[0].dispatchers.name(True, self.ids_T is not None)
@@ -229,7 +232,7 @@ class LayerVariant:
         def dispatch() -> None:
             if rows.flight is not None:
                 rows.flight.at(layer.layer, s.routing.experts_TK)
-            cut = layer.cut(s.routing, table)
+            cut = self._cut(layer, s.routing)
             s.rows, s.handle = dispatcher.dispatch(s.hidden, cut, table, rows.per_rank)
 
         def experts() -> None:
@@ -239,7 +242,7 @@ class LayerVariant:
             s.out = dispatcher.combine(s.y_RD, s.handle, self.norm)
 
         def chunks() -> None:
-            cut, count = layer.cut(s.routing, table), self._chunks
+            cut, count = self._cut(layer, s.routing), self._chunks
             s.out, _ = run_in_chunks(dispatcher, layer.experts, s.hidden, cut, table, count, self.norm)
 
         if self.setting.schedule:
@@ -265,19 +268,18 @@ class LayerVariant:
     def expected(self, number: int) -> Routing:
         if self.setting.capacity is None:
             return self.case.routings[number]
-        cut = self._cut(number)
+        cut = self._cut(self._at(number)[0], self.routings[number])
         return Routing(cut.experts_TK, cut.weights_TK, self.routings[number].logits_TE)
 
-    def _cut(self, number: int) -> CutRouting:
-        layer = self.layers[number % len(self.layers)]
-        return layer.cut(self.routings[number], layer.table)
+    def _cut(self, layer: MoELayer, routing: Routing) -> CutRouting:
+        return CutRouting.of(routing, layer.table.local_E, self.rule, None, self.none)
 
     def counts(self, number: int) -> Counts:
         if self.setting.experts == "tp" and self.context.world_size > 1:
             return self._counts_of_parts()
         layer, hidden, rows = self._at(number)
         report: MoEReport = layer(hidden, rows, self.norm)[1]
-        cut, context, table = self._cut(number), self.context, layer.table
+        cut, context, table = self._cut(layer, self.routings[number]), self.context, layer.table
         size = cut.experts_TK.numel()
         parts = [cut.take(rows_N) for rows_N in torch.arange(len(hidden)).tensor_split(self._chunks)]
         ranks_TK = torch.cat([computing_ranks(self.name, part, table, self.case.rows) for part in parts])

@@ -15,7 +15,7 @@ from mixtralkit.planning.plan import ExpertPlan
 from mixtralkit.planning.replay import Execution
 from mixtralkit.planning.simulate import sample_routing, simulate
 
-_SAMPLED_TOKENS = 2048  # at least so many, in steps of the real size, tell two plans apart
+_SAMPLED_TOKENS, _MOST_STEPS = 2048, 32  # so many, in steps of the real size, tell two plans apart
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ class MoveJudge:
     def gain_s(self, now: ExpertPlan, wish: ExpertPlan, loads_1E: np.ndarray, tokens: int) -> float:
         """Predicted seconds that a step of the layer gets shorter; both plans replay the same sampled tokens."""
         in_step = tokens * now.world_size
-        sample = sample_routing(loads_1E, in_step * max(1, _SAMPLED_TOKENS // in_step), self.shape.top_k)
+        steps = min(max(1, _SAMPLED_TOKENS // in_step), _MOST_STEPS)
+        sample = sample_routing(loads_1E, in_step * steps, self.shape.top_k)
         execution = self.execution(tokens)
         before, after = (simulate(plan, sample, self.shape, self.hardware, execution) for plan in (now, wish))
         return float(before.step_s - after.step_s)

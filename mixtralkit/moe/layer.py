@@ -11,13 +11,14 @@ from torch import nn
 from mixtralkit.config import MoEOptions
 from mixtralkit.distributed import RankContext
 from mixtralkit.layout import RankLayout
-from mixtralkit.moe.capacity import CutRouting, cold_capacity, cut_to_capacity
+from mixtralkit.moe.capacity import CutRouting
 from mixtralkit.moe.dispatch import Dispatcher, Dispatchers
 from mixtralkit.moe.dispatch.schedule import num_chunks, run_in_chunks
 from mixtralkit.moe.router import Router, Routing
 from mixtralkit.moe.shadow import ShadowReport, Shadows
 from mixtralkit.moe.store import ExpertStore
 from mixtralkit.moe.table import LayerTable
+from mixtralkit.ops.capacity import CapacityRule
 from mixtralkit.ops.hidden import Hidden, Norm, join
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ class MoELayer(nn.Module):
         self.options, self.shadows = options, shadows
         self.gate = Router(config.dim, config.num_experts, config.num_experts_per_tok, store.dtype, context.device)
         self.experts, self.table = store.experts[layer], store.tables[layer]
+        self._none = torch.zeros((), dtype=torch.int64, device=context.device)  # dropped, where nothing is
 
     @classmethod
     def alone(
@@ -121,7 +123,7 @@ class MoELayer(nn.Module):
             hidden, experts, table, report = replace(hidden, normed_TD=x_TD), lent, lent.table, lent.report
         elif self.shadows is not None:
             report = self.shadows.report(self.layer, phases)
-        cut = self.cut(routing, table, rows.valid_T)
+        cut = CutRouting.of(routing, table.local_E, self._rule, rows.valid_T, self._none)
         name = self.dispatchers.name(rows.per_rank is not None, rows.decode, torch.is_grad_enabled())
         dispatcher = self.dispatchers.by_name[name]
         if self.options.faster.schedule and name in CHUNKED:
@@ -149,10 +151,8 @@ class MoELayer(nn.Module):
             handles.append(handle)
         return join(found), handles
 
-    def cut(self, routing: Routing, table: LayerTable, valid_T: torch.Tensor | None = None) -> CutRouting:
-        """The choices that the plan's capacity leaves; ``valid_T`` as in ``StepRows``."""
-        plan, capacity = self.store.layout.plan, None
-        if self.store.layout.parallel.experts == "ep":  # with 'tp' every rank has a part of each: none is cold
-            rows = len(routing.experts_TK) if valid_T is None else (valid_T >= 0).sum()
-            capacity = cold_capacity(plan, rows, self.gate.top_k)
-        return cut_to_capacity(routing, table.local_E, capacity, plan.overflow, plan.cut_order, valid_T)
+    @property
+    def _rule(self) -> CapacityRule | None:
+        """The plan's, where experts are whole: with 'tp' every rank has a part of each, and none is cold."""
+        layout = self.store.layout
+        return CapacityRule.of(layout.plan) if layout.parallel.experts == "ep" else None

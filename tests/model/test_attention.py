@@ -46,7 +46,9 @@ def slow(layer: int, batch: ForwardBatch, cache: KVCache, qkv_TP: torch.Tensor, 
     for row, (slot, position) in enumerate(places):
         seen = slice(0 if window is None else max(0, position + 1 - window), position + 1)
         for head in range(HEADS):
-            keys, values = (memory[layer, slot, head * KV_HEADS // HEADS, seen] for memory in (cache.keys, cache.values))
+            keys, values = (
+                memory[layer, slot, head * KV_HEADS // HEADS, seen] for memory in (cache.keys, cache.values)
+            )
             out.append((keys @ q_THC[row, head] / WIDTH**0.5).softmax(0) @ values)
     return torch.stack(out).view(len(places), HEADS * WIDTH)
 

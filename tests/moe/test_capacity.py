@@ -1,4 +1,4 @@
-"""Rows over the capacity: a slow and obvious cut, one choice at a time, is the oracle."""
+"""A layer with a capacity against a slow and obvious cut, one choice at a time."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from mixtralkit.distributed import RankContext
-from mixtralkit.moe.capacity import cold_capacity, cut_to_capacity
 from mixtralkit.moe.router import Routing
 from mixtralkit.ops.symmetric_exchange import SymmetricExchange
+from mixtralkit.planning.capacity import CapacityRule
 from mixtralkit.planning.plan import ExpertPlan, contiguous
 from tests.moe.layers import Whole, build, run_layer
 from tests.ranks import run_ranks
@@ -60,73 +60,10 @@ def _slow_reroute(routing: Routing, local: set[int], capacity: int, order: str =
     return experts
 
 
-@pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize("capacity", [0, 3, 9, 1000])
-@pytest.mark.parametrize("overflow", ["drop", "reroute"])
-@pytest.mark.parametrize("order", ["weight", "arrival"])
-def test_the_cut_equals_the_slow_one(seed, capacity, overflow, order):
-    num_experts, top_k = [(8, 2), (5, 1), (7, 3), (6, 6)][seed % 4]
-    routing, local = _routing(seed, 31, num_experts, top_k, skew=1.5), {0, 2}
-    local_E = torch.tensor([e in local for e in range(num_experts)])
-    cut = cut_to_capacity(routing, local_E, capacity, overflow, order)
-    slow = (_slow_drop if overflow == "drop" else _slow_reroute)(routing, local, capacity, order)
-    assert cut.experts_TK.tolist() == slow
-    assert int(cut.dropped) == sum(row.count(-1) for row in slow)
-    assert int(cut.dropped) + int(cut.rerouted) == sum(row.count(-1) for row in _slow_drop(routing, local, capacity))
-    assert bool((cut.weights_TK[cut.experts_TK < 0] == 0).all())
-    untouched = (cut.experts_TK == routing.experts_TK).all(1)
-    assert torch.equal(cut.weights_TK[untouched], routing.weights_TK[untouched])
-    if overflow == "reroute":
-        for t in torch.nonzero((cut.experts_TK >= 0).any(1)).flatten().tolist():
-            chosen = cut.experts_TK[t][cut.experts_TK[t] >= 0]
-            assert len(set(chosen.tolist())) == len(chosen)
-            if not untouched[t]:
-                kept = cut.weights_TK[t][cut.experts_TK[t] >= 0]
-                torch.testing.assert_close(kept, routing.logits_TE[t, chosen].softmax(-1))
-
-
-def test_lightest_go_first_and_ties_by_row():
-    logits = torch.tensor([[2.0, 1.0], [3.0, 1.0], [2.0, 1.0], [2.0, 1.0]])
-    routing = Routing(torch.zeros(4, 1, dtype=torch.int64), torch.tensor([[0.5], [0.9], [0.5], [0.1]]), logits)
-    cut = cut_to_capacity(routing, torch.tensor([False, True]), 2, "drop")
-    assert cut.experts_TK.flatten().tolist() == [0, 0, -1, -1]
-
-
-def test_in_order_of_arrival_the_last_go_first_whatever_they_weigh():
-    logits = torch.tensor([[2.0, 1.0], [2.0, 1.0], [3.0, 1.0], [9.0, 1.0]])
-    routing = Routing(torch.zeros(4, 1, dtype=torch.int64), torch.tensor([[0.1], [0.5], [0.9], [1.0]]), logits)
-    cut = cut_to_capacity(routing, torch.tensor([False, True]), 2, "drop", "arrival")
-    assert cut.experts_TK.flatten().tolist() == [0, 0, -1, -1]
-    assert cut_to_capacity(routing, torch.tensor([False, True]), 2, "drop").experts_TK.flatten().tolist() == [
-        -1, -1, 0, 0,
-    ]  # fmt: skip
-
-
 def test_capacity_is_pangus():
     plan = ExpertPlan(contiguous(1, 8, 2).slots_LWS, 8, cold_capacity_factor=1.1, cold_token_percent=0.5)
-    assert cold_capacity(plan, 100, 2) == int(math.ceil(2 * 100 * 1.1 / 8) * 0.5) == 14
-    assert cold_capacity(contiguous(1, 8, 2), 100, 2) is None
-    for tokens in range(300):
-        assert int(cold_capacity(plan, torch.tensor(tokens), 2)) == cold_capacity(plan, tokens, 2)
-
-
-@pytest.mark.parametrize("overflow", ["drop", "reroute"])
-@pytest.mark.parametrize("order", ["weight", "arrival"])
-def test_rows_without_a_sequence_take_no_room(overflow, order):
-    """A decode step in a graph is filled up with rows: the cut is the one of the others alone, whatever these hold."""
-    for seed in range(4):
-        routing = _routing(seed, 31, 8, 2, skew=1.5)
-        valid_T = torch.where(torch.rand(31, generator=torch.Generator().manual_seed(seed)) < 0.4, -1, 5)
-        rows, local_E = (valid_T >= 0).nonzero()[:, 0], torch.arange(8) < 2
-        plan = ExpertPlan(contiguous(1, 8, 2).slots_LWS, 8, cold_capacity_factor=0.7, cold_token_percent=0.9)
-        capacity = cold_capacity(plan, (valid_T >= 0).sum(), 2)
-        cut = cut_to_capacity(routing, local_E, capacity, overflow, order, valid_T)
-        alone = cut_to_capacity(routing.take(rows), local_E, cold_capacity(plan, len(rows), 2), overflow, order)
-        assert int(alone.dropped) + int(alone.rerouted) > 0
-        assert torch.equal(cut.experts_TK[rows], alone.experts_TK)
-        assert torch.equal(cut.weights_TK[rows], alone.weights_TK)
-        assert (cut.dropped, cut.rerouted) == (alone.dropped, alone.rerouted)
-        assert bool((cut.kept_TK[valid_T < 0] == -1).all())
+    assert CapacityRule.of(plan).capacity(2 * 100) == int(math.ceil(2 * 100 * 1.1 / 8) * 0.5) == 14
+    assert CapacityRule.of(contiguous(1, 8, 2)) is None
 
 
 WHOLE = Whole(skew={3: 2.0, 0: 1.0})

@@ -10,7 +10,7 @@ import torch
 
 from mixtralkit.config import FasterOptions, MoEOptions
 from mixtralkit.distributed import RankContext
-from mixtralkit.moe.capacity import cut_to_capacity
+from mixtralkit.moe.capacity import CutRouting
 from mixtralkit.moe.dispatch.exact import StaticDispatcher
 from mixtralkit.moe.layer import MoELayer
 from mixtralkit.moe.reference import moe_reference
@@ -63,7 +63,7 @@ def _compare_rows(context: RankContext, layer: MoELayer, x_TD: torch.Tensor) -> 
     """Row by row what both dispatchers bring here, replicas taking turns; collectives' rows come rank by rank."""
     with torch.no_grad(), patch.object(replicas, "SMALL_BATCH_CHOICES", 0):
         routing, hidden = layer.gate(Hidden(None, x_TD))
-        cut = cut_to_capacity(routing, layer.table.local_E, None, "drop")
+        cut = CutRouting.of(routing, layer.table.local_E, None, None, torch.zeros(()))
         found, (members_T, _) = layer.dispatchers.by_name["symmetric"].dispatch(hidden, cut, layer.table, MOST)
         wanted, _ = StaticDispatcher(context).dispatch(hidden, cut, layer.table, MOST)
 

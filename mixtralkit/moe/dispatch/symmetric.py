@@ -8,7 +8,7 @@ from mixtralkit.moe.capacity import CutRouting
 from mixtralkit.moe.dispatch.base import RoutedRows
 from mixtralkit.moe.table import LayerTable
 from mixtralkit.ops.hidden import Hidden, Norm
-from mixtralkit.ops.symmetric_exchange import ExpertPlaces, SymmetricExchange
+from mixtralkit.ops.symmetric_exchange import SymmetricExchange
 from mixtralkit.planning.replicas import is_small
 
 
@@ -23,8 +23,8 @@ class SymmetricDispatcher:
     ) -> tuple[RoutedRows, tuple[torch.Tensor, torch.Tensor | None]]:
         exchange, rows = self.exchange, rows_per_rank
         small = is_small(rows * exchange.context.world_size, cut.experts_TK.shape[1], len(table.local_E))
-        places = ExpertPlaces(table.places_2EC[int(small)])
-        arrived = exchange.dispatch(hidden.normed_TD, cut.experts_TK, cut.weights_TK, places, rows, cut.valid_T)
+        places_EC = table.places_2EC[int(small)]
+        arrived = exchange.dispatch(hidden.normed_TD, cut.experts_TK, cut.weights_TK, places_EC, rows, cut.valid_T)
         # as many choices come here as rows of this rank's own have, more or less
         found = RoutedRows(arrived.x_RD, arrived.slots_RK, arrived.weights_RK, None, exchange.sum_buffer(rows), rows)
         return found, (arrived.members_T, hidden.x_TD)
