@@ -52,14 +52,14 @@ class Attention(nn.Module):
         ``sums`` adds the ranks' parts, where each has some of the heads.
         """
         out_TP = batch.attend(self.layer, hidden.project(self.wqkv.weight), batch, (self.heads, self.kv_heads))
-        x_TD, ids_T = hidden.x_TD, hidden.ids_T
+        x_TD, more = hidden.x_TD, (hidden.ids_T, hidden.valid_T)
         if wanted_N is not None:
             out_TP, x_TD = out_TP[wanted_N], x_TD[wanted_N]
         if self.is_split:
-            return Hidden(*sums.add_norm(linear(out_TP, self.wo.weight), x_TD, *following), following, ids_T)
+            return Hidden(*sums.add_norm(linear(out_TP, self.wo.weight), x_TD, *following), following, *more)
         out = None if torch.is_grad_enabled() else x_TD  # nobody needs the stream as it was
         x_TD = linear(out_TP, self.wo.weight, residual_TO=x_TD, out=out)
-        return Hidden(x_TD, None, following, ids_T)
+        return Hidden(x_TD, None, following, *more)
 
 
 class CachedAttention:

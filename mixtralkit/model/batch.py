@@ -105,6 +105,11 @@ class ForwardBatch:
         """Row of each sequence's last token, on the device."""
         return torch.tensor([span.stop - 1 for span in self.spans], dtype=torch.int64).to(self.tokens_T.device)
 
+    def masked(self, valid_T: torch.Tensor) -> ForwardBatch:
+        """A decode step of which only the rows with ``valid_T`` of at least 0 are on this rank."""
+        slots_T = self.slots_T.masked_fill(valid_T < 0, -1)
+        return replace(self, slots_T=slots_T, rows=replace(self.rows, valid_T=slots_T))
+
     def take(self, rows_N: torch.Tensor) -> ForwardBatch:
         """Some rows of a decode step, as they stand on this rank."""
         tokens_N, positions_N, slots_N = (t[rows_N] for t in (self.tokens_T, self.positions_T, self.slots_T))

@@ -44,5 +44,7 @@ class Block(nn.Module):
         """
         if hidden.ids_T is not None:  # rows have moved between ranks
             batch = batch.take(hidden.ids_T)
+        elif hidden.valid_T is not None:
+            batch = batch.masked(hidden.valid_T)
         hidden = self.attention(hidden, batch, sums, self.ffn_norm.of, wanted_N)
         return self.feed_forward(hidden, batch.rows, following.of)

@@ -7,7 +7,7 @@ the last rows. Prompts' rows attend to rows of the same step, so they stay with 
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,26 +28,53 @@ def run_coherent(model: Transformer, batch: ForwardBatch) -> tuple[Hidden, list[
 
     The rows wanted come back on every rank, normalised; the reports too, in the batch's order, if it is observed.
     """
-    own_N, where_L = _first_rows(model, batch), []
-    if batch.rows.decode:
-        view = batch
+    context, first = model.context, model.layers[0].attention_norm.of
+    own_N, seen = _first_rows(model, batch), []
+    own = Hidden(model.tok_embeddings(batch.tokens_T[own_N]), None, first)
+    if not batch.rows.decode:
+        hidden, reports = model.through_blocks(own, _own_spans(model, batch, own_N), early=False, seen=seen.append)
+    elif model.dispatchers.surroundings.symmetric:  # every rank has a place for each row
+        mine_T = _mask(own_N, len(batch)) & (batch.slots_T >= 0)
+        everywhere = Hidden(model.tok_embeddings(batch.tokens_T), None, first, valid_T=mine_T.long() - 1)
+        hidden, reports = model.through_blocks(everywhere, batch, early=False, seen=seen.append)
     else:
-        view = _own_spans(model, batch, own_N)
-    first = model.layers[0].attention_norm.of
-    hidden = Hidden(model.tok_embeddings(batch.tokens_T[own_N]), None, first, own_N if batch.rows.decode else None)
-
-    def seen(hidden: Hidden) -> None:
-        where_L.append(own_N if hidden.ids_T is None else hidden.ids_T)
-
-    hidden, reports = model.through_blocks(hidden, view, early=False, seen=seen)
-    _share_cache(model.context, batch.attend.cache, batch, where_L)
-    last_N = own_N if hidden.ids_T is None else hidden.ids_T
-    normed_TD = _of_all(hidden.normalised(), last_N, len(batch), model.context)
+        hidden, reports = model.through_blocks(replace(own, ids_T=own_N), batch, early=False, seen=seen.append)
+    where_L = [_Where.of(rows, own_N, len(batch)) for rows in seen]
+    _share_cache(context, batch.attend.cache, batch, where_L)
+    normed_TD = _Where.of(hidden, own_N, len(batch)).of_all(hidden.normalised(), context)
     if batch.wanted_N is not None:
         normed_TD = normed_TD[batch.wanted_N]
     if batch.observed:
-        reports = [_whole(r, n, len(batch), model.context) for r, n in zip(reports, where_L, strict=True)]
+        reports = [_whole(report, where, context) for report, where in zip(reports, where_L, strict=True)]
     return Hidden(None, normed_TD), reports
+
+
+@dataclass(frozen=True)
+class _Where:
+    """The rows of a batch that are on this rank: a mask, and their numbers where they stand by themselves."""
+
+    mask_T: torch.Tensor
+    rows_N: torch.Tensor | None
+
+    @classmethod
+    def of(cls, hidden: Hidden, own_N: torch.Tensor, size: int) -> _Where:
+        """``own_N``: the numbers of rows that have not moved."""
+        if hidden.valid_T is not None:
+            return cls(hidden.valid_T >= 0, None)
+        rows_N = own_N if hidden.ids_T is None else hidden.ids_T
+        return cls(_mask(rows_N, size), rows_N)
+
+    def of_all(self, values_N: torch.Tensor, context: RankContext) -> torch.Tensor:
+        """Every rank's rows put together: each is on one rank, so a sum does it, to the bit."""
+        if self.rows_N is None:
+            there_T = self.mask_T.view(-1, *[1] * (values_N.dim() - 1))
+            return context.all_reduce(values_N.masked_fill(~there_T, 0))
+        whole = values_N.new_zeros(len(self.mask_T), *values_N.shape[1:])
+        return context.all_reduce(whole.index_copy_(0, self.rows_N, values_N))
+
+
+def _mask(rows_N: torch.Tensor, size: int) -> torch.Tensor:
+    return torch.zeros(size, dtype=torch.bool, device=rows_N.device).index_fill_(0, rows_N, True)
 
 
 def _first_rows(model: Transformer, batch: ForwardBatch) -> torch.Tensor:
@@ -85,32 +112,25 @@ def _own_spans(model: Transformer, batch: ForwardBatch, own_N: torch.Tensor) -> 
     return model.attend_to(taken, batch.attend.cache)
 
 
-def _share_cache(context: RankContext, cache: KVCache, batch: ForwardBatch, where_L: list[torch.Tensor]) -> None:
-    """Tells all ranks the keys and values that each layer's rows added where they were: one sum of all layers."""
-    rows_T = (batch.slots_T >= 0).nonzero().squeeze(1)  # host sync
-    slots_T, positions_T = batch.slots_T[rows_T], batch.positions_T[rows_T]
-    shape = (len(where_L), 2, len(rows_T), *cache.keys.shape[2::2])
-    added_L2TJC = cache.keys.new_zeros(shape)
-    for layer, own_N in enumerate(where_L):
-        mine_T = torch.zeros(len(batch), dtype=torch.bool, device=context.device).index_fill_(0, own_N, True)[rows_T]
-        for number, memory in enumerate((cache.keys[layer], cache.values[layer])):
-            added_L2TJC[layer, number, mine_T] = memory[slots_T[mine_T], :, positions_T[mine_T]]
-    context.all_reduce(added_L2TJC)
-    for layer in range(len(where_L)):
-        for number, memory in enumerate((cache.keys[layer], cache.values[layer])):
-            memory[slots_T, :, positions_T] = added_L2TJC[layer, number]
+def _share_cache(context: RankContext, cache: KVCache, batch: ForwardBatch, where_L: list[_Where]) -> None:
+    """Tells all ranks the keys and values that each layer's rows added where they were: one sum of all layers.
+
+    A row that only fills the shape adds what is at position 0 of slot 0, where no decode step writes.
+    """
+    slots_T, positions_T = batch.slots_T.clamp(min=0), batch.positions_T
+    is_row_T = (batch.slots_T >= 0)[:, None, None]
+    memories = [memory for layer in range(len(where_L)) for memory in (cache.keys[layer], cache.values[layer])]
+    found = [memory[slots_T, :, positions_T] for memory in memories]
+    masks = [where.mask_T[:, None, None] for where in where_L for _ in range(2)]
+    added = torch.stack([rows.masked_fill(~mask, 0) for rows, mask in zip(found, masks, strict=True)])
+    context.all_reduce(added)
+    for memory, rows, before in zip(memories, added, found, strict=True):
+        memory[slots_T, :, positions_T] = torch.where(is_row_T, rows, before)
 
 
-def _of_all(values_N: torch.Tensor, rows_N: torch.Tensor, size: int, context: RankContext) -> torch.Tensor:
-    """Every rank's rows of a batch put together: each row is on one rank, so a sum does it, to the bit."""
-    whole = values_N.new_zeros(size, *values_N.shape[1:])
-    return context.all_reduce(whole.index_copy_(0, rows_N, values_N))
-
-
-def _whole(report: MoEReport, rows_N: torch.Tensor, size: int, context: RankContext) -> MoEReport:
+def _whole(report: MoEReport, where: _Where, context: RankContext) -> MoEReport:
     routing = report.routing
     columns = (routing.experts_TK, routing.weights_TK, routing.logits_TE)
-    whole = Routing(*(_of_all(column, rows_N, size, context) for column in columns))
-    counts = torch.stack([report.dropped, report.rerouted])
-    dropped, rerouted = context.all_reduce(counts)
+    whole = Routing(*(where.of_all(column, context) for column in columns))
+    dropped, rerouted = context.all_reduce(torch.stack([report.dropped, report.rerouted]))
     return replace(report, routing=whole, dropped=dropped, rerouted=rerouted)

@@ -25,12 +25,15 @@ class Hidden:
         norm: what makes ``normed_TD`` of ``x_TD``.
         ids_T: int64 numbers of these rows in the step's batch, where rows have moved between ranks; None for all of
             this rank's in order.
+        valid_T: int64, negative for rows of the step that other ranks have now, where every rank has a place for each;
+            None where all rows are this rank's.
     """
 
     x_TD: torch.Tensor | None
     normed_TD: torch.Tensor | None = None
     norm: Norm | None = None
     ids_T: torch.Tensor | None = None
+    valid_T: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.rows_TD)
@@ -47,8 +50,9 @@ class Hidden:
 
     def take(self, rows_N: torch.Tensor | slice) -> Hidden:
         """Some of the rows."""
-        x_ND, normed_ND, ids_N = (None if t is None else t[rows_N] for t in (self.x_TD, self.normed_TD, self.ids_T))
-        return Hidden(x_ND, normed_ND, self.norm, ids_N)
+        columns = (self.x_TD, self.normed_TD, self.ids_T, self.valid_T)
+        x_ND, normed_ND, ids_N, valid_N = (None if t is None else t[rows_N] for t in columns)
+        return Hidden(x_ND, normed_ND, self.norm, ids_N, valid_N)
 
     def normalised(self) -> torch.Tensor:
         """The rows as the next product takes them."""

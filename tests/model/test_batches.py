@@ -40,7 +40,7 @@ def compare(context: RankContext, config, parallel: ParallelConfig, plan: Expert
     caches = [KVCache.allocate(model.layout, SLOTS, 64, model.dtype, context.device) for _ in range(2)]
     last = torch.tensor([len(ids) - 1 for ids in prompts.values()]).cumsum(0).long() + torch.arange(own)
     pieces = [(slot, 0, [t % config.vocab_size for t in ids]) for slot, ids in prompts.items()]
-    logits = [model.step(ForwardBatch.build(pieces, "cpu"), cache, last) for cache in caches][0]
+    logits, _ = (model.step(ForwardBatch.build(pieces, "cpu"), cache, last) for cache in caches)
     lengths = {slot: len(ids) for slot, ids in prompts.items()}
     for _ in range(STEPS):
         tokens = logits.argmax(-1)

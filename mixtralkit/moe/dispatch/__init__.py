@@ -11,7 +11,7 @@ from mixtralkit.config import MoEOptions
 from mixtralkit.distributed import RankContext
 from mixtralkit.layout import RankLayout
 from mixtralkit.moe.dispatch.base import Dispatcher, RoutedRows
-from mixtralkit.moe.dispatch.coherent import CoherentDispatcher
+from mixtralkit.moe.dispatch.coherent import CoherentDispatcher, CoherentSymmetricDispatcher
 from mixtralkit.moe.dispatch.everywhere import GatheredDispatcher, ReplicatedDispatcher, SplitWidthDispatcher
 from mixtralkit.moe.dispatch.exact import ExactDispatcher, StaticDispatcher, TwoStageDispatcher
 from mixtralkit.moe.dispatch.local import LocalDispatcher
@@ -65,7 +65,9 @@ class Dispatchers:
             "static": lambda: StaticDispatcher(context),
             "symmetric": lambda: SymmetricDispatcher(symmetric),
             "two_stage": lambda: TwoStageDispatcher(context, *context.split_nodes(per_node)),
-            "coherent": lambda: CoherentDispatcher(context),
+            "coherent": lambda: (
+                CoherentDispatcher(context) if symmetric is None else CoherentSymmetricDispatcher(symmetric)
+            ),
         }
         kinds = [
             (rows, decode, trains) for rows in (False, True) for decode in (False, True) for trains in (False, True)

@@ -20,6 +20,8 @@ from mixtralkit.moe.table import LayerTable
 from mixtralkit.ops.counting import count_keys
 from mixtralkit.ops.hidden import Hidden, Norm, add
 from mixtralkit.ops.norm import rms_norm
+from mixtralkit.ops.symmetric_exchange import ArrivedRows, SymmetricExchange
+from mixtralkit.planning.replicas import is_small
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,35 @@ class CoherentDispatcher:
         _, target_P = parts_WM.nonzero(as_tuple=True)
         arrived_PD = all_to_all(y_RD[leaving_N], self.context, send_W.tolist(), parts_WM.sum(1).tolist())
         return y_MD.index_add(0, target_P, arrived_PD)
+
+
+class CoherentSymmetricDispatcher:
+    """The same by kernels that reach into other ranks' memory: row t is the same row on every rank, and
+    ``Hidden.valid_T`` says which rows are here. Nothing waits for the host; no gradients."""
+
+    def __init__(self, exchange: SymmetricExchange) -> None:
+        self.exchange = exchange
+
+    def dispatch(
+        self, hidden: Hidden, cut: CutRouting, table: LayerTable, rows_per_rank: int | None = None
+    ) -> tuple[RoutedRows, tuple[ArrivedRows, bool]]:
+        exchange, rows, streams = self.exchange, len(hidden), hidden.x_TD is not None
+        small = is_small(rows, cut.experts_TK.shape[1], len(table.local_E))
+        x_TD, places_EC = hidden.x_TD if streams else hidden.normed_TD, table.places_2EC[int(small)]
+        choices = cut.experts_TK, cut.weights_TK
+        arrived = exchange.dispatch(x_TD, *choices, places_EC, rows, valid_T=hidden.valid_T, stays=True)
+        x_RD = rms_norm(arrived.x_RD, *hidden.norm) if streams else arrived.x_RD
+        likely = -(-rows // exchange.context.world_size)
+        routed = RoutedRows(x_RD, arrived.slots_RK, arrived.weights_RK, None, exchange.sum_buffer(rows), likely)
+        return routed, (arrived, streams)
+
+    def combine(self, y_RD: torch.Tensor, handle: tuple[ArrivedRows, bool], norm: Norm | None = None) -> Hidden:
+        arrived, streams = handle
+        norm = norm if streams else None
+        x_TD, normed_TD, valid_T = self.exchange.combine_at_owner(y_RD, arrived, norm, residual=streams)
+        if not streams:
+            return Hidden(None, x_TD, valid_T=valid_T)
+        return Hidden(x_TD, normed_TD, norm, valid_T=valid_T)
 
 
 def _owner(ranks_RK: torch.Tensor, rank: int) -> torch.Tensor:
