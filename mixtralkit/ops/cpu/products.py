@@ -1,0 +1,94 @@
+"""The compiled kernels of ``kernels.cpp`` on tensors."""
+
+from __future__ import annotations
+
+import torch
+
+from mixtralkit.ops.cpu.build import kernels
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+LARGE_BATCH = 32  # rows from which torch's product is the faster where a processor multiplies bfloat16 matrices (AMX)
+
+
+def runs_cpu(x: torch.Tensor, *weights: torch.Tensor) -> bool:
+    """The guard of every op: whether the compiled kernels run on these tensors, else the reference does.
+
+    They do on a CPU with a compiler, where no gradient and no autocast is wanted and none is empty.
+    """
+    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return False
+    grad = torch.is_grad_enabled()
+    for tensor in (x, *weights):
+        if tensor.dtype not in TYPES or tensor.numel() == 0 or tensor.stride(-1) != 1 or (tensor.requires_grad and grad):
+            return False
+    if x.dtype == torch.bfloat16 and x.shape[0] >= LARGE_BATCH and torch.cpu._is_amx_tile_supported():
+        return False
+    return kernels() is not None
+
+
+def linear_cpu(
+    x_TI: torch.Tensor,
+    w_OI: torch.Tensor,
+    residual_TO: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """x · wᵀ [+ residual], summed in float32, rounded once: [T, O].
+
+    A row's result depends on nothing but the row and the weights: not on other rows, not on the number of threads.
+    """
+    if out is None:
+        out = x_TI.new_empty(x_TI.shape[0], w_OI.shape[0], dtype=out_dtype)
+    kernels().mk_linear(
+        torch.get_num_threads(), *x_TI.shape, w_OI.shape[0],
+        *_rows(x_TI), *_weight(w_OI), *_rows(residual_TO), *_rows(out),
+    )  # fmt: skip
+    return out
+
+
+def expert_sum_cpu(
+    x_RD: torch.Tensor,
+    slots_RK: torch.Tensor,
+    weights_RK: torch.Tensor,
+    w13_SGD: torch.Tensor,
+    w2_SDF: torch.Tensor,
+    residual_RD: torch.Tensor | None = None,
+    out_RD: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``ops.experts.expert_sum`` in float32 throughout, rounded once; a slot's weights are read once.
+
+    A row's choices add up in the order of their slots, so its result depends on no other row.
+    """
+    if out_RD is None:
+        out_RD = torch.empty_like(x_RD, memory_format=torch.contiguous_format)
+    slots_RK, weights_RK = slots_RK.contiguous(), weights_RK.float().contiguous()
+    assert slots_RK.dtype == torch.int64
+    kernels().mk_expert_sum(
+        torch.get_num_threads(), *x_RD.shape, w2_SDF.shape[2], w2_SDF.shape[0], slots_RK.shape[1],
+        *_rows(x_RD), slots_RK.data_ptr(), weights_RK.data_ptr(), *_slots(w13_SGD), *_slots(w2_SDF),
+        *_rows(residual_RD), *_rows(out_RD),
+    )  # fmt: skip
+    return out_RD
+
+
+def read_cpu(x: torch.Tensor) -> float:
+    """Reads float32 numbers with all threads and returns their sum: what the memory gives at most."""
+    return kernels().mk_read(torch.get_num_threads(), x.data_ptr(), x.numel())
+
+
+def _rows(x: torch.Tensor | None) -> tuple[int, int | None, int]:
+    """Type, address and distance of rows in numbers."""
+    if x is None:
+        return 0, None, 0
+    assert x.stride(-1) == 1
+    return TYPES[x.dtype], x.data_ptr(), x.stride(0)
+
+
+def _weight(w: torch.Tensor) -> tuple[int, int, int]:
+    """Type, address and distance of outputs in bytes."""
+    return TYPES[w.dtype], w.data_ptr(), w.stride(-2) * w.element_size()
+
+
+def _slots(w: torch.Tensor) -> tuple[int, int, int, int]:
+    """``_weight`` of slot 0, and the distance of slots in bytes."""
+    return *_weight(w), w.stride(0) * w.element_size()
