@@ -13,11 +13,11 @@ needs_compiler = pytest.mark.skipif(kernels() is None, reason="needs a C++ compi
 DTYPES = list(TOLERANCE)
 
 
-def _random(*shape: int, dtype: torch.dtype, seed: int, scale: float = 1.0) -> torch.Tensor:
+def random_tensor(*shape: int, dtype: torch.dtype, seed: int, scale: float = 1.0) -> torch.Tensor:
     return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
 
 
-def _experts_float64(x_RD, slots_RK, weights_RK, w13_SGD, w2_SDF, residual_RD=None) -> torch.Tensor:
+def experts_float64(x_RD, slots_RK, weights_RK, w13_SGD, w2_SDF, residual_RD=None) -> torch.Tensor:
     """One choice after the other."""
     y_RD = torch.zeros(x_RD.shape, dtype=torch.float64) if residual_RD is None else residual_RD.double()
     for row, (slots, weights) in enumerate(zip(slots_RK.tolist(), weights_RK.double(), strict=True)):
@@ -33,7 +33,7 @@ def _experts_float64(x_RD, slots_RK, weights_RK, w13_SGD, w2_SDF, residual_RD=No
 @pytest.mark.parametrize("width", [1, 17, 64, 1040, 2085])
 def test_linear_is_the_product_of_any_size(dtype, width) -> None:
     for rows, outputs in [(1, 1), (2, 37), (3, 5), (4, 64), (5, 33), (7, 31), (25, 3), (53, 38)]:
-        x_TI, w_OI = _random(rows, width, dtype=dtype, seed=rows), _random(outputs, width, dtype=dtype, seed=width)
+        x_TI, w_OI = random_tensor(rows, width, dtype=dtype, seed=rows), random_tensor(outputs, width, dtype=dtype, seed=width)
         expected = x_TI.double() @ w_OI.double().t()
         found = linear_cpu(x_TI, w_OI)
         assert found.dtype == dtype
@@ -44,8 +44,8 @@ def test_linear_is_the_product_of_any_size(dtype, width) -> None:
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear_takes_strides_and_rounds_once_after_the_residual(dtype) -> None:
-    x_TI, w_OI = _random(9, 90, dtype=dtype, seed=0)[:, 7:80], _random(20, 100, dtype=dtype, seed=1)[:, :73]
-    residual_TO, out = _random(9, 20, dtype=torch.float32, seed=2), torch.zeros(9, 50, dtype=dtype)[:, 10:30]
+    x_TI, w_OI = random_tensor(9, 90, dtype=dtype, seed=0)[:, 7:80], random_tensor(20, 100, dtype=dtype, seed=1)[:, :73]
+    residual_TO, out = random_tensor(9, 20, dtype=torch.float32, seed=2), torch.zeros(9, 50, dtype=dtype)[:, 10:30]
     assert linear_cpu(x_TI, w_OI, residual_TO, out) is out
     exact = linear_cpu(x_TI, w_OI, out_dtype=torch.float32) + residual_TO
     assert out.equal(exact.to(dtype))
@@ -54,7 +54,7 @@ def test_linear_takes_strides_and_rounds_once_after_the_residual(dtype) -> None:
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_depends_on_no_other_row_and_no_thread(dtype) -> None:
-    x_TI, w_OI = _random(61, 1500, dtype=dtype, seed=0), _random(75, 1500, dtype=dtype, seed=1)
+    x_TI, w_OI = random_tensor(61, 1500, dtype=dtype, seed=0), random_tensor(75, 1500, dtype=dtype, seed=1)
     whole = linear_cpu(x_TI, w_OI)
     for first, rows in [(0, 1), (3, 2), (8, 3), (20, 4), (0, 13), (30, 26)]:
         assert linear_cpu(x_TI[first : first + rows], w_OI).equal(whole[first : first + rows])
@@ -74,11 +74,11 @@ def test_expert_sum_is_the_sum_of_the_choices(dtype, rows, dim, hidden) -> None:
     slots_RK = torch.rand(rows, 5, generator=generator).argsort(-1)[:, :2] - 1  # -1 elsewhere, slots 0 to 3
     slots_RK[slots_RK == 2] = 1  # an expert without rows, and rows that choose one twice
     weights_RK = torch.rand(rows, 2, generator=generator)
-    w13_SGD = _random(4, 2 * hidden, dim, dtype=dtype, seed=1, scale=dim**-0.5)
-    w2_SDF = _random(4, dim, hidden, dtype=dtype, seed=2, scale=hidden**-0.5)
-    x_RD, residual_RD = _random(rows, dim, dtype=dtype, seed=3), _random(rows, dim, dtype=dtype, seed=4)
+    w13_SGD = random_tensor(4, 2 * hidden, dim, dtype=dtype, seed=1, scale=dim**-0.5)
+    w2_SDF = random_tensor(4, dim, hidden, dtype=dtype, seed=2, scale=hidden**-0.5)
+    x_RD, residual_RD = random_tensor(rows, dim, dtype=dtype, seed=3), random_tensor(rows, dim, dtype=dtype, seed=4)
     for residual in (None, residual_RD):
-        expected = _experts_float64(x_RD, slots_RK, weights_RK, w13_SGD, w2_SDF, residual)
+        expected = experts_float64(x_RD, slots_RK, weights_RK, w13_SGD, w2_SDF, residual)
         found = expert_sum_cpu(x_RD, slots_RK, weights_RK, w13_SGD, w2_SDF, residual)
         torch.testing.assert_close(found.double(), expected, rtol=TOLERANCE[dtype] / 4, atol=TOLERANCE[dtype] / 4)
     one = expert_sum_cpu(x_RD[-1:], slots_RK[-1:], weights_RK[-1:], w13_SGD, w2_SDF, residual_RD[-1:])

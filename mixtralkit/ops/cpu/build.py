@@ -24,6 +24,21 @@ PATIENCE_S = 120
 INT, LONG, POINTER = ctypes.c_int, ctypes.c_long, ctypes.c_void_p
 
 
+class Rows(ctypes.Structure):
+    """``mk_rows`` of ``kernels.cpp``."""
+
+    _fields_ = (("type", INT), ("data", POINTER), ("ld", LONG))
+
+
+class Weight(ctypes.Structure):
+    """``mk_weight`` of ``kernels.cpp``."""
+
+    _fields_ = (
+        ("type", INT), ("group", LONG), ("data", POINTER), ("ld", LONG), ("slot", LONG),
+        ("scales", POINTER), ("scales_slot", LONG), ("zeros", POINTER), ("zeros_slot", LONG),
+    )  # fmt: skip
+
+
 @functools.lru_cache
 def kernels() -> ctypes.CDLL | None:
     """The compiled kernels, or None where no compiler is or it does not know this machine; says so once."""
@@ -81,10 +96,8 @@ def _processor() -> str:
 
 def _load(library: Path) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(library))
-    tensor, weight = (INT, POINTER, LONG), (INT, POINTER, LONG)
-    slots = (*weight, LONG)
-    loaded.mk_linear.argtypes = (INT, LONG, LONG, LONG, *tensor, *weight, *tensor, *tensor)
-    loaded.mk_expert_sum.argtypes = (INT, *(LONG,) * 5, *tensor, POINTER, POINTER, *slots, *slots, *tensor, *tensor)
+    loaded.mk_linear.argtypes = (INT, *(LONG,) * 3, *(POINTER,) * 4)
+    loaded.mk_expert_sum.argtypes = (INT, *(LONG,) * 5, *(POINTER,) * 7)
     loaded.mk_read.argtypes, loaded.mk_read.restype = (INT, POINTER, LONG), ctypes.c_float
     return loaded
 

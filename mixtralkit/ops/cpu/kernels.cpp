@@ -8,7 +8,23 @@
 #include <memory>
 #include <vector>
 
+#include "quantised.h"
 #include "vectors.h"
+
+// Rows of a tensor; `ld` numbers from row to row. `data` is null where there is none.
+struct mk_rows { int type; void* data; long ld; };
+
+// Matrices [slots, outputs, K]; distances in bytes. Types above F16 are in quantised.h.
+struct mk_weight {
+    int type;
+    long group;
+    const char* data;
+    long ld, slot;
+    const char* scales;
+    long scales_slot;
+    const char* zeros;
+    long zeros_slot;
+};
 
 namespace {
 
@@ -17,15 +33,10 @@ constexpr long PART = CHUNK + 16;   // floats from row to row there, not in the 
 constexpr long FEW = 24;            // rows up to which converting in registers beats converting into the first cache
 constexpr long BLOCK = 48;          // rows of x whose chunk stays in the second cache
 constexpr long AHEAD = 1024;        // bytes from what is read to what is asked for
-constexpr long OUTPUTS = 32;  // of one piece of work
+constexpr long FEW_PACKED = 8;      // rows up to which integers beat float32 beside weights of 8 and 4 bits
+constexpr long OUTPUTS = 32;        // of one piece of work
 
 enum Type { F32, BF16, F16, INT8, INT4 };
-
-struct Weight {
-    int type;
-    const char* data;
-    long ld;  // bytes from one output to the next
-};
 
 struct Free { void operator()(void* p) const { free(p); } };
 using Floats = std::unique_ptr<float[], Free>;
@@ -136,24 +147,25 @@ void to_floats(const T* w, long ldw, int rows, long n, float* to) {
     }
 }
 
-template <class T>
-void many(const T* w, long ldw, long outputs, long K, const float* const* x, long rows, float* const* out) {
+// `convert(o, count, k, n, part)` writes columns k … k + n of `count` outputs from o, `ahead(o, k)` is where they lie.
+template <class Convert, class Ahead>
+void many(Convert convert, Ahead ahead, long row_bytes, long bytes, long outputs, long K, const float* const* x, long rows,
+          float* const* out) {
     alignas(64) float part[4 * PART];
-    float* at[BLOCK];
+    float* at[MOST];
     for (long m = 0; m < rows; m++) std::fill_n(out[m], outputs, 0.f);
     for (long m0 = 0; m0 < rows; m0 += BLOCK) {
-        long m1 = std::min(rows, m0 + BLOCK), lines = (CHUNK * sizeof(T) / 64 * MOST + m1 - m0 - 1) / (m1 - m0);
+        long m1 = std::min(rows, m0 + BLOCK), lines = (bytes / 64 * MOST + m1 - m0 - 1) / (m1 - m0);
         for (long k = 0; k < K; k += CHUNK) {
             long n = std::min(CHUNK, K - k), whole = (n + VW - 1) / VW * VW;
             for (long o = 0; o < outputs; o += 4) {
                 int count = (int)std::min(4L, outputs - o), step;
-                const T* from = w + o * ldw + k;
-                to_floats(from, ldw, count, n, part);
-                const char* ahead = (const char*)(o + 8 <= outputs ? from + 4 * ldw : w + k + CHUNK);
-                for (long m = m0; m < m1; m += step, ahead += 64 * lines) {
+                convert(o, count, k, n, part);
+                const char* next = o + 8 <= outputs ? ahead(o + 4, k) : ahead(0, k + CHUNK);
+                for (long m = m0; m < m1; m += step, next += 64 * lines) {
                     step = tile_rows(m1, m);
                     for (int i = 0; i < step; i++) at[i] = out[m + i] + o;
-                    for (int i = 0; i < 4 * lines; i++) __builtin_prefetch(ahead + i % 4 * ldw * sizeof(T) + i / 4 * 64);
+                    for (int i = 0; i < 4 * lines; i++) __builtin_prefetch(next + i % 4 * row_bytes + i / 4 * 64);
                     tile_of<false>(step, count, part, PART, x + m, k, whole, at);
                 }
             }
@@ -162,17 +174,36 @@ void many(const T* w, long ldw, long outputs, long K, const float* const* x, lon
 }
 
 template <class T>
-void product(const T* w, long ldw, long outputs, long K, const float* const* x, long rows, float* const* out) {
-    if (rows <= FEW) few(w, ldw, outputs, K, x, rows, out);
-    else many(w, ldw, outputs, K, x, rows, out);
+void product(const T* w, long ld, long outputs, long K, const float* const* x, long rows, float* const* out) {
+    if (rows <= FEW) return few(w, ld / (long)sizeof(T), outputs, K, x, rows, out);
+    auto at = [=](long o, long k) { return (const char*)(w + k) + o * ld; };
+    auto convert = [=](long o, int count, long k, long n, float* to) {
+        to_floats((const T*)at(o, k), ld / (long)sizeof(T), count, n, to);
+    };
+    many(convert, at, ld, CHUNK * sizeof(T), outputs, K, x, rows, out);
 }
 
-// out[m][0 … outputs) = x_m · w_o for outputs `first` and the next ones of the matrix.
-void product(const Weight& w, long first, long outputs, long K, const float* const* x, long rows, float* const* out) {
-    const char* from = w.data + first * w.ld;
-    if (w.type == F32) product((const float*)from, w.ld / 4, outputs, K, x, rows, out);
-    else if (w.type == BF16) product((const bf16*)from, w.ld / 2, outputs, K, x, rows, out);
-    else product((const f16*)from, w.ld / 2, outputs, K, x, rows, out);
+bool is_packed(const mk_weight& w) { return w.type >= INT8; }
+long unit(const mk_weight& w) { return w.type == INT8 ? X_GROUP : std::max(64L, w.group); }  // of columns
+long columns(const mk_weight& w, long K) { return is_packed(w) ? (K + unit(w) - 1) / unit(w) * unit(w) : K; }
+
+// out[m][0 … outputs) = x_m · w_o for outputs `first` and the next ones of a slot. `narrow` is x in 16 bits, for few rows.
+void product(const mk_weight& w, long slot, long first, long outputs, long K, const float* const* x, const Narrow* narrow,
+             long rows, float* const* out) {
+    const char* from = w.data + slot * w.slot + first * w.ld;
+    if (w.type == F32) return product((const float*)from, w.ld, outputs, K, x, rows, out);
+    if (w.type == BF16) return product((const bf16*)from, w.ld, outputs, K, x, rows, out);
+    if (w.type == F16) return product((const f16*)from, w.ld, outputs, K, x, rows, out);
+    const uint8_t* zeros = w.zeros ? (const uint8_t*)w.zeros + slot * w.zeros_slot : nullptr;
+    Packed packed{w.data + slot * w.slot, w.ld, w.scales + slot * w.scales_slot, zeros, w.type == INT8 ? 0 : w.group};
+    long whole = columns(w, K);
+    if (rows <= FEW_PACKED) return few_packed(packed, first, outputs, whole, narrow, rows, out);
+    long per_byte = w.type == INT8 ? 1 : 2;
+    auto convert = [&](long o, int count, long k, long n, float* to) {
+        for (int r = 0; r < count; r++) unpack(packed, first + o + r, whole, k, n, to + r * PART);
+    };
+    auto at = [&](long o, long k) { return from + o * w.ld + k / per_byte; };
+    many(convert, at, w.ld, CHUNK / per_byte, outputs, whole, x, rows, out);
 }
 
 template <class T> void read_row(const T* from, long n, float* to) { for (long i = 0; i < n; i++) to[i] = to_float(from[i]); }
@@ -188,114 +219,134 @@ void write_row(int type, const float* from, long n, char* p, long at) {
     else write_row(from, n, (f16*)p + at);
 }
 
-// Rows in float32, padded with zeros.
+// Rows in float32, padded with zeros to what weights of K columns may want, and in 16 bits where those want that.
 struct Rows {
-    Floats data;
+    long count, K, whole, group;
+    Floats data, scales;
+    std::unique_ptr<int16_t[]> numbers;
     std::vector<const float*> at;
-    Rows(int threads, int type, const void* x, long rows, long K, long ld) : data(floats(rows * padded(K))), at(rows) {
-#pragma omp parallel for num_threads(threads) if (rows > 8)
-        for (long m = 0; m < rows; m++) {
-            float* to = data.get() + m * padded(K);
-            at[m] = to;
-            read_row(type, (const char*)x, m * ld, K, to);
-            std::fill(to + K, to + padded(K), 0.f);
-        }
+    std::vector<Narrow> narrow_at;
+
+    Rows(long count, long K, const mk_weight& w)
+        : count(count), K(K), whole(columns(w, K)), group(w.type == INT4 ? w.group : X_GROUP),
+          data(floats(count * padded(whole))), at(count), narrow_at(count) {
+        for (long m = 0; m < count; m++) at[m] = data.get() + m * padded(whole);
+        if (!is_packed(w)) return;
+        numbers.reset(new int16_t[count * whole]);
+        scales = floats(2 * count * (whole / group));
+    }
+    float* row(long m) { return (float*)at[m]; }
+    void finish(long m) {
+        std::fill(row(m) + K, row(m) + padded(whole), 0.f);
+        if (!numbers) return;
+        long groups = whole / group;
+        int16_t* to = numbers.get() + m * whole;
+        float* scale = scales.get() + 2 * m * groups;
+        narrow(row(m), K, whole, group, to, scale, scale + groups);
+        narrow_at[m] = {to, scale, scale + groups};
     }
 };
+
+// y += residual, rounded and written to outputs `first` … of row m.
+void write(float* y, long m, long first, long n, const mk_rows& residual, const mk_rows& out) {
+    float other[OUTPUTS];
+    if (residual.data) {
+        read_row(residual.type, (const char*)residual.data, m * residual.ld + first, n, other);
+        for (long i = 0; i < n; i++) y[i] += other[i];
+    }
+    write_row(out.type, y, n, (char*)out.data, m * out.ld + first);
+}
 
 }  // namespace
 
 extern "C" {
 
-// out [M, O] = x [M, K] · wᵀ [+ residual [M, O]]; strides in elements of the tensor's type, w's in bytes.
-void mk_linear(int threads, long M, long K, long O, int x_type, const void* x, long x_ld, int w_type, const void* w,
-               long w_ld, int residual_type, const void* residual, long residual_ld, int out_type, void* out, long out_ld) {
-    Rows rows(threads, x_type, x, M, K, x_ld);
-    Weight weight{w_type, (const char*)w, w_ld};
+// out [M, O] = x [M, K] · wᵀ [+ residual [M, O]].
+void mk_linear(int threads, long M, long K, long O, const mk_rows* x, const mk_weight* w, const mk_rows* residual,
+               const mk_rows* out) {
+    Rows rows(M, K, *w);
     long pieces = (O + OUTPUTS - 1) / OUTPUTS;
 #pragma omp parallel num_threads(threads)
     {
         Floats sums = floats(M * OUTPUTS);
         std::vector<float*> at(M);
         for (long m = 0; m < M; m++) at[m] = sums.get() + m * OUTPUTS;
-        float other[OUTPUTS];
+#pragma omp for
+        for (long m = 0; m < M; m++) {
+            read_row(x->type, (const char*)x->data, m * x->ld, K, rows.row(m));
+            rows.finish(m);
+        }
 #pragma omp for schedule(dynamic)
         for (long piece = 0; piece < pieces; piece++) {
             long first = piece * OUTPUTS, n = std::min(OUTPUTS, O - first);
-            product(weight, first, n, K, rows.at.data(), M, at.data());
-            for (long m = 0; m < M; m++) {
-                if (residual) {
-                    read_row(residual_type, (const char*)residual, m * residual_ld + first, n, other);
-                    for (long i = 0; i < n; i++) at[m][i] += other[i];
-                }
-                write_row(out_type, at[m], n, (char*)out, m * out_ld + first);
-            }
+            product(*w, 0, first, n, K, rows.at.data(), rows.narrow_at.data(), M, at.data());
+            for (long m = 0; m < M; m++) write(at[m], m, first, n, *residual, *out);
         }
     }
 }
 
 // out [R, D] = Σ_k weights · w2 · (silu(w1 · x) * (w3 · x)) [+ residual]; w13 has w1 above w3 of each slot; a slot
 // below 0 adds nothing. Every expert that a row chose is read once; a row's choices add up in the order of their slots.
-void mk_expert_sum(int threads, long R, long D, long F, long S, long K, int x_type, const void* x, long x_ld,
-                   const int64_t* slots, const float* weights, int w13_type, const void* w13, long w13_ld, long w13_slot,
-                   int w2_type, const void* w2, long w2_ld, long w2_slot, int residual_type, const void* residual,
-                   long residual_ld, int out_type, void* out, long out_ld) {
-    Rows rows(threads, x_type, x, R, D, x_ld);
+void mk_expert_sum(int threads, long R, long D, long F, long S, long K, const mk_rows* x, const int64_t* slots,
+                   const float* weights, const mk_weight* w13, const mk_weight* w2, const mk_rows* residual,
+                   const mk_rows* out) {
     std::vector<long> start(S + 1);  // choices of slot s are start[s] … start[s + 1] of `row` and `weight`
-    for (long i = 0; i < R * K; i++) if (slots[i] >= 0) start[slots[i] + 1]++;
+    for (long i = 0; i < R * K; i++)
+        if (slots[i] >= 0) start[slots[i] + 1]++;
     for (long s = 0; s < S; s++) start[s + 1] += start[s];
     long N = start[S], most = 1;
     std::vector<long> row(N), next(start.begin(), start.end() - 1), touched;
     std::vector<float> weight(N);
     for (long i = 0; i < R * K; i++)
-        if (slots[i] >= 0) { long n = next[slots[i]]++; row[n] = i / K; weight[n] = weights[i]; }
+        if (slots[i] >= 0) {
+            long n = next[slots[i]]++;
+            row[n] = i / K, weight[n] = weights[i];
+        }
     for (long s = 0; s < S; s++)
-        if (start[s + 1] > start[s]) { touched.push_back(s); most = std::max(most, start[s + 1] - start[s]); }
-    Floats hidden = floats(N * padded(F));  // silu(w1 · x) * (w3 · x) of every choice
-    std::vector<const float*> x_at(N), h_at(N);
-    for (long n = 0; n < N; n++) x_at[n] = rows.at[row[n]], h_at[n] = hidden.get() + n * padded(F);
+        if (start[s + 1] > start[s]) touched.push_back(s), most = std::max(most, start[s + 1] - start[s]);
+    Rows rows(R, D, *w13), hidden(N, F, *w2);  // hidden is silu(w1 · x) * (w3 · x) of every choice
+    std::vector<const float*> x_at(N);
+    std::vector<Narrow> narrow_at(N);
     long pieces = (F + OUTPUTS - 1) / OUTPUTS, pieces2 = (D + OUTPUTS - 1) / OUTPUTS, experts = (long)touched.size();
 #pragma omp parallel num_threads(threads)
     {
         Floats sums = floats(std::max(2 * most, most + R) * OUTPUTS);
         std::vector<float*> at(2 * most);
         for (long m = 0; m < 2 * most; m++) at[m] = sums.get() + m * OUTPUTS;
+#pragma omp for
+        for (long m = 0; m < R; m++) {
+            read_row(x->type, (const char*)x->data, m * x->ld, D, rows.row(m));
+            rows.finish(m);
+        }
+#pragma omp for
+        for (long n = 0; n < N; n++) x_at[n] = rows.at[row[n]], narrow_at[n] = rows.narrow_at[row[n]];
 #pragma omp for schedule(dynamic)
         for (long work = 0; work < experts * pieces; work++) {
             long s = touched[work / pieces], first = work % pieces * OUTPUTS, n = std::min(OUTPUTS, F - first);
-            long count = start[s + 1] - start[s];
-            Weight w{w13_type, (const char*)w13 + s * w13_slot, w13_ld};
-            product(w, first, n, D, &x_at[start[s]], count, &at[0]);
-            product(w, F + first, n, D, &x_at[start[s]], count, &at[count]);
+            long i0 = start[s], count = start[s + 1] - i0;
+            product(*w13, s, first, n, D, &x_at[i0], &narrow_at[i0], count, &at[0]);
+            product(*w13, s, F + first, n, D, &x_at[i0], &narrow_at[i0], count, &at[count]);
             for (long m = 0; m < count; m++) {
-                float* to = (float*)h_at[start[s] + m] + first;
+                float* to = hidden.row(i0 + m) + first;
                 for (long i = 0; i < n; i++) to[i] = at[m][i] / (1.f + std::exp(-at[m][i])) * at[count + m][i];
-                if (first + n == F) std::fill(to + n, to + n + (padded(F) - F), 0.f);
             }
         }
+#pragma omp for
+        for (long n = 0; n < N; n++) hidden.finish(n);
         float* total = sums.get() + most * OUTPUTS;
-        float other[OUTPUTS];
 #pragma omp for schedule(dynamic)
         for (long piece = 0; piece < pieces2; piece++) {
             long first = piece * OUTPUTS, n = std::min(OUTPUTS, D - first);
             std::fill_n(total, R * OUTPUTS, 0.f);
             for (long s : touched) {
-                long count = start[s + 1] - start[s];
-                Weight w{w2_type, (const char*)w2 + s * w2_slot, w2_ld};
-                product(w, first, n, F, &h_at[start[s]], count, &at[0]);
+                long i0 = start[s], count = start[s + 1] - i0;
+                product(*w2, s, first, n, F, &hidden.at[i0], &hidden.narrow_at[i0], count, &at[0]);
                 for (long m = 0; m < count; m++) {
-                    float* to = total + row[start[s] + m] * OUTPUTS;
-                    for (long i = 0; i < n; i++) to[i] += weight[start[s] + m] * at[m][i];
+                    float* to = total + row[i0 + m] * OUTPUTS;
+                    for (long i = 0; i < n; i++) to[i] += weight[i0 + m] * at[m][i];
                 }
             }
-            for (long m = 0; m < R; m++) {
-                float* y = total + m * OUTPUTS;
-                if (residual) {
-                    read_row(residual_type, (const char*)residual, m * residual_ld + first, n, other);
-                    for (long i = 0; i < n; i++) y[i] += other[i];
-                }
-                write_row(out_type, y, n, (char*)out, m * out_ld + first);
-            }
+            for (long m = 0; m < R; m++) write(total + m * OUTPUTS, m, first, n, *residual, *out);
         }
     }
 }

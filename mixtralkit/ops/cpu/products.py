@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 
-from mixtralkit.ops.cpu.build import kernels
+from mixtralkit.ops.cpu.build import Rows, Weight, kernels
+from mixtralkit.ops.cpu.packed import PackedWeight
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 LARGE_BATCH = 32  # rows from which torch's product is the faster where a processor multiplies bfloat16 matrices (AMX)
@@ -28,7 +31,7 @@ def runs_cpu(x: torch.Tensor, *weights: torch.Tensor) -> bool:
 
 def linear_cpu(
     x_TI: torch.Tensor,
-    w_OI: torch.Tensor,
+    w_OI: torch.Tensor | PackedWeight,
     residual_TO: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
@@ -36,12 +39,14 @@ def linear_cpu(
     """x · wᵀ [+ residual], summed in float32, rounded once: [T, O].
 
     A row's result depends on nothing but the row and the weights: not on other rows, not on the number of threads.
+    For packed weights it may also depend on whether more than eight rows are there (docs/cpu.md).
     """
     if out is None:
         out = x_TI.new_empty(x_TI.shape[0], w_OI.shape[0], dtype=out_dtype)
+    assert x_TI.shape[1] == w_OI.shape[1]
     kernels().mk_linear(
         torch.get_num_threads(), *x_TI.shape, w_OI.shape[0],
-        *_rows(x_TI), *_weight(w_OI), *_rows(residual_TO), *_rows(out),
+        _rows(x_TI), _weight(w_OI), _rows(residual_TO), _rows(out),
     )  # fmt: skip
     return out
 
@@ -50,14 +55,14 @@ def expert_sum_cpu(
     x_RD: torch.Tensor,
     slots_RK: torch.Tensor,
     weights_RK: torch.Tensor,
-    w13_SGD: torch.Tensor,
-    w2_SDF: torch.Tensor,
+    w13_SGD: torch.Tensor | PackedWeight,
+    w2_SDF: torch.Tensor | PackedWeight,
     residual_RD: torch.Tensor | None = None,
     out_RD: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``ops.experts.expert_sum`` in float32 throughout, rounded once; a slot's weights are read once.
 
-    A row's choices add up in the order of their slots, so its result depends on no other row.
+    A row's choices add up in the order of their slots, so its result depends on no other row (``linear_cpu``).
     """
     if out_RD is None:
         out_RD = torch.empty_like(x_RD, memory_format=torch.contiguous_format)
@@ -65,8 +70,8 @@ def expert_sum_cpu(
     assert slots_RK.dtype == torch.int64
     kernels().mk_expert_sum(
         torch.get_num_threads(), *x_RD.shape, w2_SDF.shape[2], w2_SDF.shape[0], slots_RK.shape[1],
-        *_rows(x_RD), slots_RK.data_ptr(), weights_RK.data_ptr(), *_slots(w13_SGD), *_slots(w2_SDF),
-        *_rows(residual_RD), *_rows(out_RD),
+        _rows(x_RD), slots_RK.data_ptr(), weights_RK.data_ptr(), _weight(w13_SGD), _weight(w2_SDF),
+        _rows(residual_RD), _rows(out_RD),
     )  # fmt: skip
     return out_RD
 
@@ -76,19 +81,19 @@ def read_cpu(x: torch.Tensor) -> float:
     return kernels().mk_read(torch.get_num_threads(), x.data_ptr(), x.numel())
 
 
-def _rows(x: torch.Tensor | None) -> tuple[int, int | None, int]:
-    """Type, address and distance of rows in numbers."""
+def _rows(x: torch.Tensor | None) -> ctypes.Structure:
     if x is None:
-        return 0, None, 0
+        return ctypes.byref(Rows())
     assert x.stride(-1) == 1
-    return TYPES[x.dtype], x.data_ptr(), x.stride(0)
+    return ctypes.byref(Rows(TYPES[x.dtype], x.data_ptr(), x.stride(0)))
 
 
-def _weight(w: torch.Tensor) -> tuple[int, int, int]:
-    """Type, address and distance of outputs in bytes."""
-    return TYPES[w.dtype], w.data_ptr(), w.stride(-2) * w.element_size()
-
-
-def _slots(w: torch.Tensor) -> tuple[int, int, int, int]:
-    """``_weight`` of slot 0, and the distance of slots in bytes."""
-    return *_weight(w), w.stride(0) * w.element_size()
+def _weight(w: torch.Tensor | PackedWeight) -> ctypes.Structure:
+    """Of one matrix, or of one for each slot."""
+    if isinstance(w, torch.Tensor):
+        assert w.stride(-1) == 1
+        slot = w.stride(0) * w.element_size()
+        return ctypes.byref(Weight(TYPES[w.dtype], 0, w.data_ptr(), w.stride(-2) * w.element_size(), slot, None, 0, None, 0))
+    parts = [(None, 0) if part is None else (part.data_ptr(), part.stride(0) * part.element_size()) for part in w.parts]
+    (data, slot), scales, zeros = parts
+    return ctypes.byref(Weight(4 if w.group else 3, w.group, data, w.data.stride(-2) * w.data.element_size(), slot, *scales, *zeros))
