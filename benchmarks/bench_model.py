@@ -3,8 +3,8 @@
     python benchmarks/bench_model.py --model configs/models/mixtral-8x7b.json --random_weights --batch 1,8,64,256 \
         --prompt_len 128 --new_tokens 256 --prefill 8x2048
     torchrun --standalone --nproc_per_node=4 benchmarks/bench_model.py … --attention tp --experts tp
-    torchrun --standalone --nproc_per_node=4 benchmarks/bench_model.py … --attention dp --experts ep --peer_rows none \
-        --plan contiguous,hot_cold,balanced+2,balanced+4,balanced+8,everywhere
+    torchrun --standalone --nproc_per_node=4 benchmarks/bench_model.py … --attention dp --experts ep \
+        --symmetric_rows none --plan contiguous,hot_cold,balanced+2,balanced+4,balanced+8,everywhere
 
 Prints one line of JSON a measurement on stdout, a table on stderr. docs/performance.md says what the fields mean.
 """
@@ -157,7 +157,7 @@ class Bench:
         self.model = model
         self.common = self.about | {
             **asdict(model.layout.parallel),
-            "plan": plan_fields(model.layout.plan, loads_from), "peer_rows": rows_through_memory(model),
+            "plan": plan_fields(model.layout.plan, loads_from), "symmetric_rows": rows_through_memory(model),
             "few_choices": SMALL_BATCH_CHOICES,
         }  # fmt: skip
 

@@ -63,7 +63,7 @@ def bench_plan_manager(
     update_step: int = 64,
     slots_per_rank: int | None = None,
     margin: float = 1.0,
-    peer_rows: int | None = 1,
+    symmetric_rows: int | None = 1,
     repeats: int = 3,
     hardware: Path | None = None,
     dtype: str | None = None,
@@ -88,7 +88,7 @@ def bench_plan_manager(
         update_step: steps of a window.
         slots_per_rank: most experts of a rank in each layer; left out, as many as without a manager.
         margin: how many times its price a move must save, where moves are judged.
-        peer_rows: as in tools/example.py, for attention dp; left out, as many as a decode step has, on CPUs too.
+        symmetric_rows: as in tools/example.py, for attention dp; left out, as many as a decode step has, on CPUs too.
         repeats: runs of each way.
         hardware: the machine's speeds, for the judge.
         dtype: bfloat16 on CUDA, float32 on a CPU when not given.
@@ -107,7 +107,7 @@ def bench_plan_manager(
     limits, settings = (prompt_len + new_tokens, max_batch_size), (machine, update_step, slots_per_rank, margin, seed)
     lines = []
     for way in attention.split(","):
-        engine = source.build(context, kind, way, limits, MoEOptions.from_env(peer_rows=peer_rows))
+        engine = source.build(context, kind, way, limits, MoEOptions.from_env(symmetric_rows=symmetric_rows))
         bench = Bench(engine, source.requests(engine, prompts, prompt_len, new_tokens), *settings)
         for found in bench.compare(policies.split(","), repeats):
             lines.append({

@@ -194,7 +194,7 @@ def layout_of(line: dict[str, Any]) -> str:
         raise ValueError("attention dp with experts tp is not modelled")
     if line["measurement"] == "prefill":
         return "ep"
-    return "static" if line.get("peer_rows", 0) == 0 else "peer"
+    return "static" if line.get("symmetric_rows", 0) == 0 else "peer"
 
 
 def describe(line: dict[str, Any]) -> str:

@@ -69,13 +69,13 @@ def choose_automatically(
         return None
     if attention == "auto" and (options.faster.schedule or options.copies_experts):
         attention = "dp"  # these need rows that travel
-    wanted = context.device.type == "cuda" if options.peer_rows is None else options.peer_rows > 0
+    wanted = context.device.type == "cuda" if options.symmetric_rows is None else options.symmetric_rows > 0
     wanted = wanted and options.exchange != "exact" and options.backend == "mixtralkit" and not options.copies_experts
-    peer_rows = options.peer_rows if wanted and context.world_size <= MOST_RANKS else 0
+    symmetric_rows = options.symmetric_rows if wanted and context.world_size <= MOST_RANKS else 0
     situation = Situation(
         config, hardware, context.world_size,
         Room(
-            config.max_batch_size, config.max_seq_len, automatic.prefill_budget, peer_rows,
+            config.max_batch_size, config.max_seq_len, automatic.prefill_budget, symmetric_rows,
             automatic.data_bytes, options.shadow_memory_gb if options.copies_experts else 0.0,
         ),
         attention, experts, None if automatic.trace is None else RoutingTrace.load(automatic.trace, config.num_experts),

@@ -292,7 +292,7 @@ class MoEOptions:
         exchange: ``"exact"`` sends just the rows there are; ``"static"`` keeps room for every row of every rank, so
             that no shape depends on the routing and nothing waits for the host; ``"auto"`` is static for decode
             steps and exact otherwise.
-        peer_rows: most rows of a rank that go to their experts through the GPUs' memory, by kernels and not by
+        symmetric_rows: most rows of a rank that go to their experts through the GPUs' memory, by kernels and not by
             collectives, which takes memory for 2 · ranks rows for each (docs/expert-parallel.md): 0 for none; a number
             below what a decode step has counts as that, and so does None on GPUs. On CPUs, where a twin takes every
             row everywhere, None is 0.
@@ -308,7 +308,7 @@ class MoEOptions:
 
     faster: FasterOptions = field(default_factory=FasterOptions)
     exchange: str = "auto"
-    peer_rows: int | None = None
+    symmetric_rows: int | None = None
     shadow_memory_gb: float = 4.0
     backend: str = "mixtralkit"
     dynamic: str = "none"
@@ -323,9 +323,9 @@ class MoEOptions:
     def __post_init__(self) -> None:
         if self.exchange not in ("auto", "exact", "static"):
             raise ValueError(f"exchange ({self.exchange!r}) must be 'auto', 'exact' or 'static'")
-        rows = self.peer_rows
+        rows = self.symmetric_rows
         if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int) or rows < 0):
-            raise ValueError(f"peer_rows ({rows!r}) must be a whole number of at least 0")
+            raise ValueError(f"symmetric_rows ({rows!r}) must be a whole number of at least 0")
         memory = self.shadow_memory_gb
         if isinstance(memory, bool) or not isinstance(memory, int | float) or not 0 < memory < float("inf"):
             raise ValueError(f"shadow_memory_gb ({memory!r}) must be a number above 0")

@@ -24,8 +24,8 @@ class ModelOptions:
             plan, and what attention and experts leave open, that are predicted to be fastest and fit the memory.
         exchange: How rows travel to experts: exact sends just what there is, static keeps every shape fixed; auto is
             static for decoding and exact otherwise.
-        peer_rows: Most rows of a rank that travel through the GPUs' memory instead of by collectives, at least as many
-            as a decode step has; left out, as many as that on GPUs, and 0, which turns this way off, on CPUs
+        symmetric_rows: Most rows of a rank that travel through the GPUs' memory instead of by collectives, at least as
+            many as a decode step has; left out, as many as that on GPUs, and 0, which turns this way off, on CPUs
             (docs/expert-parallel.md).
         faster_schedule: FasterMoE's smart schedule; left out, FMOE_FASTER_SCHEDULE_ENABLE decides.
         faster_shadow: FasterMoE's shadowing; left out, FMOE_FASTER_SHADOW_ENABLE decides.
@@ -50,7 +50,7 @@ class ModelOptions:
     experts: str = "auto"
     plan: Path | None = None
     exchange: str = "auto"
-    peer_rows: int | None = None
+    symmetric_rows: int | None = None
     faster_schedule: bool | None = None
     faster_shadow: bool | None = None
     faster_group_size: int | None = None
@@ -73,7 +73,7 @@ class ModelOptions:
         """How the MoE layer runs; FasterMoE's switches that are None are those of ``FMOE_FASTER_*``."""
         return MoEOptions.from_env(
             self.faster_schedule, self.faster_shadow, self.faster_group_size,
-            exchange=self.exchange, peer_rows=self.peer_rows, shadow_memory_gb=self.shadow_memory_gb,
+            exchange=self.exchange, symmetric_rows=self.symmetric_rows, shadow_memory_gb=self.shadow_memory_gb,
             backend=self.moe_backend, dynamic=self.dynamic, popularity=self.popularity,
             finetune_threshold=self.finetune_threshold,
         )  # fmt: skip

@@ -25,7 +25,7 @@ CKPTS, H200 = ROOT / "ckpts", ROOT / "configs" / "hardware" / "h200x4.json"
 def layout_for(world: int, automatic: Automatic, options: MoEOptions | None = None, **asked: str):
     context = RankContext(world_size=world)
     config = small_config().with_limits(64, 8)
-    options = MoEOptions(peer_rows=1) if options is None else options
+    options = MoEOptions(symmetric_rows=1) if options is None else options
     return choose_layout(config, context, asked.get("attention", "auto"), asked.get("experts", "auto"), "auto",
                          options, automatic)  # fmt: skip
 
@@ -33,7 +33,7 @@ def layout_for(world: int, automatic: Automatic, options: MoEOptions | None = No
 def build(context: RankContext, memory_gb: float | None) -> tuple:
     automatic = Automatic(H200, memory_gb, explain=True)
     mixtral = Mixtral.build(
-        CKPTS, max_seq_len=64, max_batch_size=4, context=context, plan="auto", options=MoEOptions(peer_rows=1),
+        CKPTS, max_seq_len=64, max_batch_size=4, context=context, plan="auto", options=MoEOptions(symmetric_rows=1),
         automatic=automatic,
     )  # fmt: skip
     text = mixtral.text_completion(["In the beginning"], temperature=0, max_gen_len=6)[0]["generation"]
@@ -98,7 +98,7 @@ def test_the_budget_left_out_is_the_least_free_memory(monkeypatch):
     [
         ({"memory_gb": 0.0}, r"memory_gb \(0.0\) must be a number above 0"),
         ({"dtype": "int3"}, r"dtype \(int3\)"),
-        ({"peer_rows": -1}, r"peer_rows \(-1\)"),
+        ({"symmetric_rows": -1}, r"symmetric_rows \(-1\)"),
         ({"exchange": "fast"}, r"exchange \('fast'\)"),
     ],
 )

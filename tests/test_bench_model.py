@@ -94,7 +94,7 @@ def run_plans(context: RankContext, folder: str, **options) -> list[dict]:
 
 
 def test_plans_on_two_ranks(architecture):
-    options = {"attention": "dp", "experts": "ep", "peer_rows": 1, "plan": Path(PLANS), "prefill": "3x4"}
+    options = {"attention": "dp", "experts": "ep", "symmetric_rows": 1, "plan": Path(PLANS), "prefill": "3x4"}
     lines = run_ranks(functools.partial(run_plans, **options), 2, str(architecture.parent), timeout_s=120)[0]
     assert lines[0]["measurement"] == "ceilings", "a profile ran first, so the start is not the process's"
     timed = [line for line in lines if line["measurement"] in ("decode", "prefill")]
@@ -102,7 +102,7 @@ def test_plans_on_two_ranks(architecture):
     assert [line["plan"]["extra_slots"] for line in timed[::3]] == [0, 1, 2, 4, 8, 8]
     assert [line["plan"]["policy"] for line in timed[2::3]][:3] == ["contiguous", "hot_cold", "balanced"]
     for line in timed:
-        assert (line["attention"], line["experts"], line["peer_rows"]) == ("dp", "ep", 3)
+        assert (line["attention"], line["experts"], line["symmetric_rows"]) == ("dp", "ep", 3)
         assert ("loads_from" in line["plan"]) == line["plan"]["name"].startswith(("hot", "bal"))
         memory = line["memory_by_rank"]
         assert set(memory) == {"weights_gb", "cache_gb", "exchange_gb", "total_gb"}
@@ -127,7 +127,8 @@ def test_plans_of_a_trace_and_of_a_file(architecture, tmp_path):
 
 
 def test_auto_chooses_by_the_hardware_file(architecture, tmp_path):
-    options = {"plan": Path("auto"), "hardware": ROOT / "configs/hardware/h200x4.json", "peer_rows": 1, "batch": "4"}
+    machine = ROOT / "configs/hardware/h200x4.json"
+    options = {"plan": Path("auto"), "hardware": machine, "symmetric_rows": 1, "batch": "4"}
     lines = run_ranks(functools.partial(run_plans, **options), 2, str(architecture.parent), timeout_s=120)[0]
     decode = lines[-1]
     assert decode["measurement"] == "decode"

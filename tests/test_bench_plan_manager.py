@@ -49,7 +49,7 @@ def test_lines_of_one_rank(architecture, tmp_path, capsys):
 
 def _ways(context: RankContext, architecture: Path, attention: str) -> list[dict]:
     source = bench.Source(ROOT / "ckpts", architecture, None, 0)
-    engine = source.build(context, bench.parse_dtype("float32"), attention, (14, 4), MoEOptions(peer_rows=1))
+    engine = source.build(context, bench.parse_dtype("float32"), attention, (14, 4), MoEOptions(symmetric_rows=1))
     requests = source.requests(engine, 9, 5, 9)
     half = engine.model.params.vocab_size // 2
     assert [max(request.prompt) < half for request in requests] == [True] * 5 + [False] * 4

@@ -86,7 +86,7 @@ def test_auto_takes_what_was_fastest_on_two_gpus(batch, memory_gb):
     assert len(measured) == 4
     hardware = Hardware.load(comparison.CONFIGS / "hardware" / "h200x2.json")
     model = ModelConfig.from_file(comparison.CONFIGS / "models" / "mixtral-8x7b.json")
-    room = Room(batch, 128 + 65, 128 * batch, peer_rows=None)
+    room = Room(batch, 128 + 65, 128 * batch, symmetric_rows=None)
     chosen = choose(candidates(Situation(model, hardware, 2, room, context=128 + 65 // 2)), memory_gb)
     name = (chosen.parallel.attention, chosen.parallel.experts, chosen.name)
     best_ms = min(ms for ms, peak_gb in measured.values() if peak_gb <= memory_gb)
@@ -113,7 +113,7 @@ def test_lines_of_a_plan_name_it(tmp_path):
         "experts": "ep",
         "batch": 64,
         "plan": {"name": "balanced+4"},
-        "peer_rows": None,
+        "symmetric_rows": None,
     }
     hardware = Hardware.load(comparison.CONFIGS / "hardware" / "h200x4.json")
     compared = comparison.compare(line, hardware)
@@ -121,7 +121,7 @@ def test_lines_of_a_plan_name_it(tmp_path):
     assert compared.what.endswith("balanced+4")
     everywhere = comparison.compare({**line, "plan": {"name": "everywhere"}}, hardware)
     assert everywhere.predicted_ms > compared.predicted_ms, "all experts are read on each rank"
-    plain = comparison.compare({**line, "peer_rows": 0}, hardware)
+    plain = comparison.compare({**line, "symmetric_rows": 0}, hardware)
     assert plain.layout == "static"
     assert plain.predicted_ms > compared.predicted_ms, "each kernel is launched by the host"
 

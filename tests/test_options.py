@@ -52,9 +52,9 @@ def test_the_harness_takes_them_too():
 
 def test_they_become_options_of_the_layer_and_of_the_choice(monkeypatch):
     monkeypatch.setenv("FMOE_FASTER_SHADOW_ENABLE", "1")
-    running = ModelOptions(peer_rows=7, exchange="static", faster_schedule=True, memory_gb=7.0, explain=True)
+    running = ModelOptions(symmetric_rows=7, exchange="static", faster_schedule=True, memory_gb=7.0, explain=True)
     moe = running.moe()
-    assert (moe.peer_rows, moe.exchange, moe.faster.schedule, moe.faster.shadow) == (7, "static", True, True)
+    assert (moe.symmetric_rows, moe.exchange, moe.faster.schedule, moe.faster.shadow) == (7, "static", True, True)
     arguments = running.load_arguments()
     assert arguments["options"] == moe
     assert (arguments["automatic"].memory_gb, arguments["automatic"].explain) == (7.0, True)

@@ -34,7 +34,7 @@ class Way:
     shadow: bool = False
     exchange: str = "auto"
     batch: int = 8
-    peer_rows: int | None = None
+    symmetric_rows: int | None = None
 
     def expert_plan(self, world_size: int) -> ExpertPlan:
         layers = open_checkpoint(CKPTS).config.n_layers
@@ -59,8 +59,8 @@ WAYS = [
     Way(),
     Way(plan="replicas", batch=2),
     Way(plan="everywhere"),
-    Way(peer_rows=1),
-    Way(plan="replicas", batch=3, peer_rows=1),
+    Way(symmetric_rows=1),
+    Way(plan="replicas", batch=3, symmetric_rows=1),
     Way(exchange="exact", schedule=True),
     Way(exchange="exact", schedule=True, shadow=True),
     Way(exchange="static", shadow=True, plan="replicas"),
@@ -71,7 +71,7 @@ WAYS = [
 def _text(context: RankContext, ways: list[Way]) -> list[list[list[int]]]:
     found = []
     for way in ways:
-        options = MoEOptions(FasterOptions(way.schedule, way.shadow, **EAGER), way.exchange, way.peer_rows)
+        options = MoEOptions(FasterOptions(way.schedule, way.shadow, **EAGER), way.exchange, way.symmetric_rows)
         mixtral = Mixtral.load(
             open_checkpoint(CKPTS), Tokenizer(CKPTS / "tokenizer.model"), context, 64, way.batch, dtype="float32",
             attention=way.attention, experts=way.experts, plan=way.expert_plan(context.world_size), options=options,

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from lab.figures import Sizes, measure_fused
 from mixtralkit.cli import run_tool
 from mixtralkit.config import parse_dtype
 from mixtralkit.distributed import RankContext
-from mixtralkit.ops.figures import Sizes, measure_fused
-from mixtralkit.ops.runtime import runs_triton
+from mixtralkit.ops.runtime import has_triton
 from mixtralkit.planning.hardware import Hardware, Link, Network
 
 ROWS = (1, 4, 16, 64, 256, 1024, 4096)
@@ -63,7 +63,7 @@ def measure(
         shape = (hidden or (14336 if on_gpu else 3584), dim or (4096 if on_gpu else 1024))
         size = int((message_mb or (256 if on_gpu else 16)) * 1e6)
         if fused is None:
-            fused = runs_triton(torch.empty(0, device=context.device)) and per_node == context.world_size
+            fused = has_triton(context.device) and per_node == context.world_size
         figures = _figures(name, context, kind, shape, size, per_node)
         if fused:
             figures = _with_fused(figures, context, kind, shape, on_gpu)
@@ -114,7 +114,7 @@ def _with_fused(
     sizes = Sizes(dim=shape[1], hidden=shape[0], dtype=dtype)
     if not on_gpu:  # a CPU is slow, and runs the twins
         few = (1, 16, 64)
-        sizes = replace(sizes, rows=few, expert_rows=few, peer_rows=few, sequences=4, length=64)
+        sizes = replace(sizes, rows=few, expert_rows=few, symmetric_rows=few, sequences=4, length=64)
     return replace(figures, fused=measure_fused(context, figures.memory_bandwidth, sizes, Clock(context).say))
 
 

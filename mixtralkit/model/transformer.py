@@ -26,7 +26,7 @@ from mixtralkit.moe.move import MoveReport
 from mixtralkit.moe.shadow import ShadowCache
 from mixtralkit.moe.two_phase import Flight, TwoPhase
 from mixtralkit.ops.all_reduce import RowReducer
-from mixtralkit.ops.peer_exchange import PeerExchange
+from mixtralkit.ops.symmetric_exchange import SymmetricExchange
 from mixtralkit.planning.plan import ExpertPlan
 
 MANY_ROWS = 2**20  # any prefill's: sums of rows take memory for some thousands and go in pieces beyond
@@ -170,22 +170,24 @@ class Transformer(nn.Module):
         return RowReducer.create(self.context, MANY_ROWS, self.params.dim, self.dtype)
 
     @cached_property
-    def peers(self) -> PeerExchange | None:
+    def peers(self) -> SymmetricExchange | None:
         """The way of rows to their experts and back in static shapes; None where rows do not travel, or not so.
 
-        Room for a decode step of all sequences, or for ``options.peer_rows`` if these are more. Where the ranks' GPUs
-        reach each other's memory, the layers' exchanges of static shape go this way too. Takes its memory,
+        Room for a decode step of all sequences, or for ``options.symmetric_rows`` if these are more. Where the ranks'
+        GPUs reach each other's memory, the layers' exchanges of static shape go this way too. Takes its memory,
         collectively, when first asked for: in the first step of static shape.
         """
         options, parallel = self.options, self.layout.parallel
         travel = self.context.world_size > 1 and (parallel.attention, parallel.experts) == ("dp", "ep")
-        wanted = self.context.device.type == "cuda" if options.peer_rows is None else options.peer_rows > 0
+        wanted = self.context.device.type == "cuda" if options.symmetric_rows is None else options.symmetric_rows > 0
         ours = options.backend == "mixtralkit" and options.exchange != "exact" and wanted
         if not travel or not ours or self.is_two_stage or self.shadow_cache is not None or self.two_phase is not None:
             return None
-        rows = max(self.sequences_per_rank, options.peer_rows or 0)
-        peers = PeerExchange.create(self.context, rows, self.params.dim, self.params.num_experts_per_tok, self.dtype)
-        if peers.mailbox is not None:
+        rows = max(self.sequences_per_rank, options.symmetric_rows or 0)
+        peers = SymmetricExchange.create(
+            self.context, rows, self.params.dim, self.params.num_experts_per_tok, self.dtype
+        )
+        if peers.memory is not None:
             for block in self.layers:
                 block.feed_forward.use_peers(peers)
         return peers

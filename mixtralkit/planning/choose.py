@@ -55,7 +55,7 @@ class Situation:
         attention, experts: ``"tp"``, ``"dp"`` or ``"ep"``; ``"auto"`` leaves it open.
         trace: real routing; None takes every expert as equally likely.
         context: tokens of each sequence in a decode step; None is half of ``room.max_seq_len``.
-        plain_layout: of steps whose rows travel and not through memory (``room.peer_rows`` 0), launched by the host.
+        plain_layout: of steps whose rows travel and not through memory (``room.symmetric_rows`` 0), launched by host.
     """
 
     config: ModelConfig
@@ -99,7 +99,7 @@ def candidates(situation: Situation) -> list[Candidate]:
         if heads_divide:
             ways.append((ParallelConfig("tp", "ep"), "tp_ep", "contiguous", plain))
             ways += [(ParallelConfig("tp", "ep"), "tp_ep", n, p) for n, p in plans.items() if n.startswith("balanced")]
-        layout = situation.plain_layout if situation.room.peer_rows == 0 else "peer"
+        layout = situation.plain_layout if situation.room.symmetric_rows == 0 else "peer"
         ways += [(ParallelConfig("dp", "ep"), layout, name, plan) for name, plan in plans.items()]
     return [
         Candidate(

@@ -9,7 +9,7 @@ import numpy as np
 from mixtralkit.planning.cost import TimeModel, ring_share
 from mixtralkit.planning.hardware import FusedKernels, ProductPoints, WirePoints
 
-# Ranks that reach into each other's memory, on one node (``kernels.all_reduce``, ``kernels.peer_exchange``).
+# Ranks that reach into each other's memory, on one node (``ops.all_reduce``, ``ops.symmetric_exchange``).
 MOST_RANKS = 8
 # Embedding, first norm, choice of the token, and its exchange.
 _SMALL_AT_ENDS = 4

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from mixtralkit.config import ModelConfig, ParallelConfig
 from mixtralkit.planning.plan import ExpertPlan
 
-# Rows of ``kernels.all_reduce``'s inboxes, which hold for any number of rows.
+# Rows of the memory of ``ops.all_reduce``, which holds for any number of rows.
 _FEW_ROWS, _MANY_ROWS = 128, 4096
 # Rows of width D that a prompt's step holds at a time beside the experts' middle: residual, norm, queries with keys and
 # values, attention, sums.
@@ -43,7 +43,7 @@ class Room:
         batch: sequences over all ranks.
         max_seq_len: most tokens of one.
         prefill_budget: prompt tokens that a rank runs in one step.
-        peer_rows: as ``MoEOptions.peer_rows``.
+        symmetric_rows: as ``MoEOptions.symmetric_rows``.
         data_bytes: of a number.
         copies_gb: 10⁹ bytes a rank keeps for copies of other ranks' experts (shadows, two phases).
     """
@@ -51,7 +51,7 @@ class Room:
     batch: int
     max_seq_len: int
     prefill_budget: int
-    peer_rows: int | None = 0
+    symmetric_rows: int | None = 0
     data_bytes: int = 2
     copies_gb: float = 0.0
 
@@ -91,13 +91,13 @@ def _weights(config: ModelConfig, parallel: ParallelConfig, plan: ExpertPlan) ->
 
 
 def _exchange(config: ModelConfig, parallel: ParallelConfig, world: int, sequences: int, room: Room) -> int:
-    """Bytes of the sums' inboxes, or of the rows that travel through memory."""
+    """Bytes of the sums' memory, or of the rows that travel through memory."""
     if world == 1:
         return 0
     if parallel.attention == "tp":
         places = 2 * world * (_FEW_ROWS + -(-_MANY_ROWS // world)) + 2 * _MANY_ROWS
         return places * config.dim * room.data_bytes
-    if parallel.experts == "tp" or room.peer_rows == 0:
+    if parallel.experts == "tp" or room.symmetric_rows == 0:
         return 0
-    rows = max(sequences, room.peer_rows or 0)
+    rows = max(sequences, room.symmetric_rows or 0)
     return 2 * rows * world * (config.dim * room.data_bytes + config.num_experts_per_tok * 8)

@@ -62,7 +62,7 @@ def make_model(
     """Random weights large enough that greedy answers do not repeat one token."""
     plan = contiguous(config.n_layers, config.num_experts, context.world_size)
     layout = RankLayout(config, ParallelConfig(attention, experts), plan, context.rank)
-    model = Transformer(layout, context, options=MoEOptions(peer_rows=1))
+    model = Transformer(layout, context, options=MoEOptions(symmetric_rows=1))
     model.initialize(seed, std=0.15)
     return model
 

@@ -17,10 +17,10 @@ from mixtralkit.engine.sampler import SamplingOptions
 from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.layout import RankLayout
 from mixtralkit.model.transformer import Transformer
-from mixtralkit.ops.peer_exchange import PeerExchange
+from mixtralkit.ops.symmetric_exchange import SymmetricExchange
 from tests.engine.parts import engine_config, make_model, make_tokenizer
 from tests.model.test_decode import unlike_layers
-from tests.ops.test_peer_exchange import mailbox_of_files
+from tests.ops.test_symmetric_exchange import memory_of_files
 from tests.ranks import run_ranks
 
 pytest.importorskip("triton")
@@ -34,7 +34,7 @@ def _config():
     return engine_config(n_layers=LAYERS, max_batch_size=BATCH)
 
 
-def _through_memory(context: RankContext, folder: Path, peer_rows: int) -> tuple[list[list[int]], int, Counter]:
+def _through_memory(context: RankContext, folder: Path, symmetric_rows: int) -> tuple[list[list[int]], int, Counter]:
     """Answers, rows a rank has room for, and how often what was called."""
     counts: Counter = Counter()
 
@@ -47,32 +47,32 @@ def _through_memory(context: RankContext, folder: Path, peer_rows: int) -> tuple
 
         return patch.object(kind, name, call)
 
-    def create(context, rows, dim, top_k, dtype) -> PeerExchange:
-        return PeerExchange(context, mailbox_of_files(context, folder, rows, dim, top_k), rows, dim, top_k, dtype)
+    def create(context, rows, dim, top_k, dtype) -> SymmetricExchange:
+        return SymmetricExchange(context, memory_of_files(context, folder, rows, dim, top_k), rows, dim, top_k, dtype)
 
     config = _config()
     layout = RankLayout(config, ParallelConfig("dp", "ep"), unlike_layers(context.world_size), context.rank)
     with (
-        patch.object(PeerExchange, "create", create),
+        patch.object(SymmetricExchange, "create", create),
         counted(DecodeSteps, "launch"),
         counted(Transformer, "step"),
-        counted(PeerExchange, "combine"),
+        counted(SymmetricExchange, "combine"),
     ):
-        model = Transformer(layout, context, options=MoEOptions(peer_rows=peer_rows))
+        model = Transformer(layout, context, options=MoEOptions(symmetric_rows=symmetric_rows))
         model.initialize(3, std=0.15)
         engine = Engine(model, Tokenizer(folder / "tokenizer.model"), prefill_budget=9)
         answers = [completion.tokens for completion in engine.complete(REQUESTS)]
     return answers, model.peers.max_rows, counts
 
 
-@pytest.mark.parametrize(("world_size", "peer_rows"), [(2, 1), (2, 12), (4, 1)])
-def test_text_is_that_of_one_rank(tmp_path, world_size, peer_rows):
+@pytest.mark.parametrize(("world_size", "symmetric_rows"), [(2, 1), (2, 12), (4, 1)])
+def test_text_is_that_of_one_rank(tmp_path, world_size, symmetric_rows):
     """Room for nine tokens of prompts and all sequences takes every step, else only those without prompts go so."""
     alone = Engine(make_model(RankContext(), _config()), make_tokenizer(tmp_path))
     wanted = [completion.tokens for completion in alone.complete(REQUESTS)]
-    for answers, room, counts in run_ranks(_through_memory, world_size, tmp_path, peer_rows):
+    for answers, room, counts in run_ranks(_through_memory, world_size, tmp_path, symmetric_rows):
         assert answers == wanted
-        assert room == max(BATCH // world_size, peer_rows)
+        assert room == max(BATCH // world_size, symmetric_rows)
         assert counts["launch"] > 0
         steps = counts["launch"] + (counts["step"] if room >= 9 + BATCH // world_size else 0)
         assert counts["combine"] == LAYERS * steps

@@ -69,23 +69,23 @@ class Way:
     shadow: bool = False
     nodes: int | None = None
     batch: int = 8
-    peer_rows: int | None = None
+    symmetric_rows: int | None = None
     popularity: Path | None = None
 
     def options(self) -> MoEOptions:
         faster, dynamic = FasterOptions(self.schedule, self.shadow, **EAGER), "two_phase" if self.popularity else "none"
-        return MoEOptions(faster, self.exchange, self.peer_rows, dynamic=dynamic, popularity=self.popularity)
+        return MoEOptions(faster, self.exchange, self.symmetric_rows, dynamic=dynamic, popularity=self.popularity)
 
     @property
     def decodes(self) -> bool:
         """Whether it has decode steps."""
-        return self.attention == "tp" or self.peer_rows == 1
+        return self.attention == "tp" or self.symmetric_rows == 1
 
 
 WAYS = [
     Way("tp"),
     Way("tp", batch=2),
-    Way(peer_rows=1),
+    Way(symmetric_rows=1),
     Way(batch=2),
     Way(exchange="static", shadow=True),
     Way(exchange="exact", schedule=True, shadow=True),

@@ -52,7 +52,7 @@ def load(context: RankContext, plan: str, batch: int, dtype: str = "float32", op
     torch.backends.cuda.matmul.allow_tf32 = False
     return Mixtral.load(
         open_checkpoint(CKPTS), Tokenizer(Path(CKPTS, "tokenizer.model")), context, 256, batch, dtype=dtype,
-        attention="dp", experts="ep", plan=PLANS[plan](), options=options or MoEOptions(peer_rows=None),
+        attention="dp", experts="ep", plan=PLANS[plan](), options=options or MoEOptions(symmetric_rows=None),
         cuda_graphs=graphs,
     )  # fmt: skip
 
@@ -77,7 +77,7 @@ def _same_text(context: RankContext, plan: str) -> None:
                 assert one.logprobs == pytest.approx(other.logprobs, abs=1e-3)
         assert plain.engine._steps is None
         assert ahead.engine._steps is not None
-        assert ahead.model.peers.mailbox is not None
+        assert ahead.model.peers.memory is not None
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -144,11 +144,11 @@ def test_launches_never_wait_for_the_device():
 
 def _prompts_too(context: RankContext) -> None:
     wanted = told(answers(load_plain(context, "anyhow", 8)))
-    mixtral = load(context, "anyhow", 8, options=MoEOptions(peer_rows=4096))
+    mixtral = load(context, "anyhow", 8, options=MoEOptions(symmetric_rows=4096))
     assert told(answers(mixtral)) == wanted
-    done = int(mixtral.model.peers.mailbox.calls[1])
+    done = int(mixtral.model.peers.memory.calls[1])
     mixtral.complete(PROMPTS[:8], 1, temperature=0)  # one step, of prompts only
-    assert int(mixtral.model.peers.mailbox.calls[1]) == done + LAYERS
+    assert int(mixtral.model.peers.memory.calls[1]) == done + LAYERS
 
 
 def test_prompts_go_the_same_way_where_there_is_room():

@@ -33,7 +33,7 @@ def _moving(context: RankContext, attention: str, kind: type[AnyPlan]) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     mixtral = Mixtral.load(
         open_checkpoint(CKPTS), Tokenizer(Path(CKPTS, "tokenizer.model")), context, 256, 2 * RANKS, dtype="float32",
-        attention=attention, experts="ep", options=MoEOptions(peer_rows=None),
+        attention=attention, experts="ep", options=MoEOptions(symmetric_rows=None),
     )  # fmt: skip
     wanted = told(_answers(mixtral))
     manager = PlanManager(mixtral.model, kind().on(RANKS), update_step=10)

@@ -16,7 +16,7 @@ from mixtralkit.model.decode import Decoder
 from mixtralkit.model.kv_cache import KVCache
 from mixtralkit.model.step import StepBatch
 from mixtralkit.model.transformer import Transformer
-from mixtralkit.planning import spread
+from mixtralkit.planning import replicas
 from mixtralkit.planning.plan import ExpertPlan, contiguous, everywhere
 from tests.configs import random_config, small_config
 from tests.moe.layers import random_plan
@@ -30,7 +30,7 @@ OWN = [(2, 0, 3), (3,), (), (0, 2)]  # the slots that have sequences on each ran
 def compare(context: RankContext, config, parallel: ParallelConfig, plan: ExpertPlan) -> None:
     """Prefills two caches, then decodes a few steps in each way, with rows that only fill the shape."""
     layout = RankLayout(config, parallel, plan, context.rank)
-    model = Transformer(layout, context, options=MoEOptions(peer_rows=1))
+    model = Transformer(layout, context, options=MoEOptions(symmetric_rows=1))
     model.initialize(0, std=0.15)
     prompts, first, end = PROMPTS, *model.layout.vocab
     if model.ranks_with_own_sequences > 1:
@@ -91,7 +91,7 @@ def test_split_over_ranks(world, experts):
 
 def _compare_replicas(context: RankContext, few_choices: int) -> None:
     config = small_config(n_layers=1)
-    with patch.object(spread, "SMALL_BATCH_CHOICES", few_choices):
+    with patch.object(replicas, "SMALL_BATCH_CHOICES", few_choices):
         for plan in (everywhere(1, config.num_experts, 2), random_plan(3, config.num_experts, 2)):
             compare(context, config, ParallelConfig("tp", "ep"), plan)
 
@@ -123,7 +123,7 @@ def compare_travelling(context: RankContext, few_choices: int) -> None:
         read.append(len(slots_RK[slots_RK >= 0].unique()))
         return plain(x_RD, slots_RK, *args, **more)
 
-    with patch.object(decode, "expert_sum", counted), patch.object(spread, "SMALL_BATCH_CHOICES", few_choices):
+    with patch.object(decode, "expert_sum", counted), patch.object(replicas, "SMALL_BATCH_CHOICES", few_choices):
         compare(context, config, ParallelConfig("dp", "ep"), unlike_layers(context.world_size))
     assert len(computed) == STEPS * config.n_layers
     sequences = sum(map(len, OWN[: context.world_size]))
@@ -149,7 +149,9 @@ def test_every_plan_has_tables_of_one_shape(world):
         for plan in (contiguous(1, 8, world), random_plan(seed, 8, world), everywhere(1, 8, world)):
             config = small_config(n_layers=1, n_heads=8, n_kv_heads=8, dim=64)
             model = Transformer(
-                RankLayout(config, ParallelConfig("dp", "ep"), plan, rank), context, options=MoEOptions(peer_rows=1)
+                RankLayout(config, ParallelConfig("dp", "ep"), plan, rank),
+                context,
+                options=MoEOptions(symmetric_rows=1),
             )
             table_EC = Decoder(model, model.allocate_cache()).tables[False][0]
             tables.append(table_EC)
@@ -174,22 +176,22 @@ def _needs_plain_steps(context: RankContext, changes: list[tuple[str, MoEOptions
 
 def test_ways_of_rows_that_need_the_plain_step():
     changes = [
-        ("ep", MoEOptions(peer_rows=1), {}),
-        ("ep", MoEOptions(peer_rows=1), {}),  # fewer than a decode step has
-        ("tp", MoEOptions(peer_rows=1), {}),
-        ("ep", MoEOptions(peer_rows=0), {}),
-        ("ep", MoEOptions(exchange="exact", peer_rows=1), {}),
-        ("ep", MoEOptions(FasterOptions(shadow=True), peer_rows=1), {}),
-        ("ep", MoEOptions(peer_rows=1), {"ranks_per_node": 1}),
-        ("ep", MoEOptions(peer_rows=1), {"cold_capacity_factor": 0.5}),
+        ("ep", MoEOptions(symmetric_rows=1), {}),
+        ("ep", MoEOptions(symmetric_rows=1), {}),  # fewer than a decode step has
+        ("tp", MoEOptions(symmetric_rows=1), {}),
+        ("ep", MoEOptions(symmetric_rows=0), {}),
+        ("ep", MoEOptions(exchange="exact", symmetric_rows=1), {}),
+        ("ep", MoEOptions(FasterOptions(shadow=True), symmetric_rows=1), {}),
+        ("ep", MoEOptions(symmetric_rows=1), {"ranks_per_node": 1}),
+        ("ep", MoEOptions(symmetric_rows=1), {"cold_capacity_factor": 0.5}),
     ]
     assert run_ranks(_needs_plain_steps, 2, changes) == [[False, False, True, True, True, True, False, True]] * 2
 
 
 @pytest.mark.parametrize("rows", [-1, 2.0, True, "4"])
-def test_a_bad_number_of_peer_rows_is_named(rows):
-    with pytest.raises(ValueError, match="peer_rows"):
-        MoEOptions(peer_rows=rows)
+def test_a_bad_number_of_symmetric_rows_is_named(rows):
+    with pytest.raises(ValueError, match="symmetric_rows"):
+        MoEOptions(symmetric_rows=rows)
 
 
 def test_options_that_need_the_plain_step():
@@ -214,4 +216,4 @@ def _has_peers(context: RankContext, rows: int | None) -> bool:
     config = small_config()
     plan = contiguous(config.n_layers, config.num_experts, context.world_size)
     layout = RankLayout(config, ParallelConfig("dp", "ep"), plan, context.rank)
-    return Transformer(layout, context, options=MoEOptions(peer_rows=rows)).peers is not None
+    return Transformer(layout, context, options=MoEOptions(symmetric_rows=rows)).peers is not None

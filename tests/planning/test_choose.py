@@ -10,8 +10,8 @@ import pytest
 
 from mixtralkit.config import ModelConfig, ParallelConfig
 from mixtralkit.layout import RankLayout
-from mixtralkit.ops.all_reduce import FEW_ROWS, MANY_ROWS, Inboxes
-from mixtralkit.ops.peer_exchange import PeerMailbox
+from mixtralkit.ops.all_reduce import ONE_TRIP_ROWS, TWO_TRIP_ROWS, ReducerMemory
+from mixtralkit.ops.symmetric_exchange import ExchangeMemory
 from mixtralkit.planning.choose import Situation, candidates, choose, sample_steps, table
 from mixtralkit.planning.hardware import Hardware
 from mixtralkit.planning.memory import Room, rank_memory
@@ -28,7 +28,7 @@ UNIFORM = np.ones((32, 8))
 
 def situation(batch: int = 64, max_seq_len: int = 1024, world_size: int = 4, **changes) -> Situation:
     values = {"config": MIXTRAL, "hardware": H200, "world_size": world_size}
-    return Situation(**{**values, "room": Room(batch, max_seq_len, 8192, peer_rows=None), **changes})
+    return Situation(**{**values, "room": Room(batch, max_seq_len, 8192, symmetric_rows=None), **changes})
 
 
 # --- memory
@@ -52,13 +52,13 @@ def test_weights_and_cache_are_those_of_the_fullest_rank(parallel, name):
 
 def test_exchange_memory_is_what_the_kernels_take():
     plan = contiguous(32, 8, 4)
-    inboxes = Inboxes.places(4, FEW_ROWS, MANY_ROWS) * 4096 * 2
-    assert rank_memory(MIXTRAL, ParallelConfig("tp", "ep"), plan, Room(1, 9, 9)).exchange == inboxes / 1e9
+    sums = ReducerMemory.places(4, ONE_TRIP_ROWS, TWO_TRIP_ROWS) * 4096 * 2
+    assert rank_memory(MIXTRAL, ParallelConfig("tp", "ep"), plan, Room(1, 9, 9)).exchange == sums / 1e9
     rows = 2 * 16 * 4 * 4096 * 2
-    words = PeerMailbox.words_of(4, 16, 2) * 8
-    found = rank_memory(MIXTRAL, ParallelConfig("dp", "ep"), plan, Room(64, 9, 9, peer_rows=None)).exchange
+    words = ExchangeMemory.words_of(4, 16, 2) * 8
+    found = rank_memory(MIXTRAL, ParallelConfig("dp", "ep"), plan, Room(64, 9, 9, symmetric_rows=None)).exchange
     assert found == pytest.approx((rows + words) / 1e9, rel=1e-4)
-    assert rank_memory(MIXTRAL, ParallelConfig("dp", "ep"), plan, Room(64, 9, 9, peer_rows=0)).exchange == 0
+    assert rank_memory(MIXTRAL, ParallelConfig("dp", "ep"), plan, Room(64, 9, 9, symmetric_rows=0)).exchange == 0
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_what_is_asked_for_is_kept():
 
 
 def test_without_rows_through_memory_steps_are_launched_one_by_one_and_slower():
-    room = Room(64, 1024, 8192, peer_rows=0)
+    room = Room(64, 1024, 8192, symmetric_rows=0)
     plain = candidates(situation(attention="dp", room=room))
     graph = candidates(situation(attention="dp"))
     assert {one.layout for one in plain} == {"static"}

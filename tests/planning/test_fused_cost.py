@@ -12,8 +12,8 @@ import torch
 from mixtralkit.config import ParallelConfig
 from mixtralkit.layout import RankLayout
 from mixtralkit.model.decode import _slots_in_turn
-from mixtralkit.ops import all_reduce, peer_exchange
-from mixtralkit.ops.peer_exchange import ExpertPlaces
+from mixtralkit.ops import all_reduce, symmetric_exchange
+from mixtralkit.ops.symmetric_exchange import ExpertPlaces
 from mixtralkit.planning.cost import KernelCounts, ModelShape
 from mixtralkit.planning.fused_cost import MOST_RANKS, FusedTimeModel
 from mixtralkit.planning.hardware import FusedKernels, Hardware, nearest
@@ -217,7 +217,7 @@ def test_what_must_be_known():
 
 
 def test_as_many_ranks_as_the_kernels_take():
-    assert MOST_RANKS == all_reduce.MOST_RANKS == peer_exchange.MOST_RANKS
+    assert MOST_RANKS == all_reduce.MOST_RANKS == symmetric_exchange.MOST_RANKS
 
 
 def test_saved_and_loaded_is_the_same(tmp_path):
