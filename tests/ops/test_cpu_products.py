@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mixtralkit.ops.cpu.build import kernels
-from mixtralkit.ops.cpu.products import expert_sum_cpu, linear_cpu, read_cpu, runs_cpu
+from mixtralkit.ops.cpu.products import expert_sum_cpu, linear_cpu, read_cpu
+from mixtralkit.ops.runtime import runs_cpu
 from tests.configs import TOLERANCE
 
 needs_compiler = pytest.mark.skipif(kernels() is None, reason="needs a C++ compiler")

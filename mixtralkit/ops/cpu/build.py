@@ -15,10 +15,10 @@ import tempfile
 import warnings
 from pathlib import Path
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "quantised.h", "vectors.h"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "attention.h", "quantised.h", "vectors.h"))
 COMPILERS = ("g++", "c++", "clang++")
 # infinities, the order of sums and their roundings stay as they are written
-FLAGS = "-std=c++17 -O3 -march=native -fno-math-errno -fno-trapping-math -ffp-contract=off -fopenmp -shared -fPIC".split()
+FLAGS = "-std=c++17 -O2 -march=native -fno-math-errno -fno-trapping-math -ffp-contract=off -fopenmp -shared -fPIC".split()
 PATIENCE_S = 120
 
 INT, LONG, POINTER = ctypes.c_int, ctypes.c_long, ctypes.c_void_p
@@ -98,6 +98,9 @@ def _load(library: Path) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(library))
     loaded.mk_linear.argtypes = (INT, *(LONG,) * 3, *(POINTER,) * 4)
     loaded.mk_expert_sum.argtypes = (INT, *(LONG,) * 5, *(POINTER,) * 7)
+    loaded.mk_attention.argtypes = (
+        INT, *(LONG,) * 4, POINTER, INT, POINTER, POINTER, *(LONG,) * 3, POINTER, POINTER, LONG, POINTER,
+    )  # fmt: skip
     loaded.mk_read.argtypes, loaded.mk_read.restype = (INT, POINTER, LONG), ctypes.c_float
     return loaded
 

@@ -8,6 +8,7 @@
 #include <memory>
 #include <vector>
 
+#include "attention.h"
 #include "quantised.h"
 #include "vectors.h"
 
@@ -83,7 +84,7 @@ inline void tile(const T* w, long ldw, const float* const* x, long k0, long n, f
     }
     for (int m = 0; m < MR; m++) {
         float part[NR];
-        sums<NR>(acc[m], part);
+        sums_of<NR>(acc[m], part);
         for (int r = 0; r < NR; r++) out[m][r] += part[r];
     }
 }
@@ -328,7 +329,10 @@ void mk_expert_sum(int threads, long R, long D, long F, long S, long K, const mk
             product(*w13, s, F + first, n, D, &x_at[i0], &narrow_at[i0], count, &at[count]);
             for (long m = 0; m < count; m++) {
                 float* to = hidden.row(i0 + m) + first;
-                for (long i = 0; i < n; i++) to[i] = at[m][i] / (1.f + std::exp(-at[m][i])) * at[count + m][i];
+                for (long i = 0; i < n; i += VW) {
+                    vfloat gate = load(at[m] + i), y = gate / (exponential(-gate) + 1.f) * load(at[count + m] + i);
+                    memcpy(to + i, &y, std::min<long>(VW, n - i) * 4);
+                }
             }
         }
 #pragma omp for
@@ -351,6 +355,35 @@ void mk_expert_sum(int threads, long R, long D, long F, long S, long K, const mk
     }
 }
 
+// Softmax attention of T queries [H, C] to the keys of their slots up to their positions; slots below 0 give zeros.
+// Keys and values are [slots, J, positions, C], distances in numbers. `window` keys, its own included; 0 for all.
+void mk_attention(int threads, long T, long H, long J, long C, const mk_rows* q, int type, const void* keys,
+                  const void* values, long slot, long head, long position, const int64_t* slots,
+                  const int64_t* positions, long window, const mk_rows* out) {
+    long G = H / J, wide = (C + VW - 1) / VW * VW;
+#pragma omp parallel num_threads(threads)
+    {
+        Floats query = floats(G * wide), sums = floats(G * wide);
+#pragma omp for schedule(dynamic)
+        for (long item = 0; item < J * T; item++) {
+            long j = item / T, t = item % T;
+            std::fill_n(sums.get(), G * wide, 0.f);
+            if (slots[t] >= 0) {
+                std::fill_n(query.get(), G * wide, 0.f);
+                for (long g = 0; g < G; g++)
+                    read_row(q->type, (const char*)q->data, t * q->ld + (j * G + g) * C, C, query.get() + g * wide);
+                long first = window ? std::max(0L, positions[t] + 1 - window) : 0;
+                long from = slots[t] * slot + j * head;
+                if (type == F32) attend((const float*)keys + from, (const float*)values + from, position, first, positions[t], G, C, query.get(), sums.get());
+                else if (type == BF16) attend((const bf16*)keys + from, (const bf16*)values + from, position, first, positions[t], G, C, query.get(), sums.get());
+                else attend((const f16*)keys + from, (const f16*)values + from, position, first, positions[t], G, C, query.get(), sums.get());
+            }
+            for (long g = 0; g < G; g++)
+                write_row(out->type, sums.get() + g * wide, C, (char*)out->data, t * out->ld + (j * G + g) * C);
+        }
+    }
+}
+
 // Sum of `count` float32 numbers by all threads: what the memory gives at most.
 float mk_read(int threads, const float* x, long count) {
     double total = 0;
@@ -361,7 +394,7 @@ float mk_read(int threads, const float* x, long count) {
         long k = piece * 65536, end = std::min(count, k + 65536);
         for (; k + 8 * VW <= end; k += 8 * VW)
             for (int i = 0; i < 8; i++) acc[i] += load(x + k + i * VW);
-        for (int i = 0; i < 8; i++) { float one; sums<1>(acc + i, &one); total += one; }
+        for (int i = 0; i < 8; i++) { float one; sums_of<1>(acc + i, &one); total += one; }
     }
     return (float)total;
 }

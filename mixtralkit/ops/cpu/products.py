@@ -8,25 +8,9 @@ import torch
 
 from mixtralkit.ops.cpu.build import Rows, Weight, kernels
 from mixtralkit.ops.cpu.packed import PackedWeight
+from mixtralkit.ops.runtime import CPU_TYPES
 
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-LARGE_BATCH = 32  # rows from which torch's product is the faster where a processor multiplies bfloat16 matrices (AMX)
-
-
-def runs_cpu(x: torch.Tensor, *weights: torch.Tensor) -> bool:
-    """The guard of every op: whether the compiled kernels run on these tensors, else the reference does.
-
-    They do on a CPU with a compiler, where no gradient and no autocast is wanted and none is empty.
-    """
-    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-        return False
-    grad = torch.is_grad_enabled()
-    for tensor in (x, *weights):
-        if tensor.dtype not in TYPES or tensor.numel() == 0 or tensor.stride(-1) != 1 or (tensor.requires_grad and grad):
-            return False
-    if x.dtype == torch.bfloat16 and x.shape[0] >= LARGE_BATCH and torch.cpu._is_amx_tile_supported():
-        return False
-    return kernels() is not None
+TYPES = {dtype: number for number, dtype in enumerate(CPU_TYPES)}
 
 
 def linear_cpu(
@@ -46,7 +30,7 @@ def linear_cpu(
     assert x_TI.shape[1] == w_OI.shape[1]
     kernels().mk_linear(
         torch.get_num_threads(), *x_TI.shape, w_OI.shape[0],
-        _rows(x_TI), _weight(w_OI), _rows(residual_TO), _rows(out),
+        rows_of(x_TI), weight_of(w_OI), rows_of(residual_TO), rows_of(out),
     )  # fmt: skip
     return out
 
@@ -70,8 +54,8 @@ def expert_sum_cpu(
     assert slots_RK.dtype == torch.int64
     kernels().mk_expert_sum(
         torch.get_num_threads(), *x_RD.shape, w2_SDF.shape[2], w2_SDF.shape[0], slots_RK.shape[1],
-        _rows(x_RD), slots_RK.data_ptr(), weights_RK.data_ptr(), _weight(w13_SGD), _weight(w2_SDF),
-        _rows(residual_RD), _rows(out_RD),
+        rows_of(x_RD), slots_RK.data_ptr(), weights_RK.data_ptr(), weight_of(w13_SGD), weight_of(w2_SDF),
+        rows_of(residual_RD), rows_of(out_RD),
     )  # fmt: skip
     return out_RD
 
@@ -81,14 +65,14 @@ def read_cpu(x: torch.Tensor) -> float:
     return kernels().mk_read(torch.get_num_threads(), x.data_ptr(), x.numel())
 
 
-def _rows(x: torch.Tensor | None) -> ctypes.Structure:
+def rows_of(x: torch.Tensor | None) -> ctypes.Structure:
     if x is None:
         return ctypes.byref(Rows())
     assert x.stride(-1) == 1
     return ctypes.byref(Rows(TYPES[x.dtype], x.data_ptr(), x.stride(0)))
 
 
-def _weight(w: torch.Tensor | PackedWeight) -> ctypes.Structure:
+def weight_of(w: torch.Tensor | PackedWeight) -> ctypes.Structure:
     """Of one matrix, or of one for each slot."""
     if isinstance(w, torch.Tensor):
         assert w.stride(-1) == 1

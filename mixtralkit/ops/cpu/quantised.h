@@ -123,7 +123,7 @@ static void few_int4(const Packed& w, long first, long outputs, long K, const Na
                     off[m] = fma(s * z, load(x[m].sum + g0 + g), off[m]);
                 }
             }
-            for (int m = 0; m < MR; m++) { float one; sums<1>(off + m, &one); less[m] += one; }
+            for (int m = 0; m < MR; m++) { float one; sums_of<1>(off + m, &one); less[m] += one; }
             for (; g < count; g++) {
                 float s = to_float(scales[g0 + g]), z = zeros ? zeros[g0 + g] : 8.f;
                 for (int m = 0; m < MR; m++) scale[m][g] = s * x[m].scale[g0 + g], less[m] += s * z * x[m].sum[g0 + g];

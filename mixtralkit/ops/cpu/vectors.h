@@ -43,6 +43,22 @@ static inline vfloat fma(vfloat a, vfloat b, vfloat c) {  // said outright: comp
 #endif
 }
 
+// e^x to 2 units of the last place; 0 below -87.
+static inline vfloat exponential(vfloat x) {
+    const float round = 12582912.f;  // 1.5 · 2^23: what is added to it is rounded to whole numbers
+    vint small = x < -87.f;
+    x = x > 88.f ? splat(88.f) : small ? splat(-87.f) : x;
+    vfloat n = fma(x, splat(1.44269504f), splat(round)) - round;
+    vfloat f = fma(n, splat(-0.693359375f), x);
+    f = fma(n, splat(2.12194440e-4f), f);
+    vfloat p = splat(1.9875691500e-4f);
+    const float terms[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+    for (float term : terms) p = fma(p, f, splat(term));
+    p = fma(p * f, f, f) + 1.f;
+    vint power = (__builtin_convertvector(n, vint) + 127) << 23;
+    return small ? vfloat{} : p * (vfloat)power;
+}
+
 static inline float to_float(float x) { return x; }
 static inline float to_float(bf16 x) { uint32_t b = (uint32_t)x.bits << 16; float f; memcpy(&f, &b, 4); return f; }
 static inline float to_float(f16 x) {
@@ -79,7 +95,7 @@ static inline vfloat load(const f16* p) {
 }
 
 // Sums of N vectors. Whatever N, each is ((0+1)+(2+3))+((4+5)+(6+7)), of the halves' sum where vectors have 16 numbers.
-template <int N> static inline void sums(const vfloat* v, float* to) {
+template <int N> static inline void sums_of(const vfloat* v, float* to) {
 #if defined(__AVX512F__)
     auto eight = [](vfloat a) {
         __m512d d = (__m512d)a;
