@@ -3,7 +3,7 @@
     pip install 'mixtralkit[bench]'
     python benchmarks/bench_cpu.py --folder /tmp/models --layers 2 --batch 1,4,16,64 --prompts 64,512 --threads 1,2
 
-Prints one line of JSON a measurement on stdout, a table on stderr. ``ratio`` is our rate by llama.cpp's, the median over
+Prints one line of JSON a measurement on stdout, a table on stderr. ``ratio`` is our rate by llama.cpp's, the median of
 the turns, and ``quartiles`` those of the turns. docs/cpu.md has the figures.
 """
 
@@ -103,7 +103,8 @@ def bench_cpu(
             if sequences == 1:
                 size = ours.bytes_of_one()
                 fields["gb_per_step"] = round(size / 1e9, 4)
-                fields["share_of_reading"] = round(median(size / 1e9 / s / read for s, read in zip(ours_s, reads)), 3)
+                shares = [size / 1e9 / s / read for s, read in zip(ours_s, reads, strict=True)]
+                fields["share_of_reading"] = round(median(shares), 3)
             emit("decode", about | fields, output)
             del theirs
         for length in lengths:
@@ -186,8 +187,8 @@ def emit(measurement: str, found: dict[str, object], output: Path | None) -> Non
     if output is not None:
         with output.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
-    start = list(found).index("threads")
-    print(f"{measurement:<7}" + "  ".join(f"{k} {v}" for k, v in list(found.items())[start:]), file=sys.stderr, flush=True)
+    shown = list(found.items())[list(found).index("threads") :]
+    print(f"{measurement:<7}" + "  ".join(f"{name} {value}" for name, value in shown), file=sys.stderr, flush=True)
 
 
 def _numbers(text: str) -> list[int]:

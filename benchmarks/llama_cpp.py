@@ -1,4 +1,4 @@
-"""llama.cpp beside us, for bench_cpu.py: one random model as its file and as our weights, and what it takes for a step."""
+"""llama.cpp beside us, for bench_cpu.py: one random model as its file and as our weights, and what a step takes it."""
 
 from __future__ import annotations
 

@@ -16,17 +16,12 @@ from mixtralkit.model.transformer import Transformer
 from mixtralkit.moe.layer import MoEReport
 from mixtralkit.planning.formats import load_plan
 from mixtralkit.planning.plan import ExpertPlan
-from mixtralkit.planning.policies.named import named_plan
+from mixtralkit.planning.policies.registry import named_plan
 from mixtralkit.planning.trace import RoutingTrace
 
 
-def needs_loads(name: str) -> bool:
-    """Whether a plan of this name depends on how often experts are chosen."""
-    return name.startswith(("hot_cold", "balanced"))
-
-
 def make_plan(name: str, config: ModelConfig, world_size: int, loads_LE: np.ndarray | None) -> ExpertPlan:
-    """The plan of a name (``planning.policies.named``) or of a plan file; of a file where there is one."""
+    """The plan of a name (``planning.policies.registry``) or of a plan file; of a file where there is one."""
     if Path(name).is_file():
         return load_plan(name, num_experts=config.num_experts, world_size=world_size)
     loads_LE = np.ones((config.n_layers, config.num_experts)) if loads_LE is None else loads_LE

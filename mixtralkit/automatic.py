@@ -79,7 +79,7 @@ def choose_automatically(
             automatic.data_bytes, options.shadow_memory_gb if options.copies_experts else 0.0,
         ),
         attention, experts, None if automatic.trace is None else RoutingTrace.load(automatic.trace, config.num_experts),
-        plain_layout="ep" if options.exchange == "exact" else "static",
+        exchange=options.exchange,
     )  # fmt: skip
     found = candidates(situation)
     chosen = choose(found, automatic.memory_gb)

@@ -216,7 +216,7 @@ def brute_force(
     expert computes it.
     """
     copies_E = (np.array(slots_WE) >= 0).sum(0)
-    slots_WE = spread.one_holder(np.array(slots_WE)) if one_each else slots_WE
+    slots_WE = replicas.one_holder(np.array(slots_WE)) if one_each else slots_WE
     ranks = len(slots_WE)
     sent_W, home, choices, computed_CW = [0.0] * ranks, 0, 0, []
     for experts_WTK in experts_CWTK:

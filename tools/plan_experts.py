@@ -4,50 +4,25 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-
-import numpy as np
 
 from mixtralkit.cli import run_tool
 from mixtralkit.config import ModelConfig, parse_dtype
-from mixtralkit.planning.cost import ModelShape, ShadowModel
+from mixtralkit.planning.cost import ModelShape
 from mixtralkit.planning.formats import save_plan
 from mixtralkit.planning.hardware import Hardware
-from mixtralkit.planning.plan import ExpertPlan, contiguous
+from mixtralkit.planning.plan import ExpertPlan
 from mixtralkit.planning.plan_plot import plot_plan
-from mixtralkit.planning.policies.affinity import affinity
-from mixtralkit.planning.policies.auto import auto
-from mixtralkit.planning.policies.balanced import balanced
-from mixtralkit.planning.policies.hot_cold import hot_cold
+from mixtralkit.planning.policies.auto import auto_for
 from mixtralkit.planning.policies.inputs import Budget
 from mixtralkit.planning.policies.quality import measure
-from mixtralkit.planning.policies.shadow import shadow
-from mixtralkit.planning.policies.two_phase import two_phase
+from mixtralkit.planning.policies.registry import Given, make_plan
 from mixtralkit.planning.replay import Execution
-from mixtralkit.planning.simulate import sample_routing
 from mixtralkit.planning.trace import RoutingTrace, load_loads
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 FORMATS = {"mixtralkit": "plan", "sglang": "sglang", "tensorrt_llm": "tensorrt", "vllm": "vllm", "exflow": "exflow"}
-
-
-@dataclass(frozen=True)
-class _Input:
-    """What a policy may need. ``trace`` is None where the file holds only loads."""
-
-    trace: RoutingTrace | None
-    loads_LE: np.ndarray
-    world_size: int
-    ranks_per_node: int | None
-    budget: Budget
-    shape: ModelShape
-
-    def tokens(self, policy: str) -> RoutingTrace:
-        if self.trace is None:
-            raise ValueError(f"policy {policy} needs every token's experts, and the file holds only loads")
-        return self.trace
 
 
 def plan_experts(
@@ -72,7 +47,7 @@ def plan_experts(
     finetune_threshold: float | None = None,
     shadow_steps: float = 1.0,
     batch: int = 64,
-    layout: str = "ep",
+    dispatcher: str = "exact",
     model: Path = CONFIGS / "models" / "mixtral-8x7b.json",
     dtype: str = "bfloat16",
     hardware: Path = CONFIGS / "hardware" / "h200.json",
@@ -84,7 +59,8 @@ def plan_experts(
 
     Args:
         trace: routing trace (.npz, .npy), or SGLang's recorded loads (.pt).
-        policy: contiguous, hot_cold, two_phase, affinity, balanced, shadow or auto (docs/planning.md).
+        policy: contiguous, hot_cold, two_phase, affinity, balanced, shadow, everywhere or auto, or a plan by name as
+            balanced+4 or hot_cold/node+2 (docs/planning.md).
         world_size: ranks to plan for.
         output: file for the plan.
         format: mixtralkit, sglang, tensorrt_llm, vllm or exflow.
@@ -105,7 +81,7 @@ def plan_experts(
         finetune_threshold: two_phase: total-variation distance above which a layer is corrected; Lina's rule without.
         shadow_steps: shadow: steps over which sending the weights is paid.
         batch: shadow and auto: tokens of a step on each rank.
-        layout: auto: how the plan will run: ep, static, two_stage, coherent, tp_ep, or peer, by the hardware's fused.
+        dispatcher: auto: how the plan will run: exact, static, two_stage, coherent, replicated or symmetric.
         model: params.json or config.json with the sizes of the model.
         dtype: of the weights.
         hardware: machine for shadow and auto, configs/hardware/*.json.
@@ -113,28 +89,16 @@ def plan_experts(
     """
     if format not in FORMATS:
         raise ValueError(f"format ({format!r}) must be one of {', '.join(FORMATS)}")
-    makers: dict[str, Callable[[_Input], ExpertPlan]] = {
-        "contiguous": lambda g: contiguous(*g.loads_LE.shape, g.world_size),
-        "hot_cold": lambda g: hot_cold(
-            g.loads_LE, g.world_size, hot_experts, g.budget, cold, _ring(hot_per, g.ranks_per_node),
-            cold_capacity_factor, cold_token_percent, overflow, cut_order,
-        ),
-        "two_phase": lambda g: _two_phase(g, finetune_threshold),
-        "affinity": lambda g: affinity(
-            g.tokens("affinity").transitions_LEE(), g.world_size, g.ranks_per_node, g.budget, g.loads_LE, load_cap
-        ),
-        "balanced": lambda g: balanced(g.loads_LE, g.world_size, g.budget, g.ranks_per_node, num_groups),
-        "shadow": lambda g: shadow(
-            g.loads_LE, g.world_size, ShadowModel.from_hardware(g.shape, Hardware.load(hardware)),
-            batch * g.world_size * g.shape.top_k, shadow_steps, g.budget,
-        ),
-        "auto": lambda g: _auto(g, Hardware.load(hardware), Execution(layout, batch, fused=layout == "peer")),
+    options = {
+        "hot_experts": hot_experts, "cold": cold, "hot_per": hot_per, "cold_capacity_factor": cold_capacity_factor,
+        "cold_token_percent": cold_token_percent, "overflow": overflow, "cut_order": cut_order, "load_cap": load_cap,
+        "num_groups": num_groups, "finetune_threshold": finetune_threshold, "shadow_steps": shadow_steps,
     }  # fmt: skip
-    if policy not in makers:
-        raise ValueError(f"policy ({policy!r}) must be one of {', '.join(makers)}")
     given = _read(trace, num_experts, world_size, ranks_per_node, model, dtype, slots_per_rank, memory_gb)
+    rows = batch * world_size * given.shape.top_k
+    given = replace(given, hardware=Hardware.load(hardware), rows=rows, options=options)
     started = time.perf_counter()
-    plan = replace(makers[policy](given), ranks_per_node=ranks_per_node)
+    plan = auto_for(given, Execution(dispatcher, batch)) if policy == "auto" else make_plan(policy, given)
     seconds = time.perf_counter() - started
     given.budget.require(int(plan.holds_LWE.sum(2).max()), plan.num_layers, f"policy {policy}")
     save_plan(plan, output, FORMATS[format])
@@ -148,7 +112,7 @@ def plan_experts(
 def _read(
     path: Path, num_experts: int | None, world_size: int, ranks_per_node: int | None, model: Path, dtype: str,
     slots_per_rank: int | None, memory_gb: float | None,
-) -> _Input:  # fmt: skip
+) -> Given:  # fmt: skip
     if world_size < 1:
         raise ValueError(f"world_size ({world_size}) must be at least 1")
     trace = None if path.suffix in (".pt", ".pth") else RoutingTrace.load(path, num_experts)
@@ -157,33 +121,10 @@ def _read(
     shape = replace(shape, num_experts=loads_LE.shape[1], top_k=shape.top_k if trace is None else trace.top_k)
     budget = Budget(slots_per_rank, memory_gb, shape.expert_bytes)
     budget.slots(*loads_LE.shape, world_size)
-    return _Input(trace, loads_LE, world_size, ranks_per_node, budget, shape)
+    return Given(loads_LE, world_size, trace, ranks_per_node, budget, shape)
 
 
-def _ring(hot_per: str, ranks_per_node: int | None) -> int:
-    if hot_per not in ("rank", "node"):
-        raise ValueError(f"hot_per ({hot_per!r}) must be 'rank' or 'node'")
-    if hot_per == "node" and ranks_per_node is None:
-        raise ValueError("hot_per ('node') needs ranks_per_node")
-    return 1 if hot_per == "rank" else ranks_per_node
-
-
-def _two_phase(given: _Input, threshold: float | None) -> ExpertPlan:
-    """Estimated from the first half of the trace, corrected by the counts of the second."""
-    if given.trace is None:
-        return two_phase(given.loads_LE, given.world_size, budget=given.budget)
-    profile, batch = given.trace.split(0.5)
-    return two_phase(profile.loads_LE(), given.world_size, batch.loads_LE(), given.trace.top_k, threshold, given.budget)
-
-
-def _auto(given: _Input, hardware: Hardware, execution: Execution) -> ExpertPlan:
-    trace = given.trace
-    if trace is None:
-        trace = sample_routing(given.loads_LE, 2 * execution.batch * given.world_size, given.shape.top_k)
-    return auto(trace, given.world_size, given.shape, hardware, execution, given.budget, given.ranks_per_node)
-
-
-def _figures(plan: ExpertPlan, given: _Input, seconds: float) -> dict[str, object]:
+def _figures(plan: ExpertPlan, given: Given, seconds: float) -> dict[str, object]:
     quality = measure(plan, given.loads_LE, given.trace and given.trace.transitions_LEE())
     return {
         "policy": plan.policy,
@@ -203,7 +144,7 @@ def _print_notes(plan: ExpertPlan) -> None:
     if plan.policy == "auto":
         print(
             f"chosen: {meta['chosen']}, expected {meta['expected_step_s'] * 1e3:.3f} ms a step of {meta['batch']} "
-            f"tokens a rank on {meta['hardware']} ({meta['layout']})"
+            f"tokens a rank on {meta['hardware']} ({meta['dispatcher']})"
         )
         for name, step_s in sorted(meta["candidates_step_s"].items(), key=lambda item: item[1]):
             print(f"  {step_s * 1e3:9.3f} ms  {name}")

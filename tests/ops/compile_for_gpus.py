@@ -76,14 +76,15 @@ def _is_launched(module, name: str) -> bool:
         return f"{name}[" in source.read()
 
 
-def experts(rows: int, slots: int = 8, width: int = 4096, hidden: int = 14336) -> None:
+def experts(rows: int, slots: int = 8, width: int = 4096, hidden: int = 14336, stored: bool = False) -> None:
     from mixtralkit.ops.experts.triton_grouped import expert_sum_grouped
     from mixtralkit.ops.experts.triton_small import expert_sum_small
 
     x_RD = torch.empty(rows, width, dtype=BF16)
     weights = torch.empty(slots, 2 * hidden, width, dtype=BF16), torch.empty(slots, width, hidden, dtype=BF16)
     chosen = torch.zeros(rows, 2, dtype=torch.int64), torch.zeros(rows, 2)
-    (expert_sum_small if rows <= 16 else expert_sum_grouped)(x_RD, *chosen, *weights, x_RD)
+    launch = expert_sum_small if rows <= 16 else expert_sum_grouped
+    launch(x_RD, *chosen, *weights, x_RD, storage_S=torch.arange(slots) if stored else None)
 
 
 def rest(rows: int, width: int = 4096, heads: int = 32, kv_heads: int = 8) -> None:
@@ -112,5 +113,7 @@ if __name__ == "__main__":
     prepare(int(sys.argv[1]))
     for count in (1, 8, 64, 128, 256, 1024, 4096):
         experts(count)
+    for count in (1, 8, 64):
+        experts(count, stored=True)
     for count in (1, 8, 256, 16384):
         rest(count)

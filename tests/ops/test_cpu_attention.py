@@ -19,7 +19,8 @@ def _float64(q_THC, keys_NJSC, values_NJSC, slots_T, positions_T, window=None) -
     for row, (slot, position) in enumerate(zip(slots_T.tolist(), positions_T.tolist(), strict=True)):
         first = 0 if window is None else max(0, position + 1 - window)
         for head in range(q_THC.shape[1] if slot >= 0 else 0):
-            keys_SC, values_SC = (kept[slot, head // shared, first : position + 1].double() for kept in (keys_NJSC, values_NJSC))
+            at = (slot, head // shared, slice(first, position + 1))
+            keys_SC, values_SC = keys_NJSC[at].double(), values_NJSC[at].double()
             scores_S = keys_SC @ q_THC[row, head].double() * q_THC.shape[2] ** -0.5
             out_THC[row, head] = scores_S.softmax(0) @ values_SC
     return out_THC

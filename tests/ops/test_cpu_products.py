@@ -34,7 +34,8 @@ def experts_float64(x_RD, slots_RK, weights_RK, w13_SGD, w2_SDF, residual_RD=Non
 @pytest.mark.parametrize("width", [1, 17, 64, 1040, 2085])
 def test_linear_is_the_product_of_any_size(dtype, width) -> None:
     for rows, outputs in [(1, 1), (2, 37), (3, 5), (4, 64), (5, 33), (7, 31), (25, 3), (53, 38)]:
-        x_TI, w_OI = random_tensor(rows, width, dtype=dtype, seed=rows), random_tensor(outputs, width, dtype=dtype, seed=width)
+        x_TI = random_tensor(rows, width, dtype=dtype, seed=rows)
+        w_OI = random_tensor(outputs, width, dtype=dtype, seed=width)
         expected = x_TI.double() @ w_OI.double().t()
         found = linear_cpu(x_TI, w_OI)
         assert found.dtype == dtype
@@ -84,6 +85,10 @@ def test_expert_sum_is_the_sum_of_the_choices(dtype, rows, dim, hidden) -> None:
         torch.testing.assert_close(found.double(), expected, rtol=TOLERANCE[dtype] / 4, atol=TOLERANCE[dtype] / 4)
     one = expert_sum_cpu(x_RD[-1:], slots_RK[-1:], weights_RK[-1:], w13_SGD, w2_SDF, residual_RD[-1:])
     assert one.equal(found[-1:])
+    storage_S = torch.tensor([5, 0, 3, 2])
+    larger13_SGD, larger2_SDF = (w.new_zeros(6, *w.shape[1:]).index_copy_(0, storage_S, w) for w in (w13_SGD, w2_SDF))
+    scattered = expert_sum_cpu(x_RD, slots_RK, weights_RK, larger13_SGD, larger2_SDF, residual_RD, storage_S=storage_S)
+    assert scattered.equal(found)
 
 
 @needs_compiler

@@ -51,10 +51,8 @@ class Int4:
         """The reference: float32 [..., O, K]."""
         columns = tensors["q"].shape[-1]
         zero = tensors["zero"].float() if self.zero_points else 8.0
-        scale, zero = (
-            torch.as_tensor(part).float().expand(tensors["scale"].shape).repeat_interleave(self.group, -1)[..., :columns]
-            for part in (tensors["scale"], zero)
-        )
+        scale, zero = torch.broadcast_tensors(tensors["scale"].float(), torch.as_tensor(zero))
+        scale, zero = (part.repeat_interleave(self.group, -1)[..., :columns] for part in (scale, zero))
         return (tensors["q"].float() - zero) * scale
 
     def pack(self, tensors: dict[str, torch.Tensor]) -> PackedWeight:

@@ -19,13 +19,14 @@ def attention_cpu(
     positions_T: torch.Tensor,
     window: int | None = None,
 ) -> torch.Tensor:
-    """Softmax attention of each turned query to its slot's keys up to its position, in float32, rounded once: [T, H, C].
+    """Softmax attention of each turned query to its slot's keys up to its position, summed in float32: [T, H, C].
 
     ``window`` is how many keys, its own included, a query sees; None for all. Rows of slot -1 come back zero.
     """
     rows, heads, head_dim = q_THC.shape
     out_THC, q_TP = torch.empty_like(q_THC, memory_format=torch.contiguous_format), q_THC.reshape(rows, -1)
-    assert keys_NJSC.stride() == values_NJSC.stride() and keys_NJSC.stride(3) == 1
+    assert keys_NJSC.stride() == values_NJSC.stride()
+    assert keys_NJSC.stride(3) == 1
     slots_T, positions_T = slots_T.contiguous(), positions_T.contiguous()
     assert slots_T.dtype == positions_T.dtype == torch.int64
     kernels().mk_attention(

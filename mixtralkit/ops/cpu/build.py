@@ -18,7 +18,10 @@ from pathlib import Path
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "attention.h", "quantised.h", "vectors.h"))
 COMPILERS = ("g++", "c++", "clang++")
 # infinities, the order of sums and their roundings stay as they are written
-FLAGS = "-std=c++17 -O2 -march=native -fno-math-errno -fno-trapping-math -ffp-contract=off -fopenmp -shared -fPIC".split()
+FLAGS = (
+    "-std=c++17", "-O2", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fopenmp",
+    "-shared", "-fPIC",
+)  # fmt: skip
 PATIENCE_S = 120
 
 INT, LONG, POINTER = ctypes.c_int, ctypes.c_long, ctypes.c_void_p

@@ -287,22 +287,18 @@ void mk_linear(int threads, long M, long K, long O, const mk_rows* x, const mk_w
 }
 
 // out [R, D] = Σ_k weights · w2 · (silu(w1 · x) * (w3 · x)) [+ residual]; w13 has w1 above w3 of each slot; a slot
-// below 0 adds nothing. Every expert that a row chose is read once; a row's choices add up in the order of their slots.
+// below 0 adds nothing. Every expert that a row chose is read once; a row's choices add up in their order.
 void mk_expert_sum(int threads, long R, long D, long F, long S, long K, const mk_rows* x, const int64_t* slots,
                    const float* weights, const mk_weight* w13, const mk_weight* w2, const mk_rows* residual,
                    const mk_rows* out) {
-    std::vector<long> start(S + 1);  // choices of slot s are start[s] … start[s + 1] of `row` and `weight`
+    std::vector<long> start(S + 1);  // choices of slot s are start[s] … start[s + 1], choice i is number place[i]
     for (long i = 0; i < R * K; i++)
         if (slots[i] >= 0) start[slots[i] + 1]++;
     for (long s = 0; s < S; s++) start[s + 1] += start[s];
     long N = start[S], most = 1;
-    std::vector<long> row(N), next(start.begin(), start.end() - 1), touched;
-    std::vector<float> weight(N);
+    std::vector<long> place(R * K, -1), next(start.begin(), start.end() - 1), touched;
     for (long i = 0; i < R * K; i++)
-        if (slots[i] >= 0) {
-            long n = next[slots[i]]++;
-            row[n] = i / K, weight[n] = weights[i];
-        }
+        if (slots[i] >= 0) place[i] = next[slots[i]]++;
     for (long s = 0; s < S; s++)
         if (start[s + 1] > start[s]) touched.push_back(s), most = std::max(most, start[s + 1] - start[s]);
     Rows rows(R, D, *w13), hidden(N, F, *w2);  // hidden is silu(w1 · x) * (w3 · x) of every choice
@@ -311,16 +307,17 @@ void mk_expert_sum(int threads, long R, long D, long F, long S, long K, const mk
     long pieces = (F + OUTPUTS - 1) / OUTPUTS, pieces2 = (D + OUTPUTS - 1) / OUTPUTS, experts = (long)touched.size();
 #pragma omp parallel num_threads(threads)
     {
-        Floats sums = floats(std::max(2 * most, most + R) * OUTPUTS);
-        std::vector<float*> at(2 * most);
-        for (long m = 0; m < 2 * most; m++) at[m] = sums.get() + m * OUTPUTS;
+        Floats sums = floats(std::max(2 * most, N) * OUTPUTS);
+        std::vector<float*> at(std::max(2 * most, N));
+        for (long m = 0; m < (long)at.size(); m++) at[m] = sums.get() + m * OUTPUTS;
 #pragma omp for
         for (long m = 0; m < R; m++) {
             read_row(x->type, (const char*)x->data, m * x->ld, D, rows.row(m));
             rows.finish(m);
         }
 #pragma omp for
-        for (long n = 0; n < N; n++) x_at[n] = rows.at[row[n]], narrow_at[n] = rows.narrow_at[row[n]];
+        for (long i = 0; i < R * K; i++)
+            if (place[i] >= 0) x_at[place[i]] = rows.at[i / K], narrow_at[place[i]] = rows.narrow_at[i / K];
 #pragma omp for schedule(dynamic)
         for (long work = 0; work < experts * pieces; work++) {
             long s = touched[work / pieces], first = work % pieces * OUTPUTS, n = std::min(OUTPUTS, F - first);
@@ -337,20 +334,20 @@ void mk_expert_sum(int threads, long R, long D, long F, long S, long K, const mk
         }
 #pragma omp for
         for (long n = 0; n < N; n++) hidden.finish(n);
-        float* total = sums.get() + most * OUTPUTS;
+        float y[OUTPUTS];
 #pragma omp for schedule(dynamic)
         for (long piece = 0; piece < pieces2; piece++) {
             long first = piece * OUTPUTS, n = std::min(OUTPUTS, D - first);
-            std::fill_n(total, R * OUTPUTS, 0.f);
             for (long s : touched) {
                 long i0 = start[s], count = start[s + 1] - i0;
-                product(*w2, s, first, n, F, &hidden.at[i0], &hidden.narrow_at[i0], count, &at[0]);
-                for (long m = 0; m < count; m++) {
-                    float* to = total + row[i0 + m] * OUTPUTS;
-                    for (long i = 0; i < n; i++) to[i] += weight[i0 + m] * at[m][i];
-                }
+                product(*w2, s, first, n, F, &hidden.at[i0], &hidden.narrow_at[i0], count, &at[i0]);
             }
-            for (long m = 0; m < R; m++) write(total + m * OUTPUTS, m, first, n, *residual, *out);
+            for (long m = 0; m < R; m++) {
+                std::fill_n(y, OUTPUTS, 0.f);
+                for (long k = m * K; k < (m + 1) * K; k++)
+                    for (long i = 0; place[k] >= 0 && i < n; i++) y[i] += weights[k] * at[place[k]][i];
+                write(y, m, first, n, *residual, *out);
+            }
         }
     }
 }

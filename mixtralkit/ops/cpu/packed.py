@@ -78,5 +78,7 @@ def pack_int4(bits: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | No
     words = F.pad(bits, (0, whole - columns)).unflatten(-1, (-1, 4, 16)).to(torch.int32)
     packed = (words << (4 * torch.arange(4)[:, None])).sum(-2, dtype=torch.int32).to(torch.int16)
     data = packed.flatten(-2).view(torch.uint8).contiguous()
-    scales = F.pad(scales.half(), (0, missing)).contiguous()
-    return PackedWeight(columns, group, data, scales, None if zeros is None else F.pad(zeros, (0, missing)).contiguous())
+    scales, zeros = (
+        None if part is None else F.pad(part, (0, missing)).contiguous() for part in (scales.half(), zeros)
+    )
+    return PackedWeight(columns, group, data, scales, zeros)

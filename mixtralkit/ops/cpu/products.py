@@ -43,11 +43,14 @@ def expert_sum_cpu(
     w2_SDF: torch.Tensor | PackedWeight,
     residual_RD: torch.Tensor | None = None,
     out_RD: torch.Tensor | None = None,
+    storage_S: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``ops.experts.expert_sum`` in float32 throughout, rounded once; a slot's weights are read once.
 
-    A row's choices add up in the order of their slots, so its result depends on no other row (``linear_cpu``).
+    A row's choices add up in their order, so its result depends on no other row (``linear_cpu``) and no plan.
     """
+    if storage_S is not None:
+        slots_RK = storage_S[slots_RK.clamp(min=0)].masked_fill(slots_RK < 0, -1)
     if out_RD is None:
         out_RD = torch.empty_like(x_RD, memory_format=torch.contiguous_format)
     slots_RK, weights_RK = slots_RK.contiguous(), weights_RK.float().contiguous()
@@ -76,8 +79,8 @@ def weight_of(w: torch.Tensor | PackedWeight) -> ctypes.Structure:
     """Of one matrix, or of one for each slot."""
     if isinstance(w, torch.Tensor):
         assert w.stride(-1) == 1
-        slot = w.stride(0) * w.element_size()
-        return ctypes.byref(Weight(TYPES[w.dtype], 0, w.data_ptr(), w.stride(-2) * w.element_size(), slot, None, 0, None, 0))
+        rows, slots = (w.stride(dim) * w.element_size() for dim in (-2, 0))
+        return ctypes.byref(Weight(TYPES[w.dtype], 0, w.data_ptr(), rows, slots, None, 0, None, 0))
     parts = [(None, 0) if part is None else (part.data_ptr(), part.stride(0) * part.element_size()) for part in w.parts]
-    (data, slot), scales, zeros = parts
-    return ctypes.byref(Weight(4 if w.group else 3, w.group, data, w.data.stride(-2) * w.data.element_size(), slot, *scales, *zeros))
+    (data, slots), scales, zeros = parts
+    return ctypes.byref(Weight(4 if w.group else 3, w.group, data, w.data.stride(-2), slots, *scales, *zeros))
