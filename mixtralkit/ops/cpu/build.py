@@ -19,7 +19,7 @@ SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "atte
 COMPILERS = ("g++", "c++", "clang++")
 # infinities, the order of sums and their roundings stay as they are written
 FLAGS = (
-    "-std=c++17", "-O2", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fopenmp",
+    "-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fopenmp",
     "-shared", "-fPIC",
 )  # fmt: skip
 PATIENCE_S = 120
