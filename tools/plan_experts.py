@@ -17,7 +17,7 @@ from mixtralkit.planning.plan_plot import plot_plan
 from mixtralkit.planning.policies.auto import auto_for
 from mixtralkit.planning.policies.inputs import Budget
 from mixtralkit.planning.policies.quality import measure
-from mixtralkit.planning.policies.registry import Given, make_plan
+from mixtralkit.planning.policies.registry import POLICIES, Given, make_plan
 from mixtralkit.planning.replay import Execution
 from mixtralkit.planning.trace import RoutingTrace, load_loads
 
@@ -89,6 +89,8 @@ def plan_experts(
     """
     if format not in FORMATS:
         raise ValueError(f"format ({format!r}) must be one of {', '.join(FORMATS)}")
+    if policy != "auto" and policy.partition("+")[0] not in POLICIES:
+        raise ValueError(f"policy ({policy!r}) must be one of {', '.join([*POLICIES, 'auto'])}")
     options = {
         "hot_experts": hot_experts, "cold": cold, "hot_per": hot_per, "cold_capacity_factor": cold_capacity_factor,
         "cold_token_percent": cold_token_percent, "overflow": overflow, "cut_order": cut_order, "load_cap": load_cap,
