@@ -151,7 +151,8 @@ def choose(found: Sequence[Candidate], memory_gb: float | None) -> Candidate:
         least = min(found, key=lambda candidate: candidate.memory.total)
         memory = least.memory
         raise ValueError(
-            f"memory_gb ({memory_gb:g}) must be at least {gb_above(memory.total, memory_gb)} a rank, which the smallest layout needs: "
+            f"memory_gb ({memory_gb:g}) must be at least {gb_above(memory.total, memory_gb)} a rank, "
+            "which the smallest layout needs: "
             f"attention {least.parallel.attention}, experts {least.parallel.experts}, plan {least.name} "
             f"({memory.weights:.1f} weights, {memory.cache:.1f} keys and values, {memory.exchange:.2f} exchange, "
             f"{memory.working:.1f} working memory); take fewer or shorter sequences, or more ranks"

@@ -20,7 +20,7 @@ from mixtralkit.planning.policies.poured import count_copies, holds, improve, po
 
 _ROUNDS = 30  # of one local search
 _KICKS = 6  # times that layers not yet even are disturbed and searched again
-_WORK = 20_000  # slots of all layers that are searched in a time, in as many disturbed copies; beyond, fewer times
+_WORK = 20_000  # slots that a search of disturbed copies of all layers may have; with more than that there is none
 _LONG = 300  # rounds of pouring where it is decided whether EPLB's own plan was lighter
 _EVEN_ENOUGH = 1.0005  # peak/mean at which the search of a layer ends
 
@@ -106,16 +106,18 @@ def _check_sizes(num_experts: int, num_replicas: int, num_groups: int, num_nodes
         raise ValueError(f"num_replicas ({num_replicas}) must be at most {most}: no rank holds an expert twice")
 
 
-def _search(
-    loads_LE: np.ndarray, world_size: int, slots: int, groups: int, nodes: int, surplus: int = 0
-) -> np.ndarray:
+def _search(loads_LE: np.ndarray, world_size: int, slots: int, groups: int, nodes: int, surplus: int = 0) -> np.ndarray:
     """Slots [L, W, S], sorted; ``surplus`` ranks of each layer, others in each, have one less (-2)."""
     num_layers = len(loads_LE)
-    of_nodes = [_experts_of_nodes(loads_LE, groups, nodes, swaps) for swaps in ((False, True) if nodes > 1 else (False,))]
+    of_nodes = [
+        _experts_of_nodes(loads_LE, groups, nodes, swaps) for swaps in ((False, True) if nodes > 1 else (False,))
+    ]
     found, peaks = [], []
     gpus = world_size // nodes
     lacks_LW = np.zeros((num_layers, world_size), bool)
-    lacks_LW[np.arange(num_layers)[:, None], (np.arange(num_layers)[:, None] * surplus + np.arange(surplus)) % world_size] = True
+    lacks_LW[
+        np.arange(num_layers)[:, None], (np.arange(num_layers)[:, None] * surplus + np.arange(surplus)) % world_size
+    ] = True
     for experts_LNE in of_nodes:
         per_node = experts_LNE.shape[2]
         part_BE = np.take_along_axis(loads_LE[:, None], experts_LNE, 2).reshape(-1, per_node)
@@ -192,7 +194,7 @@ def pack_heaviest_first(weights_BX: np.ndarray, packs: int, room_BP: np.ndarray)
 
 
 def count_replicas(loads_BE: np.ndarray, total_B: np.ndarray, most: int | None = None) -> np.ndarray:
-    """Replicas of each expert [B, E]: one each, then one at a time where most load is on a replica, ``most`` at most."""
+    """Replicas of each expert [B, E]: one each, then one at a time where a replica has most load, ``most`` at most."""
     copies_BE, rows = np.ones(loads_BE.shape, np.int64), np.arange(len(loads_BE))
     for given in range(int(total_B.max()) - loads_BE.shape[1]):
         load_BE = loads_BE / copies_BE

@@ -1,7 +1,7 @@
 """Plans of many layers at once, and the evenest ranks that pouring can give them: water filling and a local search.
 
-Loads of a replicated expert may be divided between its ranks in any parts (``planning.replicas``). What a slot has of its
-expert's load is its amount; a rank's load is the sum of its slots' amounts, and the peak is that of the heaviest rank.
+Loads of a replicated expert may be divided between its ranks in any parts (``planning.replicas``). What a slot has of
+its expert's load is its amount; a rank's load is the sum of its slots' amounts, the peak that of the heaviest rank.
 
     slots_BWS   expert of each slot, -1 empty, -2 not there
     amount_BWS  its part of the expert's load

@@ -116,14 +116,14 @@ def _two_phase(given: Given, count: int | None, finetune_threshold: float | None
     return two_phase(profile, given.world_size, batch, given.trace.top_k, finetune_threshold, given.budget)
 
 
-def _affinity(given: Given, count: int | None, load_cap: float | None = None) -> ExpertPlan:
+def _affinity(given: Given, count: int | None, load_cap: float | None = None, bound: bool = True) -> ExpertPlan:
     given, transitions = given.with_extra(count), given.tokens("affinity").transitions_LEE()
     loads, world = given.loads_LE, given.world_size
-    return affinity(transitions, world, given.ranks_per_node, given.budget, loads, load_cap)
+    return affinity(transitions, world, given.ranks_per_node, given.budget, loads, load_cap, bound)
 
 
-def _even_affinity(given: Given, count: int | None) -> ExpertPlan:
-    return _affinity(given, count, _EVEN_CAP * least_cap(given.loads_LE, given.world_size))
+def _even_affinity(given: Given, count: int | None, bound: bool = True) -> ExpertPlan:
+    return _affinity(given, count, _EVEN_CAP * least_cap(given.loads_LE, given.world_size), bound)
 
 
 def _balanced(given: Given, count: int | None, num_groups: int | None = None) -> ExpertPlan:
@@ -148,8 +148,8 @@ POLICIES: dict[str, tuple[Callable[..., ExpertPlan], tuple[str, ...]]] = {
     "hot_cold": (_hot_cold, _HOT),
     "hot_cold/node": (lambda given, count, **options: _hot_cold(given, count, **options, hot_per="node"), _HOT[2:]),
     "two_phase": (_two_phase, ("finetune_threshold",)),
-    "affinity": (_affinity, ("load_cap",)),
-    "affinity/even": (_even_affinity, ()),
+    "affinity": (_affinity, ("load_cap", "bound")),
+    "affinity/even": (_even_affinity, ("bound",)),
     "balanced": (_balanced, ("num_groups",)),
     "balanced/node": (_balanced_on_nodes, ()),
     "shadow": (_shadow, ("shadow_steps",)),
@@ -202,7 +202,7 @@ def candidate_names(given: Given, slots: int) -> list[str]:
         names += ["balanced+0"]
     names += [f"balanced+{extra}" for extra in extras]
     if differ and given.trace is not None and num_experts % world == 0:
-        names += ["affinity", "affinity/even"] + [f"affinity+{extra}" for extra in extras]
+        names += ["affinity+0", "affinity/even+0"] + [f"affinity+{extra}" for extra in extras]
     if differ:
         names += [f"two_phase+{extra}" for extra in [0, *extras]]
         names += [f"hot_cold+{hot}" for hot in doubling(most_hot(num_experts, world, slots)) if hot < num_experts]
