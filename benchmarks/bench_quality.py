@@ -81,7 +81,7 @@ class Exam:
     def take(self, name: str, plan: ExpertPlan) -> tuple[list[Measure], dict[str, float]]:
         """Scores on rank 0, and the shares of all choices that were dropped and rerouted. Collective."""
         mixtral = Mixtral.load(
-            open_checkpoint(self.model), Tokenizer(self.model / "tokenizer.model"), self.context,
+            open_checkpoint(self.model), Tokenizer.beside(self.model), self.context,
             max(work.longest for work in self.works), self.max_batch_size, dtype="float32", attention="dp",
             experts="ep", plan=plan, options=MoEOptions(),
         )  # fmt: skip
@@ -129,7 +129,7 @@ def bench_quality(
     """
     context = RankContext.start("cpu")
     records, options = read_prompts(prompts), AnswerOptions()
-    works = make_works(records, prompts, Tokenizer(model / "tokenizer.model"), options)
+    works = make_works(records, prompts, Tokenizer.beside(model), options)
     loads_LE = mean_loads(loads)
     layers, experts = loads_LE.shape
     placements = {

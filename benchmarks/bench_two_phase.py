@@ -254,7 +254,7 @@ def _recorded(context: RankContext, model: Path) -> RoutingTrace:
     code = [path.read_text(encoding="utf-8", errors="replace")[:800] for path in library]
     texts = [text for pair in zip(code, (t[:800] for t in topics.values()), strict=False) for text in pair if text]
     mixtral = Mixtral.load(
-        open_checkpoint(model), Tokenizer(model / "tokenizer.model"), context, 1024, 16, dtype="float32",
+        open_checkpoint(model), Tokenizer.beside(model), context, 1024, 16, dtype="float32",
         attention="dp", options=MoEOptions(exchange="exact"),
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:

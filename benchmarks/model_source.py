@@ -25,7 +25,7 @@ PROFILED, PROFILED_TOKENS = 64, 16  # sequences and new tokens that a plan is ma
 class RandomWords:
     """A tokenizer of any vocabulary whose end token never comes, so that every answer has its full length."""
 
-    bos_id, eos_id, pad_id = 0, -1, -1
+    bos_id, eos_id, pad_id, end_ids = 0, -1, -1, frozenset()
     drops_first_space = False
 
     def __init__(self, vocab_size: int) -> None:

@@ -15,7 +15,7 @@ from mixtralkit.config import ModelConfig, MoEOptions, ParallelConfig, parse_dty
 from mixtralkit.distributed import RankContext
 from mixtralkit.engine.chat import Message, encode_chat
 from mixtralkit.engine.generation import PREFILL_BUDGET, Engine, check_prefill_budget
-from mixtralkit.engine.requests import Completion, Request, StreamEvent
+from mixtralkit.engine.requests import Completion, Request, StreamEvent, echoed_texts
 from mixtralkit.engine.sampler import SamplingOptions
 from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.layout import RankLayout
@@ -61,12 +61,15 @@ class Mixtral:
         progress: bool = False,
         prefill_budget: int = PREFILL_BUDGET,
         cuda_graphs: bool = True,
+        format: str | None = None,
+        chat_template: str | Path | None = None,
+        stop_token_ids: Sequence[int] = (),
     ) -> Mixtral:
         """Loads a checkpoint of any format onto the ranks that ``torchrun`` started, or onto one.
 
         Args:
             ckpt_dir: folder with the weights, see ``docs/checkpoints.md``.
-            tokenizer_path: sentencepiece model; None for ``tokenizer.model`` in ``ckpt_dir``.
+            tokenizer_path: sentencepiece model or ``tokenizer.json``; None for the one in ``ckpt_dir``.
             max_seq_len: most tokens of a sequence, prompt and answer; None for the model's own.
             max_batch_size: sequences that run at a time over all ranks; more of them wait.
             num_gpus, model_parallel_size: the world size, for callers that state it; ``torchrun`` decides it.
@@ -85,12 +88,17 @@ class Mixtral:
             progress: show a bar on stderr while weights load.
             prefill_budget: most prompt tokens that a rank runs in one step.
             cuda_graphs: capture decode steps as CUDA graphs, where the device has them.
+            format: which checkpoint to take where the folder holds several, as ``checkpoint.FORMATS`` calls them.
+            chat_template: jinja file that dialogs are written by; None for the folder's, or else Mistral's.
+            stop_token_ids: ids that end an answer, beside those that the folder's files say.
         """
         context = RankContext.start(device) if context is None else context
         with context.agreed():
             check_world_size(context.world_size, num_gpus=num_gpus, model_parallel_size=model_parallel_size)
-            reader = open_checkpoint(ckpt_dir)
-            tokenizer = Tokenizer(Path(ckpt_dir) / "tokenizer.model" if tokenizer_path is None else tokenizer_path)
+            reader = open_checkpoint(ckpt_dir, format)
+            tokenizer = Tokenizer.beside(
+                ckpt_dir, tokenizer_path, reader.config.vocab_size, chat_template, stop_token_ids or ()
+            )
         return cls.load(
             reader, tokenizer, context, max_seq_len, max_batch_size, seed,
             dtype=dtype, attention=attention, experts=experts, plan=plan, options=options, automatic=automatic,
@@ -161,7 +169,7 @@ class Mixtral:
             top_p: see ``SamplingOptions``, as for ``top_k``, ``min_p`` and ``seed`` in ``more``.
             logprobs: also give each token's log-probability under the model (temperature 1, nothing cut).
             echo: put the prompt before the answer, in both lists; its first token's log-probability is 0.0.
-            more: ``top_k``, ``min_p``, ``seed``, ``stop`` (texts that end an answer).
+            more: ``top_k``, ``min_p``, ``seed``, ``stop`` (texts that end an answer), ``stop_token_ids``.
 
         Returns:
             Ids of each answer without the end token, and their log-probabilities or None.
@@ -184,8 +192,9 @@ class Mixtral:
         echo: bool = False,
         **more: Any,
     ) -> list[dict[str, Any]]:
-        """Continues texts: ``{"generation", "finish_reason"}`` each, with ``logprobs`` also ``tokens`` (their texts)
-        and ``logprobs``. Arguments as for ``generate``; None generates up to ``max_seq_len``."""
+        """Continues texts: ``{"generation", "finish_reason"}`` each, with ``logprobs`` also ``tokens`` (their texts,
+        which join to the generation) and ``logprobs``. Arguments as for ``generate``; ``max_gen_len`` of None generates
+        up to ``max_seq_len``."""
         if isinstance(prompts, str):
             raise ValueError("prompts must be a list of texts, not one text")
         encoded = [encode_prompt(self.tokenizer, i, prompt) for i, prompt in enumerate(prompts)]
@@ -193,11 +202,10 @@ class Mixtral:
         done = self.complete(encoded, max_gen_len, prompt_logprobs=logprobs and echo, **options)
         results = []
         for prompt, c in zip(encoded, done, strict=True):
-            text = self.tokenizer.decode([*prompt, *c.tokens]) if echo else c.text
-            results.append({"generation": text, "finish_reason": c.finish_reason})
+            texts = echoed_texts(self.tokenizer, prompt, c) if echo else c.texts
+            results.append({"generation": "".join(texts), "finish_reason": c.finish_reason})
             if logprobs:
-                ids = [*prompt, *c.tokens] if echo else c.tokens
-                results[-1]["tokens"] = [self.tokenizer.decode([token]) for token in ids]
+                results[-1]["tokens"] = texts
                 results[-1]["logprobs"] = [*(c.prompt_logprobs or []), *c.logprobs]
         return results
 
@@ -210,15 +218,16 @@ class Mixtral:
         logprobs: bool = False,
         **more: Any,
     ) -> list[dict[str, Any]]:
-        """Answers dialogs in Mistral's template: ``{"generation": {"role": "assistant", "content"}, "finish_reason"}``
-        each, with ``logprobs`` also ``tokens`` and ``logprobs``."""
+        """Answers dialogs in the folder's chat template or Mistral's:
+        ``{"generation": {"role": "assistant", "content"}, "finish_reason"}`` each, with ``logprobs`` also ``tokens``
+        (their texts, which join to the content) and ``logprobs``."""
         done = self.complete(dialogs, max_gen_len, temperature=temperature, top_p=top_p, **more)
         results = []
         for c in done:
             message = {"role": "assistant", "content": c.text}
             results.append({"generation": message, "finish_reason": c.finish_reason})
             if logprobs:
-                results[-1]["tokens"] = [self.tokenizer.decode([token]) for token in c.tokens]
+                results[-1]["tokens"] = c.texts
                 results[-1]["logprobs"] = c.logprobs
         return results
 
@@ -234,7 +243,7 @@ class Mixtral:
         Args:
             prompts: texts, token ids or dialogs.
             should_stop: when it turns true on rank 0, every answer ends as ``"interrupted"``.
-            options: ``temperature``, ``top_p``, ``top_k``, ``min_p``, ``seed``, ``stop``.
+            options: ``temperature``, ``top_p``, ``top_k``, ``min_p``, ``seed``, ``stop``, ``stop_token_ids``.
         """
         requests = [self.request(i, prompt, max_gen_len, **options) for i, prompt in enumerate(prompts)]
         return self.engine.run(requests, should_stop)
@@ -254,8 +263,9 @@ class Mixtral:
         id: int,
         prompt: str | Sequence[int] | Sequence[Message],
         max_gen_len: int | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
         prompt_logprobs: bool = False,
+        stop_token_ids: Sequence[int] | None = None,
         **sampling: Any,
     ) -> Request:
         """A request for the engine; ``id`` names the prompt in errors and, with the seed, decides what is drawn."""
@@ -264,16 +274,19 @@ class Mixtral:
             raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
         chosen = replace(self.defaults, **{k: v for k, v in sampling.items() if v is not None})
         length = self.model.params.max_seq_len if max_gen_len is None else max_gen_len
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        return Request(id, encode_prompt(self.tokenizer, id, prompt), length, chosen, stops, prompt_logprobs)
+        stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+        return Request(
+            id, encode_prompt(self.tokenizer, id, prompt), length, chosen, stops, bool(prompt_logprobs),
+            tuple(stop_token_ids or ()),
+        )  # fmt: skip
 
 
 def encode_prompt(tokenizer: Tokenizer, id: int, prompt: str | Sequence[int] | Sequence[Message]) -> tuple[int, ...]:
-    """Token ids of a text (after ``<s>``), of a dialog in Mistral's template, or of token ids; errors name ``id``."""
+    """Token ids of a text (after ``<s>``), of a dialog in its template, or of token ids; errors name ``id``."""
     if isinstance(prompt, str):
         if not prompt:
             raise ValueError(f"prompt {id} is empty")
-        return tuple(tokenizer.encode(prompt, bos=True, eos=False))
+        return tuple(tokenizer.encode(prompt, bos=tokenizer.add_bos))
     if not isinstance(prompt, Sequence):
         raise ValueError(f"prompt {id} ({prompt!r}) must be a text, token ids or a list of messages")
     if len(prompt) and not isinstance(prompt[0], int):

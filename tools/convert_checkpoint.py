@@ -21,6 +21,7 @@ def convert(
     experts: str = "ep",
     plan: Path | None = None,
     overwrite: bool = False,
+    source_format: str | None = None,
 ) -> None:
     """Reads the checkpoint in SOURCE, whichever format it has, and writes it to the folder TARGET.
 
@@ -37,8 +38,9 @@ def convert(
         experts: tp or ep (format mixtralkit).
         plan: plan.json with the experts of each rank (format mixtralkit).
         overwrite: replaces a checkpoint that TARGET holds.
+        source_format: which checkpoint to read where SOURCE holds several; named as format.
     """
-    with open_checkpoint(source) as reader:
+    with open_checkpoint(source, source_format) as reader:
         loaded = None if plan is None else ExpertPlan.load(plan)
         ranks = RankFiles(
             world_size=world_size or (loaded.world_size if loaded else 1),

@@ -110,7 +110,7 @@ def evaluate(
         check_world_size(context.world_size, num_gpus=num_gpus)
         records = read_prompts(prompts)
         reader = open_checkpoint(model)
-        sp = Tokenizer(model / "tokenizer.model" if tokenizer is None else tokenizer)
+        sp = Tokenizer.beside(model, tokenizer, reader.config.vocab_size)
         sp.check_vocabulary(reader.config.vocab_size)
         options = _answer_options(
             reader.config, max_seq_len, window, text_context,

@@ -95,7 +95,7 @@ def generate(
         check_world_size(context.world_size, num_gpus=num_gpus)
         records = read_prompts(EXAMPLES if prompts is None else prompts)
         reader = open_checkpoint(model)
-        sp = Tokenizer(model / "tokenizer.model" if tokenizer is None else tokenizer)
+        sp = Tokenizer.beside(model, tokenizer, reader.config.vocab_size)
         sp.check_vocabulary(reader.config.vocab_size)
         requests = _requests(sp, records, max_gen_len, sampling, stop)
         needed = max(len(request.prompt) + request.max_gen_len for request in requests)
@@ -174,7 +174,7 @@ def chat(
     context = RankContext.start(running.device, timeout_s=CHAT_TIMEOUT_S)
     with context.agreed():
         reader = open_checkpoint(model)
-        sp = Tokenizer(model / "tokenizer.model" if tokenizer is None else tokenizer)
+        sp = Tokenizer.beside(model, tokenizer, reader.config.vocab_size)
         max_seq_len = min(reader.config.max_seq_len, LONGEST_CHAT) if max_seq_len is None else max_seq_len
     mixtral = Mixtral.load(
         reader, sp, context, max_seq_len, 1, seed,

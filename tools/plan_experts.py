@@ -19,7 +19,7 @@ from mixtralkit.planning.policies.inputs import Budget
 from mixtralkit.planning.policies.quality import measure, measure_held_out
 from mixtralkit.planning.policies.registry import POLICIES, Given, make_plan
 from mixtralkit.planning.replay import Execution
-from mixtralkit.planning.trace import RoutingTrace, load_loads
+from mixtralkit.planning.trace import load_routing
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 FORMATS = {"mixtralkit": "plan", "sglang": "sglang", "tensorrt_llm": "tensorrt", "vllm": "vllm", "exflow": "exflow"}
@@ -117,8 +117,7 @@ def _read(
 ) -> Given:  # fmt: skip
     if world_size < 1:
         raise ValueError(f"world_size ({world_size}) must be at least 1")
-    trace = None if path.suffix in (".pt", ".pth") else RoutingTrace.load(path, num_experts)
-    loads_LE = load_loads(path, num_experts) if trace is None else trace.loads_LE()
+    trace, loads_LE = load_routing(path, num_experts)
     shape = ModelShape.of(ModelConfig.from_file(model), parse_dtype(dtype).itemsize)
     shape = replace(shape, num_experts=loads_LE.shape[1], top_k=shape.top_k if trace is None else trace.top_k)
     budget = Budget(slots_per_rank, memory_gb, shape.expert_bytes)

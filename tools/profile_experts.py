@@ -60,7 +60,7 @@ def profile(
     context = RankContext.start(running.device)
     with context.agreed():
         reader = open_checkpoint(model)
-        sp = Tokenizer(model / "tokenizer.model" if tokenizer is None else tokenizer)
+        sp = Tokenizer.beside(model, tokenizer, reader.config.vocab_size)
         requests = [
             Request(i, encode_prompt(sp, i, record.prompt), max_gen_len, sampling)
             for i, record in enumerate(read_prompts(prompts))

@@ -85,10 +85,9 @@ class MixtralLM(TemplateLM):
         self.mixtral, self.add_bos_token = mixtral, add_bos_token
         self.context = mixtral.model.context
         self._device = self.context.device
-        model = mixtral.tokenizer.sp_model
-        special = (mixtral.tokenizer.bos_id, mixtral.tokenizer.eos_id, model.unk_id())
-        self._special_ids = {model.id_to_piece(i): [i] for i in special}
-        self._begin, self._end, _ = self._special_ids
+        words = mixtral.tokenizer
+        self._special_ids = {words.piece(i): [i] for i in (words.bos_id, words.eos_id, words.unk_id) if i >= 0}
+        self._begin, self._end = words.piece(words.bos_id), words.piece(words.eos_id)
         self._special = re.compile(f"({'|'.join(map(re.escape, self._special_ids))})")
 
     @classmethod
@@ -116,7 +115,7 @@ class MixtralLM(TemplateLM):
         context = RankContext.start(running.device)
         with context.agreed():
             reader = open_checkpoint(ckpt_dir)
-            tokenizer = Tokenizer(Path(ckpt_dir) / "tokenizer.model" if tokenizer_path is None else tokenizer_path)
+            tokenizer = Tokenizer.beside(ckpt_dir, tokenizer_path, reader.config.vocab_size)
             max_length = _whole_number("max_length", reader.config.max_seq_len if max_length is None else max_length)
         mixtral = Mixtral.load(reader, tokenizer, context, max_length + 1, batch, seed, **running.load_arguments())
         atexit.register(mixtral.close)  # the harness has no call for it

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from mixtralkit.ops import experts
 from mixtralkit.ops.experts.reference import expert_sum_reference
+from tests.ops.test_experts_small import in_storage
 
 pytest.importorskip("triton")
 
@@ -61,7 +62,7 @@ def _error(got: torch.Tensor, want: torch.Tensor, less: torch.Tensor) -> float:
     return ((got.double() - want.double()).norm() / added.norm()).item()
 
 
-def test_twin_against_a_loop():
+def test_reference_against_a_loop():
     inputs = _inputs(23, 5, 2, 24, 40, torch.float32)
     assert _error(expert_sum_reference(*inputs), _slow(*inputs), inputs[-1]) < 1e-5
 
@@ -83,6 +84,16 @@ def test_against_a_loop(rows, slots, top_k, width, hidden, block_r, stream, dtyp
     got_RD = expert_sum_grouped(*inputs, out_RD=out_RD, settings=_settings(stream, block_r))
     assert got_RD is out_RD
     assert _error(got_RD, _slow(*inputs), inputs[-1]) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(("stream", "dtype"), [(0, torch.float32), (1, torch.float16)])
+def test_slots_lie_anywhere_in_a_storage(stream, dtype):
+    inputs = _inputs(40, 6, 2, 64, 72, dtype)
+    x_RD, slots_RK, weights_RK, w13_SGD, w2_SDF, residual_RD = inputs
+    w13_PGD, w2_PDF, storage_S = in_storage(w13_SGD, w2_SDF)
+    stored, settings = (x_RD, slots_RK, weights_RK, w13_PGD, w2_PDF, residual_RD), _settings(stream, 32)
+    got_RD = expert_sum_grouped(*stored, storage_S=storage_S, settings=settings)
+    assert torch.equal(got_RD, expert_sum_grouped(*inputs, settings=settings))
 
 
 def test_stores_in_halves_and_without_a_residual():

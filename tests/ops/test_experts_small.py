@@ -47,11 +47,11 @@ SHAPES = [
 
 @pytest.mark.parametrize(("dtype", "absent"), [(torch.float32, True), (torch.float16, False)])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_triton_equals_the_twin(shape, absent, dtype):
+def test_triton_equals_the_reference(shape, absent, dtype):
     inputs = case(*shape, dtype, absent)
     residual_RD = inputs[-1] if absent else None
     out_RD = torch.full_like(inputs[0], torch.nan)
-    got = expert_sum_small(*inputs[:-1], residual_RD, out_RD, small(shape[0]))
+    got = expert_sum_small(*inputs[:-1], residual_RD, out_RD, settings=small(shape[0]))
     wanted = expert_sum_reference(*inputs[:-1], residual_RD)
     assert got is out_RD
     torch.testing.assert_close(got, wanted, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
@@ -77,13 +77,37 @@ def test_columns_are_shared_by_any_number_of_programs(rows, parts):
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
+def in_storage(w13_SGD: torch.Tensor, w2_SDF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(w13, w2, storage_S): the slots in another order in a larger storage, NaN where none lies."""
+    slots = len(w13_SGD)
+    storage_S = torch.randperm(2 * slots + 1, generator=torch.Generator().manual_seed(slots))[:slots]
+    storages = (w.new_full((2 * slots + 1, *w.shape[1:]), torch.nan) for w in (w13_SGD, w2_SDF))
+    stored = [
+        storage.index_copy_(0, storage_S.to(w.device), w)
+        for storage, w in zip(storages, (w13_SGD, w2_SDF), strict=True)
+    ]
+    return *stored, storage_S.to(w13_SGD.device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_slots_lie_anywhere_in_a_storage(rows, dtype):
+    x_RD, slots_RK, weights_RK, w13_SGD, w2_SDF, residual_RD = case(rows, 48, 40, 6, 2, dtype, absent=rows > 1)
+    wanted = expert_sum_small(x_RD, slots_RK, weights_RK, w13_SGD, w2_SDF, residual_RD, settings=small(rows))
+    w13_PGD, w2_PDF, storage_S = in_storage(w13_SGD, w2_SDF)
+    inputs = (x_RD, slots_RK, weights_RK, w13_PGD, w2_PDF, residual_RD)
+    assert torch.equal(expert_sum_small(*inputs, storage_S=storage_S, settings=small(rows)), wanted)
+    expected = expert_sum_reference(x_RD, slots_RK, weights_RK, w13_SGD, w2_SDF, residual_RD)
+    assert torch.equal(expert_sum_reference(*inputs, storage_S=storage_S), expected)
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 def test_default_settings(rows):
     inputs = case(rows, 48, 40, 4, 2, torch.float16)
     torch.testing.assert_close(expert_sum_small(*inputs), expert_sum_reference(*inputs), rtol=1e-2, atol=1e-2)
 
 
-def test_the_twin_is_the_definition():
+def test_the_reference_is_the_definition():
     x_RD, _, _, w13_SGD, w2_SDF, residual_RD = case(9, 24, 20, 6, 3, torch.float32)
     gate_ED = torch.randn(6, 24, generator=torch.Generator().manual_seed(1))
     chosen_RK, slots_RK = (x_RD @ gate_ED.T).topk(3)

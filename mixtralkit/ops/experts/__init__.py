@@ -27,20 +27,23 @@ def expert_sum(
     residual_RD: torch.Tensor | None = None,
     out_RD: torch.Tensor | None = None,
     likely_rows: int | None = None,
+    storage_S: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Σ_k weights_RK · w2 · (silu(w1 · x) * (w3 · x)) [+ residual_RD], in the dtype of ``x_RD``, summed in float32.
 
     Args:
         slots_RK: int64 expert of each choice, -1 for a choice that is computed elsewhere and adds nothing here.
         weights_RK: float32 weight of each choice.
-        w13_SGD: w1 above w3 of every slot.
+        w13_SGD: w1 above w3 of every slot, or of every place of a storage that ``storage_S`` points into.
         residual_RD: added before the sum is rounded.
         out_RD: where the result goes; None takes new memory.
         likely_rows: as many rows as would have about all of these choices here, where the shape has more rows than
             that; settings are for this number. None for R.
+        storage_S: int64 on the device, the place in ``w13_SGD`` and ``w2_SDF`` at which each slot lies. Read when the
+            kernels run, so copies may be exchanged under a CUDA graph. None where slots are places.
     """
     assert x_RD.shape[0] == slots_RK.shape[0] == weights_RK.shape[0]
-    arguments = (x_RD, slots_RK, weights_RK, w13_SGD, w2_SDF, residual_RD, out_RD)
+    arguments = (x_RD, slots_RK, weights_RK, w13_SGD, w2_SDF, residual_RD, out_RD, storage_S)
     triton = runs_triton(x_RD, w13_SGD, w2_SDF)
     if triton and x_RD.shape[0] <= SMALL_BATCH:
         from mixtralkit.ops.experts.triton_small import expert_sum_small

@@ -38,6 +38,7 @@ def expert_sum_grouped(
     w2_SDF: torch.Tensor,
     residual_RD: torch.Tensor | None = None,
     out_RD: torch.Tensor | None = None,
+    storage_S: torch.Tensor | None = None,
     settings: dict[str, int] | None = None,
     likely_rows: int | None = None,
 ) -> torch.Tensor:
@@ -46,7 +47,8 @@ def expert_sum_grouped(
     The results of w1, w3 and w2 are summed in float32; silu(w1 · x) * (w3 · x) and each expert's result are rounded to
     the dtype of ``x_RD`` once.
     """
-    (rows, width), top_k, (slots, _, hidden) = x_RD.shape, slots_RK.shape[1], w2_SDF.shape
+    (rows, width), top_k, hidden = x_RD.shape, slots_RK.shape[1], w2_SDF.shape[2]
+    slots = len(w2_SDF if storage_S is None else storage_S)
     assert width % 8 == hidden % 8 == 0, "tensor descriptors want rows of whole 16 bytes"
     if settings is None:
         shape = {"slots": slots, "top_k": top_k, "width": width, "hidden": hidden}
@@ -55,7 +57,7 @@ def expert_sum_grouped(
         settings = settings or default_settings(likely, **shape, processors=multiprocessors(x_RD.device))
     # With the matrix units busy, kernels that started early and waited cost more than they saved (H200, Triton 3.6).
     overlap = bool(settings["stream"]) and overlaps_launches(x_RD.device)
-    order = sort_rows(slots_RK, slots, settings["block_r"], overlap)
+    order = sort_rows(slots_RK, slots, settings["block_r"], overlap, storage_S)
     quarters = _quarters(order.block_r) if settings["stream"] else 1
     x_PD = _spread_rows(x_RD.contiguous(), order, top_k, quarters, overlap)
     h_PF, y_PD = x_RD.new_empty(order.places, hidden), x_RD.new_empty(order.places, width)

@@ -31,6 +31,7 @@ def expert_sum_small(
     w2_SDF: torch.Tensor,
     residual_RD: torch.Tensor | None = None,
     out_RD: torch.Tensor | None = None,
+    storage_S: torch.Tensor | None = None,
     settings: dict[str, int] | None = None,
 ) -> torch.Tensor:
     """``experts.expert_sum`` on a GPU for 1 to 16 rows, each of which has no slot twice.
@@ -39,7 +40,8 @@ def expert_sum_small(
         settings: ``up_…`` of the first launch and ``down_…`` of the second (see ``default_settings``); None takes what
             was tuned for this GPU, else what is sane on any.
     """
-    (rows, width), top_k, (slots, _, hidden) = x_RD.shape, slots_RK.shape[1], w2_SDF.shape
+    (rows, width), top_k, hidden = x_RD.shape, slots_RK.shape[1], w2_SDF.shape[2]
+    slots = len(w2_SDF if storage_S is None else storage_S)
     assert 0 < rows <= BLOCK_R
     if settings is None:
         shape = {"slots": slots, "top_k": top_k, "width": width, "hidden": hidden}
@@ -56,8 +58,8 @@ def expert_sum_small(
     assert out_RD.is_contiguous()
     h_NF = x_RD.new_empty(rows * top_k, hidden)
     arrived_B = torch.empty(triton.cdiv(width, settings["down_d"]), dtype=torch.int32, device=x_RD.device)
-    _launch_up(x_RD, slots_RK, weights_RK, w13_SGD, h_NF, arrived_B, settings)
-    _launch_down(h_NF, slots_RK, w2_SDF, residual_RD, arrived_B, out_RD, settings)
+    _launch_up(x_RD, slots_RK, weights_RK, w13_SGD, storage_S, h_NF, arrived_B, slots, settings)
+    _launch_down(h_NF, slots_RK, w2_SDF, storage_S, residual_RD, arrived_B, out_RD, slots, settings)
     return out_RD
 
 
@@ -104,10 +106,10 @@ def candidates(rows: int, slots: int, top_k: int, width: int, hidden: int) -> li
     ]
 
 
-def _launch_up(x_RD, slots_RK, weights_RK, w13_SGD, h_NF, arrived_B, s: dict[str, int]) -> None:
+def _launch_up(x_RD, slots_RK, weights_RK, w13_SGD, storage_S, h_NF, arrived_B, slots: int, s: dict[str, int]) -> None:
     """h for every choice that has a slot; zeros in ``arrived_B``."""
-    (rows, width), hidden, (slots, top_k) = x_RD.shape, h_NF.shape[1], (w13_SGD.shape[0], slots_RK.shape[1])
-    tensors = (x_RD, slots_RK, weights_RK, w13_SGD, h_NF, arrived_B, len(arrived_B))
+    (rows, width), hidden, top_k = x_RD.shape, h_NF.shape[1], slots_RK.shape[1]
+    tensors = (x_RD, slots_RK, weights_RK, w13_SGD, storage_S, h_NF, arrived_B, len(arrived_B))
     overlaps, blocks = overlaps_launches(x_RD.device), triton.cdiv(hidden, s["up_f"])
     more = {"COUNTERS": triton.next_power_of_2(width), "TOP_K": top_k, "PDL": overlaps, "num_warps": s["up_warps"]}
     more |= {"launch_pdl": True} if overlaps else {}
@@ -123,11 +125,13 @@ def _launch_up(x_RD, slots_RK, weights_RK, w13_SGD, h_NF, arrived_B, s: dict[str
     )  # fmt: skip
 
 
-def _launch_down(h_NF, slots_RK, w2_SDF, residual_RD, arrived_B, out_RD, s: dict[str, int]) -> None:
-    (rows, width), hidden, (slots, top_k) = out_RD.shape, h_NF.shape[1], (w2_SDF.shape[0], slots_RK.shape[1])
+def _launch_down(
+    h_NF, slots_RK, w2_SDF, storage_S, residual_RD, arrived_B, out_RD, slots: int, s: dict[str, int]
+) -> None:
+    (rows, width), hidden, top_k = out_RD.shape, h_NF.shape[1], slots_RK.shape[1]
     parts, steps = s["down_parts"], triton.cdiv(hidden, s["down_f"] * s["down_parts"])
     sums_NPD = torch.empty((rows * top_k, parts, width), dtype=torch.float32, device=h_NF.device)
-    tensors = (h_NF, slots_RK, w2_SDF, residual_RD, sums_NPD, arrived_B, out_RD)
+    tensors = (h_NF, slots_RK, w2_SDF, storage_S, residual_RD, sums_NPD, arrived_B, out_RD)
     whole = width % s["down_d"] == 0 and hidden % (steps * parts * s["down_f"]) == 0
     blocks = {"PARTS": parts, "STEPS": steps, "BLOCK_D": s["down_d"], "BLOCK_F": s["down_f"], "WHOLE": whole}
     overlaps = overlaps_launches(h_NF.device)
@@ -147,6 +151,7 @@ def _up_one_row(
     slots,
     weights,
     w13,
+    storage,
     h,
     arrived,
     counters,
@@ -171,6 +176,8 @@ def _up_one_row(
     _start_counting(arrived, counters, COUNTERS)
     inside_F = f_F < tl.where(slot >= 0, hidden, 0)
     inside_FD = inside_F[:, None] & inside_D[None, :]
+    if storage is not None:
+        slot = tl.load(storage + slot, slot >= 0, 0)
     w1 = w13 + slot * 2 * hidden * width + f_F.to(tl.int64)[:, None] * width + d_D[None, :]
     w1_FD = tl.load(w1, inside_FD, 0.0, eviction_policy="evict_first")
     w3_FD = tl.load(w1 + hidden.to(tl.int64) * width, inside_FD, 0.0, eviction_policy="evict_first")
@@ -187,6 +194,7 @@ def _up_some_rows(
     slots,
     weights,
     w13,
+    storage,
     h,
     arrived,
     counters,
@@ -212,6 +220,8 @@ def _up_some_rows(
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+    if storage is not None:
+        w13_G += (tl.load(storage + slot) - slot) * 2 * hidden * width
     _start_counting(arrived, counters, COUNTERS)
     choice_R, _ = _choice_of(slots, slot, rows, BLOCK_R, TOP_K)
     chose_R = choice_R >= 0
@@ -240,6 +250,7 @@ def _down_one_row(
     h,
     slots,
     w2,
+    storage,
     residual,
     sums,
     arrived,
@@ -262,6 +273,8 @@ def _down_one_row(
     for choice in tl.static_range(TOP_K):
         present += tl.where(tl.load(slots + choice, cache_modifier=".cg") >= 0, 1 << choice, 0)
     columns = tl.where(slot >= 0, hidden, 0)
+    if storage is not None:
+        slot = tl.load(storage + slot, slot >= 0, 0)
     places_DF = w2 + (slot * width + tl.where(inside_D, d_D, 0))[:, None] * hidden + f_F[None, :]
     inside_DF = inside_D[:, None] & (f_F < columns)[None, :]
     w2_DF = tl.load(places_DF, inside_DF, 0.0, eviction_policy="evict_first")
@@ -299,6 +312,7 @@ def _down_some_rows(
     h,
     slots,
     w2,
+    storage,
     residual,
     sums,
     arrived,
@@ -320,6 +334,8 @@ def _down_some_rows(
     d_D, f_F, row_R = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_R)
     inside_D, first = d_D < width, part * STEPS * BLOCK_F
     w2_D = w2 + (slot * width + tl.where(inside_D, d_D, 0)) * hidden
+    if storage is not None:
+        w2_D += (tl.load(storage + slot) - slot) * width * hidden
     choice_R, present_R = _choice_of(slots, slot, rows, BLOCK_R, TOP_K)
     chose_R = choice_R >= 0
     if PDL:

@@ -43,11 +43,14 @@ def most_blocks(choices: int, slots: int, block_r: int) -> int:
     return (choices + min(slots, choices) * (block_r - 1)) // block_r
 
 
-def sort_rows(slots_RK: torch.Tensor, slots: int, block_r: int, overlap: bool = False) -> SortedRows:
+def sort_rows(
+    slots_RK: torch.Tensor, slots: int, block_r: int, overlap: bool = False, storage_S: torch.Tensor | None = None
+) -> SortedRows:
     """Sorts the choices ``slots_RK`` (any integer dtype, -1 for none) into blocks of ``block_r`` rows.
 
     One launch while one program holds all choices, else two: each program counts its choices, then places them after
     those of its slot in the programs before it. ``overlap`` launches them while the kernel in front still runs.
+    ``storage_S`` (int64) is what ``slot_B`` has for each slot; None the slot itself.
     """
     slots_N = slots_RK.reshape(-1)
     choices, device = slots_N.numel(), slots_N.device
@@ -66,7 +69,7 @@ def sort_rows(slots_RK: torch.Tensor, slots: int, block_r: int, overlap: bool = 
     if chunks > 1:
         _count[chunks,](slots_N, counts_CS, choices, **launch)
     _place[chunks,](
-        slots_N, counts_CS, *parts, choices, chunks, blocks,
+        slots_N, counts_CS, *parts, storage_S, choices, chunks, blocks,
         BLOCK_R=block_r, CHUNKS_PAD=triton.next_power_of_2(chunks),
         BLOCKS_STEP=min(triton.next_power_of_2(blocks), ONE_HOT // slots_pad), **launch,
     )  # fmt: skip
@@ -93,7 +96,7 @@ def _count(slots_N, counts_CS, choices, CHUNK: tl.constexpr, S_PAD: tl.constexpr
 
 @triton.jit(do_not_specialize=["choices", "chunks", "blocks"])
 def _place(
-    slots_N, counts_CS, place_N, slot_B, rows_B, span_B2, count, choices, chunks, blocks,
+    slots_N, counts_CS, place_N, slot_B, rows_B, span_B2, count, storage, choices, chunks, blocks,
     BLOCK_R: tl.constexpr, CHUNK: tl.constexpr, CHUNKS_PAD: tl.constexpr, S_PAD: tl.constexpr,
     BLOCKS_STEP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -127,6 +130,8 @@ def _place(
         hot_BS = (slot[:, None] == slot_S).to(tl.int32)
         start = tl.sum(hot_BS * start_S[None, :], 1)
         rows = tl.sum(hot_BS * total_S[None, :], 1) - (block - start) * BLOCK_R
+        if storage is not None:
+            slot = tl.load(storage + slot, slot < S_PAD, 0).to(tl.int32)
         tl.store(slot_B + block, slot, block < blocks)
         tl.store(rows_B + block, tl.maximum(tl.minimum(rows, BLOCK_R), 0), block < blocks)
         tl.store(span_B2 + 2 * block, start, block < blocks)
