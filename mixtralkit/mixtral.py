@@ -34,8 +34,9 @@ class Mixtral:
         seed: int = 1,
         prefill_budget: int = PREFILL_BUDGET,
         cuda_graphs: bool = True,
+        weight_hash: str | None = None,
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.weight_hash = model, tokenizer, weight_hash
         self.engine = Engine(model, tokenizer, prefill_budget, cuda_graphs=cuda_graphs)
         self.defaults = SamplingOptions(seed=seed)
 
@@ -124,8 +125,10 @@ class Mixtral:
         progress: bool = False,
         prefill_budget: int = PREFILL_BUDGET,
         cuda_graphs: bool = True,
+        hashes: bool = False,
     ) -> Mixtral:
-        """As ``build``, from a checkpoint and a tokenizer that are open already."""
+        """As ``build``, from a checkpoint and a tokenizer that are open already; with ``hashes`` all weights are hashed
+        while they are read (``weight_hash``)."""
         with context.agreed():
             SamplingOptions(seed=seed)
             check_prefill_budget(prefill_budget)
@@ -138,8 +141,8 @@ class Mixtral:
             layout = choose_layout(config, context, attention, experts, plan, options, automatic)
             model = Transformer(layout, context, kind, options)
             model.allocate_cache()
-        load_into(model.named_tensors(), layout, reader, context, progress)
-        return cls(model, tokenizer, seed, prefill_budget, cuda_graphs)
+        weight_hash = load_into(model.named_tensors(), layout, reader, context, progress, hashes=hashes)
+        return cls(model, tokenizer, seed, prefill_budget, cuda_graphs, weight_hash)
 
     @classmethod
     def from_parts(cls, model: Transformer, tokenizer: Tokenizer, seed: int = 1) -> Mixtral:

@@ -15,7 +15,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mixtralkit.checkpoint import open_checkpoint
-from mixtralkit.checkpoint.discover import recognise
 from mixtralkit.cli import run_tool, with_fields
 from mixtralkit.config import ModelConfig
 from mixtralkit.distributed import RankContext, rank_of
@@ -28,7 +27,8 @@ from mixtralkit.evaluation import summary
 from mixtralkit.evaluation.prompt_sets import PromptRecord, read_prompts
 from mixtralkit.evaluation.routing_html import ShownSequence, token_texts
 from mixtralkit.evaluation.routing_report import check_report, write_report
-from mixtralkit.evaluation.run import Ran, Results, fingerprint, run, what_cuts, write_json
+from mixtralkit.evaluation.run import Ran, Results, fingerprint, run, write_json
+from mixtralkit.evaluation.run_record import facts_of_plan
 from mixtralkit.evaluation.work import AnswerOptions, Work, make_works
 from mixtralkit.mixtral import Mixtral, check_world_size, choose_dtype, choose_layout
 from mixtralkit.options import ModelOptions
@@ -108,7 +108,7 @@ def evaluate(
         if prompts is None:
             raise ValueError("prompts is missing: the set to score, a .jsonl file (or --compare RUN_A RUN_B)")
         check_world_size(context.world_size, num_gpus=num_gpus)
-        records = read_prompts(prompts)
+        records = read_prompts(prompts, context.world_size)
         reader = open_checkpoint(model)
         sp = Tokenizer.beside(model, tokenizer, reader.config.vocab_size)
         sp.check_vocabulary(reader.config.vocab_size)
@@ -130,21 +130,22 @@ def evaluate(
         changes = {"cold_capacity_factor": cold_capacity_factor, "overflow": overflow, "cut_order": cut_order}
         placed = replace(layout.plan, **{name: value for name, value in changes.items() if value is not None})
         facts = fingerprint(
-            reader.config, [path for part in recognise(model).files for path in part], sp.path, prompts, options,
+            reader.config, [path for part in reader.found.files for path in part], sp, records, asdict(options),
             str(dtype).removeprefix("torch."), max_seq_len,
-            what_cuts(placed, context.world_size, layout.parallel.attention, max_batch_size),
+            facts_of_plan(placed, context.world_size, layout.parallel.attention, max_batch_size, str(dtype)[6:]),
         )  # fmt: skip
         if routing_report is not None and context.is_first:
             check_report(routing_report)
     with Results(context, records, output, facts) as results:
         if context.is_first and results.done:
             print(f"{output} already has {results.done} of {len(records)} results", file=sys.stderr)
-        if not results.is_complete or routing_report is not None:
+        if not results.is_complete or results.needs_weights or routing_report is not None:
             mixtral = Mixtral.load(
                 reader, sp, context, max_seq_len, max_batch_size, seed,
                 dtype=dtype, **asdict(layout.parallel), plan=placed, options=moe,
-                progress=context.is_first and sys.stderr.isatty(),
+                progress=context.is_first and sys.stderr.isatty(), hashes=results.needs_weights,
             )  # fmt: skip
+            results.confirm(mixtral.weight_hash)
             meta = {"model": model.name, "prompts": prompts.name, "version": __version__}
             _answer(mixtral, records, works, options, results, moe_report, routing_report, meta)
         measures = results.finish()

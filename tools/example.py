@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from mixtralkit.engine.sampler import SamplingOptions
 from mixtralkit.engine.statistics import MoEStatistics
 from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.evaluation.prompt_sets import PromptRecord, ResultsWriter, read_prompts
-from mixtralkit.mixtral import Mixtral, check_world_size, encode_prompt
+from mixtralkit.evaluation.run_record import RunRecord, claim_output, facts_of_plan, fingerprint
+from mixtralkit.mixtral import Mixtral, check_world_size, choose_dtype, encode_prompt
 from mixtralkit.options import ModelOptions
 from mixtralkit.planning.hardware import Hardware
 from mixtralkit.terminal import Session
@@ -93,7 +95,7 @@ def generate(
     context = RankContext.start(running.device)
     with context.agreed():
         check_world_size(context.world_size, num_gpus=num_gpus)
-        records = read_prompts(EXAMPLES if prompts is None else prompts)
+        records = read_prompts(EXAMPLES if prompts is None else prompts, context.world_size)
         reader = open_checkpoint(model)
         sp = Tokenizer.beside(model, tokenizer, reader.config.vocab_size)
         sp.check_vocabulary(reader.config.vocab_size)
@@ -102,11 +104,18 @@ def generate(
         max_seq_len = min(reader.config.max_seq_len, needed) if max_seq_len is None else max_seq_len
         for request in requests:
             check_prompt(request.id, request.prompt, max_seq_len, reader.config.vocab_size)
-    results = _Results(context, records, output)
+        kind = str(choose_dtype(running.dtype, context.device)).removeprefix("torch.")
+        facts = fingerprint(
+            reader.config, [path for part in reader.found.files for path in part], sp,
+            records,
+            {**asdict(sampling), "max_gen_len": max_gen_len, "stop": stop}, kind, max_seq_len,
+        )  # fmt: skip
+    results = _Results(context, records, output, facts)
     mixtral = Mixtral.load(
         reader, sp, context, max_seq_len, max_batch_size, seed,
-        progress=_is_watched(context), **running.load_arguments(),
+        progress=_is_watched(context), hashes=results.needs_weights, **running.load_arguments(),
     )  # fmt: skip
+    results.confirm(mixtral)
     statistics = _statistics(mixtral, moe_report)
     mixtral.engine.plan_manager = _plan_manager(
         mixtral, update_step, policy, slots_per_rank, hot_experts, running.hardware
@@ -275,16 +284,32 @@ def _requests(
 class _Results:
     """Prints finished answers, or writes them to the output file, in the order of the prompts; rank 0 does."""
 
-    def __init__(self, context: RankContext, records: list[PromptRecord], output: Path | None) -> None:
+    def __init__(
+        self, context: RankContext, records: list[PromptRecord], output: Path | None, facts: dict[str, Any]
+    ) -> None:
         self._context, self._records = context, records
         self._held: dict[int, Completion] = {}
         self._writer: ResultsWriter | None = None
+        self._record: RunRecord | None = None
         with context.agreed():
             if output is not None and context.is_first:
+                self._record = claim_output(output, facts)
                 self._writer = ResultsWriter(output, records)
-        self.done: int = context.broadcast_object(self._writer.done if self._writer else 0)
+        wanted = self._record is not None and self._record.needs_weights
+        done = self._writer.done if self._writer else 0
+        self.done, self.needs_weights = context.broadcast_object((done, wanted))
         if self.done and context.is_first:
             print(f"{output} already has {self.done} of {len(records)} results", file=sys.stderr)
+
+    def confirm(self, mixtral: Mixtral) -> None:
+        """Says which weights and plan run; an error where the output is of others. Collective."""
+        model, context = mixtral.model, self._context
+        with context.agreed():
+            if self._record is not None:
+                layout, dtype = model.layout, str(model.dtype)[6:]
+                batch = model.params.max_batch_size
+                placed = facts_of_plan(layout.plan, context.world_size, layout.parallel.attention, batch, dtype)
+                self._record.confirm(mixtral.weight_hash, **placed)
 
     def __enter__(self) -> _Results:
         return self
