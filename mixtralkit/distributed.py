@@ -72,6 +72,8 @@ class RankContext:
             torch.cuda.set_device(torch_device)
         if world_size == 1:
             return cls(rank=0, world_size=1, device=torch_device)
+        if torch_device.type == "cpu" and "OMP_NUM_THREADS" not in environ:
+            torch.set_num_threads(threads_of_rank(_environ_int(environ, "LOCAL_WORLD_SIZE", world_size)))
         owns = not dist.is_initialized()
         if owns:
             backend = "nccl" if torch_device.type == "cuda" else "gloo"
@@ -202,6 +204,12 @@ class RankContext:
 def rank_of(environ: Mapping[str, str] | None = None) -> int:
     """The rank that the environment gives this process, before any group exists; 0 without ``torchrun``."""
     return _environ_int(os.environ if environ is None else environ, "RANK", 0)
+
+
+def threads_of_rank(local_ranks: int) -> int:
+    """This rank's share of the cores that its machine's ranks may use, at least one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // local_ranks)
 
 
 def _environ_int(environ: Mapping[str, str], name: str, default: int) -> int:
