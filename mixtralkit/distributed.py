@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mixtralkit.config.ranks import environ_int
+
 
 class RankFailed(RuntimeError):
     """Another rank reported an error, so this one stops too."""
@@ -64,8 +66,7 @@ class RankContext:
         """
         environ = os.environ if environ is None else environ
         rank, world_size, local_rank = (
-            _environ_int(environ, name, default)
-            for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+            environ_int(environ, name, default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
         )
         torch_device = _choose_device(device, local_rank, world_size)
         if torch_device.type == "cuda":
@@ -197,18 +198,6 @@ class RankContext:
         for rank, report in enumerate(reports):
             if report is not None:
                 raise RankFailed(f"rank {rank}: {report}")
-
-
-def rank_of(environ: Mapping[str, str] | None = None) -> int:
-    """The rank that the environment gives this process, before any group exists; 0 without ``torchrun``."""
-    return _environ_int(os.environ if environ is None else environ, "RANK", 0)
-
-
-def _environ_int(environ: Mapping[str, str], name: str, default: int) -> int:
-    text = environ.get(name, str(default))
-    if not text.isdigit():
-        raise ValueError(f"{name} ({text!r}) must be a whole number")
-    return int(text)
 
 
 def _choose_device(device: str | None, local_rank: int, world_size: int) -> torch.device:

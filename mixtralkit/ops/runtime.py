@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import json
 import re
-from pathlib import Path
 
 import torch
 
-TUNED = Path(__file__).resolve().parents[2] / "configs" / "kernels"
+from mixtralkit.config import shipped
+
+TUNED = shipped("kernels")
 
 
 def runs_triton(x: torch.Tensor) -> bool:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
-import runpy
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from mixtralkit.cli.tune import save
 from mixtralkit.config import ModelConfig, ParallelConfig
 from mixtralkit.layout import RankLayout
 from mixtralkit.ops import runtime, tuning
@@ -64,10 +64,9 @@ def test_files_in_the_tree_are_what_the_kernels_ask_for():
 
 def test_the_file_that_is_written_is_the_one_that_is_read(gpu, tmp_path, monkeypatch):
     monkeypatch.setattr(tuning, "TUNED", tmp_path)
-    tool = runpy.run_path(str(ROOT / "tools" / "tune_kernels.py"))
     path = tuning.settings_file(gpu)
-    tool["save"](path, gpu, [entry(4, 1), entry(1, 2)])
-    tool["save"](path, gpu, [entry(4, 3), entry(4, 4, outputs=9, inputs=4)])
+    save(path, gpu, [entry(4, 1), entry(1, 2)])
+    save(path, gpu, [entry(4, 3), entry(4, 4, outputs=9, inputs=4)])
     assert runtime.tuned("linear", gpu, 4, outputs=8, inputs=4) == {"a": 3}
     assert runtime.tuned("linear", gpu, 1, outputs=8, inputs=4) == {"a": 2}
     content = json.loads(path.read_text())

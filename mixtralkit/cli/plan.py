@@ -1,0 +1,244 @@
+"""``mixtralkit plan``: which ranks hold which experts, from a routing trace."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from mixtralkit.cli.run import command
+from mixtralkit.config import ModelConfig, parse_dtype, shipped
+from mixtralkit.config.engine import Dtype
+from mixtralkit.config.options import Count, Natural, Options, Positive, Share
+from mixtralkit.planning.cost import ModelShape, ShadowModel
+from mixtralkit.planning.formats import save_plan
+from mixtralkit.planning.hardware import Hardware
+from mixtralkit.planning.plan import ExpertPlan, contiguous
+from mixtralkit.planning.plan_plot import plot_plan
+from mixtralkit.planning.policies.affinity import affinity
+from mixtralkit.planning.policies.auto import auto
+from mixtralkit.planning.policies.balanced import balanced
+from mixtralkit.planning.policies.hot_cold import hot_cold
+from mixtralkit.planning.policies.inputs import Budget
+from mixtralkit.planning.policies.quality import measure
+from mixtralkit.planning.policies.shadow import shadow
+from mixtralkit.planning.policies.two_phase import two_phase
+from mixtralkit.planning.replay import Execution
+from mixtralkit.planning.simulate import sample_routing
+from mixtralkit.planning.trace import RoutingTrace, load_loads
+
+FORMATS = {"mixtralkit": "plan", "sglang": "sglang", "tensorrt_llm": "tensorrt", "vllm": "vllm", "exflow": "exflow"}
+
+
+@dataclass(frozen=True)
+class PlanRequest(Options):
+    """What is planned for.
+
+    Attributes:
+        world_size: Ranks.
+        ranks_per_node: Ranks of one machine; all ranks are on one without it.
+        memory_gb: Most memory for expert weights on each rank, in 10^9 bytes, all layers together.
+        slots_per_rank: Most experts on each rank in each layer; without this and memory_gb no replicas are made,
+            except what hot_experts asks for.
+        num_experts: Experts of the model, for a trace that does not say.
+        model: params.json or config.json with the sizes of the model, or the name of one in configs/models.
+        dtype: Of the weights.
+        hardware: Machine for shadow and auto, a file or the name of one in configs/hardware.
+        batch: shadow and auto: tokens of a step on each rank.
+        layout: auto: how the plan will run: ep, static, two_stage, coherent, tp_ep, or peer, by the hardware's fused.
+    """
+
+    world_size: Count = 4
+    ranks_per_node: Count | None = None
+    memory_gb: Positive | None = None
+    slots_per_rank: Count | None = None
+    num_experts: Count | None = None
+    model: Path = Path("mixtral-8x7b")
+    dtype: Dtype = "bfloat16"
+    hardware: Path = Path("h200")
+    batch: Count = 64
+    layout: str = "ep"
+
+
+@dataclass(frozen=True)
+class PolicyOptions(Options):
+    """What one policy alone is told.
+
+    Attributes:
+        hot_experts: hot_cold: experts of each layer on every rank; without it as many as the budget allows.
+        cold: hot_cold: placement of the other experts.
+        hot_per: hot_cold: a copy of each hot expert on every rank, or on one rank of every node.
+        cold_capacity_factor: hot_cold: rows that a cold expert takes, as a multiple of its even share; exact without.
+        cold_token_percent: hot_cold: part (0, 1] of that capacity which is sent.
+        overflow: hot_cold: what becomes of rows over the capacity.
+        cut_order: hot_cold: which rows these are; weight keeps the heaviest choices, arrival the first.
+        load_cap: affinity: most load of a rank in a layer, as a multiple of the mean.
+        num_groups: balanced: groups of experts that stay on one node each (hierarchical); global without it.
+        finetune_threshold: two_phase: total-variation distance above which a layer is corrected; Lina's rule without.
+        shadow_steps: shadow: steps over which sending the weights is paid.
+    """
+
+    hot_experts: Natural | None = None
+    cold: Literal["balanced", "contiguous"] = "balanced"
+    hot_per: Literal["rank", "node"] = "rank"
+    cold_capacity_factor: Positive | None = None
+    cold_token_percent: float = 1.0
+    overflow: Literal["drop", "reroute"] = "drop"
+    cut_order: Literal["weight", "arrival"] = "weight"
+    load_cap: Positive | None = None
+    num_groups: Count | None = None
+    finetune_threshold: Share | None = None
+    shadow_steps: Positive = 1.0
+
+
+@dataclass(frozen=True)
+class _Input:
+    """What a policy may need. ``trace`` is None where the file holds only loads."""
+
+    request: PlanRequest
+    trace: RoutingTrace | None
+    loads_LE: np.ndarray
+    budget: Budget
+    shape: ModelShape
+
+    @cached_property
+    def hardware(self) -> Hardware:
+        return Hardware.load(shipped("hardware", self.request.hardware))
+
+    def tokens(self, policy: str) -> RoutingTrace:
+        if self.trace is None:
+            raise ValueError(f"policy {policy} needs every token's experts, and the file holds only loads")
+        return self.trace
+
+
+@command
+def plan(
+    trace: Path,
+    policy: str = "auto",
+    output: Path = Path("plan.json"),
+    format: str = "mixtralkit",
+    plot: Path | None = None,
+    *,
+    request: PlanRequest,
+    only: PolicyOptions,
+) -> None:
+    """Plans which ranks hold which experts, writes the plan, and prints its figures; the last line is JSON.
+
+    Figures are those of the trace that the plan was made from.
+
+    Args:
+        trace: Routing trace (.npz, .npy), or SGLang's recorded loads (.pt).
+        policy: contiguous, hot_cold, two_phase, affinity, balanced, shadow or auto (docs/planning.md).
+        output: File for the plan.
+        format: mixtralkit, sglang, tensorrt_llm, vllm or exflow.
+        plot: File for a picture of loads and crossings, layer by layer.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format ({format!r}) must be one of {', '.join(FORMATS)}")
+    world, per_node = request.world_size, request.ranks_per_node
+    makers: dict[str, Callable[[_Input], ExpertPlan]] = {
+        "contiguous": lambda g: contiguous(*g.loads_LE.shape, world),
+        "hot_cold": lambda g: hot_cold(
+            g.loads_LE, world, only.hot_experts, g.budget, only.cold, _ring(only.hot_per, per_node),
+            only.cold_capacity_factor, only.cold_token_percent, only.overflow, only.cut_order,
+        ),
+        "two_phase": lambda g: _two_phase(g, only.finetune_threshold),
+        "affinity": lambda g: affinity(
+            g.tokens("affinity").transitions_LEE(), world, per_node, g.budget, g.loads_LE, only.load_cap
+        ),
+        "balanced": lambda g: balanced(g.loads_LE, world, g.budget, per_node, only.num_groups),
+        "shadow": lambda g: shadow(
+            g.loads_LE, world, ShadowModel.from_hardware(g.shape, g.hardware),
+            request.batch * world * g.shape.top_k, only.shadow_steps, g.budget,
+        ),
+        "auto": _auto,
+    }  # fmt: skip
+    if policy not in makers:
+        raise ValueError(f"policy ({policy!r}) must be one of {', '.join(makers)}")
+    given = _read(trace, request)
+    started = time.perf_counter()
+    made = replace(makers[policy](given), ranks_per_node=per_node)
+    seconds = time.perf_counter() - started
+    given.budget.require(int(made.holds_LWE.sum(2).max()), made.num_layers, f"policy {policy}")
+    save_plan(made, output, FORMATS[format])
+    if plot is not None:
+        plot_plan(made, given.loads_LE, given.trace and given.trace.transitions_LEE(), plot)
+    print(f"{output}: {made.policy}, {made.num_layers} layers, {made.num_experts} experts on {world} ranks")
+    _print_notes(made)
+    print(json.dumps(_figures(made, given, seconds)))
+
+
+def _read(path: Path, request: PlanRequest) -> _Input:
+    trace = None if path.suffix in (".pt", ".pth") else RoutingTrace.load(path, request.num_experts)
+    loads_LE = load_loads(path, request.num_experts) if trace is None else trace.loads_LE()
+    model = ModelConfig.from_file(shipped("models", request.model))
+    shape = ModelShape.of(model, parse_dtype(request.dtype).itemsize)
+    shape = replace(shape, num_experts=loads_LE.shape[1], top_k=shape.top_k if trace is None else trace.top_k)
+    budget = Budget(request.slots_per_rank, request.memory_gb, shape.expert_bytes)
+    budget.slots(*loads_LE.shape, request.world_size)
+    return _Input(request, trace, loads_LE, budget, shape)
+
+
+def _ring(hot_per: str, ranks_per_node: int | None) -> int:
+    if hot_per == "node" and ranks_per_node is None:
+        raise ValueError("hot_per ('node') needs ranks_per_node")
+    return 1 if hot_per == "rank" else ranks_per_node
+
+
+def _two_phase(given: _Input, threshold: float | None) -> ExpertPlan:
+    """Estimated from the first half of the trace, corrected by the counts of the second."""
+    world = given.request.world_size
+    if given.trace is None:
+        return two_phase(given.loads_LE, world, budget=given.budget)
+    profile, batch = given.trace.split(0.5)
+    return two_phase(profile.loads_LE(), world, batch.loads_LE(), given.trace.top_k, threshold, given.budget)
+
+
+def _auto(given: _Input) -> ExpertPlan:
+    trace, request = given.trace, given.request
+    if trace is None:
+        trace = sample_routing(given.loads_LE, 2 * request.batch * request.world_size, given.shape.top_k)
+    execution = Execution(request.layout, request.batch, fused=request.layout == "peer")
+    return auto(trace, request.world_size, given.shape, given.hardware, execution, given.budget, request.ranks_per_node)
+
+
+def _figures(plan: ExpertPlan, given: _Input, seconds: float) -> dict[str, object]:
+    quality = measure(plan, given.loads_LE, given.trace and given.trace.transitions_LEE())
+    return {
+        "policy": plan.policy,
+        "crossings_per_token": quality.crossings_per_token,
+        "uniform_crossings_per_token": quality.uniform_crossings_per_token,
+        "node_crossings_per_token": quality.node_crossings_per_token,
+        "balancedness_mean_over_max": quality.balancedness_mean_over_max,
+        "max_over_mean": quality.max_over_mean,
+        "memory_gb_per_rank": quality.memory_gb_per_rank(plan.num_layers, given.shape.expert_bytes),
+        "seconds": seconds,
+    }
+
+
+def _print_notes(plan: ExpertPlan) -> None:
+    """What a policy has to say beside its plan."""
+    meta = plan.meta
+    if plan.policy == "auto":
+        print(
+            f"chosen: {meta['chosen']}, expected {meta['expected_step_s'] * 1e3:.3f} ms a step of {meta['batch']} "
+            f"tokens a rank on {meta['hardware']} ({meta['layout']})"
+        )
+        for name, step_s in sorted(meta["candidates_step_s"].items(), key=lambda item: item[1]):
+            print(f"  {step_s * 1e3:9.3f} ms  {name}")
+    elif plan.policy == "affinity":
+        print(
+            f"{'exact' if meta['exact'] else 'not proven to be the best'}; "
+            f"no placement has fewer than {meta['crossings_bound']:.3f} crossings a token"
+        )
+    elif plan.policy == "two_phase" and meta:
+        print(
+            f"estimates right in {meta['estimates_right']:.0%} of the layers, corrected in {meta['corrected']:.0%}, "
+            f"mean distance {meta['mean_distance']:.3f}"
+        )
