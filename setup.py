@@ -3,7 +3,7 @@
 from setuptools import find_packages, setup
 
 setup(
-    packages=[*find_packages(include=["mixtralkit", "mixtralkit.*"]), "mixtralkit.configs"],
+    packages=[*find_packages(include=["mixtralkit", "mixtralkit.*", "lab"]), "mixtralkit.configs"],
     package_dir={"mixtralkit.configs": "configs"},
     package_data={"mixtralkit.configs": ["*/*"]},
 )

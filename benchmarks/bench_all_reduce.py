@@ -23,8 +23,8 @@ from machine import describe_run
 from mixtralkit.cli.run import run_tool
 from mixtralkit.config import parse_dtype
 from mixtralkit.distributed import RankContext
-from mixtralkit.ops.all_reduce import RowReducer, add_norm_plain
-from mixtralkit.ops.all_reduce_triton import candidates, sum_rows
+from mixtralkit.ops.all_reduce import RowReducer, add_norm_reference
+from mixtralkit.ops.all_reduce.triton import candidates, sum_rows
 
 EPS = 1e-5
 REPLAYS = 4  # of a graph between two events
@@ -98,8 +98,8 @@ def bench_all_reduce(
 
 
 def _variants(case: Case, names: list[str]) -> list[tuple[str, dict[str, int], Reduce]]:
-    inboxes = case.reducer.inboxes
-    fits = inboxes is not None and case.rows <= case.reducer.max_rows
+    memory = case.reducer.memory
+    fits = memory is not None and case.rows <= case.reducer.max_rows
     norm, group = (case.weight_D, EPS), case.context.group
     found: list[tuple[str, dict[str, int], Reduce]] = []
     for name in names:
@@ -108,7 +108,7 @@ def _variants(case: Case, names: list[str]) -> list[tuple[str, dict[str, int], R
         elif name == "sweep" and fits:
             for settings in candidates(case.rows, case.dim, case.context.world_size):
                 found.append(
-                    (name, settings, lambda part, residual, s=settings: sum_rows(part, residual, norm, inboxes, s))
+                    (name, settings, lambda part, residual, s=settings: sum_rows(part, residual, norm, memory, s))
                 )
         elif name == "nccl":
             found.append((name, {}, lambda part, residual: sum_rows(case.context.all_reduce(part), residual, norm)))
@@ -180,7 +180,7 @@ def _check(case: Case, reduce: Reduce, part_TD: torch.Tensor) -> tuple[float, bo
     residual_TD = case.random(3)
     part_TD.copy_(case.random(100 + case.context.rank))
     total_TD = sum(part.float() for part in case.context.all_gather(part_TD))
-    wanted = add_norm_plain(RankContext(), total_TD, residual_TD.float(), case.weight_D.float(), EPS)
+    wanted = add_norm_reference(RankContext(), total_TD, residual_TD.float(), case.weight_D.float(), EPS)
     found = reduce(part_TD, residual_TD)
     errors = [float((got.float() - want).norm() / want.norm()) for got, want in zip(found, wanted, strict=True)]
     alike = all(bool((every == got).all()) for got in found for every in case.context.all_gather(got))

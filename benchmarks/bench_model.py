@@ -24,9 +24,9 @@ from statistics import mean, median
 import torch
 from ceilings import Ceilings
 from machine import describe_run
-from model_bounds import choice_shares, decode_bytes, expected_experts, prefill_operations
+from model_bounds import choice_shares, computed_experts, decode_bytes, expected_experts, prefill_operations
 from model_check import TOLERANCE, check
-from model_plans import memory_by_rank, needs_loads, plan_fields, rows_through_memory
+from model_plans import memory_by_rank, plan_fields, rows_through_memory
 from model_source import RandomWords, Source, random_requests
 from peer_fields import peer_fields
 from profile_step import profiled
@@ -39,6 +39,7 @@ from mixtralkit.distributed import RankContext
 from mixtralkit.engine.generation import Engine
 from mixtralkit.engine.requests import Request
 from mixtralkit.model.transformer import Transformer
+from mixtralkit.planning.policies.registry import needs_loads
 from mixtralkit.planning.replicas import SMALL_BATCH_CHOICES
 
 
@@ -306,7 +307,7 @@ class Bench:
             touched_L = [
                 sum(
                     expected_experts(params.num_experts, params.num_experts_per_tok, count * share) / params.num_experts
-                    for share in choice_shares(layout, layer)
+                    for share in choice_shares(layout, layer, count)
                 )
                 for layer in range(params.n_layers)
             ]
@@ -321,9 +322,8 @@ class Bench:
 
         def observe(batch, reports) -> None:
             if len(batch.tokens_T) == count and batch.is_decode:
-                held = [self.model.layout.experts(layer) for layer in range(len(reports))]
-                chosen = [set(report.routing.experts_TK.flatten().tolist()) for report in reports]
-                seen.append([float(len(own & set(here))) for own, here in zip(chosen, held, strict=True)])
+                chosen = [report.routing.experts_TK.cpu().numpy() for report in reports]
+                seen.append([float(computed_experts(self.model.layout, *one)) for one in enumerate(chosen)])
 
         engine.observe = observe
         try:

@@ -20,12 +20,12 @@ from ceilings import Ceilings
 from machine import describe_run
 from profile_step import profiled
 
+from lab.timing import times_ms
 from mixtralkit.cli.run import run_tool
 from mixtralkit.config import ModelConfig, parse_dtype
 from mixtralkit.distributed import RankContext
-from mixtralkit.ops.experts import expert_sum, expert_sum_plain
-from mixtralkit.ops.gate import gate, gate_plain
-from mixtralkit.ops.timing import times_ms
+from mixtralkit.ops.experts import expert_sum, expert_sum_reference
+from mixtralkit.ops.gate import gate, gate_reference
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 5e-3}  # ‖difference‖ / ‖reference‖
 INPUT_SETS, WEIGHT_SETS, EPS = 4, 2, 1e-5
@@ -33,8 +33,8 @@ INPUT_SETS, WEIGHT_SETS, EPS = 4, 2, 1e-5
 VARIANTS = {  # name: (gate, experts, in a CUDA graph)
     "kernels": (gate, expert_sum, True),
     "kernels-eager": (gate, expert_sum, False),
-    "grouped_mm": (gate_plain, expert_sum_plain, True),
-    "grouped_mm-eager": (gate_plain, expert_sum_plain, False),
+    "grouped_mm": (gate_reference, expert_sum_reference, True),
+    "grouped_mm-eager": (gate_reference, expert_sum_reference, False),
 }
 
 

@@ -156,7 +156,7 @@ class Source:
             built.initialize(self.seed)
             return Engine(built, RandomWords(config.vocab_size))
         load_into(built.named_tensors(), layout, reader, context, False)
-        return Engine(built, Tokenizer(self.ckpt / "tokenizer.model"))
+        return Engine(built, Tokenizer.beside(self.ckpt))
 
     def requests(self, engine: Engine, count: int, length: int, new_tokens: int) -> list[Request]:
         """The first half of one domain, the second of another; answers of different lengths."""

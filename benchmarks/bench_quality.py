@@ -130,7 +130,7 @@ def bench_quality(
     """
     context = RankContext.start("cpu")
     records, options = read_prompts(prompts), AnswerOptions()
-    works = make_works(records, prompts, Tokenizer(model / "tokenizer.model"), options)
+    works = make_works(records, prompts, Tokenizer.beside(model), options)
     loads_LE = mean_loads(loads)
     layers, experts = loads_LE.shape
     placements = {

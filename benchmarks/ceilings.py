@@ -7,9 +7,9 @@ from statistics import median
 
 import torch
 
+from lab.timing import times_ms
 from mixtralkit.distributed import RankContext
 from mixtralkit.ops.runtime import runs_triton
-from mixtralkit.ops.timing import times_ms
 
 STEADY_MS = 1000.0  # of products, after which the clock is what the power limit leaves
 

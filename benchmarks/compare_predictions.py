@@ -4,7 +4,7 @@
         benchmarks/results/moe-layer-h200x2.json --plot scatter.png
 
 Whole models are lines of bench_model.py, layers alone those of bench_moe_layer.py. Predictions take what a line says
-of model, ranks, layout, plan, rows and routing, and nothing that it measured: unless its routing is skewed, every
+of model, ranks, dispatcher, plan, rows and routing, and nothing that it measured: unless its routing is skewed, every
 expert is as likely as another, as random weights make it. docs/cost-model.md has the formulas.
 """
 
@@ -21,19 +21,19 @@ import numpy as np
 
 from mixtralkit.cli.run import run_tool
 from mixtralkit.config import ModelConfig, parse_dtype
-from mixtralkit.planning.choose import sample_steps
 from mixtralkit.planning.cost import ModelShape
 from mixtralkit.planning.hardware import Hardware, nearest
-from mixtralkit.planning.policies.named import named_plan
+from mixtralkit.planning.policies.registry import named_plan
 from mixtralkit.planning.replay import PHASES, Execution
 from mixtralkit.planning.simulate import sample_routing, simulate
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 MACHINES = tuple(CONFIGS / "hardware" / f"{name}.json" for name in ("h200x2", "h200x4"))
 MODELS, LAYERS = ("decode", "prefill"), ("moe_layer_over_ranks",)
-# What bench_moe_layer.py adds to a plan's name, and the layout of such a layer's steps.
-EXCHANGES = {"": "ep", "+peer": "peer"}
+# What bench_moe_layer.py adds to a plan's name, and the dispatcher of such a layer's steps.
+EXCHANGES = {"": "exact", "+peer": "symmetric", "+symmetric": "symmetric"}
 PLANS = ("contiguous", "hot_cold", "balanced", "everywhere")
+SAMPLED_TOKENS, MOST_STEPS = 512, 8  # of a model's steps
 LAYER_SAMPLES = 4  # the inputs of a round of bench_moe_layer.py
 
 
@@ -46,7 +46,7 @@ class Compared:
 
     what: str
     group: str
-    layout: str
+    dispatcher: str
     measured_ms: float
     predicted_ms: float
     place: tuple[str, str] | None = None
@@ -75,11 +75,11 @@ def compare_predictions(
     left_out = [line for line in lines if leave_out in line.get("note", "")]
     compared = [compare(line, nearest(machines, line["ranks"])) for line in lines if line not in left_out]
     if not compared:
-        raise ValueError("results have no line of decode or prefill, or of a layer in a layout that is modelled")
+        raise ValueError("results have no line of decode or prefill, or of a layer in a dispatcher that is modelled")
     print(table([one for one in compared if one.place is None]))
     print(table_of_layers([one for one in compared if one.place is not None]))
     for line in left_out:
-        print(f"left out: {describe(line)}, {layout_of(line)} ({line['note']})")
+        print(f"left out: {describe(line)}, {dispatcher_of(line)} ({line['note']})")
     print(table_of_groups(compared))
     errors = [abs(one.error) for one in compared]
     found = {"median_error": round(median(errors), 4), "worst_error": round(max(errors), 4)}
@@ -89,16 +89,16 @@ def compare_predictions(
 
 
 def is_modelled(line: dict[str, Any]) -> bool:
-    """Whether the line is one of a model's steps, or of a layer whose layout the model knows."""
+    """Whether the line is one of a model's steps, or of a layer whose dispatcher the model knows."""
     if line.get("measurement") in MODELS:
         return True
-    return line.get("measurement") in LAYERS and line.get("variant") in layer_layouts()
+    return line.get("measurement") in LAYERS and line.get("variant") in layer_dispatchers()
 
 
-def layer_layouts() -> dict[str, str]:
+def layer_dispatchers() -> dict[str, str]:
     """Layout of each variant of bench_moe_layer.py that is modelled."""
-    found = {plan + way: layout for plan in PLANS for way, layout in EXCHANGES.items()}
-    return found | {"tensor_parallel+sums": "tp"}
+    found = {plan + way: dispatcher for plan in PLANS for way, dispatcher in EXCHANGES.items()}
+    return found | {"tensor_parallel+sums": "split_width"}
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -128,38 +128,42 @@ def compare(line: dict[str, Any], hardware: Hardware) -> Compared:
     batch, ranks = line["batch"], line["ranks"]
     span = 1 if decodes else line["prompt_len"]
     context = line["prompt_len"] + line["new_tokens"] // 2 if decodes else 0
-    layout = layout_of(line)
+    dispatcher = dispatcher_of(line)
     few = line.get("few_choices", 0)  # lines without it are older than the rule
-    execution = Execution(layout, context=context, span=span, fused=layout != "static", few_choices=few)
+    tokens = batch * span
+    execution = Execution(dispatcher, step_tokens=tokens, context=context, span=span, small_choices=few)
+    if dispatcher == "static":
+        hardware = replace(hardware, fused=None)  # these lines are of plain torch
     loads_LE = np.ones((config.n_layers, config.num_experts))
     plan = named_plan(line.get("plan", {}).get("name", "contiguous"), loads_LE, ranks)
-    samples = sample_steps(loads_LE, batch * span, config.num_experts_per_tok)
+    steps = min(MOST_STEPS, max(2, SAMPLED_TOKENS // tokens))
+    sample = sample_routing(loads_LE, steps * tokens, config.num_experts_per_tok)
     shape = ModelShape.of(config, parse_dtype(line["dtype"]).itemsize)
-    seconds = np.mean([simulate(plan, sample, shape, hardware, execution).step_s for sample in samples])
+    seconds = simulate(plan, sample, shape, hardware, execution).step_s
     measured_ms = line["ms_per_step"] if decodes else 1e3 * line["time_to_first_token_s"]
-    group = f"{line['ranks']} rank{'s' * (ranks > 1)}, {line['measurement']}, {layout}"
-    return Compared(describe(line), group, layout, measured_ms, 1e3 * float(seconds))
+    group = f"{line['ranks']} rank{'s' * (ranks > 1)}, {line['measurement']}, {dispatcher}"
+    return Compared(describe(line), group, dispatcher, measured_ms, 1e3 * float(seconds))
 
 
 def compare_layer(line: dict[str, Any], hardware: Hardware) -> Compared:
     """Predicts the time of one layer, without its attention."""
-    ranks, layout = line["ranks"], layout_of(line)
+    ranks, dispatcher = line["ranks"], dispatcher_of(line)
     shape = ModelShape(
         line["dim"], line["hidden"], line["num_experts"], line["top_k"], heads=1, kv_heads=1, head_dim=1, vocab=1,
         data_bytes=parse_dtype(line["dtype"]).itemsize,
     )  # fmt: skip
     loads_LE = loads_of(line["routing"], shape)
     plan = named_plan(_plan_of_layer(line), loads_LE, ranks)
-    execution = Execution(layout, fused=True, few_choices=line.get("few_choices", 0))
+    execution = Execution(dispatcher, small_choices=line.get("few_choices", 0))
     tokens = line["tokens_per_rank"] * ranks
     samples = [sample_routing(loads_LE, tokens, shape.top_k, seed) for seed in range(LAYER_SAMPLES)]
     phases = [simulate(plan, sample, shape, hardware, execution).phases_LP for sample in samples]
     attention = PHASES.index("attention")
     seconds = np.mean([found_LP.sum() - found_LP[:, attention].sum() for found_LP in phases])
-    kind = "counted rows" if layout == "ep" else layout
+    kind = "counted rows" if dispatcher == "exact" else dispatcher
     place = (line["variant"], f"{line['routing']}, {line['tokens_per_rank']}")
     group = f"{ranks} ranks, layer, {kind}"
-    return Compared(describe(line), group, layout, line["ms"], 1e3 * float(seconds), place)
+    return Compared(describe(line), group, dispatcher, line["ms"], 1e3 * float(seconds), place)
 
 
 def loads_of(routing: str, shape: ModelShape) -> np.ndarray:
@@ -182,19 +186,19 @@ def _plan_of_layer(line: dict[str, Any]) -> str:
     return "contiguous" if plan == "tensor_parallel" else plan
 
 
-def layout_of(line: dict[str, Any]) -> str:
-    """The layout that a line's steps had, as ``replay.Execution`` names it."""
+def dispatcher_of(line: dict[str, Any]) -> str:
+    """The dispatcher that a line's steps had, as ``replay.Execution`` names it."""
     if line["measurement"] in LAYERS:
-        return layer_layouts()[line["variant"]]
+        return layer_dispatchers()[line["variant"]]
     if line["ranks"] == 1 or (line["attention"], line["experts"]) == ("tp", "tp"):
-        return "tp"
+        return "split_width"
     if line["attention"] == "tp":
-        return "tp_ep"
+        return "replicated"
     if line["experts"] == "tp":
-        raise ValueError("attention dp with experts tp is not modelled")
+        return "gathered"
     if line["measurement"] == "prefill":
-        return "ep"
-    return "static" if line.get("symmetric_rows", 0) == 0 else "peer"
+        return "exact"
+    return "static" if line.get("symmetric_rows", 0) == 0 else "symmetric"
 
 
 def describe(line: dict[str, Any]) -> str:
@@ -213,9 +217,9 @@ def describe(line: dict[str, Any]) -> str:
 
 def table(compared: Sequence[Compared]) -> str:
     """Markdown, a row a line."""
-    rows = ["| | layout | measured, ms | predicted, ms | difference |", "|---|---|---|---|---|"]
+    rows = ["| | dispatcher | measured, ms | predicted, ms | difference |", "|---|---|---|---|---|"]
     rows += [
-        f"| {one.what} | {one.layout} | {one.measured_ms:.2f} | {one.predicted_ms:.2f} | {one.error:+.1%} |"
+        f"| {one.what} | {one.dispatcher} | {one.measured_ms:.2f} | {one.predicted_ms:.2f} | {one.error:+.1%} |"
         for one in compared
     ]
     return "\n".join([*rows, ""]) if compared else ""

@@ -16,7 +16,7 @@ from mixtralkit.distributed import RankContext
 from mixtralkit.moe.gate import Routing
 from mixtralkit.ops.all_reduce import RowReducer
 from mixtralkit.ops.gate import gate
-from mixtralkit.ops.peer_exchange import PeerExchange
+from mixtralkit.ops.symmetric_exchange import SymmetricExchange
 from mixtralkit.planning.trace import RoutingTrace
 
 INPUT_SETS = 4  # inputs take turns, so that none stays in a cache; a round is one call on each
@@ -153,9 +153,9 @@ class Bench:
         return self.gate_ED.dtype
 
     @cached_property
-    def peers(self) -> PeerExchange:
+    def peers(self) -> SymmetricExchange:
         """The exchange through the GPUs' memory. Collective when first asked for."""
-        return PeerExchange.create(
+        return SymmetricExchange.create(
             self.context, self.max_rows, self.config.dim, self.config.num_experts_per_tok, self.dtype
         )
 

@@ -17,8 +17,8 @@ import torch
 from layer_cases import INPUT_SETS
 from layer_ways import Phase, Unavailable, Way
 
+from lab.timing import GRAPH_MS
 from mixtralkit.distributed import RankContext
-from mixtralkit.ops.timing import GRAPH_MS
 
 AHEAD_CYCLES = 400_000  # some 200 us: the device idles so long while the host queues what is timed
 MOST_TURNS = 8

@@ -120,7 +120,7 @@ class LayerWay:
         bench, world = case.bench, case.bench.context.world_size
         self.case, self.variant, self.context = case, variant, bench.context
         self.captures = variant.captures
-        if variant.exchange == "peer" and bench.context.device.type == "cuda" and bench.peers.mailbox is None:
+        if variant.exchange == "peer" and bench.context.device.type == "cuda" and bench.peers.memory is None:
             raise Unavailable("the ranks' GPUs cannot reach each other's memory")
         if variant.two_phase and world == 1:
             raise Unavailable("copies for other ranks need several ranks")
@@ -317,9 +317,9 @@ def _of_all_ranks(case: Case, values: torch.Tensor) -> torch.Tensor:
 
 def _in_one_trip(sums: RowReducer, rows: int) -> bool:
     """Whether every rank sends all its parts to every other, as the kernel does with few rows."""
-    if sums.inboxes is None or rows > sums.inboxes.few:
+    if sums.memory is None or rows > sums.memory.one_trip:
         return False
-    from mixtralkit.ops.all_reduce_triton import default_settings
+    from mixtralkit.ops.all_reduce.triton import default_settings
 
     ranks, device = sums.context.world_size, sums.context.device
     settings = tuned("all_reduce", device, rows, dim=sums.dim, ranks=ranks)

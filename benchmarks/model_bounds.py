@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
+import numpy as np
+
 from mixtralkit.layout import RankLayout
+from mixtralkit.planning.replicas import ReplicaTable, is_small
 
 
 def expected_experts(num_experts: int, top_k: int, rows: float) -> float:
@@ -62,12 +65,31 @@ def prefill_operations(layout: RankLayout, lengths_B: Sequence[int], all_tokens:
     return operations
 
 
-def choice_shares(layout: RankLayout, layer: int) -> list[float]:
-    """Of all ranks' choices of each of this rank's experts, the part that it computes: replicas divide them evenly."""
+def choice_shares(layout: RankLayout, layer: int, rows: int | None = None) -> list[float]:
+    """Of all ranks' choices of each of this rank's experts, the part that it computes.
+
+    Replicas divide them evenly, but in a step of few rows, of all ranks, one holder computes all of them and the
+    others do not read the expert; None is a step of many.
+    """
+    config, plan = layout.config, layout.plan
     if layout.parallel.experts == "tp":
-        return [1.0] * layout.config.num_experts
-    copies_E = layout.plan.holds_LWE[layer].sum(0)
+        return [1.0] * config.num_experts
+    if rows is not None and is_small(rows, config.num_experts_per_tok, config.num_experts):
+        one_E = ReplicaTable.of(plan, layer).small_E
+        return [float(one_E[expert] == layout.rank) for expert in layout.experts(layer)]
+    copies_E = plan.holds_LWE[layer].sum(0)
     return [1 / float(copies_E[expert]) for expert in layout.experts(layer)]
+
+
+def computed_experts(layout: RankLayout, layer: int, experts_TK: np.ndarray) -> int:
+    """Experts of this rank that compute some of these choices, where every rank has all rows."""
+    if layout.parallel.experts == "tp":
+        return len(np.unique(experts_TK))
+    table, (rows, top_k) = ReplicaTable.of(layout.plan, layer, rows_everywhere=True), experts_TK.shape
+    row_TK = np.broadcast_to(np.arange(rows)[:, None], experts_TK.shape)
+    small = is_small(rows, top_k, layout.config.num_experts)
+    ranks_TK = table.ranks(experts_TK, np.zeros_like(row_TK), row_TK, small)
+    return len(np.unique(experts_TK[ranks_TK == layout.rank]))
 
 
 def _expert_weights(layout: RankLayout) -> int:

@@ -16,17 +16,12 @@ from mixtralkit.model.transformer import Transformer
 from mixtralkit.moe.layer import MoEReport
 from mixtralkit.planning.formats import load_plan
 from mixtralkit.planning.plan import ExpertPlan
-from mixtralkit.planning.policies.named import named_plan
+from mixtralkit.planning.policies.registry import named_plan
 from mixtralkit.planning.trace import RoutingTrace
 
 
-def needs_loads(name: str) -> bool:
-    """Whether a plan of this name depends on how often experts are chosen."""
-    return name.startswith(("hot_cold", "balanced"))
-
-
 def make_plan(name: str, config: ModelConfig, world_size: int, loads_LE: np.ndarray | None) -> ExpertPlan:
-    """The plan of a name (``planning.policies.named``) or of a plan file; of a file where there is one."""
+    """The plan of a name (``planning.policies.registry``) or of a plan file; of a file where there is one."""
     if Path(name).is_file():
         return load_plan(name, num_experts=config.num_experts, world_size=world_size)
     loads_LE = np.ones((config.n_layers, config.num_experts)) if loads_LE is None else loads_LE
@@ -79,7 +74,7 @@ def rows_through_memory(model: Transformer) -> int:
     Collective when first asked.
     """
     peers = model.peers
-    if peers is None or (peers.mailbox is None and model.context.device.type == "cuda"):
+    if peers is None or (peers.memory is None and model.context.device.type == "cuda"):
         return 0
     return peers.max_rows
 
@@ -96,10 +91,10 @@ def memory_by_rank(model: Transformer) -> dict[str, list[float]]:
     exchange = 0
     # taken in the first step that needs them; asking here would take them
     peers, sums = (model.__dict__.get(name) for name in ("peers", "sums"))
-    if peers is not None and peers.mailbox is not None:
-        exchange += peers.mailbox.rows.own.nbytes + peers.mailbox.words.own.nbytes
-    if sums is not None and sums.inboxes is not None:
-        exchange += sums.inboxes.memory.own.nbytes
+    if peers is not None and peers.memory is not None:
+        exchange += peers.memory.rows.own.nbytes + peers.memory.words.own.nbytes
+    if sums is not None and sums.memory is not None:
+        exchange += sums.memory.rows.own.nbytes
     on_gpu = model.context.device.type == "cuda"
     total = torch.cuda.max_memory_allocated() if on_gpu else weights + keys_values + exchange
     own = {"weights_gb": weights, "cache_gb": keys_values, "exchange_gb": exchange, "total_gb": total}

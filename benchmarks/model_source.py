@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from model_check import GREEDY
-from model_plans import make_plan, needs_loads, profiled_loads, trace_loads
+from model_plans import make_plan, profiled_loads, trace_loads
 
 from mixtralkit.automatic import with_free_memory
 from mixtralkit.checkpoint import CheckpointReader, load_into
@@ -17,6 +17,7 @@ from mixtralkit.engine.generation import Engine
 from mixtralkit.engine.requests import Request
 from mixtralkit.mixtral import choose_layout
 from mixtralkit.model.transformer import Transformer
+from mixtralkit.planning.policies.registry import needs_loads
 
 PROFILED, PROFILED_TOKENS = 64, 16  # sequences and new tokens that a plan is made from, without a trace
 
@@ -24,7 +25,7 @@ PROFILED, PROFILED_TOKENS = 64, 16  # sequences and new tokens that a plan is ma
 class RandomWords:
     """A tokenizer of any vocabulary whose end token never comes, so that every answer has its full length."""
 
-    bos_id, eos_id, pad_id = 0, -1, -1
+    bos_id, eos_id, pad_id, end_ids = 0, -1, -1, frozenset()
     drops_first_space = False
 
     def __init__(self, vocab_size: int) -> None:

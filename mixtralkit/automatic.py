@@ -57,7 +57,7 @@ def choose_automatically(
     situation = Situation(
         model, hardware, context.world_size, room, attention, asked.experts,
         None if asked.trace is None else RoutingTrace.load(asked.trace, model.num_experts),
-        plain_layout="ep" if moe.exchange == "exact" else "static",
+        exchange=moe.exchange,
     )  # fmt: skip
     found = candidates(situation)
     chosen = choose(found, asked.memory_gb)

@@ -22,7 +22,7 @@ class RankFailed(RuntimeError):
 
 
 @dataclass(frozen=True)
-class PeerMemory:
+class SymmetricMemory:
     """Memory of one shape on every rank of a host, which kernels of all of them read and write.
 
     ``own`` is this rank's; ``addresses_W`` are all ranks' as this one's kernels see them. ``handle`` keeps the others'
@@ -144,14 +144,14 @@ class RankContext:
         """Waits for every rank."""
         self.all_gather_objects(None)
 
-    def peer_memory(self, shape: tuple[int, ...], dtype: torch.dtype, fill: float) -> PeerMemory | None:
+    def symmetric_memory(self, shape: tuple[int, ...], dtype: torch.dtype, fill: float) -> SymmetricMemory | None:
         """Memory that the kernels of every rank can write, filled with ``fill``; None where GPUs have no way there.
 
         Collective, and every rank gets memory or none does. Takes torch's symmetric memory without multicast.
         """
         if self.group is None:
             return None
-        memory = self._map_peers(shape, dtype, fill) if self.gpus_reach_each_other() else None
+        memory = self._map_symmetric(shape, dtype, fill) if self.gpus_reach_each_other() else None
         return memory if all(self.all_gather_objects(memory is not None)) else None
 
     def gpus_reach_each_other(self) -> bool:
@@ -167,7 +167,7 @@ class RankContext:
         # a GPU that this process does not see may still be mapped, which only trying tells
         return index == here or index >= torch.cuda.device_count() or torch.cuda.can_device_access_peer(here, index)
 
-    def _map_peers(self, shape: tuple[int, ...], dtype: torch.dtype, fill: float) -> PeerMemory | None:
+    def _map_symmetric(self, shape: tuple[int, ...], dtype: torch.dtype, fill: float) -> SymmetricMemory | None:
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # not used here, and some hosts have none
         from torch.distributed import _symmetric_memory as symmetric_memory
 
@@ -178,7 +178,7 @@ class RankContext:
         except RuntimeError:
             return None
         offset = own.data_ptr() - handle.buffer_ptrs[self.rank]  # in its allocation, the same on every rank
-        return PeerMemory(own, self.rank, tuple(address + offset for address in handle.buffer_ptrs), handle)
+        return SymmetricMemory(own, self.rank, tuple(address + offset for address in handle.buffer_ptrs), handle)
 
     @contextlib.contextmanager
     def agreed(self) -> Iterator[None]:

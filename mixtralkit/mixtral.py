@@ -15,7 +15,7 @@ from mixtralkit.config import EngineConfig, LimitOptions, ModelConfig, ParallelC
 from mixtralkit.distributed import RankContext
 from mixtralkit.engine.chat import Message, encode_chat
 from mixtralkit.engine.generation import Engine
-from mixtralkit.engine.requests import Completion, Request, StreamEvent
+from mixtralkit.engine.requests import Completion, Request, StreamEvent, echoed_texts
 from mixtralkit.engine.sampler import SamplingOptions
 from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.layout import RankLayout
@@ -111,7 +111,7 @@ class Mixtral:
             top_p: see ``SamplingOptions``, as for ``top_k``, ``min_p`` and ``seed`` in ``more``.
             logprobs: also give each token's log-probability under the model (temperature 1, nothing cut).
             echo: put the prompt before the answer, in both lists; its first token's log-probability is 0.0.
-            more: ``top_k``, ``min_p``, ``seed``, ``stop`` (texts that end an answer).
+            more: ``top_k``, ``min_p``, ``seed``, ``stop`` (texts that end an answer), ``stop_token_ids``.
 
         Returns:
             Ids of each answer without the end token, and their log-probabilities or None.
@@ -134,8 +134,9 @@ class Mixtral:
         echo: bool = False,
         **more: Any,
     ) -> list[dict[str, Any]]:
-        """Continues texts: ``{"generation", "finish_reason"}`` each, with ``logprobs`` also ``tokens`` (their texts)
-        and ``logprobs``. Arguments as for ``generate``; None generates up to ``max_seq_len``."""
+        """Continues texts: ``{"generation", "finish_reason"}`` each, with ``logprobs`` also ``tokens`` (their texts,
+        which join to the generation) and ``logprobs``. Arguments as for ``generate``; ``max_gen_len`` of None generates
+        up to ``max_seq_len``."""
         if isinstance(prompts, str):
             raise ValueError("prompts must be a list of texts, not one text")
         encoded = [encode_prompt(self.tokenizer, i, prompt) for i, prompt in enumerate(prompts)]
@@ -143,11 +144,10 @@ class Mixtral:
         done = self.complete(encoded, max_gen_len, prompt_logprobs=logprobs and echo, **options)
         results = []
         for prompt, c in zip(encoded, done, strict=True):
-            text = self.tokenizer.decode([*prompt, *c.tokens]) if echo else c.text
-            results.append({"generation": text, "finish_reason": c.finish_reason})
+            texts = echoed_texts(self.tokenizer, prompt, c) if echo else c.texts
+            results.append({"generation": "".join(texts), "finish_reason": c.finish_reason})
             if logprobs:
-                ids = [*prompt, *c.tokens] if echo else c.tokens
-                results[-1]["tokens"] = [self.tokenizer.decode([token]) for token in ids]
+                results[-1]["tokens"] = texts
                 results[-1]["logprobs"] = [*(c.prompt_logprobs or []), *c.logprobs]
         return results
 
@@ -160,15 +160,16 @@ class Mixtral:
         logprobs: bool = False,
         **more: Any,
     ) -> list[dict[str, Any]]:
-        """Answers dialogs in Mistral's template: ``{"generation": {"role": "assistant", "content"}, "finish_reason"}``
-        each, with ``logprobs`` also ``tokens`` and ``logprobs``."""
+        """Answers dialogs in the folder's chat template or Mistral's:
+        ``{"generation": {"role": "assistant", "content"}, "finish_reason"}`` each, with ``logprobs`` also ``tokens``
+        (their texts, which join to the content) and ``logprobs``."""
         done = self.complete(dialogs, max_gen_len, temperature=temperature, top_p=top_p, **more)
         results = []
         for c in done:
             message = {"role": "assistant", "content": c.text}
             results.append({"generation": message, "finish_reason": c.finish_reason})
             if logprobs:
-                results[-1]["tokens"] = [self.tokenizer.decode([token]) for token in c.tokens]
+                results[-1]["tokens"] = c.texts
                 results[-1]["logprobs"] = c.logprobs
         return results
 
@@ -184,7 +185,7 @@ class Mixtral:
         Args:
             prompts: texts, token ids or dialogs.
             should_stop: when it turns true on rank 0, every answer ends as ``"interrupted"``.
-            options: ``temperature``, ``top_p``, ``top_k``, ``min_p``, ``seed``, ``stop``.
+            options: ``temperature``, ``top_p``, ``top_k``, ``min_p``, ``seed``, ``stop``, ``stop_token_ids``.
         """
         requests = [self.request(i, prompt, max_gen_len, **options) for i, prompt in enumerate(prompts)]
         return self.engine.run(requests, should_stop)
@@ -204,8 +205,9 @@ class Mixtral:
         id: int,
         prompt: str | Sequence[int] | Sequence[Message],
         max_gen_len: int | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
         prompt_logprobs: bool = False,
+        stop_token_ids: Sequence[int] | None = None,
         **sampling: Any,
     ) -> Request:
         """A request for the engine; ``id`` names the prompt in errors and, with the seed, decides what is drawn."""
@@ -214,16 +216,19 @@ class Mixtral:
             raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
         chosen = replace(self.defaults, **{k: v for k, v in sampling.items() if v is not None})
         length = self.model.params.max_seq_len if max_gen_len is None else max_gen_len
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        return Request(id, encode_prompt(self.tokenizer, id, prompt), length, chosen, stops, prompt_logprobs)
+        stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+        return Request(
+            id, encode_prompt(self.tokenizer, id, prompt), length, chosen, stops, bool(prompt_logprobs),
+            tuple(stop_token_ids or ()),
+        )  # fmt: skip
 
 
 def encode_prompt(tokenizer: Tokenizer, id: int, prompt: str | Sequence[int] | Sequence[Message]) -> tuple[int, ...]:
-    """Token ids of a text (after ``<s>``), of a dialog in Mistral's template, or of token ids; errors name ``id``."""
+    """Token ids of a text (after ``<s>``), of a dialog in its template, or of token ids; errors name ``id``."""
     if isinstance(prompt, str):
         if not prompt:
             raise ValueError(f"prompt {id} is empty")
-        return tuple(tokenizer.encode(prompt, bos=True, eos=False))
+        return tuple(tokenizer.encode(prompt, bos=tokenizer.add_bos))
     if not isinstance(prompt, Sequence):
         raise ValueError(f"prompt {id} ({prompt!r}) must be a text, token ids or a list of messages")
     if len(prompt) and not isinstance(prompt[0], int):
@@ -236,8 +241,10 @@ def encode_prompt(tokenizer: Tokenizer, id: int, prompt: str | Sequence[int] | S
 
 def open_source(source: SourceOptions) -> tuple[CheckpointReader, Tokenizer]:
     """The checkpoint and its tokenizer, opened; ValueError where they do not fit each other."""
-    reader = open_checkpoint(source.model)
-    tokenizer = Tokenizer(source.model / "tokenizer.model" if source.tokenizer is None else source.tokenizer)
+    reader = open_checkpoint(source.model, source.format)
+    tokenizer = Tokenizer.beside(
+        source.model, source.tokenizer, reader.config.vocab_size, source.chat_template, source.stop_token_ids
+    )
     tokenizer.check_vocabulary(reader.config.vocab_size)
     return reader, tokenizer
 

@@ -18,6 +18,7 @@ from mixtralkit.distributed import RankContext
 from mixtralkit.layout import RankLayout
 from mixtralkit.model.transformer import Transformer
 from mixtralkit.planning.plan import contiguous
+from mixtralkit.planning.policies.registry import named_plan
 from mixtralkit.planning.simulate import sample_routing
 from tests.configs import small_config
 from tests.engine.parts import make_model
@@ -202,6 +203,21 @@ def test_shares_of_ranks_add_up():
         rows = 512 * 8 * (config.n_layers - 1) + 8
         gates = 3 * 2.0 * rows * config.dim * config.num_experts  # every rank computes its own
         assert whole == pytest.approx(single + gates)
+
+
+@pytest.mark.parametrize("name", ["contiguous", "balanced+2", "everywhere"])
+def test_few_rows_read_one_holder_of_each_expert(name):
+    """With every replica counted as read, ``everywhere`` on two GPUs had a share of the bound of up to 1.6."""
+    config = ModelConfig.from_file(MIXTRAL)
+    plan = named_plan(name, np.random.default_rng(0).random((config.n_layers, config.num_experts)), 2)
+    layouts = [RankLayout(config, ParallelConfig("dp", "ep"), plan, rank) for rank in range(2)]
+    for layer in range(config.n_layers):
+        few = [model_bounds.choice_shares(layout, layer, 64) for layout in layouts]
+        assert [sum(shares) for shares in few] == [4, 4], "each rank computes half of the experts, and all their rows"
+        many = [model_bounds.choice_shares(layout, layer, 4096) for layout in layouts]
+        assert sum(map(sum, many)) == pytest.approx(config.num_experts)
+        chosen_TK = np.array([[0, 1], [1, 2], [2, 7]])
+        assert sum(model_bounds.computed_experts(layout, layer, chosen_TK) for layout in layouts) == 4
 
 
 def test_operations_are_those_of_the_reference():

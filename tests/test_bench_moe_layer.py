@@ -17,7 +17,7 @@ import torch
 
 from mixtralkit.config import FasterOptions, ModelConfig
 from mixtralkit.distributed import RankContext
-from mixtralkit.planning import spread
+from mixtralkit.planning import replicas
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -194,7 +194,7 @@ def test_traces_that_do_not_fit(trace):
 
 def count_all(context: RankContext, names: list[str], rows: int, few_choices: int = 64) -> list[tuple[list, dict]]:
     """For each variant everyone's experts and the plan's slots, and what is counted."""
-    with torch.no_grad(), patch.object(spread, "SMALL_BATCH_CHOICES", few_choices):
+    with torch.no_grad(), patch.object(replicas, "SMALL_BATCH_CHOICES", few_choices):
         case = make_case(context, skewed(), rows)
         experts_CWTK = [context.all_gather(routing.experts_TK).tolist() for routing in case.routings]
         found = []
@@ -216,7 +216,7 @@ def brute_force(
     expert computes it.
     """
     copies_E = (np.array(slots_WE) >= 0).sum(0)
-    slots_WE = spread.one_holder(np.array(slots_WE)) if one_each else slots_WE
+    slots_WE = replicas.one_holder(np.array(slots_WE)) if one_each else slots_WE
     ranks = len(slots_WE)
     sent_W, home, choices, computed_CW = [0.0] * ranks, 0, 0, []
     for experts_WTK in experts_CWTK:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from mixtralkit.checkpoint.quantised import method_of_files, refusal, stated_method
 from mixtralkit.config import ModelConfig, ParallelConfig
+from mixtralkit.json_file import conform, load_json, read_as, shown
 from mixtralkit.layout import RankLayout
 from mixtralkit.planning.plan import ExpertPlan
 
 OURS_JSON = "checkpoint.json"
 OURS_VERSION = 1
 
+SHARDED_PTH = "one-file or sharded .pth"
 _KINDS = {
-    "one-file or sharded .pth": r"consolidated\.(\d+)\.pth",
+    SHARDED_PTH: r"consolidated\.(\d+)\.pth",
     "sharded .pt": r"consolidated\.(\d+)\.pt",
     "byte splits of one .pth": r"consolidated\.00\.pth-split(\d+)",
     "Mistral safetensors": r"consolidated(?:\.(\d+))?\.safetensors",
@@ -25,21 +30,40 @@ _KINDS = {
     "Hugging Face, sharded": r"model-(\d+)-of-\d+\.safetensors",
     "mixtralkit": r"rank-(\d+)-of-\d+\.safetensors",
 }
+INDEX_JSON = "model.safetensors.index.json"
+_INDEXED = "Hugging Face, sharded"
+
+# What ``format`` calls the kinds, the same as the writer's formats; those that differ only inside share one.
+_FORMAT_OF = {
+    SHARDED_PTH: "mistral", "sharded .pt": "mistral-stacked", "byte splits of one .pth": "mistral-split",
+    "Mistral safetensors": "mistral-safetensors", "Hugging Face, one file": "hf", "Hugging Face, sharded": "hf",
+    "mixtralkit": "mixtralkit",
+}  # fmt: skip
+_SAME_FORMAT = {"mistral-shards": "mistral", "mistral-expert-shards": "mistral", "hf-packed": "hf"}
 
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint folder: its kind, model, and files in order; ``layouts`` of the ranks in our own format."""
+    """A checkpoint folder: its kind, model, and files in order; ``layouts`` of the ranks in our own format.
+
+    ``parameters`` is the JSON file that the model was read from. ``weight_map`` is the index of a Hugging Face folder:
+    the file of each tensor.
+    """
 
     folder: Path
     kind: str
     config: ModelConfig
     files: tuple[tuple[Path, ...], ...]
+    parameters: Path
     layouts: tuple[RankLayout, ...] = ()
+    weight_map: Mapping[str, str] = field(default_factory=dict)
 
 
-def recognise(folder: str | Path) -> Found:
+def recognise(folder: str | Path, format: str | None = None) -> Found:
     """Looks at the names in ``folder`` and reads its model parameters.
+
+    Args:
+        format: which checkpoint to take where the folder holds several, as the writer's formats are called.
 
     ValueError, in one sentence, for a folder that is missing, holds none or several checkpoints, or lacks a file.
     """
@@ -47,22 +71,47 @@ def recognise(folder: str | Path) -> Found:
     if not folder.is_dir():
         raise ValueError(f"{folder}: {'is not a folder' if folder.exists() else 'no such folder'}")
     found = checkpoint_files(folder)
+    weight_map = _weight_map(folder)
+    if weight_map:
+        found = _as_indexed(folder, found, weight_map)
     if not found:
         held = sorted(path.name for path in folder.iterdir())
+        method = method_of_files(held)
+        if method:
+            raise ValueError(f"{folder}: {refusal(method)}")
         raise ValueError(
             f"{folder}: holds no checkpoint (consolidated.*.pth, consolidated.safetensors, model*.safetensors, "
-            f"{OURS_JSON}); it holds {_some(held) or 'nothing'}"
+            f"{INDEX_JSON}, {OURS_JSON}); it holds {_some(held) or 'nothing'}"
         )
-    if len(found) > 1:
-        listed = "; ".join(f"{kind}: {_some([path.name for path in paths])}" for kind, paths in found.items())
-        raise ValueError(f"{folder}: holds several checkpoints, keep one: {listed}")
-    ((kind, paths),) = found.items()
-    _check_numbers(folder, kind, paths)
+    kind, paths = _choose(folder, found, format)
+    _check_numbers(folder, kind, paths, weight_map)
     if kind == "mixtralkit":
         return _ours(folder, paths)
-    config = ModelConfig.from_file(_parameters_file(folder, kind))
+    parameters = _parameters_file(folder, kind)
+    config = load_json(parameters, _model_of)
     files = (tuple(paths),) if "splits" in kind else tuple((path,) for path in paths)
-    return Found(folder, kind, config, files)
+    return Found(folder, kind, config, files, parameters, weight_map=weight_map if kind == _INDEXED else {})
+
+
+def _choose(folder: Path, found: Mapping[str, list[Path]], format: str | None) -> tuple[str, list[Path]]:
+    """The one kind that there is, or that ``format`` names."""
+    if format is not None:
+        wanted = _SAME_FORMAT.get(format, format)
+        if wanted not in _FORMAT_OF.values():
+            names = dict.fromkeys((*_FORMAT_OF.values(), *_SAME_FORMAT))
+            raise ValueError(f"format ({format!r}) must be one of {', '.join(names)}")
+        chosen = {kind: paths for kind, paths in found.items() if _FORMAT_OF[kind] == wanted}
+        if not chosen:
+            held = ", ".join(dict.fromkeys(_FORMAT_OF[kind] for kind in found))
+            raise ValueError(f"{folder}: holds no checkpoint of format {format!r}; it holds {held}")
+        found = chosen
+    if len(found) > 1:
+        listed = "; ".join(f"{kind}: {_some([path.name for path in paths])}" for kind, paths in found.items())
+        formats = list(dict.fromkeys(_FORMAT_OF[kind] for kind in found))
+        how = f"choose a format ({', '.join(formats)})" if len(formats) > 1 else "keep one"
+        raise ValueError(f"{folder}: holds several checkpoints, {how}: {listed}")
+    ((kind, paths),) = found.items()
+    return kind, paths
 
 
 def checkpoint_files(folder: Path) -> dict[str, list[Path]]:
@@ -70,44 +119,92 @@ def checkpoint_files(folder: Path) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     for path in folder.iterdir():
         for kind, pattern in _KINDS.items():
-            if re.fullmatch(pattern, path.name):
+            if re.fullmatch(pattern, path.name, re.ASCII):
                 found.setdefault(kind, []).append(path)
     if (folder / OURS_JSON).exists():
         found.setdefault("mixtralkit", [])
     return {kind: sorted(found[kind], key=lambda path: _number(kind, path)) for kind in _KINDS if kind in found}
 
 
+def _weight_map(folder: Path) -> dict[str, str]:
+    """The file of each tensor as Hugging Face's index says; empty where there is none."""
+    index = folder / INDEX_JSON
+    if not index.exists():
+        return {}
+    weight_map = read_as(index, _Index).weight_map
+    if not weight_map:
+        raise ValueError(f"{index}: weight_map is empty")
+    for name, file in weight_map.items():
+        if file != Path(file).name or file in ("", ".", ".."):
+            raise ValueError(f"{index}: weight_map: {name} is in {shown(file)}, which is no file of this folder")
+    return weight_map
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
+
+
+def _as_indexed(folder: Path, found: Mapping[str, list[Path]], weight_map: Mapping[str, str]) -> dict[str, list[Path]]:
+    """Of the weight files those that the index names, and these whatever their names; mentions the others."""
+    named = [folder / name for name in dict.fromkeys(weight_map.values())]
+    others = {kind: [p for p in paths if p not in named] for kind, paths in found.items()}
+    unread = [p.name for p in folder.glob("*.safetensors") if p not in named and not _is_foreign(p, others)]
+    if unread:
+        warnings.warn(f"{folder}: not read, for {INDEX_JSON} does not name them: {_some(sorted(unread))}", stacklevel=4)
+    kept = {kind: paths for kind, paths in others.items() if paths and not kind.startswith("Hugging Face")}
+    return {**kept, _INDEXED: named}
+
+
+def _is_foreign(path: Path, found: Mapping[str, list[Path]]) -> bool:
+    return any(path in paths for kind, paths in found.items() if not kind.startswith("Hugging Face"))
+
+
 def _number(kind: str, path: Path) -> int:
     """The number in a file's name, 0 for the name without one."""
-    match = re.fullmatch(_KINDS[kind], path.name)
-    return int(match.group(1) or 0) if match.groups() else 0
+    match = re.fullmatch(_KINDS[kind], path.name, re.ASCII)
+    return int(match.group(1) or 0) if match and match.groups() else 0
 
 
-def _check_numbers(folder: Path, kind: str, paths: Sequence[Path]) -> None:
+def _check_numbers(folder: Path, kind: str, paths: Sequence[Path], weight_map: Mapping[str, str]) -> None:
     """A hole in the numbering is a lost file; Hugging Face's index names the files instead."""
-    if kind.startswith("Hugging Face"):
-        wanted = _hugging_face_files(folder, paths)
-        missing = sorted(wanted - {path.name for path in paths})
+    if weight_map and kind == _INDEXED:
+        missing = sorted(path.name for path in paths if not path.exists())
         if missing:
-            raise ValueError(f"{folder}: lacks {_some(missing)}, which its index or its other files name")
+            raise ValueError(f"{folder}: lacks {_some(missing)}, which {INDEX_JSON} names")
+        return
+    if kind.startswith("Hugging Face"):
+        _check_shards(folder, paths)
         return
     numbers = [_number(kind, path) for path in paths]
     if numbers != list(range(len(paths))):
         raise ValueError(
             f"{folder}: {kind}: files must be numbered 0 … {len(paths) - 1} without a gap, "
-            f"found {', '.join(map(str, numbers))}"
+            f"found {_some(list(map(str, numbers)))}"
         )
 
 
-def _hugging_face_files(folder: Path, paths: Sequence[Path]) -> set[str]:
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        content = read_json(index)
-        if not isinstance(content.get("weight_map"), dict):
-            raise ValueError(f"{index}: lacks weight_map, the file of each tensor")
-        return set(map(str, content["weight_map"].values()))
-    counts = {m.group(1) for m in (re.search(r"-of-(\d+)", path.name) for path in paths) if m}
-    return {f"model-{i:05d}-of-{count}.safetensors" for count in counts for i in range(1, int(count) + 1)}
+def _check_shards(folder: Path, paths: Sequence[Path]) -> None:
+    """Shards without an index are all of one save."""
+    counts = {match.group(1) for match in (re.search(r"-of-(\d+)", path.name) for path in paths) if match}
+    if len(counts) > 1:
+        raise ValueError(
+            f"{folder}: holds shards of several saves ({_some(sorted(path.name for path in paths))}) and no "
+            f"{INDEX_JSON} that says which to read"
+        )
+    names = {path.name for path in paths}
+    for count in counts:
+        expected = (f"model-{i:05d}-of-{count}.safetensors" for i in range(1, min(int(count), len(paths) + 8) + 1))
+        missing = [name for name in expected if name not in names]
+        if missing or int(count) != len(paths):
+            lost = int(count) - len(paths)
+            raise ValueError(f"{folder}: lacks {_some(missing[:lost] or missing)}, which its other files name")
+
+
+def _model_of(params: Any) -> ModelConfig:
+    method = stated_method(params) if isinstance(params, Mapping) else None
+    if method:
+        raise ValueError(refusal(method))
+    return ModelConfig.from_dict(params)
 
 
 def _parameters_file(folder: Path, kind: str) -> Path:
@@ -118,36 +215,32 @@ def _parameters_file(folder: Path, kind: str) -> Path:
     raise ValueError(f"{folder}: lacks {names[0]}, the parameters of the model")
 
 
+class _OursJson(msgspec.Struct):
+    version: int
+    config: dict[str, Any]
+    parallel: dict[str, str]
+    plan: dict[str, Any]
+
+
 def _ours(folder: Path, paths: Sequence[Path]) -> Found:
     path = folder / OURS_JSON
-    content = read_json(path)
-    try:
-        if content["version"] != OURS_VERSION:
-            raise ValueError(f"version ({content['version']!r}) must be {OURS_VERSION}")
-        config = ModelConfig.from_dict(content["config"])
-        parallel = ParallelConfig(**content["parallel"])
-        plan = ExpertPlan.from_dict(content["plan"])
-        layouts = tuple(RankLayout(config, parallel, plan, rank) for rank in range(plan.world_size))
-    except KeyError as error:
-        raise ValueError(f"{path}: lacks {error.args[0]}") from None
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
+    config, layouts = load_json(path, _layouts)
     if len(paths) != len(layouts):
         raise ValueError(f"{folder}: {OURS_JSON} is for {len(layouts)} ranks, found {len(paths)} rank files")
-    return Found(folder, "mixtralkit", config, tuple((path,) for path in paths), layouts)
+    return Found(folder, "mixtralkit", config, tuple((path,) for path in paths), path, layouts)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; ValueError that names the file for anything else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: is not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: must hold a JSON object, not a {type(content).__name__}")
-    return content
+def _layouts(content: Any) -> tuple[ModelConfig, tuple[RankLayout, ...]]:
+    """The model and the ranks that a ``checkpoint.json`` says."""
+    said = conform(content, _OursJson)
+    if said.version != OURS_VERSION:
+        raise ValueError(f"version ({said.version}) must be {OURS_VERSION}")
+    config, plan = ModelConfig.from_dict(said.config), ExpertPlan.from_dict(said.plan)
+    if set(said.parallel) - {"attention", "experts"}:
+        raise ValueError(f"parallel ({shown(said.parallel)}) must have attention and experts")
+    parallel = ParallelConfig(**said.parallel)
+    plan.check_fits(config.n_layers, config.num_experts, plan.world_size)
+    return config, tuple(RankLayout(config, parallel, plan, rank) for rank in range(plan.world_size))
 
 
 def _some(names: Sequence[str], most: int = 8) -> str:

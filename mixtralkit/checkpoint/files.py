@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mixtralkit.json_file import check_ordinary
+
 NARROW_BYTES = 1024  # rows cut to less than this are read whole: a system call costs more than the bytes around them
 READAHEAD_BYTES = 1 << 20  # the kernel shortens longer requests for readahead
 
@@ -30,6 +32,7 @@ class ByteFile:
         self._starts = [0]
         self._picking = threading.Lock()
         for path in self.paths:
+            check_ordinary(path)
             try:
                 self._files.append(os.open(path, os.O_RDONLY))
             except OSError as error:

@@ -7,18 +7,24 @@ is shorter than that of ``torch.load(weights_only=True)``: tensors described by 
 from __future__ import annotations
 
 import io
-import json
 import math
 import pickle
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
 
 from mixtralkit.checkpoint.files import ByteFile, Cursor, Region
+from mixtralkit.checkpoint.quantised import method_of_tensors, refusal
+from mixtralkit.json_file import Count, conform, parse_json, shown
+
+MOST_HEADER_BYTES = 100_000_000  # as safetensors itself has it
+MOST_PICKLE_BYTES = 64 << 20  # of the names and sizes alone
+MOST_DEPTH = 8  # a state dict is a dict of tensors
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -51,16 +57,24 @@ def _read_safetensors_index(file: ByteFile) -> dict[str, Region]:
     length = int.from_bytes(file.read(0, 8), "little") if file.size >= 8 else file.size
     if length > file.size - 8:
         raise ValueError(f"{file}: truncated: its header wants {length} bytes, the file has {file.size}")
+    if length > MOST_HEADER_BYTES:
+        raise ValueError(f"{file}: its header claims {length:,} bytes, more than the {MOST_HEADER_BYTES:,} it may have")
     try:
-        header = json.loads(file.read(8, length))
-        entries = {k: _safetensors_entry(v) for k, v in header.items() if k != "__metadata__"}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{file}: its safetensors header is not readable") from None
+        header = conform(parse_json(file.read(8, length)), dict)
+        header.pop("__metadata__", None)
+        entries = conform(header, dict[str, _Entry])
+    except ValueError as error:
+        raise ValueError(f"{file}: its safetensors header is not readable ({error})") from None
+    stored = dict.fromkeys(entry.dtype for entry in entries.values())
+    unknown = next((dtype for dtype in stored if dtype not in SAFETENSORS_DTYPES), None)
+    if unknown is not None:
+        method = method_of_tensors(entries)
+        name = next(name for name, entry in entries.items() if entry.dtype == unknown)
+        what = f"; {refusal(method)}" if method else f"; only {', '.join(SAFETENSORS_DTYPES)} are read"
+        raise ValueError(f"{file}: {shown(name)} is stored as {shown(unknown)}{what}")
     index = {}
-    for name, (dtype, shape, start, end) in entries.items():
-        if dtype not in SAFETENSORS_DTYPES:
-            raise ValueError(f"{file}: {name} is stored as {dtype}; only {', '.join(SAFETENSORS_DTYPES)} are read")
-        torch_dtype = SAFETENSORS_DTYPES[dtype]
+    for name, entry in entries.items():
+        shape, (start, end), torch_dtype = entry.shape, entry.data_offsets, SAFETENSORS_DTYPES[entry.dtype]
         if end - start != math.prod(shape) * torch_dtype.itemsize:
             raise ValueError(f"{file}: {name} has {end - start} bytes, its shape {list(shape)} wants another number")
         pitch = (shape[-1] if len(shape) > 1 else 1) * torch_dtype.itemsize
@@ -68,11 +82,10 @@ def _read_safetensors_index(file: ByteFile) -> dict[str, Region]:
     return index
 
 
-def _safetensors_entry(entry: dict) -> tuple[str, tuple[int, ...], int, int]:
-    shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
-    if any(not isinstance(number, int) or number < 0 for number in (*shape, start, end)):
-        raise ValueError("sizes and places must be whole numbers of at least 0")
-    return entry["dtype"], shape, start, end
+class _Entry(msgspec.Struct):
+    dtype: str
+    shape: Annotated[tuple[Count, ...], msgspec.Meta(max_length=8)]
+    data_offsets: tuple[Count, Count]
 
 
 @dataclass(frozen=True)
@@ -93,25 +106,76 @@ class _Refused(Exception):
     pass
 
 
-class _TensorPickle(pickle.Unpickler):
-    """Reads a pickle of tensors as their descriptions; asking for anything else raises ``_Refused``."""
+class _TensorPickle(pickle._Unpickler):
+    """Reads a pickle of tensors as their descriptions; asking for anything else raises ``_Refused``.
+
+    Python's own unpickler and not C's, so that a key is looked at before it is hashed: tuples that hold the tuple below
+    twice, forty deep, take a trillion steps to hash, to compare or to print.
+    """
+
+    dispatch = {  # noqa: RUF012  (what the base class has, but for what makes sets and objects)
+        op: load
+        for op, load in pickle._Unpickler.dispatch.items()
+        if bytes([op]) not in (pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET, pickle.INST, pickle.OBJ,
+                               pickle.NEWOBJ, pickle.NEWOBJ_EX, pickle.EXT1, pickle.EXT2, pickle.EXT4)
+    }  # fmt: skip
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
+            return _new_dict
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda storage, start, shape, strides, *_: _Tensor(storage, start, tuple(shape), tuple(strides))
+            return _described
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
             return lambda tensor, *_: tensor
         if module == "torch" and name in _STORAGE_DTYPES:
             return _STORAGE_DTYPES[name]
-        raise _Refused(f"{module}.{name}")
+        raise _Refused(f"{module}.{name}"[:200])
 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, dtype, key, *_ = pid
-        if kind != "storage" or not isinstance(dtype, torch.dtype):
-            raise _Refused(f"a {kind!r} object")
+        if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str | int):
+            raise _Refused(f"a {kind[:40]!r} object" if isinstance(kind, str) else "an object that is no storage")
         return _Storage(dtype, str(key))
+
+    def load_setitem(self) -> None:
+        self._check_keys(self.stack[-2:-1])
+        super().load_setitem()
+
+    def load_setitems(self) -> None:
+        self._check_keys(self.stack[::2])
+        super().load_setitems()
+
+    def load_dict(self) -> None:
+        self._check_keys(self.stack[::2])
+        super().load_dict()
+
+    def load_build(self) -> None:
+        state = self.stack.pop()  # the version of each module, beside the tensors
+        if not isinstance(self.stack[-1], OrderedDict) or not isinstance(state, dict):
+            raise _Refused("the state of an object")
+
+    @staticmethod
+    def _check_keys(keys: list[Any]) -> None:
+        if not all(type(key) is str for key in keys):
+            raise _Refused("a mapping whose keys are no texts")
+
+    dispatch[pickle.SETITEM[0]] = load_setitem
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+    dispatch[pickle.DICT[0]] = load_dict
+    dispatch[pickle.BUILD[0]] = load_build
+
+
+def _new_dict(*items: Any) -> OrderedDict[str, Any]:
+    if items:
+        raise _Refused("a mapping made of a list")
+    return OrderedDict()
+
+
+def _described(storage: Any, start: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
+    numbers = [start, *shape, *strides] if isinstance(shape, tuple) and isinstance(strides, tuple) else [None]
+    if not isinstance(storage, _Storage) or not all(type(number) is int for number in numbers):
+        raise ValueError("a tensor without a storage or whole numbers as sizes")
+    return _Tensor(storage, start, shape, strides)
 
 
 def _read_torch_index(file: ByteFile) -> dict[str, Region]:
@@ -120,8 +184,10 @@ def _read_torch_index(file: ByteFile) -> dict[str, Region]:
         raise ValueError(f"{file}: truncated: the index at its end is missing; the file has {file.size} bytes")
     try:
         records = _records(file)
+        if records["data.pkl"][1] > MOST_PICKLE_BYTES:
+            raise ValueError(f"its pickle claims {records['data.pkl'][1]:,} bytes")
         content = _TensorPickle(io.BytesIO(file.read(*records["data.pkl"]))).load()
-        big_endian = "byteorder" in records and file.read(*records["byteorder"]) != b"little"
+        big_endian = "byteorder" in records and file.read(records["byteorder"][0], 6) != b"little"
     except _Refused as error:
         message = f"{file}: refused: its pickle asks for {error}, and a checkpoint may hold only plain tensors"
         raise ValueError(message) from None
@@ -132,7 +198,7 @@ def _read_torch_index(file: ByteFile) -> dict[str, Region]:
         raise ValueError(f"{file}: was written on a big-endian machine; load it and save it again there as safetensors")
     if not isinstance(content, Mapping):
         raise ValueError(f"{file}: holds a {type(content).__name__}, not tensors by name")
-    return {str(name): _torch_region(file, str(name), tensor, records) for name, tensor in content.items()}
+    return {name: _torch_region(file, name, tensor, records) for name, tensor in content.items()}
 
 
 def _records(file: ByteFile) -> dict[str, tuple[int, int]]:
@@ -145,6 +211,8 @@ def _records(file: ByteFile) -> dict[str, tuple[int, int]]:
             lengths = file.read(entry.header_offset + 26, 4)  # of the name and the padding before the bytes
             start = entry.header_offset + 30 + int.from_bytes(lengths[:2], "little")
             start += int.from_bytes(lengths[2:], "little")
+            if start + entry.file_size > file.size:
+                raise ValueError(f"{entry.filename[:80]} claims {entry.file_size:,} bytes, more than the file has")
             records[entry.filename.partition("/")[2]] = (start, entry.file_size)
     return records
 
@@ -153,14 +221,16 @@ def _torch_region(file: ByteFile, name: str, tensor: object, records: Mapping[st
     if not isinstance(tensor, _Tensor):
         raise ValueError(f"{file}: {name} is a {type(tensor).__name__}, not a tensor")
     shape, dtype, strides = tensor.shape or (1,), tensor.storage.dtype, tensor.strides or (1,)
-    numbers = (*shape, *strides, tensor.start)
-    if any(not isinstance(number, int) or number < 0 for number in numbers) or len(shape) != len(strides):
-        raise ValueError(f"{file}: {name} has no valid sizes: {shape}, strides {strides}")
+    if min(*shape, *strides, tensor.start) < 0 or len(shape) != len(strides):
+        raise ValueError(f"{file}: {name} has no valid sizes: {shown(shape)}, strides {shown(strides)}")
     place, size = records.get(f"data/{tensor.storage.key}", (0, 0))
     pitch = strides[-2] if len(shape) > 1 else 1
     folded = all(strides[i] == shape[i + 1] * strides[i + 1] for i in range(len(shape) - 2))
-    if (strides[-1] != 1 and shape[-1] != 1) or not folded:
-        raise ValueError(f"{file}: {name} is not stored row by row (strides {strides})")
+    if f"data/{tensor.storage.key}" not in records:
+        raise ValueError(f"{file}: damaged: {name} is in storage {shown(tensor.storage.key)}, which is not there")
+    overlaps = len(shape) > 1 and pitch < shape[-1]
+    if (strides[-1] != 1 and shape[-1] != 1) or not folded or overlaps:
+        raise ValueError(f"{file}: {name} is not stored row by row (strides {shown(strides)})")
     region = Region(file, name, shape, dtype, place + tensor.start * dtype.itemsize, pitch * dtype.itemsize)
     if region.end > place + size:
         raise ValueError(f"{file}: damaged: {name} goes beyond the {size} bytes that are stored for it")

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from mixtralkit.checkpoint.discover import Found, recognise
+from mixtralkit.checkpoint.discover import INDEX_JSON, SHARDED_PTH, Found, recognise
 from mixtralkit.checkpoint.files import ByteFile, Region
 from mixtralkit.checkpoint.index import read_index
 from mixtralkit.checkpoint.names import STYLES, Slab, Stored, rank_tensors, stored_tensors
+from mixtralkit.checkpoint.quantised import method_of_tensors, refusal
 from mixtralkit.layout import canonical_shapes
 
 BLOCK_BYTES = 16 << 20
 MOST_LISTED = 8
+MOST_COMPARED_BYTES = 1 << 20  # repeated tensors up to this size, norms and gates, must be alike in every file
 _DERIVED = ("rope.freqs", "rotary_emb.inv_freq")  # tables that some tools store though the model computes them
 
 
@@ -84,10 +86,11 @@ class CheckpointReader:
         folder: where it lies.
         kind: what was found there, in words.
         config: the model.
+        found: its files, and the JSON file that the model was read from.
     """
 
     def __init__(self, found: Found, files: Sequence[ByteFile], tiles: dict[str, tuple[Tile, ...]]) -> None:
-        self.folder, self.kind, self.config = found.folder, found.kind, found.config
+        self.folder, self.kind, self.config, self.found = found.folder, found.kind, found.config, found
         self._files, self._tiles = tuple(files), tiles
         self._order = {id(file): i for i, file in enumerate(self._files)}
 
@@ -146,13 +149,16 @@ class CheckpointReader:
         return self._order[id(block.region.file)], block.position
 
 
-def open_checkpoint(folder: str | Path) -> CheckpointReader:
+def open_checkpoint(folder: str | Path, format: str | None = None) -> CheckpointReader:
     """Recognises the checkpoint in ``folder`` and checks that it is whole, without reading any weights.
 
+    Args:
+        format: which checkpoint to take where the folder holds several, as the writer's formats are called.
+
     ValueError, in one sentence that names files, tensors, found and wanted, for a folder that is missing, ambiguous
-    or damaged, and for missing, extra or misshapen tensors.
+    or damaged, for missing, extra or misshapen tensors, and for a tensor that two files hold.
     """
-    found = recognise(folder)
+    found = recognise(folder, format)
     files: list[ByteFile] = []
     try:
         indices = []
@@ -174,11 +180,16 @@ def _place(found: Found, indices: Sequence[dict[str, Region]]) -> dict[str, tupl
     for index in indices:
         for name, region in index.items():
             regions.setdefault(name, []).append(region)
+    method = method_of_tensors(name for name in regions if name not in known)
+    if method:
+        raise ValueError(f"{found.folder}: {refusal(method)}")
+    _check_index(found, regions)
     extra, misshapen, tiles = [], [], []
     for name, parts in regions.items():
         if name not in known:
             extra += [f"{name} {_shape(parts[0].shape)} in {parts[0].file}"] if not name.endswith(_DERIVED) else []
             continue
+        _check_repeated(found, name, known[name], parts, len(indices))
         placed = _put_together(known[name], parts)
         if placed is None:
             shapes = " + ".join(dict.fromkeys(_shape(part.shape) for part in parts))
@@ -187,6 +198,37 @@ def _place(found: Found, indices: Sequence[dict[str, Region]]) -> dict[str, tupl
             tiles += placed
     broken = {slab.source for name in regions if name in known for slab in known[name].slabs} if misshapen else set()
     return _complete(found, tiles, extra, misshapen, broken)
+
+
+def _check_index(found: Found, regions: Mapping[str, Sequence[Region]]) -> None:
+    """ValueError unless every tensor of the index lies in the file that it names."""
+    for name, file in found.weight_map.items():
+        parts = regions.get(name, ())
+        if not any(part.file.paths[0].name == file for part in parts):
+            where = f"it is in {parts[0].file.paths[0].name}" if parts else "no file has it"
+            raise ValueError(f"{found.folder}: {name} is not in {file}, where {INDEX_JSON} has it; {where}")
+
+
+def _check_repeated(found: Found, name: str, stored: Stored, parts: Sequence[Region], files: int) -> None:
+    """ValueError for a whole tensor in two files where the format does not repeat it.
+
+    Model-parallel shards repeat norms and gates, alike in all; shards of whole experts repeat all else, in each.
+    """
+    whole = [part for part in parts if part.shape == stored.shape]
+    if len(whole) < 2:
+        return
+    may_repeat = found.kind == SHARDED_PTH and ".experts." not in name
+    if may_repeat and len(whole) == len(parts) == files:
+        first = whole[0]
+        size = first.end - first.offset
+        if size > MOST_COMPARED_BYTES:
+            return
+        content = first.file.read(first.offset, size)
+        different = [part for part in whole[1:] if part.file.read(part.offset, size) != content]
+        if not different:
+            return
+        raise ValueError(f"{found.folder}: {name} differs between {whole[0].file} and {different[0].file}")
+    raise ValueError(f"{found.folder}: {name} is in two files, {whole[0].file} and {whole[1].file}")
 
 
 def _put_together(stored: Stored, parts: Sequence[Region]) -> list[Tile] | None:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
@@ -17,6 +18,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
+from mixtralkit.checkpoint.carried import carried_files
 from mixtralkit.checkpoint.discover import OURS_JSON, checkpoint_files
 from mixtralkit.checkpoint.files import ByteFile, Region
 from mixtralkit.checkpoint.formats import DEFAULT_SHARDS, FORMATS, RankFiles, side_files, weight_files
@@ -24,6 +26,7 @@ from mixtralkit.checkpoint.index import SAFETENSORS_DTYPES, read_index
 from mixtralkit.checkpoint.names import Slab, Stored
 from mixtralkit.checkpoint.reader import BLOCK_BYTES, CheckpointReader
 from mixtralkit.config import DTYPES, ModelConfig, parse_dtype
+from mixtralkit.json_file import read_bytes
 from mixtralkit.layout import canonical_shapes
 
 __all__ = ["FORMATS", "RankFiles", "save_checkpoint"]
@@ -73,7 +76,8 @@ def save_checkpoint(
         shards: number of files, for the formats that have several.
         dtype: stored dtype; None keeps that of each tensor.
         ranks: how ``format="mixtralkit"`` is cut; one rank when None.
-        tokenizer: a ``tokenizer.model`` to copy; None takes the one beside a reader's files, if there is one.
+        tokenizer: a ``tokenizer.model`` to copy; None takes the one beside a reader's files, if there is one. Other
+            side files of a reader go along byte for byte (``carried.carried_files``).
         overwrite: replaces a checkpoint that is in ``folder``; other files there stay.
         progress: draws a bar.
 
@@ -83,13 +87,18 @@ def save_checkpoint(
     folder, ranks = Path(folder), ranks or RankFiles()
     dtype = None if dtype is None else parse_dtype(dtype)
     source = tensors if isinstance(tensors, CheckpointReader) else _checked(config, tensors)
-    if isinstance(tensors, CheckpointReader):
-        beside = tensors.folder / "tokenizer.model"
-        tokenizer = tokenizer or (beside if beside.exists() else None)
     files = weight_files(format, config, shards, ranks)
     old = _old_files(folder, overwrite)
     main = dtype or source.dtype("output.weight")
     side = side_files(format, config, _dtype_name(main), files, main.itemsize, ranks)
+    beside = {name: text.encode() for name, text in side.items()}
+    if isinstance(tensors, CheckpointReader):
+        beside, notes = carried_files(tensors.found, side, _dtype_name(main))
+        for note in notes:
+            warnings.warn(note, stacklevel=2)
+    if tokenizer is not None:
+        beside["tokenizer.model"] = read_bytes(tokenizer)
+    beside = {name: content for name, content in beside.items() if _may_write(folder / name, content, overwrite)}
     writer = _FileWriter(source, dtype)
     _check_space(folder, sum(writer.nbytes(stored) for file in files.values() for stored in file.values()))
     with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as temporary:
@@ -98,13 +107,20 @@ def save_checkpoint(
             _write_all(partial, files, writer, progress)
             if format == "mistral-split":
                 _split(partial / "consolidated.00.pth", shards or DEFAULT_SHARDS[format])
-            for name, text in side.items():
-                (partial / name).write_text(text, encoding="utf-8")
-            if tokenizer is not None and (overwrite or not (folder / "tokenizer.model").exists()):
-                shutil.copyfile(tokenizer, partial / "tokenizer.model")
+            for name, content in beside.items():
+                (partial / name).write_bytes(content)
         except OSError as error:
             raise _disk_error(folder, error) from None
         return _move(partial, folder, old)
+
+
+def _may_write(path: Path, content: bytes, overwrite: bool) -> bool:
+    """Side files that are there stay, but to overwrite them; a warning where they differ from what would be written."""
+    if overwrite or not path.exists():
+        return True
+    if not path.is_file() or path.read_bytes() != content:
+        warnings.warn(f"{path} is there already and stays as it is", stacklevel=3)
+    return False
 
 
 def _checked(config: ModelConfig, tensors: Mapping[str, torch.Tensor]) -> _InMemory:

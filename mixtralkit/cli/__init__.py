@@ -19,7 +19,7 @@ COMMANDS = {
     "plan": "mixtralkit.cli.plan:plan",
     "simulate": "mixtralkit.cli.simulate:simulate",
     "measure": "mixtralkit.cli.measure:measure",
-    "tune": "mixtralkit.cli.tune:tune",
+    "tune": "lab.tune_kernels:tune",
     "train": "mixtralkit.cli.train:train",
     "prepare-text": "mixtralkit.cli.prepare_text:prepare_text",
     "prompt-sets": "mixtralkit.cli.prompt_sets:prompt_sets",

@@ -22,6 +22,7 @@ def convert(
     world_size: Count | None = None,
     plan: Path | None = None,
     overwrite: bool = False,
+    source_format: str | None = None,
     *,
     parallel: ParallelConfig,
 ) -> None:
@@ -38,8 +39,9 @@ def convert(
         world_size: ranks to cut for (format mixtralkit); that of the plan, or 1.
         plan: plan.json with the experts of each rank (format mixtralkit).
         overwrite: replaces a checkpoint that TARGET holds.
+        source_format: which checkpoint to read where SOURCE holds several; named as format.
     """
-    with open_checkpoint(source) as reader:
+    with open_checkpoint(source, source_format) as reader:
         loaded = None if plan is None else ExpertPlan.load(plan)
         ranks = RankFiles(
             world_size=world_size or (loaded.world_size if loaded else 1),

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from lab.figures import Sizes, measure_fused
 from mixtralkit.cli.run import command
 from mixtralkit.config import parse_dtype
 from mixtralkit.config.engine import Dtype
 from mixtralkit.config.options import Count, Positive
 from mixtralkit.distributed import RankContext
-from mixtralkit.ops.figures import Sizes, measure_fused
-from mixtralkit.ops.runtime import runs_triton
+from mixtralkit.ops.runtime import has_triton
 from mixtralkit.planning.hardware import Hardware, Link, Network
 
 ROWS = (1, 4, 16, 64, 256, 1024, 4096)
@@ -66,7 +66,7 @@ def measure(
         shape = (hidden or (14336 if on_gpu else 3584), dim or (4096 if on_gpu else 1024))
         size = int((message_mb or (256 if on_gpu else 16)) * 1e6)
         if fused is None:
-            fused = runs_triton(torch.empty(0, device=context.device)) and per_node == context.world_size
+            fused = has_triton(context.device) and per_node == context.world_size
         figures = _figures(name, context, kind, shape, size, per_node)
         if fused:
             figures = _with_fused(figures, context, kind, shape, on_gpu)

@@ -4,33 +4,24 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
-
-import numpy as np
 
 from mixtralkit.cli.run import command
 from mixtralkit.config import ModelConfig, parse_dtype, shipped
 from mixtralkit.config.engine import Dtype
 from mixtralkit.config.options import Count, Natural, Options, Positive, Share
-from mixtralkit.planning.cost import ModelShape, ShadowModel
+from mixtralkit.planning.cost import ModelShape
 from mixtralkit.planning.formats import save_plan
 from mixtralkit.planning.hardware import Hardware
-from mixtralkit.planning.plan import ExpertPlan, contiguous
+from mixtralkit.planning.plan import ExpertPlan
 from mixtralkit.planning.plan_plot import plot_plan
-from mixtralkit.planning.policies.affinity import affinity
-from mixtralkit.planning.policies.auto import auto
-from mixtralkit.planning.policies.balanced import balanced
-from mixtralkit.planning.policies.hot_cold import hot_cold
+from mixtralkit.planning.policies.auto import auto_for
 from mixtralkit.planning.policies.inputs import Budget
 from mixtralkit.planning.policies.quality import measure
-from mixtralkit.planning.policies.shadow import shadow
-from mixtralkit.planning.policies.two_phase import two_phase
+from mixtralkit.planning.policies.registry import Given, make_plan
 from mixtralkit.planning.replay import Execution
-from mixtralkit.planning.simulate import sample_routing
 from mixtralkit.planning.trace import RoutingTrace, load_loads
 
 FORMATS = {"mixtralkit": "plan", "sglang": "sglang", "tensorrt_llm": "tensorrt", "vllm": "vllm", "exflow": "exflow"}
@@ -51,7 +42,7 @@ class PlanRequest(Options):
         dtype: Of the weights.
         hardware: Machine for shadow and auto, a file or the name of one in configs/hardware.
         batch: shadow and auto: tokens of a step on each rank.
-        layout: auto: how the plan will run: ep, static, two_stage, coherent, tp_ep, or peer, by the hardware's fused.
+        dispatcher: auto: how the plan will run: exact, static, two_stage, coherent, replicated or symmetric.
     """
 
     world_size: Count = 4
@@ -63,7 +54,7 @@ class PlanRequest(Options):
     dtype: Dtype = "bfloat16"
     hardware: Path = Path("h200")
     batch: Count = 64
-    layout: str = "ep"
+    dispatcher: str = "exact"
 
 
 @dataclass(frozen=True)
@@ -97,26 +88,6 @@ class PolicyOptions(Options):
     shadow_steps: Positive = 1.0
 
 
-@dataclass(frozen=True)
-class _Input:
-    """What a policy may need. ``trace`` is None where the file holds only loads."""
-
-    request: PlanRequest
-    trace: RoutingTrace | None
-    loads_LE: np.ndarray
-    budget: Budget
-    shape: ModelShape
-
-    @cached_property
-    def hardware(self) -> Hardware:
-        return Hardware.load(shipped("hardware", self.request.hardware))
-
-    def tokens(self, policy: str) -> RoutingTrace:
-        if self.trace is None:
-            raise ValueError(f"policy {policy} needs every token's experts, and the file holds only loads")
-        return self.trace
-
-
 @command
 def plan(
     trace: Path,
@@ -134,47 +105,30 @@ def plan(
 
     Args:
         trace: Routing trace (.npz, .npy), or SGLang's recorded loads (.pt).
-        policy: contiguous, hot_cold, two_phase, affinity, balanced, shadow or auto (docs/planning.md).
+        policy: contiguous, hot_cold, two_phase, affinity, balanced, shadow, everywhere or auto, or a plan by name as
+            balanced+4 or hot_cold/node+2 (docs/planning.md).
         output: File for the plan.
         format: mixtralkit, sglang, tensorrt_llm, vllm or exflow.
         plot: File for a picture of loads and crossings, layer by layer.
     """
     if format not in FORMATS:
         raise ValueError(f"format ({format!r}) must be one of {', '.join(FORMATS)}")
-    world, per_node = request.world_size, request.ranks_per_node
-    makers: dict[str, Callable[[_Input], ExpertPlan]] = {
-        "contiguous": lambda g: contiguous(*g.loads_LE.shape, world),
-        "hot_cold": lambda g: hot_cold(
-            g.loads_LE, world, only.hot_experts, g.budget, only.cold, _ring(only.hot_per, per_node),
-            only.cold_capacity_factor, only.cold_token_percent, only.overflow, only.cut_order,
-        ),
-        "two_phase": lambda g: _two_phase(g, only.finetune_threshold),
-        "affinity": lambda g: affinity(
-            g.tokens("affinity").transitions_LEE(), world, per_node, g.budget, g.loads_LE, only.load_cap
-        ),
-        "balanced": lambda g: balanced(g.loads_LE, world, g.budget, per_node, only.num_groups),
-        "shadow": lambda g: shadow(
-            g.loads_LE, world, ShadowModel.from_hardware(g.shape, g.hardware),
-            request.batch * world * g.shape.top_k, only.shadow_steps, g.budget,
-        ),
-        "auto": _auto,
-    }  # fmt: skip
-    if policy not in makers:
-        raise ValueError(f"policy ({policy!r}) must be one of {', '.join(makers)}")
-    given = _read(trace, request)
+    given = replace(_read(trace, request), options=asdict(only))
     started = time.perf_counter()
-    made = replace(makers[policy](given), ranks_per_node=per_node)
+    execution = Execution(request.dispatcher, request.batch)
+    made = auto_for(given, execution) if policy == "auto" else make_plan(policy, given)
     seconds = time.perf_counter() - started
     given.budget.require(int(made.holds_LWE.sum(2).max()), made.num_layers, f"policy {policy}")
     save_plan(made, output, FORMATS[format])
     if plot is not None:
         plot_plan(made, given.loads_LE, given.trace and given.trace.transitions_LEE(), plot)
-    print(f"{output}: {made.policy}, {made.num_layers} layers, {made.num_experts} experts on {world} ranks")
+    ranks = request.world_size
+    print(f"{output}: {made.policy}, {made.num_layers} layers, {made.num_experts} experts on {ranks} ranks")
     _print_notes(made)
     print(json.dumps(_figures(made, given, seconds)))
 
 
-def _read(path: Path, request: PlanRequest) -> _Input:
+def _read(path: Path, request: PlanRequest) -> Given:
     trace = None if path.suffix in (".pt", ".pth") else RoutingTrace.load(path, request.num_experts)
     loads_LE = load_loads(path, request.num_experts) if trace is None else trace.loads_LE()
     model = ModelConfig.from_file(shipped("models", request.model))
@@ -182,33 +136,12 @@ def _read(path: Path, request: PlanRequest) -> _Input:
     shape = replace(shape, num_experts=loads_LE.shape[1], top_k=shape.top_k if trace is None else trace.top_k)
     budget = Budget(request.slots_per_rank, request.memory_gb, shape.expert_bytes)
     budget.slots(*loads_LE.shape, request.world_size)
-    return _Input(request, trace, loads_LE, budget, shape)
+    hardware = Hardware.load(shipped("hardware", request.hardware))
+    rows = request.batch * request.world_size * shape.top_k
+    return Given(loads_LE, request.world_size, trace, request.ranks_per_node, budget, shape, hardware, rows)
 
 
-def _ring(hot_per: str, ranks_per_node: int | None) -> int:
-    if hot_per == "node" and ranks_per_node is None:
-        raise ValueError("hot_per ('node') needs ranks_per_node")
-    return 1 if hot_per == "rank" else ranks_per_node
-
-
-def _two_phase(given: _Input, threshold: float | None) -> ExpertPlan:
-    """Estimated from the first half of the trace, corrected by the counts of the second."""
-    world = given.request.world_size
-    if given.trace is None:
-        return two_phase(given.loads_LE, world, budget=given.budget)
-    profile, batch = given.trace.split(0.5)
-    return two_phase(profile.loads_LE(), world, batch.loads_LE(), given.trace.top_k, threshold, given.budget)
-
-
-def _auto(given: _Input) -> ExpertPlan:
-    trace, request = given.trace, given.request
-    if trace is None:
-        trace = sample_routing(given.loads_LE, 2 * request.batch * request.world_size, given.shape.top_k)
-    execution = Execution(request.layout, request.batch, fused=request.layout == "peer")
-    return auto(trace, request.world_size, given.shape, given.hardware, execution, given.budget, request.ranks_per_node)
-
-
-def _figures(plan: ExpertPlan, given: _Input, seconds: float) -> dict[str, object]:
+def _figures(plan: ExpertPlan, given: Given, seconds: float) -> dict[str, object]:
     quality = measure(plan, given.loads_LE, given.trace and given.trace.transitions_LEE())
     return {
         "policy": plan.policy,
@@ -228,7 +161,7 @@ def _print_notes(plan: ExpertPlan) -> None:
     if plan.policy == "auto":
         print(
             f"chosen: {meta['chosen']}, expected {meta['expected_step_s'] * 1e3:.3f} ms a step of {meta['batch']} "
-            f"tokens a rank on {meta['hardware']} ({meta['layout']})"
+            f"tokens a rank on {meta['hardware']} ({meta['dispatcher']})"
         )
         for name, step_s in sorted(meta["candidates_step_s"].items(), key=lambda item: item[1]):
             print(f"  {step_s * 1e3:9.3f} ms  {name}")

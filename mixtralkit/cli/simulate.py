@@ -14,48 +14,46 @@ from mixtralkit.config.options import Count, Natural
 from mixtralkit.planning import simulate as simulator
 from mixtralkit.planning.cost import ModelShape
 from mixtralkit.planning.hardware import Hardware
-from mixtralkit.planning.plan import ExpertPlan, contiguous, everywhere
+from mixtralkit.planning.plan import ExpertPlan
+from mixtralkit.planning.policies.registry import POLICIES, Given, make_plan
 from mixtralkit.planning.replay import PHASES, Execution
 from mixtralkit.planning.simulate import Simulation
 from mixtralkit.planning.trace import RoutingTrace
 
 _RANKS_SHOWN = 32  # one by one; of more ranks only the least, the median and the most
-_NAMED = {"contiguous": contiguous, "everywhere": everywhere}
 
 
 @command
 def simulate(
     trace: Path,
     plan: tuple[str, ...] = ("contiguous",),
-    layout: tuple[str, ...] = ("ep",),
+    dispatcher: tuple[str, ...] = ("exact",),
     world_size: Count | None = None,
     ranks_per_node: Count | None = None,
     batch: Count | None = None,
     chunks: Count = 1,
     context: Natural = 0,
     span: Count = 1,
-    fused: bool = False,
     hardware: Path = Path("h200"),
     model: Path = Path("mixtral-8x7b"),
     num_experts: Count | None = None,
     data_bytes: Count | None = None,
     plot: Path | None = None,
 ) -> None:
-    """Replays TRACE against every PLAN in every LAYOUT; prints tables, and one line of JSON for each.
+    """Replays TRACE against every PLAN under every DISPATCHER; prints tables, and one line of JSON for each.
 
     Args:
         trace: routing trace, .npz or .npy.
-        plan: plan.json files, or contiguous, or everywhere.
-        layout: tp, tp_ep, ep, static, peer, two_stage, coherent.
+        plan: plan.json files, or names as contiguous, balanced+4, hot_cold/node+2, affinity (docs/planning.md).
+        dispatcher: split_width, replicated, gathered, exact, static, symmetric, two_stage, coherent.
         world_size: ranks of a plan that is given by name.
         ranks_per_node: ranks of one machine, instead of what the plans say.
         batch: tokens of a step on each rank; the whole trace in one step when not given.
-        chunks: parts of a step whose exchange and products overlap (layouts ep and two_stage).
+        chunks: parts of a step whose exchange and products overlap (exact and two_stage).
         context: tokens of each sequence that are in the cache already.
         span: tokens of a step that belong to one sequence; 1 in decode.
-        fused: steps of this project's kernels instead of plain torch, as layout peer needs; the hardware file must have
-            their figures, as configs/hardware/h200x4.json does.
-        hardware: hardware file, or the name of one in configs/hardware.
+        hardware: hardware file, or the name of one in configs/hardware. With figures of this project's kernels, as
+            h200x4 has them, steps run by these, else as plain torch.
         model: params.json or config.json with the sizes of the model, or the name of one in configs/models. Experts and
             choices are the trace's.
         num_experts: experts, for a trace that does not say.
@@ -69,11 +67,11 @@ def simulate(
     shape = replace(sizes, num_experts=routing.num_experts, top_k=routing.top_k)
     results: dict[str, Simulation] = {}
     for name in plan:
-        expert_plan = _load_plan(name, routing, world_size)
+        expert_plan = _load_plan(name, routing, world_size, ranks_per_node)
         if ranks_per_node is not None:
             expert_plan = replace(expert_plan, ranks_per_node=ranks_per_node)
-        for way in layout:
-            execution = Execution(way, batch, chunks, context, span, fused)
+        for way in dispatcher:
+            execution = Execution(way, batch, chunks, context, span)
             label = _label(name, way, results)
             results[label] = simulator.simulate(expert_plan, routing, shape, machine, execution)
     print(_totals(results))
@@ -88,25 +86,25 @@ def simulate(
         draw(results, plot)
 
 
-def _load_plan(name: str, routing: RoutingTrace, world_size: Count | None) -> ExpertPlan:
-    if name not in _NAMED:
+def _load_plan(name: str, routing: RoutingTrace, world_size: int | None, ranks_per_node: int | None) -> ExpertPlan:
+    if name.partition("+")[0] not in POLICIES:
         loaded = ExpertPlan.load(name)
         if world_size not in (None, loaded.world_size):
             raise ValueError(f"{name}: world_size ({loaded.world_size}) must be --world_size ({world_size})")
         return loaded
     if world_size is None:
         raise ValueError(f"--world_size is missing: plan {name} needs it")
-    return _NAMED[name](routing.num_layers, routing.num_experts, world_size)
+    return make_plan(name, Given.of(routing, world_size, ranks_per_node=ranks_per_node))
 
 
-def _label(name: str, layout: str, taken: dict[str, Simulation]) -> str:
-    stem = Path(name).stem
-    label = f"{stem}/{layout}"
-    return label if label not in taken else f"{name}/{layout}"
+def _label(name: str, dispatcher: str, taken: dict[str, Simulation]) -> str:
+    stem = name if name.partition("+")[0] in POLICIES else Path(name).stem
+    label = f"{stem}/{dispatcher}"
+    return label if label not in taken else f"{name}/{dispatcher}"
 
 
 def _totals(results: dict[str, Simulation]) -> str:
-    header = ["plan/layout", "ranks", "ms/step", *PHASES, "hidden", "max/mean", "mean/max"]
+    header = ["plan/dispatcher", "ranks", "ms/step", *PHASES, "hidden", "max/mean", "mean/max"]
     header += ["MB inside", "MB across", "MB busiest link", "crossings", "of nodes", "dropped", "rerouted"]
     rows = []
     for label, result in results.items():

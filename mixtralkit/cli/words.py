@@ -146,7 +146,7 @@ def summary(where: Callable[..., None] | str) -> str:
     if not isinstance(where, str):
         return entries(where)[0].partition("\n")[0]
     module, _, name = where.partition(":")
-    folder = Path(importlib.util.find_spec("mixtralkit").origin).parent
-    tree = ast.parse(folder.joinpath(*module.split(".")[1:]).with_suffix(".py").read_text(encoding="utf-8"))
+    folder = Path(importlib.util.find_spec("mixtralkit").origin).parents[1]
+    tree = ast.parse(folder.joinpath(*module.split(".")).with_suffix(".py").read_text(encoding="utf-8"))
     function = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == name)
     return (ast.get_docstring(function) or "").partition("\n")[0]

@@ -27,11 +27,17 @@ class SourceOptions(Options):
 
     Attributes:
         model: Folder with the checkpoint, of any format that docs/checkpoints.md lists.
-        tokenizer: Sentencepiece model; left out, tokenizer.model in the model's folder.
+        tokenizer: Sentencepiece model or tokenizer.json; left out, the one in the model's folder.
+        format: Which checkpoint to take where the folder holds several, as convert calls them.
+        chat_template: Jinja file that dialogs are written by; left out, the folder's, or else Mistral's.
+        stop_token_ids: Ids that end an answer, beside those that the folder's files say.
     """
 
     model: Path = Path("ckpts")
     tokenizer: Path | None = None
+    format: str | None = None
+    chat_template: Path | None = None
+    stop_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

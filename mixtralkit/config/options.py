@@ -100,6 +100,8 @@ class Option:
         if (value is None and self.may_be_none) or self.kind is object:
             return value
         if self.several:
+            if isinstance(value, str) or not hasattr(value, "__iter__"):
+                raise ValueError(f"{self.name} ({value!r}) must be several values")
             return tuple(map(self.item.check, value))
         if self.kind is Path:
             return Path(value) if isinstance(value, str) else value

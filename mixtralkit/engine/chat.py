@@ -1,44 +1,159 @@
-"""Mistral's chat template, as Mixtral-8x7B-Instruct was trained with it (tokenizer version 1 of mistral-common)."""
+"""Dialogs to token ids: the folder's own chat template as transformers renders it, else Mistral's."""
 
 from __future__ import annotations
 
+import functools
+import json
+import sys
 from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
 
+from mixtralkit.config.ranks import rank_of
 from mixtralkit.engine.tokenizer import Tokenizer
 
 Message = Mapping[str, str]
 
 
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """Token ids up to where the assistant answers: ``<s>[INST] question [/INST] answer</s>[INST] question [/INST]``.
+    """Token ids up to where the assistant answers, by the tokenizer's template; Mistral's where it has none.
+
+    Args:
+        messages: ``{"role": "system" | "user" | "assistant", "content": text}``. Mistral's templates want a system
+            message first if at all, then user and assistant in turns, user first and last.
+
+    Raises:
+        ValueError: naming the first message that the template cannot take.
+    """
+    _say(describe_template(tokenizer))
+    if tokenizer.chat_template is not None:
+        return tokenizer.encode_rendered(render(tokenizer, messages))
+    check_dialog(messages)
+    return _mistral_v1(tokenizer, messages) if tokenizer.version == 1 else _mistral_v3(tokenizer, messages)
+
+
+def describe_template(tokenizer: Tokenizer) -> str:
+    """Which template dialogs are written in, in words."""
+    if tokenizer.chat_template is not None:
+        return f"chat template: {tokenizer.template_from}"
+    return f"chat template: Mistral's, tokenizer version {tokenizer.version}"
+
+
+@functools.cache
+def _say(sentence: str) -> None:
+    """Once, on rank 0."""
+    if rank_of() == 0:
+        print(sentence, file=sys.stderr)
+
+
+def _mistral_v1(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    """``<s>[INST] question [/INST]answer</s>[INST] question [/INST]``, as Mixtral-8x7B-Instruct was trained.
 
     Each piece of text is encoded by itself, and ``<s>`` and ``</s>`` are ids that no text can give. A system message
     goes before the first question, an empty line between them.
-
-    Args:
-        messages: ``{"role": "system" | "user" | "assistant", "content": text}``; a system message may come first,
-            then user and assistant take turns, user first and last.
     """
-    check_dialog(messages)
-    system = messages[0]["content"] + "\n\n" if messages[0]["role"] == "system" and messages[0]["content"] else ""
+    system, turns = _system_and_turns(messages)
     ids = [tokenizer.bos_id]
-    for message in messages:
+    for i, message in enumerate(turns):
         if message["role"] == "user":
-            ids += tokenizer.encode(f"[INST] {system}{message['content']} [/INST]", bos=False, eos=False)
-            system = ""
-        elif message["role"] == "assistant":
+            before = system if i == 0 else ""
+            ids += tokenizer.encode(f"[INST] {before}{message['content']} [/INST]", bos=False)
+        else:
             ids += tokenizer.encode(message["content"], bos=False, eos=True)
     return ids
 
 
-def check_dialog(messages: Sequence[Message]) -> None:
-    """ValueError that names the first message out of order or without text."""
+def _mistral_v3(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    """As version 1, with ``[INST]`` and ``[/INST]`` as control tokens, as Mixtral-8x22B-Instruct was trained.
+
+    The system message goes before the last question. Version 2 differs in tools alone.
+    """
+    system, turns = _system_and_turns(messages)
+    begin, end = (tokenizer.id_of(name) for name in ("[INST]", "[/INST]"))
+    if begin is None or end is None:
+        raise ValueError(f"tokenizer ({tokenizer.path}): has no [INST] and [/INST], which its version has")
+    ids = [tokenizer.bos_id]
+    for i, message in enumerate(turns):
+        if message["role"] == "user":
+            before = system if i == len(turns) - 1 else ""
+            ids += [begin, *tokenizer.encode(before + message["content"], bos=False), end]
+        else:
+            ids += tokenizer.encode(message["content"].rstrip(" "), bos=False, eos=True)
+    return ids
+
+
+def _system_and_turns(messages: Sequence[Message]) -> tuple[str, Sequence[Message]]:
+    if messages[0]["role"] != "system":
+        return "", messages
+    return messages[0]["content"] + "\n\n" if messages[0]["content"] else "", messages[1:]
+
+
+def render(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
+    """The dialog as the tokenizer's template writes it, up to where the assistant answers; ValueError if it refuses."""
+    import jinja2
+
+    check_messages(messages)
+    where = f"chat template ({tokenizer.template_from})"
+    try:
+        template = _compiled(tokenizer.chat_template)
+        return template.render(
+            messages=[dict(message) for message in messages], tools=None, documents=None, add_generation_prompt=True,
+            **tokenizer.special_names,
+        )  # fmt: skip
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"{where}: line {error.lineno}: {error.message}") from None
+    except Exception as error:  # a template may raise anything
+        raise ValueError(f"{where}: {' '.join(str(error).split()) or type(error).__name__}") from None
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(template: str) -> Any:
+    """The template in transformers' environment: a sandbox with its filters and functions."""
+    import jinja2.ext
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(jinja2.ext.Extension):
+        """``{% generation %}`` marks an assistant's text for training; it changes no text."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+            return jinja2.nodes.Scope(body).set_lineno(line)
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def to_json(x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None,
+                sort_keys: bool = False) -> str:  # fmt: skip
+        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals.update(
+        raise_exception=raise_exception, strftime_now=lambda format: datetime.now().strftime(format)
+    )
+    return environment.from_string(template)
+
+
+def check_messages(messages: Sequence[Message]) -> None:
+    """ValueError that names the first message without a role or a text."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise ValueError("a dialog must be a list of messages and have at least one")
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
             raise ValueError(f"message {i} must have a role and a text as content")
-    roles = [message.get("role") for message in messages]
+        if not isinstance(message.get("role"), str):
+            raise ValueError(f"message {i} must have a text as its role")
+
+
+def check_dialog(messages: Sequence[Message]) -> None:
+    """ValueError that names the first message out of Mistral's order, or without text."""
+    check_messages(messages)
+    roles = [message["role"] for message in messages]
     start = 1 if roles[0] == "system" else 0
     for i, role in enumerate(roles[start:]):
         wanted = ("user", "assistant")[i % 2]

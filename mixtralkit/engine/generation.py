@@ -7,6 +7,7 @@ is at the next one (``decoding.py``).
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Generator, Iterator
 from collections.abc import Sequence as Many
 
@@ -56,6 +57,7 @@ class Engine:
         self.prefill_budget, self.observe, self.plan_manager = prefill_budget, observe, plan_manager
         self.cuda_graphs = cuda_graphs
         self._sequences_before = 0
+        self._turn, self._runner = threading.Lock(), None
         self.reset()
         self._shares_sequences = model.layout.parallel.attention == "dp" and model.context.world_size > 1
 
@@ -65,23 +67,40 @@ class Engine:
         return [done[request.id] for request in requests]
 
     def run(self, requests: Many[Request], should_stop: Callable[[], bool] | None = None) -> Iterator[StreamEvent]:
-        """Events as text appears, the requests' interleaved.
+        """Events as text appears, the requests' interleaved. A run that another thread has begun is waited for.
 
         Args:
             should_stop: asked before each step; once it is true on rank 0 all answers end as ``"interrupted"`` on
                 every rank. Given on all ranks or on none.
+
+        Raises:
+            RuntimeError: when the first event is asked for and this thread has a run open; over several ranks, which
+                must all run the same, also when another thread has.
         """
         params = self.model.params
         for request in requests:
             check_prompt(request.id, request.prompt, params.max_seq_len, params.vocab_size)
+        return self._in_turn(requests, should_stop)
+
+    def _in_turn(self, requests: Many[Request], should_stop: Callable[[], bool] | None) -> Iterator[StreamEvent]:
+        """The events of a run that has the engine to itself."""
+        mine = threading.get_ident()
+        if self._runner is not None and (self._runner == mine or self.context.world_size > 1):
+            raise RuntimeError("another run of this model is open: take all events of its stream, or close it, first")
+        with self._turn:
+            self._runner = mine
+            try:
+                yield from self._loop(self._admitted(requests), should_stop, self._sequences_before)
+            finally:
+                self._sequences_before += max((request.id + 1 for request in requests), default=0)
+                self._runner = None
+
+    def _admitted(self, requests: Many[Request]) -> Batcher:
         if self.model.cache is None:
             self.reset()  # the steps keep the cache that they were made for
             self.model.allocate_cache()
         slots, ranks = self.model.sequences_per_rank, self.model.ranks_with_own_sequences
-        batcher = Batcher(requests, self.tokenizer, slots, ranks, self.prefill_budget, params.max_seq_len)
-        before = self._sequences_before
-        self._sequences_before += max((request.id + 1 for request in requests), default=0)
-        return self._loop(batcher, should_stop, before)
+        return Batcher(requests, self.tokenizer, slots, ranks, self.prefill_budget, self.model.params.max_seq_len)
 
     def reset(self) -> None:
         """Forgets the decode steps and gives back their memory; the next run makes new ones.
@@ -193,7 +212,7 @@ class Engine:
         options = self.model.options
         fixed = is_decode or options.exchange == "static"
         if not fixed and most <= (options.symmetric_rows or 0):
-            fixed = self.model.peers is not None and self.model.peers.mailbox is not None
+            fixed = self.model.peers is not None and self.model.peers.memory is not None
         return most if fixed else None
 
     def _step(self, pieces: list[Piece], rows_per_rank: int | None, sequences_before: int) -> torch.Tensor:

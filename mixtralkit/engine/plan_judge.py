@@ -9,6 +9,7 @@ import numpy as np
 from mixtralkit.model.transformer import Transformer
 from mixtralkit.moe.move import Transfer, stays_in_place, transfers
 from mixtralkit.planning.cost import ModelShape, TimeModel
+from mixtralkit.planning.dispatchers import Surroundings, choose_dispatcher
 from mixtralkit.planning.hardware import Hardware
 from mixtralkit.planning.plan import ExpertPlan
 from mixtralkit.planning.replay import Execution
@@ -24,18 +25,16 @@ class MoveJudge:
     Attributes:
         shape, hardware: what the time model needs.
         steps: over which a plan has to pay.
-        attention: ``"tp"`` or ``"dp"``.
-        exchange: of the layer's options.
-        decode_tokens: steps with at most so many tokens a rank are taken as decoding.
+        surroundings: what decides which dispatcher runs.
+        exchange_rows: rows of a rank that symmetric memory holds at once; None holds all.
         margin: how many times its price a move must save; above 1 moves less often.
     """
 
     shape: ModelShape
     hardware: Hardware
     steps: int
-    attention: str = "dp"
-    exchange: str = "auto"
-    decode_tokens: int = 1
+    surroundings: Surroundings
+    exchange_rows: int | None = None
     margin: float = 1.0
 
     def __post_init__(self) -> None:
@@ -46,14 +45,21 @@ class MoveJudge:
 
     @classmethod
     def for_model(cls, model: Transformer, hardware: Hardware, steps: int, margin: float = 1.0) -> MoveJudge:
-        """For this model as it runs."""
-        plan = model.layout.plan
+        """For this model as it runs. Collective where ranks may reach each other's memory and nobody asked before."""
+        plan, parallel, exchange = model.layout.plan, model.layout.parallel, model.peers
         hardware.networks(plan.world_size, plan.ranks_per_node)
-        decode_tokens = -(-model.params.max_batch_size // model.ranks_with_own_sequences)
-        return cls(
-            ModelShape.of(model.params, model.dtype.itemsize), hardware, steps,
-            model.layout.parallel.attention, model.options.exchange, decode_tokens, margin,
-        )  # fmt: skip
+        on_gpu = model.context.device.type == "cuda"
+        symmetric = exchange is not None and (exchange.mailbox is not None or not on_gpu)
+        here = Surroundings(
+            parallel.attention,
+            parallel.experts,
+            plan.world_size,
+            plan.ranks_per_node,
+            symmetric,
+            model.options.exchange,
+        )
+        shape = ModelShape.of(model.params, model.dtype.itemsize)
+        return cls(shape, hardware, steps, here, exchange.max_rows if symmetric else None, margin)
 
     def pays(self, now: ExpertPlan, wish: ExpertPlan, loads_1E: np.ndarray, tokens: int) -> bool:
         """Whether going from ``now`` to ``wish``, plans of one layer, saves more than it costs.
@@ -69,7 +75,7 @@ class MoveJudge:
         """Predicted seconds that a step of the layer gets shorter; both plans replay the same sampled tokens."""
         in_step = tokens * now.world_size
         sample = sample_routing(loads_1E, in_step * max(1, _SAMPLED_TOKENS // in_step), self.shape.top_k)
-        execution = Execution(self.layout(now, tokens), tokens)
+        execution = self.execution(tokens)
         before, after = (simulate(plan, sample, self.shape, self.hardware, execution) for plan in (now, wish))
         return float(before.step_s - after.step_s)
 
@@ -96,11 +102,7 @@ class MoveJudge:
             into_NW[network, way.target] += self.shape.expert_bytes
         return list(out_NW), list(into_NW)
 
-    def layout(self, plan: ExpertPlan, tokens: int) -> str:
-        """How steps of so many tokens mostly run."""
-        if self.attention == "tp":
-            return "tp_ep"
-        if self.exchange == "static" or (self.exchange == "auto" and tokens <= self.decode_tokens):
-            return "static"
-        per_node = plan.ranks_per_node or 1
-        return "two_stage" if 1 < per_node < plan.world_size else "ep"
+    def execution(self, tokens: int) -> Execution:
+        """How steps of so many tokens a rank run: every rank has their plan, so shapes are known beforehand."""
+        dispatcher = choose_dispatcher(self.surroundings, static_shapes=True)
+        return Execution(dispatcher, tokens, exchange_rows=self.exchange_rows)

@@ -8,20 +8,16 @@ import numpy as np
 
 from mixtralkit.engine.plan_judge import MoveJudge
 from mixtralkit.model.transformer import Transformer
-from mixtralkit.planning.cost import ShadowModel
-from mixtralkit.planning.plan import ExpertPlan, contiguous
+from mixtralkit.planning.plan import ExpertPlan
 from mixtralkit.planning.policies.auto import auto
-from mixtralkit.planning.policies.balanced import balanced
-from mixtralkit.planning.policies.hot_cold import hot_cold
 from mixtralkit.planning.policies.inputs import Budget
-from mixtralkit.planning.policies.shadow import shadow
-from mixtralkit.planning.policies.two_phase import two_phase
-from mixtralkit.planning.replay import Execution
+from mixtralkit.planning.policies.registry import Given, make_plan
 from mixtralkit.planning.simulate import sample_routing
 
 # (rows of each expert in one layer [1, E], tokens of a rank's step) -> a plan of one layer
 Policy = Callable[[np.ndarray, int], ExpertPlan]
 
+BETWEEN_STEPS = ("contiguous", "hot_cold", "two_phase", "balanced", "shadow", "auto")
 _AUTO_TOKENS = 4096  # at least so many are drawn from the loads for ``auto``, which halves them
 
 
@@ -45,27 +41,21 @@ def make_policy(
         slots_per_rank = int(plan.holds_LWE.sum(2).max())
     budget = Budget(slots_per_rank)
     top_k = model.params.num_experts_per_tok
+    options = {"shadow_steps": judge.steps} | ({} if hot_experts is None else {"hot_experts": hot_experts})
 
-    def by_shadow(loads_1E: np.ndarray, tokens: int) -> ExpertPlan:
-        costs = ShadowModel.from_hardware(judge.shape, judge.hardware)
-        return shadow(loads_1E, world, costs, tokens * world * top_k, judge.steps, budget)
+    def by_name(loads_1E: np.ndarray, tokens: int) -> ExpertPlan:
+        rows = tokens * world * top_k
+        given = Given(loads_1E, world, None, nodes, budget, judge.shape, judge.hardware, rows, options)
+        return make_plan(name, given)
 
     def by_auto(loads_1E: np.ndarray, tokens: int) -> ExpertPlan:
         sample = sample_routing(loads_1E, max(_AUTO_TOKENS, 2 * tokens * world), top_k)
-        execution = Execution(judge.layout(plan, tokens), tokens)
-        return auto(sample, world, judge.shape, judge.hardware, execution, budget, nodes)
+        return auto(sample, world, judge.shape, judge.hardware, judge.execution(tokens), budget, nodes)
 
-    makers = {
-        "contiguous": lambda loads_1E, tokens: contiguous(1, num_experts, world),
-        "hot_cold": lambda loads_1E, tokens: hot_cold(loads_1E, world, hot_experts, budget),
-        "two_phase": lambda loads_1E, tokens: two_phase(loads_1E, world, top_k=top_k, budget=budget),
-        "balanced": lambda loads_1E, tokens: balanced(loads_1E, world, budget, nodes),
-        "shadow": by_shadow,
-        "auto": by_auto,
-    }
-    if name not in makers:
-        raise ValueError(f"policy ({name!r}) must be one of {', '.join(makers)} for plans between steps")
+    if name not in BETWEEN_STEPS:
+        raise ValueError(f"policy ({name!r}) must be one of {', '.join(BETWEEN_STEPS)} for plans between steps")
     if hot_experts is not None and name != "hot_cold":
         raise ValueError(f"hot_experts ({hot_experts}) needs policy 'hot_cold', not {name!r}")
-    makers[name](np.ones((1, num_experts)), 1)  # says now what would be wrong later
-    return makers[name]
+    policy = by_auto if name == "auto" else by_name
+    policy(np.ones((1, num_experts)), 1)  # says now what would be wrong later
+    return policy

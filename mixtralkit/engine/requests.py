@@ -19,6 +19,7 @@ class Request:
         max_gen_len: most tokens to generate; the model's ``max_seq_len`` may end it earlier.
         stop: texts that end the answer; they are not part of its text.
         prompt_logprobs: also give the log-probabilities of the prompt's tokens.
+        stop_token_ids: ids that end the answer, beside the tokenizer's own.
     """
 
     id: int
@@ -27,6 +28,7 @@ class Request:
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     stop: tuple[str, ...] = ()
     prompt_logprobs: bool = False
+    stop_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.max_gen_len, bool) or not isinstance(self.max_gen_len, int) or self.max_gen_len < 0:
@@ -51,7 +53,9 @@ class Completion:
 
     ``tokens`` are the generated ids without the end token, ``logprobs`` theirs. ``prompt_logprobs`` are those of the
     prompt's tokens, 0.0 for the first, which nothing predicts; None unless asked for. ``finish_reason`` is
-    ``"stop"`` (end token or stop string), ``"length"`` or ``"interrupted"``.
+    ``"stop"`` (end token or stop string), ``"length"`` or ``"interrupted"``. ``token_texts`` are what each token adds
+    to an answer that goes on from its prompt; joined they are ``text``, but for the space that its first word loses.
+    ``end_token`` is the one that ended it, None where none did.
     """
 
     id: int
@@ -60,6 +64,17 @@ class Completion:
     prompt_logprobs: list[float] | None
     text: str
     finish_reason: str
+    token_texts: list[str] = field(default_factory=list)
+    end_token: int | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        """What each token adds to ``text``; joined they are it."""
+        lost, texts = sum(map(len, self.token_texts)) - len(self.text), []
+        for text in self.token_texts:
+            texts.append(text[lost:])
+            lost -= len(text) - len(texts[-1])
+        return texts
 
 
 @dataclass(frozen=True)
@@ -124,8 +139,11 @@ class Sequence:
     ended: bool = False
 
     def __post_init__(self) -> None:
-        self._stream = TextStream(self.tokenizer)
+        self._stream = TextStream(self.tokenizer, keeps_space=True)  # stop texts are found with the first word's space
         self._stops = StopFilter(self.request.stop)
+        self._texts: list[str] = []
+        self._certain = 0  # characters of these that no stop text can take any more
+        self._loses_space: bool | None = None  # known with the first token that has a text
 
     @property
     def length(self) -> int:
@@ -147,11 +165,14 @@ class Sequence:
 
     def accept(self, token: int, logprob: float) -> StreamEvent | None:
         """Takes the next token; the event is None when it completes no text and ends nothing."""
-        if token == self.tokenizer.eos_id:
-            return self.finish("stop")
+        if token in self.tokenizer.end_ids or token in self.request.stop_token_ids:
+            return self.finish("stop", end_token=token)
         self.tokens.append(token)
         self.logprobs.append(logprob)
-        delta = self._stops.push(self._stream.push(token))
+        if self._loses_space is None and token < self.tokenizer.n_words and self.tokenizer.piece_bytes[token]:
+            self._loses_space = self.tokenizer.drops_first_space and self.tokenizer.begins_with_space(token)
+        self._texts.append(self._stream.push(token))
+        delta = self._shown(self._stops.push(self._texts[-1]))
         if self._stops.stopped:
             return self.finish("stop", delta)
         if len(self.tokens) >= self.limit:
@@ -161,13 +182,44 @@ class Sequence:
         self.deltas.append(delta)
         return StreamEvent(self.request.id, delta)
 
-    def finish(self, reason: str, delta: str = "") -> StreamEvent:
+    def finish(self, reason: str, delta: str = "", end_token: int | None = None) -> StreamEvent:
         """The last event, with whatever text was held back."""
         if not self._stops.stopped:
-            delta += self._stops.push(self._stream.finish()) + self._stops.finish()
+            rest = self._stream.finish()
+            if rest:
+                self._texts[-1] += rest
+            delta += self._shown(self._stops.push(rest) + self._stops.finish())
         self.deltas.append(delta)
         self.ended = True
         prompt_logprobs = self.prompt_logprobs if self.request.prompt_logprobs else None
-        text = "".join(self.deltas)
-        completion = Completion(self.request.id, self.tokens, self.logprobs, prompt_logprobs, text, reason)
+        completion = Completion(
+            self.request.id, self.tokens, self.logprobs, prompt_logprobs, "".join(self.deltas), reason,
+            cut(self._texts, self._certain), end_token,
+        )  # fmt: skip
         return StreamEvent(self.request.id, delta, reason, completion)
+
+    def _shown(self, certain: str) -> str:
+        """Text that is certain now as the answer has it: without the space of its first word."""
+        is_first = self._certain == 0 and certain != ""
+        self._certain += len(certain)
+        return certain[1:] if is_first and self._loses_space else certain
+
+
+def cut(texts: Many[str], length: int) -> list[str]:
+    """The texts with what goes beyond ``length`` characters of all together taken away from their end."""
+    kept, left = [], length
+    for text in texts:
+        kept.append(text[: max(left, 0)])
+        left -= len(text)
+    return kept
+
+
+def echoed_texts(tokenizer: Tokenizer, prompt: Many[int], completion: Completion) -> list[str]:
+    """What each token of the prompt and of the answer adds to the two as one text, ended where the answer is."""
+    stream = TextStream(tokenizer)
+    texts = [stream.push(token) for token in (*prompt, *completion.tokens)]
+    alone = TextStream(tokenizer, keeps_space=True)
+    whole = sum(len(alone.push(token)) for token in completion.tokens) + len(alone.finish())
+    if texts:
+        texts[-1] += stream.finish()
+    return cut(texts, sum(map(len, texts)) - (whole - sum(map(len, completion.token_texts))))

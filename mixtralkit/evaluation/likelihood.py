@@ -184,10 +184,10 @@ def _likeliest(mixtral: Mixtral, asked: Mapping[int, tuple[Ids, int]]) -> dict[i
     """What the model says next, 1 to as many tokens as asked for: up to the end token, which is among them."""
     wanted = sorted(set(asked.values()), key=lambda question: (-len(question[0]), question))
     requests = [mixtral.request(i, ids, length, temperature=0.0) for i, (ids, length) in enumerate(wanted)]
-    answers = [_with_end(done, mixtral.tokenizer.eos_id) for done in mixtral.engine.complete(requests)]
+    answers = [_with_end(done) for done in mixtral.engine.complete(requests)]
     of = dict(zip(wanted, answers, strict=True))
     return {i: of[question] for i, question in asked.items()}
 
 
-def _with_end(completion: Completion, end: int) -> Ids:
-    return (*completion.tokens, *([end] if completion.finish_reason == "stop" else []))
+def _with_end(completion: Completion) -> Ids:
+    return (*completion.tokens, *([] if completion.end_token is None else [completion.end_token]))

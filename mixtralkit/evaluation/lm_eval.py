@@ -79,10 +79,9 @@ class MixtralLM(TemplateLM):
         self.mixtral, self.add_bos_token = mixtral, add_bos_token
         self.context = mixtral.model.context
         self._device = self.context.device
-        model = mixtral.tokenizer.sp_model
-        special = (mixtral.tokenizer.bos_id, mixtral.tokenizer.eos_id, model.unk_id())
-        self._special_ids = {model.id_to_piece(i): [i] for i in special}
-        self._begin, self._end, _ = self._special_ids
+        words = mixtral.tokenizer
+        self._special_ids = {words.piece(i): [i] for i in (words.bos_id, words.eos_id, words.unk_id) if i >= 0}
+        self._begin, self._end = words.piece(words.bos_id), words.piece(words.eos_id)
         self._special = re.compile(f"({'|'.join(map(re.escape, self._special_ids))})")
 
     @classmethod

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from mixtralkit.engine.chat import check_dialog
+from mixtralkit.engine.chat import check_messages
 
 try:
     import fcntl
@@ -116,7 +116,7 @@ def _check(record: PromptRecord, key: str) -> None:
     if isinstance(record.id, bool) or not isinstance(record.id, int | str):
         raise ValueError(f"id ({record.id!r}) must be a text or a whole number")
     if key == "messages":
-        check_dialog(record.prompt)
+        check_messages(record.prompt)
     elif not isinstance(record.prompt, str):
         raise ValueError(f"{key} must be a text, not {type(record.prompt).__name__}")
     elif not record.prompt:

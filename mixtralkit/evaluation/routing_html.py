@@ -40,9 +40,9 @@ def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     """What each id looks like by itself: its text, ``<s>`` and the like by name, part of a character as ``\\xE2``."""
     texts = []
     for token in ids:
-        data = tokenizer.piece_bytes[token]
+        data = tokenizer.piece_bytes[token] if token < tokenizer.n_words else b""
         if not data:
-            texts.append(tokenizer.sp_model.id_to_piece(token))
+            texts.append(tokenizer.piece(token) or f"<{token}>")
             continue
         try:
             texts.append(data.decode("utf-8"))

@@ -22,7 +22,7 @@ from mixtralkit.ops.attention import (
     rotate_and_store,
     split_heads,
 )
-from mixtralkit.ops.ragged_attention import ragged_attention, ragged_attention_plain, span_table
+from mixtralkit.ops.ragged_attention import ragged_attention, ragged_attention_reference, span_table
 from mixtralkit.ops.runtime import runs_triton
 
 Rope = tuple[torch.Tensor, torch.Tensor]  # cosine and sine of ``rope.rotations``, float32 [T, 1, C/2] each
@@ -81,7 +81,7 @@ class CachedAttention:
             positions_B = batch.positions_T
             out = attend_rows(q_THC, keys, values, batch.slots_T, slots, positions_B, self.longest, self.window)
         else:
-            out = ragged_attention_plain(q_THC, keys, values, _cuts(batch.spans), self.window)
+            out = ragged_attention_reference(q_THC, keys, values, _cuts(batch.spans), self.window)
         return out.flatten(1)
 
     def _by_kernels(self, qkv_TP: torch.Tensor, keys, values, heads: int) -> torch.Tensor:

@@ -24,7 +24,7 @@ from mixtralkit.ops.experts import expert_sum
 from mixtralkit.ops.gate import gate
 from mixtralkit.ops.linear import linear
 from mixtralkit.ops.norm import rms_norm
-from mixtralkit.ops.peer_exchange import MOST_RANKS, ExpertPlaces
+from mixtralkit.ops.symmetric_exchange import MOST_RANKS, ExpertPlaces
 from mixtralkit.planning.replicas import is_small, one_holder
 
 
@@ -167,7 +167,7 @@ class Decoder:
         arrived = peers.dispatch(normed_BD, routing.experts_TK, routing.weights_TK, places, rows, kept_B)
         y_RD = expert_sum(
             arrived.x_RD, arrived.slots_RK, arrived.weights_RK, experts.w13, experts.w2,
-            out_RD=peers.outbox(rows), likely_rows=rows,
+            out_RD=peers.sum_buffer(rows), likely_rows=rows,
         )  # fmt: skip
         return *peers.combine(y_RD, arrived.members_T, x_BD, (following_D, eps)), routing
 
@@ -199,7 +199,7 @@ def _rows_can_travel(model: Transformer, cache: KVCache) -> bool:
     peers = model.peers
     if peers is None or peers.max_rows < cache.slots:
         return False
-    return peers.mailbox is not None or model.context.device.type == "cpu"
+    return peers.memory is not None or model.context.device.type == "cpu"
 
 
 def _slots_in_turn(

@@ -26,7 +26,7 @@ from mixtralkit.moe.move import MoveReport
 from mixtralkit.moe.shadow import ShadowCache
 from mixtralkit.moe.two_phase import Flight, TwoPhase
 from mixtralkit.ops.all_reduce import RowReducer
-from mixtralkit.ops.peer_exchange import PeerExchange
+from mixtralkit.ops.symmetric_exchange import SymmetricExchange
 from mixtralkit.planning.plan import ExpertPlan
 
 MANY_ROWS = 2**20  # any prefill's: sums of rows take memory for some thousands and go in pieces beyond
@@ -170,7 +170,7 @@ class Transformer(nn.Module):
         return RowReducer.create(self.context, MANY_ROWS, self.params.dim, self.dtype)
 
     @cached_property
-    def peers(self) -> PeerExchange | None:
+    def peers(self) -> SymmetricExchange | None:
         """The way of rows to their experts and back in static shapes; None where rows do not travel, or not so.
 
         Room for a decode step of all sequences, or for ``options.symmetric_rows`` if these are more. Where the ranks'
@@ -184,8 +184,10 @@ class Transformer(nn.Module):
         if not travel or not ours or self.is_two_stage or self.shadow_cache is not None or self.two_phase is not None:
             return None
         rows = max(self.sequences_per_rank, options.symmetric_rows or 0)
-        peers = PeerExchange.create(self.context, rows, self.params.dim, self.params.num_experts_per_tok, self.dtype)
-        if peers.mailbox is not None:
+        peers = SymmetricExchange.create(
+            self.context, rows, self.params.dim, self.params.num_experts_per_tok, self.dtype
+        )
+        if peers.memory is not None:
             for block in self.layers:
                 block.feed_forward.use_peers(peers)
         return peers

@@ -29,7 +29,7 @@ from mixtralkit.moe.move import MoveReport, move_experts
 from mixtralkit.moe.peer import PeerDispatch
 from mixtralkit.moe.schedule import num_chunks, run_in_chunks
 from mixtralkit.moe.shadow import Home, LayerShadows, ShadowCache, ShadowReport
-from mixtralkit.ops.peer_exchange import ExpertPlaces, PeerExchange
+from mixtralkit.ops.symmetric_exchange import ExpertPlaces, SymmetricExchange
 from mixtralkit.planning.replicas import is_small, one_holder
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class MoELayer(nn.Module):
         options: MoEOptions | None = None,
         nodes: tuple[RankContext, RankContext] | None = None,
         shadow_cache: ShadowCache | None = None,
-        peers: PeerExchange | None = None,
+        peers: SymmetricExchange | None = None,
     ) -> None:
         """``nodes`` (``context.split_nodes(…)``) makes the exchange two-stage: across nodes, then inside.
 
@@ -105,7 +105,7 @@ class MoELayer(nn.Module):
         if shadow_cache is not None:
             self.shadows = LayerShadows(self.layer, self.experts, slots_WE, shadow_cache, self.options.faster)
 
-    def use_peers(self, peers: PeerExchange) -> None:
+    def use_peers(self, peers: SymmetricExchange) -> None:
         """From now on, exchanges of static shape with up to ``peers.max_rows`` rows a rank go through ``peers``.
 
         Every rank must do so before the same call.

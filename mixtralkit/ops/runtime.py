@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+from pathlib import Path
 
 import torch
 
@@ -13,11 +14,20 @@ from mixtralkit.config import shipped
 TUNED = shipped("kernels")
 
 
-def runs_triton(x: torch.Tensor) -> bool:
-    """Whether kernels on this tensor are Triton's: an Nvidia GPU from Ampere on, Triton installed, no gradients."""
-    if not x.is_cuda or (x.requires_grad and torch.is_grad_enabled()):
+def runs_triton(x: torch.Tensor, *others: torch.Tensor) -> bool:
+    """The guard of every op: whether it runs its Triton kernels on these tensors, else its reference.
+
+    It does where ``has_triton``, no gradient is wanted, all have one dtype and none is empty.
+    """
+    if not has_triton(x.device):
         return False
-    return _has_triton(x.device.index or 0)
+    grad = torch.is_grad_enabled()
+    return all(not (t.requires_grad and grad) and t.dtype == x.dtype and t.numel() > 0 for t in (x, *others))
+
+
+def has_triton(device: torch.device) -> bool:
+    """Whether Triton kernels run there: an Nvidia GPU from Ampere on, Triton installed."""
+    return device.type == "cuda" and _has_triton(device.index or 0)
 
 
 @functools.lru_cache
@@ -46,15 +56,21 @@ def tuned(kernel: str, device: torch.device, rows: int, **shape: int) -> dict[st
     """The settings of ``configs/kernels/`` for a kernel at this GPU and shape, or None where none were measured.
 
     Of several numbers of rows the smallest that is not below ``rows`` counts; beyond the largest nothing does, since
-    what suits few rows can cost many of them a third of their speed.
+    what suits a small batch can cost a large one a third of its speed.
     """
     entries = [e for e in _settings(device) if e["kernel"] == kernel and e["shape"] == shape and e["rows"] >= rows]
     return dict(min(entries, key=lambda e: e["rows"])["settings"]) if entries else None
+
+
+def settings_file(device: torch.device) -> Path:
+    """Where the settings that were tuned on such a device are kept."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return TUNED / (re.sub(r"[^a-z0-9]+", "-", name.lower()) + ".json")
 
 
 @functools.lru_cache
 def _settings(device: torch.device) -> list[dict]:
     if device.type != "cuda":
         return []
-    path = TUNED / (re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()) + ".json")
+    path = settings_file(device)
     return json.loads(path.read_text())["entries"] if path.is_file() else []

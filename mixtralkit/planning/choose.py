@@ -1,4 +1,4 @@
-"""The fastest way to spread a model that fits: layouts and plans side by side, by the time model and by memory."""
+"""The fastest way to spread a model that fits: dispatchers and plans side by side, by the time model and by memory."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ import numpy as np
 
 from mixtralkit.config import ModelConfig, ParallelConfig
 from mixtralkit.planning.cost import ModelShape
+from mixtralkit.planning.dispatchers import Surroundings, choose_dispatcher
 from mixtralkit.planning.hardware import Hardware
 from mixtralkit.planning.memory import RankMemory, Room, rank_memory
-from mixtralkit.planning.plan import ExpertPlan, contiguous
-from mixtralkit.planning.policies.named import named_plan
+from mixtralkit.planning.plan import ExpertPlan
+from mixtralkit.planning.policies.auto import held_out
+from mixtralkit.planning.policies.registry import Given, candidate_names, make_plan
 from mixtralkit.planning.replay import Execution
-from mixtralkit.planning.simulate import sample_routing, simulate
 from mixtralkit.planning.trace import RoutingTrace
 
 # Tokens that a prediction replays at least, and the steps that it averages at most.
-_SAMPLED_TOKENS, _MOST_SAMPLES = 512, 8
+_SAMPLED_TOKENS, _MOST_STEPS = 512, 8
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Candidate:
 
     Attributes:
         name: of the plan.
-        layout: of the steps, as ``replay.Execution`` names it.
+        dispatcher: of the decode steps.
         step_ms: predicted decode step.
         memory: on the fullest rank.
     """
@@ -35,7 +36,7 @@ class Candidate:
     name: str
     parallel: ParallelConfig
     plan: ExpertPlan
-    layout: str
+    dispatcher: str
     step_ms: float
     memory: RankMemory
 
@@ -50,12 +51,14 @@ class Situation:
     Attributes:
         config: of the model.
         hardware: with figures of the fused kernels.
-        world_size: ranks, all on one node.
+        world_size: ranks.
         room: sequences, tokens and bytes of a number.
         attention, experts: ``"tp"``, ``"dp"`` or ``"ep"``; ``"auto"`` leaves it open.
         trace: real routing; None takes every expert as equally likely.
         context: tokens of each sequence in a decode step; None is half of ``room.max_seq_len``.
-        plain_layout: of steps whose rows travel and not through memory (``room.symmetric_rows`` 0), launched by host.
+        exchange: as ``dispatchers.Surroundings`` has it; ranks reach each other's memory unless
+            ``room.symmetric_rows`` is 0.
+        ranks_per_node: None when all ranks are on one node.
     """
 
     config: ModelConfig
@@ -66,7 +69,8 @@ class Situation:
     experts: str = "auto"
     trace: RoutingTrace | None = None
     context: int | None = None
-    plain_layout: str = "static"
+    exchange: str = "auto"
+    ranks_per_node: int | None = None
 
     def __post_init__(self) -> None:
         trace, config = self.trace, self.config
@@ -83,32 +87,55 @@ class Situation:
             return np.ones((self.config.n_layers, self.config.num_experts))
         return self.trace.loads_LE()
 
+    def dispatcher(self, parallel: ParallelConfig) -> str:
+        """What decode steps run."""
+        symmetric = self.room.symmetric_rows != 0
+        here = (parallel.attention, parallel.experts, self.world_size, self.ranks_per_node, symmetric, self.exchange)
+        return choose_dispatcher(Surroundings(*here), static_shapes=True)
+
 
 def candidates(situation: Situation) -> list[Candidate]:
-    """Every layout that the model and the ranks allow, whole experts under several plans."""
+    """Every layout that the model and the ranks allow, whole experts under every plan of the registry's list."""
+    config, world, room = situation.config, situation.world_size, situation.room
+    given = Given(
+        situation.loads_LE, world, situation.trace, situation.ranks_per_node,
+        shape=ModelShape.of(config, room.data_bytes), hardware=situation.hardware,
+        rows=room.batch * config.num_experts_per_tok,
+    )  # fmt: skip
+    names = candidate_names(given, config.num_experts) if world > 1 else ["contiguous"]
+    found: list[Candidate] = []
+    for parallel, of_these in _ways(situation, names):
+        execution = Execution(
+            situation.dispatcher(parallel), step_tokens=room.batch, exchange_rows=room.symmetric_rows or None,
+            context=room.max_seq_len // 2 if situation.context is None else situation.context,
+        )  # fmt: skip
+        steps = min(_MOST_STEPS, max(2, _SAMPLED_TOKENS // room.batch))
+        for one in held_out(of_these, given, [execution], steps):
+            plan = make_plan(one.name, given)
+            memory = rank_memory(config, parallel, plan, room)
+            name = "split" if parallel.experts == "tp" else one.name
+            found.append(Candidate(name, parallel, plan, execution.dispatcher, 1e3 * one.step_s, memory))
+    return found
+
+
+def _ways(situation: Situation, names: Sequence[str]) -> list[tuple[ParallelConfig, list[str]]]:
+    """The layouts asked for that the model's heads and experts can be divided by, and the plans to try under each."""
     config, world = situation.config, situation.world_size
-    samples = sample_steps(situation.loads_LE, situation.room.batch, config.num_experts_per_tok, situation.trace)
-    plain = contiguous(config.n_layers, config.num_experts, world)
     heads_divide = config.n_heads % world == 0 and (config.n_kv_heads % world == 0 or world % config.n_kv_heads == 0)
-    ways: list[tuple[ParallelConfig, str, str, ExpertPlan]] = []
+    ways = []
     if heads_divide and config.hidden_dim >= world:
-        ways.append((ParallelConfig("tp", "tp"), "tp", "split", plain))
+        ways.append((ParallelConfig("tp", "tp"), ["contiguous"]))
     if world > 1:
-        names = _plan_names(config.num_experts, world, situation.trace is not None)
-        plans = {name: named_plan(name, situation.loads_LE, world) for name in names}
         if heads_divide:
-            ways.append((ParallelConfig("tp", "ep"), "tp_ep", "contiguous", plain))
-            ways += [(ParallelConfig("tp", "ep"), "tp_ep", n, p) for n, p in plans.items() if n.startswith("balanced")]
-        layout = situation.plain_layout if situation.room.symmetric_rows == 0 else "peer"
-        ways += [(ParallelConfig("dp", "ep"), layout, name, plan) for name, plan in plans.items()]
+            few = [name for name in names if name == "contiguous" or name.startswith("balanced")]
+            ways.append((ParallelConfig("tp", "ep"), few))
+        ways.append((ParallelConfig("dp", "ep"), list(names)))
+    asked = situation.attention, situation.experts
     return [
-        Candidate(
-            name, parallel, plan, layout, 1e3 * decode_step_s(situation, plan, layout, samples),
-            rank_memory(config, parallel, plan, situation.room),
-        )
-        for parallel, layout, name, plan in ways
-        if situation.attention in ("auto", parallel.attention) and situation.experts in ("auto", parallel.experts)
-    ]  # fmt: skip
+        (parallel, few)
+        for parallel, few in ways
+        if all(a in ("auto", own) for a, own in zip(asked, (parallel.attention, parallel.experts), strict=True))
+    ]
 
 
 def choose(found: Sequence[Candidate], memory_gb: float | None) -> Candidate:
@@ -145,33 +172,3 @@ def table(found: Sequence[Candidate], chosen: Candidate, memory_gb: float | None
         )
     lines.append(f"budget: {'none' if memory_gb is None else f'{memory_gb:g} GB a rank'}")
     return "\n".join(lines)
-
-
-def decode_step_s(situation: Situation, plan: ExpertPlan, layout: str, samples: Sequence[RoutingTrace]) -> float:
-    """Mean seconds of a decode step; each sample is one step's tokens, of all ranks.
-
-    Steps of ``situation.plain_layout`` are launched one kernel at a time, as plain torch; all others are graphs.
-    """
-    context = situation.room.max_seq_len // 2 if situation.context is None else situation.context
-    execution = Execution(layout, context=context, fused=layout != situation.plain_layout)
-    shape = ModelShape.of(situation.config, situation.room.data_bytes)
-    return float(np.mean([simulate(plan, s, shape, situation.hardware, execution).step_s for s in samples]))
-
-
-def sample_steps(
-    loads_LE: np.ndarray, tokens: int, top_k: int, trace: RoutingTrace | None = None
-) -> list[RoutingTrace]:
-    """Steps of ``tokens`` tokens each: of a trace, begun again from its start where it ends, or drawn from loads."""
-    steps = min(_MOST_SAMPLES, max(2, _SAMPLED_TOKENS // tokens))
-    if trace is None:
-        return [sample_routing(loads_LE, tokens, top_k, seed) for seed in range(steps)]
-    place_N = np.arange(steps * tokens) % trace.num_tokens
-    return [trace.take(place_N[step * tokens : (step + 1) * tokens]) for step in range(steps)]
-
-
-def _plan_names(num_experts: int, world: int, loads_differ: bool) -> list[str]:
-    """Plans to try: hot experts, slots beyond one for each expert, all experts everywhere."""
-    hot = [f"hot_cold+{count}" for count in (1, 2, 4) if count < num_experts and loads_differ]
-    extras = sorted({0, world // 2, world, 2 * world, 4 * world} - (set() if loads_differ else {0}))
-    more = [f"balanced+{extra}" for extra in extras if extra < num_experts * (world - 1)]
-    return ["contiguous", *hot, *more, "everywhere"]

@@ -154,6 +154,19 @@ class TimeModel:
             seconds = seconds + self.all_gather_s(float(rows_W.max(initial=0)) * shape.vocab / split * 4)
         return seconds
 
+    def host_s(self) -> list[float]:
+        """Least seconds of attention, gate, dispatch, experts and combine where the host launches every kernel.
+
+        ``TimeModel`` counts those launches in each of them already.
+        """
+        return [0.0] * 5
+
+    def symmetric_exchange_s(self, out_W: np.ndarray, into_W: np.ndarray) -> np.ndarray:
+        """Rows to the ranks that compute them and sums back, bytes [..., W] of one of the two ways, on one node."""
+        if len(self._networks) > 1:
+            raise ValueError("dispatcher 'symmetric' needs all ranks on one node")
+        return 2 * self.exchange_s([out_W], [into_W])
+
     def between_steps_s(self) -> float:
         """From one step's end to the next one's beginning."""
         return 0.0

@@ -9,7 +9,7 @@ import numpy as np
 from mixtralkit.planning.cost import TimeModel, ring_share
 from mixtralkit.planning.hardware import FusedKernels, ProductPoints, WirePoints
 
-# Ranks that reach into each other's memory, on one node (``kernels.all_reduce``, ``kernels.peer_exchange``).
+# Ranks that reach into each other's memory, on one node (``ops.all_reduce``, ``ops.symmetric_exchange``).
 MOST_RANKS = 8
 # Embedding, first norm, choice of the token, and its exchange.
 _SMALL_AT_ENDS = 4
@@ -86,14 +86,21 @@ class FusedTimeModel(TimeModel):
         alike = np.asarray(size, float) * ring_share(self.world_size) / ring_share(self._fused.members)
         return np.where(alike > 0, _on_wire(self._fused.sums, alike), 0.0)
 
-    def peer_exchange_s(self, out_W: np.ndarray, into_W: np.ndarray) -> np.ndarray:
+    def symmetric_exchange_s(self, out_W: np.ndarray, into_W: np.ndarray) -> np.ndarray:
         """Rows to the ranks that compute them and sums back, through memory: bytes [..., W] of one of the two ways."""
         if self._fused.exchange is None:
-            raise ValueError(f"fused.exchange of hardware {self.hardware.name} (null) must be given for layout 'peer'")
+            raise ValueError(
+                f"fused.exchange of hardware {self.hardware.name} (null) must be given for dispatcher 'symmetric'"
+            )
         if not self._reach_each_other:
-            raise ValueError(f"layout 'peer' needs all ranks on one node, at most {MOST_RANKS}")
+            raise ValueError(f"dispatcher 'symmetric' needs all ranks on one node, at most {MOST_RANKS}")
         busiest = np.maximum(out_W, into_W).max(-1)
         return np.full(busiest.shape, 0.0) if self.world_size == 1 else _on_wire(self._fused.exchange, busiest)
+
+    def host_s(self) -> list[float]:
+        """The host's launches of each phase."""
+        counts = self.kernels
+        return [self.launches_s(n) for n in (counts.attention, counts.gate, 0, counts.experts, 0)]
 
     def _pass_s(self, tokens_W: np.ndarray, passes: int) -> np.ndarray:
         return passes * np.asarray(tokens_W, float) * self.shape.row_bytes / self._fused.memory_bandwidth

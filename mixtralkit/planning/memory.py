@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from mixtralkit.config import ModelConfig, ParallelConfig
 from mixtralkit.planning.plan import ExpertPlan
 
-# Rows of ``kernels.all_reduce``'s inboxes, which hold for any number of rows.
+# Rows of the memory of ``ops.all_reduce``, which holds for any number of rows.
 _FEW_ROWS, _MANY_ROWS = 128, 4096
 # Rows of width D that a prompt's step holds at a time beside the experts' middle: residual, norm, queries with keys and
 # values, attention, sums.
@@ -91,7 +91,7 @@ def _weights(config: ModelConfig, parallel: ParallelConfig, plan: ExpertPlan) ->
 
 
 def _exchange(config: ModelConfig, parallel: ParallelConfig, world: int, sequences: int, room: Room) -> int:
-    """Bytes of the sums' inboxes, or of the rows that travel through memory."""
+    """Bytes of the sums' memory, or of the rows that travel through memory."""
     if world == 1:
         return 0
     if parallel.attention == "tp":

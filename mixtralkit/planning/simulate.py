@@ -12,7 +12,6 @@ from mixtralkit.planning.hardware import Hardware
 from mixtralkit.planning.plan import ExpertPlan
 from mixtralkit.planning.replay import PHASES, Execution, Replay
 from mixtralkit.planning.trace import RoutingTrace
-from mixtralkit.planning.traffic import Spread, share_out
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +23,7 @@ class Simulation:
         phases_LP: seconds of each layer's ``PHASES``, summed over steps, the slowest rank's.
         hidden_L: seconds of them that the schedule hides.
         ends_s: seconds of output matrix and, for ``coherent``, of gathering the context, summed over steps.
-        rows_LW: choices that each rank computes; under ``tp`` its W-th part of all.
+        rows_LW: choices that each rank computes; under ``split_width`` its W-th part of all.
         max_over_mean_L, mean_over_max_L: the busiest rank's choices against the mean, Σ over steps / Σ over steps.
         links_WW: bytes from rank to rank.
         bytes_L: bytes of each layer over all links.
@@ -92,7 +91,7 @@ class Simulation:
         phases = dict(zip(PHASES, self.phases_LP.sum(0).tolist(), strict=True))
         return {
             "policy": self.policy,
-            "layout": self.execution.layout,
+            "dispatcher": self.execution.dispatcher,
             "chunks": self.execution.chunks,
             "world_size": self.world_size,
             "ranks_per_node": self.ranks_per_node,
@@ -121,7 +120,6 @@ def simulate(
     shape: ModelShape,
     hardware: Hardware,
     execution: Execution | None = None,
-    spread: Spread = share_out,
     kernels: KernelCounts | None = None,
 ) -> Simulation:
     """Runs the tokens of ``trace`` in steps of ``batch`` a rank, in their order, through every layer of ``plan``.
@@ -129,8 +127,8 @@ def simulate(
     A step's tokens are dealt to the ranks in blocks; the last step's, which may be fewer, in even blocks.
 
     Args:
-        execution: None is ``ep``, the whole trace in one step.
-        spread: how rows are shared by replicas, see ``traffic.share_out``.
+        execution: None is ``exact``, the whole trace in one step.
+        hardware: where it has figures of this project's kernels, steps run by them; else as plain torch.
     """
     execution = Execution() if execution is None else execution
     plan.check_fits(trace.num_layers, trace.num_experts, plan.world_size)
@@ -142,9 +140,9 @@ def simulate(
             raise ValueError(f"model: {name} ({own}) must be {wanted}, which is the trace's")
     if trace.num_tokens == 0:
         raise ValueError("trace has no tokens")
-    time_model = FusedTimeModel if execution.fused else TimeModel
+    time_model = TimeModel if hardware.fused is None else FusedTimeModel
     model = time_model(shape, hardware, plan.world_size, plan.ranks_per_node, kernels or KernelCounts())
-    replay = Replay(plan, trace, model, execution, spread)
+    replay = Replay(plan, trace, model, execution)
     for layer in range(plan.num_layers):
         replay.layer(layer)
     peak_L, mean_L = replay.peak_and_mean()
@@ -169,7 +167,7 @@ def predict(
     """Seconds of a mean step under ``plan``.
 
     Args:
-        execution: None is ``ep`` with 64 tokens a rank.
+        execution: None is ``exact`` with 64 tokens a rank.
         routing: a trace, or loads [L, E], from which one step's tokens are drawn (``sample_routing``). Who predicts
             for several plans draws once and passes the trace.
     """

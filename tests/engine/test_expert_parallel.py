@@ -17,10 +17,10 @@ from mixtralkit.engine.sampler import SamplingOptions
 from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.layout import RankLayout
 from mixtralkit.model.transformer import Transformer
-from mixtralkit.ops.peer_exchange import PeerExchange
+from mixtralkit.ops.symmetric_exchange import SymmetricExchange
 from tests.engine.parts import engine_config, make_model, make_tokenizer
 from tests.model.test_decode import unlike_layers
-from tests.ops.test_peer_exchange import mailbox_of_files
+from tests.ops.test_symmetric_exchange import memory_of_files
 from tests.ranks import run_ranks
 
 pytest.importorskip("triton")
@@ -47,16 +47,16 @@ def _through_memory(context: RankContext, folder: Path, symmetric_rows: int) -> 
 
         return patch.object(kind, name, call)
 
-    def create(context, rows, dim, top_k, dtype) -> PeerExchange:
-        return PeerExchange(context, mailbox_of_files(context, folder, rows, dim, top_k), rows, dim, top_k, dtype)
+    def create(context, rows, dim, top_k, dtype) -> SymmetricExchange:
+        return SymmetricExchange(context, memory_of_files(context, folder, rows, dim, top_k), rows, dim, top_k, dtype)
 
     config = _config()
     layout = RankLayout(config, ParallelConfig("dp", "ep"), unlike_layers(context.world_size), context.rank)
     with (
-        patch.object(PeerExchange, "create", create),
+        patch.object(SymmetricExchange, "create", create),
         counted(DecodeSteps, "launch"),
         counted(Transformer, "step"),
-        counted(PeerExchange, "combine"),
+        counted(SymmetricExchange, "combine"),
     ):
         model = Transformer(layout, context, options=MoEOptions(symmetric_rows=symmetric_rows))
         model.initialize(3, std=0.15)

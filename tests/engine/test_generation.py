@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -194,3 +195,25 @@ def test_rank_0_interrupts_all_ranks_together(tmp_path, attention):
     assert {reason for _, _, reason in events} == {"interrupted"}
     assert all(tokens and len(tokens) < 30 for _, tokens, _ in events)
     assert all(len(again) > len(tokens) for _, tokens, _ in events)
+
+
+def test_runs_of_one_engine_never_mix(model, tokenizer):
+    """A call while a stream was open, or from two threads, gave texts made of both requests."""
+    requests = [some_requests(1, GREEDY, longest=n)[0] for n in (7, 30)]
+    alone = [Engine(model, tokenizer).complete([request])[0].tokens for request in requests]
+    engine = Engine(model, tokenizer)
+    stream = engine.run([requests[0]])
+    events = [next(stream)]
+    with pytest.raises(RuntimeError, match="another run of this model is open"):
+        engine.complete([requests[1]])
+    with ThreadPoolExecutor(2) as pool:
+        waiting = pool.submit(engine.complete, [requests[1]])
+        events += stream
+        assert waiting.result(60)[0].tokens == alone[1]
+        assert events[-1].completion.tokens == alone[0]
+        several = [pool.submit(engine.complete, [requests[i % 2]]) for i in range(6)]
+        assert [f.result(60)[0].tokens for f in several] == alone * 3
+    opened = engine.run([requests[0]])
+    next(opened)
+    opened.close()
+    assert engine.complete([requests[1]])[0].tokens == alone[1]

@@ -21,6 +21,7 @@ from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.mixtral import Mixtral
 from mixtralkit.moe.move import transfers
 from mixtralkit.planning.cost import ModelShape
+from mixtralkit.planning.dispatchers import Surroundings
 from mixtralkit.planning.plan import ExpertPlan, contiguous
 from mixtralkit.planning.popularity import PathPopularity
 from mixtralkit.planning.synthetic import RoutingProcess
@@ -218,7 +219,7 @@ NOW, EVENED = contiguous(1, 8, 4), ExpertPlan(np.array([[[0, 2], [1, 3], [4, 5],
 
 
 def test_a_move_pays_only_over_enough_steps():
-    judge = MoveJudge(SHAPE, MACHINE, steps=1, exchange="exact")
+    judge = MoveJudge(SHAPE, MACHINE, 1, Surroundings("dp", "ep", 4, exchange="exact"))
     gain_s, move_s = judge.gain_s(NOW, EVENED, SKEWED, 256), judge.move_s(NOW, EVENED)
     assert gain_s > 0
     least = int(move_s / gain_s) + 1
@@ -231,7 +232,7 @@ def test_a_move_pays_only_over_enough_steps():
 
 
 def test_the_price_of_a_move_is_the_busiest_ranks_bytes():
-    judge = MoveJudge(SHAPE, MACHINE, steps=1)
+    judge = MoveJudge(SHAPE, MACHINE, 1, Surroundings("dp", "ep", 4))
     assert [way.target for way in transfers(NOW.holds_LWE[0], EVENED.holds_LWE[0])] == [1, 0]
     link = MACHINE.inside.exchange
     latency_s = MACHINE.inside.latency_s("exchange", 4)
@@ -327,7 +328,7 @@ def test_what_cannot_be_managed():
     with pytest.raises(ValueError, match="update_step needs experts 'ep', not 'tp'"):
         PlanManager(model, policy, 8)
     with pytest.raises(ValueError, match=r"margin \(-1\)"):
-        MoveJudge(SHAPE, MACHINE, 8, margin=-1)
+        MoveJudge(SHAPE, MACHINE, 8, Surroundings("dp", "ep", 4), margin=-1)
 
 
 def test_one_rank_has_nothing_to_move(tmp_path):

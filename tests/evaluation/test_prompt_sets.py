@@ -69,7 +69,7 @@ def test_the_examples_are_three_prompts():
         ("p.jsonl", '["a"]', "line 1: must be a JSON object, not list"),
         ("p.jsonl", '{"id": 1}', "line 1: must have either prompt or messages"),
         ("p.jsonl", '{"messages": []}', "line 1: a dialog must"),
-        ("p.jsonl", '{"messages": [{"role": "assistant", "content": "a"}]}', "line 1: message 0 has role 'assistant'"),
+        ("p.jsonl", '{"messages": [{"role": "assistant"}]}', "line 1: message 0 must have a role and a text"),
         ("p.jsonl", '{"prompt": "a", "max_gen_len": -1}', "line 1: max_gen_len \\(-1\\)"),
         ("p.jsonl", '{"prompt": "a", "id": 1.5}', "line 1: id \\(1.5\\)"),
         ("p.jsonl", '{"prompt": "a", "id": 1}\n{"prompt": "b"}', "line 2: id 1 is already that of line 1"),

@@ -29,7 +29,7 @@ class GraphGather:
     def __init__(self, context: RankContext) -> None:
         from torch.distributed import _symmetric_memory as symmetric_memory
 
-        # not by ``peer_memory``, which says None where this says why ranks of one GPU have no memory in common
+        # not by ``symmetric_memory``, which says None where this says why ranks of one GPU have no memory in common
         self.own = symmetric_memory.empty((GRAPH_BYTES,), dtype=torch.uint8, device=context.device)
         self.handle = symmetric_memory.rendezvous(self.own, context.group)
         offset = self.own.data_ptr() - self.handle.buffer_ptrs[context.rank]

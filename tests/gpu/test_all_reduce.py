@@ -31,11 +31,11 @@ def _normed(x_TD: torch.Tensor, weight_D: torch.Tensor) -> torch.Tensor:
 
 def _late(context: RankContext, dim: int, dtype: torch.dtype) -> None:
     """Calls of changing size back to back, each rank late at random; nothing but the calls synchronises the ranks."""
-    from mixtralkit.ops.all_reduce_triton import sum_rows
+    from mixtralkit.ops.all_reduce.triton import sum_rows
 
     device, alike, own = context.device, random.Random(1), random.Random(context.rank)
     reducer = RowReducer.create(context, MOST_ROWS, dim, dtype)
-    assert reducer.inboxes is not None
+    assert reducer.memory is not None
     weight_D = torch.linspace(0.5, 1.5, dim, device=device).to(dtype)
     for _ in range(ROUNDS):
         calls, found = [], []
@@ -50,11 +50,11 @@ def _late(context: RankContext, dim: int, dtype: torch.dtype) -> None:
             if own.random() < 0.3:
                 torch.cuda._sleep(own.randrange(200_000))
             settings = {"two_trips": two_trips, "num_warps": 8}
-            found.append(sum_rows(part_TD, residual_TD, (weight_D, EPS), reducer.inboxes, settings))
+            found.append(sum_rows(part_TD, residual_TD, (weight_D, EPS), reducer.memory, settings))
         for (part_TD, residual_TD, _), (x_TD, normed_TD) in zip(calls, found, strict=True):
             assert torch.equal(x_TD, _exact(context, part_TD, residual_TD))
             torch.testing.assert_close(normed_TD.float(), _normed(x_TD, weight_D), rtol=2e-2, atol=2e-2)
-    assert (reducer.inboxes.memory.own == EMPTY_WORDS[dtype.itemsize][1]).all()
+    assert (reducer.memory.rows.own == EMPTY_WORDS[dtype.itemsize][1]).all()
 
 
 @pytest.mark.parametrize(("dim", "dtype"), [(4096, torch.bfloat16), (6144, torch.float16), (40, torch.float32)])

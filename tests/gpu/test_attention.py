@@ -9,7 +9,7 @@ from mixtralkit.model.attention import CachedAttention
 from mixtralkit.model.kv_cache import KVCache
 from mixtralkit.model.rope import rope_table, rotations
 from mixtralkit.model.step import StepBatch
-from mixtralkit.ops.attention import decode_attention, decode_attention_plain
+from mixtralkit.ops.attention import decode_attention, decode_attention_reference
 from mixtralkit.ops.runtime import runs_triton
 
 pytestmark = pytest.mark.gpu
@@ -45,7 +45,7 @@ def test_decode_is_the_twin_and_repeats_itself(rows, heads, kv_heads, width, len
     positions = torch.randint(0, length, (rows,), device=CUDA)
     qkv = torch.randn(rows, (heads + 2 * kv_heads) * width, device=CUDA).to(dtype)
     step = (slots, positions, cache.rope_SC, heads, window)
-    wanted = decode_attention_plain(qkv.float(), wide.keys[0], wide.values[0], *step)
+    wanted = decode_attention_reference(qkv.float(), wide.keys[0], wide.values[0], *step)
     outs = [torch.full((rows, heads * width), float("nan"), device=CUDA, dtype=dtype) for _ in range(3)]
     for out in outs:
         decode_attention(qkv, cache.keys[0], cache.values[0], *step, out)
@@ -78,7 +78,7 @@ def test_a_graph_follows_what_the_tensors_say():
         wides = [float_copy(cache) for cache in caches]
         graph.replay()
         for out, wide in zip(outs, wides, strict=True):
-            twin = decode_attention_plain(
+            twin = decode_attention_reference(
                 qkv.float(), wide.keys[0], wide.values[0], slots, positions, wide.rope_SC, heads
             )
             assert_near(out, twin, torch.bfloat16)

@@ -76,7 +76,7 @@ def _same_text(context: RankContext, plan: str) -> None:
                 assert one.logprobs == pytest.approx(other.logprobs, abs=1e-3)
         assert plain.engine._steps is None
         assert ahead.engine._steps is not None
-        assert ahead.model.peers.mailbox is not None
+        assert ahead.model.peers.memory is not None
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -145,9 +145,9 @@ def _prompts_too(context: RankContext) -> None:
     wanted = told(answers(load_plain(context, "anyhow", 8)))
     mixtral = load(context, "anyhow", 8, options=MoEOptions(symmetric_rows=4096))
     assert told(answers(mixtral)) == wanted
-    done = int(mixtral.model.peers.mailbox.calls[1])
+    done = int(mixtral.model.peers.memory.calls[1])
     mixtral.complete(PROMPTS[:8], 1, temperature=0)  # one step, of prompts only
-    assert int(mixtral.model.peers.mailbox.calls[1]) == done + LAYERS
+    assert int(mixtral.model.peers.memory.calls[1]) == done + LAYERS
 
 
 def test_prompts_go_the_same_way_where_there_is_room():

@@ -16,7 +16,7 @@ from mixtralkit.model.decode import Decoder
 from mixtralkit.model.kv_cache import KVCache
 from mixtralkit.model.step import StepBatch
 from mixtralkit.model.transformer import Transformer
-from mixtralkit.planning import spread
+from mixtralkit.planning import replicas
 from mixtralkit.planning.plan import ExpertPlan, contiguous, everywhere
 from tests.configs import random_config, small_config
 from tests.moe.layers import random_plan
@@ -91,7 +91,7 @@ def test_split_over_ranks(world, experts):
 
 def _compare_replicas(context: RankContext, few_choices: int) -> None:
     config = small_config(n_layers=1)
-    with patch.object(spread, "SMALL_BATCH_CHOICES", few_choices):
+    with patch.object(replicas, "SMALL_BATCH_CHOICES", few_choices):
         for plan in (everywhere(1, config.num_experts, 2), random_plan(3, config.num_experts, 2)):
             compare(context, config, ParallelConfig("tp", "ep"), plan)
 
@@ -123,7 +123,7 @@ def compare_travelling(context: RankContext, few_choices: int) -> None:
         read.append(len(slots_RK[slots_RK >= 0].unique()))
         return plain(x_RD, slots_RK, *args, **more)
 
-    with patch.object(decode, "expert_sum", counted), patch.object(spread, "SMALL_BATCH_CHOICES", few_choices):
+    with patch.object(decode, "expert_sum", counted), patch.object(replicas, "SMALL_BATCH_CHOICES", few_choices):
         compare(context, config, ParallelConfig("dp", "ep"), unlike_layers(context.world_size))
     assert len(computed) == STEPS * config.n_layers
     sequences = sum(map(len, OWN[: context.world_size]))

@@ -1,4 +1,4 @@
-"""The layer whose rows go by ``PeerExchange``: the oracle's sums, and the very rows and slots of ``StaticDispatch``."""
+"""The layer with ``SymmetricExchange``: the oracle's sums, and the very rows and slots of ``StaticDispatch``."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from mixtralkit.distributed import RankContext
 from mixtralkit.moe.dispatch import StaticDispatch
 from mixtralkit.moe.peer import PeerDispatch
 from mixtralkit.moe.reference import moe_reference
-from mixtralkit.ops.peer_exchange import PeerExchange
-from mixtralkit.planning import spread
+from mixtralkit.ops.symmetric_exchange import SymmetricExchange
+from mixtralkit.planning import replicas
 from mixtralkit.planning.plan import ExpertPlan, contiguous, everywhere
 from tests.moe.layers import Whole, build, random_plan
 from tests.ranks import run_ranks
@@ -27,7 +27,7 @@ ROWS = [9, 7, 0, 1]  # different on each rank, one of them empty
 def _run(context: RankContext, cases: list[tuple[Whole, ExpertPlan]]) -> None:
     most = max(ROWS)
     for whole, plan in cases:
-        peers = PeerExchange.create(context, most, whole.dim, whole.top_k, torch.float32)
+        peers = SymmetricExchange.create(context, most, whole.dim, whole.top_k, torch.float32)
         layer = build(whole, plan, context)
         x_TD = whole.rows(ROWS[context.rank], context.rank)
         with torch.no_grad():
@@ -46,7 +46,7 @@ def _run(context: RankContext, cases: list[tuple[Whole, ExpertPlan]]) -> None:
 
 def _compare_rows(context: RankContext, layer, x_TD: torch.Tensor, most: int) -> None:
     """Row by row what both ways bring here, replicas taking turns; theirs come rank by rank, ours row by row."""
-    with patch.object(spread, "SMALL_BATCH_CHOICES", 0):
+    with patch.object(replicas, "SMALL_BATCH_CHOICES", 0):
         way, home, cut = layer.arrange(x_TD, layer.gate(x_TD), most)
     found, members_T = way.dispatch(home.x_TD, cut, home.assigner)
     wanted, _ = StaticDispatch(context, most).dispatch(home.x_TD, cut, home.assigner)
@@ -76,7 +76,7 @@ def _capacity(context: RankContext, plan: ExpertPlan, rows: int) -> None:
     x_TD = HALF_SKEW.rows(rows, context.rank)
     with torch.no_grad():
         static_TD, static = layer(x_TD, rows_per_rank=rows)
-        layer.use_peers(PeerExchange.create(context, rows, HALF_SKEW.dim, HALF_SKEW.top_k, torch.float32))
+        layer.use_peers(SymmetricExchange.create(context, rows, HALF_SKEW.dim, HALF_SKEW.top_k, torch.float32))
         y_TD, report = layer(x_TD, rows_per_rank=rows)
     assert int(report.dropped) == int(static.dropped) > 0
     torch.testing.assert_close(y_TD, static_TD)

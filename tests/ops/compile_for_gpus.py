@@ -8,22 +8,15 @@ from __future__ import annotations
 
 import importlib
 import sys
+from pathlib import Path
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-MODULES = (
-    "attention",
-    "experts_few",
-    "experts_grouped",
-    "gate",
-    "linear",
-    "norm",
-    "ragged_attention",
-    "sampling",
-    "sorting",
-)
+import mixtralkit.ops
+
+OPS = Path(mixtralkit.ops.__file__).parent
 BF16 = torch.bfloat16
 
 
@@ -63,7 +56,7 @@ class Compiled:
 def prepare(capability: int) -> None:
     """Every kernel of the package compiles for ``capability`` where it would be launched."""
     triton.runtime.driver.set_active(NoGPU(capability))
-    for module in (importlib.import_module(f"mixtralkit.ops.{name}_triton") for name in MODULES):
+    for module in _triton_modules():
         if hasattr(module, "overlaps_launches"):
             module.overlaps_launches = lambda device: capability >= 90
         if hasattr(module, "multiprocessors"):
@@ -73,33 +66,41 @@ def prepare(capability: int) -> None:
                 setattr(module, name, Compiled(name, value))
 
 
+def _triton_modules() -> list:
+    paths = sorted(OPS.glob("*/triton*.py"))
+    return [importlib.import_module(f"mixtralkit.ops.{path.parent.name}.{path.stem}") for path in paths]
+
+
 def _is_launched(module, name: str) -> bool:
     with open(module.__file__, encoding="utf-8") as source:
         return f"{name}[" in source.read()
 
 
-def experts(rows: int, slots: int = 8, width: int = 4096, hidden: int = 14336) -> None:
-    from mixtralkit.ops.experts_few_triton import expert_sum_few
-    from mixtralkit.ops.experts_grouped_triton import expert_sum_grouped
+def experts(rows: int, slots: int = 8, width: int = 4096, hidden: int = 14336, stored: bool = False) -> None:
+    from mixtralkit.ops.experts.triton_grouped import expert_sum_grouped
+    from mixtralkit.ops.experts.triton_small import expert_sum_small
 
     x_RD = torch.empty(rows, width, dtype=BF16)
     weights = torch.empty(slots, 2 * hidden, width, dtype=BF16), torch.empty(slots, width, hidden, dtype=BF16)
     chosen = torch.zeros(rows, 2, dtype=torch.int64), torch.zeros(rows, 2)
-    (expert_sum_few if rows <= 16 else expert_sum_grouped)(x_RD, *chosen, *weights, x_RD)
+    launch = expert_sum_small if rows <= 16 else expert_sum_grouped
+    launch(x_RD, *chosen, *weights, x_RD, storage_S=torch.arange(slots) if stored else None)
 
 
 def rest(rows: int, width: int = 4096, heads: int = 32, kv_heads: int = 8) -> None:
-    from mixtralkit.ops.attention_triton import launch_decode_attention, launch_rotate_and_store
-    from mixtralkit.ops.gate_triton import gate_rows
-    from mixtralkit.ops.linear_triton import default_settings, linear_few
-    from mixtralkit.ops.norm_triton import add_rms_norm_rows
-    from mixtralkit.ops.ragged_attention_triton import launch_ragged_attention
+    from mixtralkit.ops.attention.triton import launch_decode_attention, launch_rotate_and_store
+    from mixtralkit.ops.gate.triton import gate_rows
+    from mixtralkit.ops.linear.triton import default_settings, linear_small
+    from mixtralkit.ops.norm.triton import add_rms_norm_rows
+    from mixtralkit.ops.ragged_attention.triton import launch_ragged_attention
 
     x_TD, norm = torch.empty(rows, width, dtype=BF16), (torch.empty(width, dtype=BF16), 1e-5)
     gate_rows(x_TD, torch.empty(8, width, dtype=BF16), 2, norm)
     add_rms_norm_rows(x_TD, x_TD, *norm)
     for outputs in (width, 6144) if rows <= 16 else ():
-        linear_few(x_TD, torch.empty(outputs, width, dtype=BF16), norm, settings=default_settings(rows, outputs, width))
+        linear_small(
+            x_TD, torch.empty(outputs, width, dtype=BF16), norm, settings=default_settings(rows, outputs, width)
+        )
     cache = torch.empty(min(rows, 256), kv_heads, 384, 128, dtype=BF16)
     place = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64), torch.empty(384, 64, 2)
     qkv_TP = torch.empty(rows, (heads + 2 * kv_heads) * 128, dtype=BF16)
@@ -112,5 +113,7 @@ if __name__ == "__main__":
     prepare(int(sys.argv[1]))
     for count in (1, 8, 64, 128, 256, 1024, 4096):
         experts(count)
+    for count in (1, 8, 64):
+        experts(count, stored=True)
     for count in (1, 8, 256, 16384):
         rest(count)

@@ -1,4 +1,4 @@
-"""Sums over ranks with residual and norm: the exchange in Triton's interpreter, and the twin over gloo ranks."""
+"""Sums over ranks with residual and norm: the exchange in Triton's interpreter, and the reference over gloo ranks."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixtralkit.distributed import PeerMemory, RankContext
+from mixtralkit.distributed import RankContext, SymmetricMemory
 from mixtralkit.model.norm import RMSNorm
-from mixtralkit.ops.all_reduce import EMPTY_WORDS, Inboxes, RowReducer, add_norm_plain
+from mixtralkit.ops.all_reduce import EMPTY_WORDS, ReducerMemory, RowReducer, add_norm_reference
 from tests.ranks import run_ranks
 
 pytest.importorskip("triton")
@@ -37,12 +37,12 @@ def _check(x, normed, parts, residual, weight) -> None:
     torch.testing.assert_close(normed.double(), wanted, **TOLERANCE[x.dtype])
 
 
-def _inboxes(ranks: int, rank: int, rows: int, dim: int, dtype: torch.dtype) -> tuple[Inboxes, torch.Tensor]:
-    """A rank's inboxes, and every rank's memory as bits [W, places, D]."""
+def _memory(ranks: int, rank: int, rows: int, dim: int, dtype: torch.dtype) -> tuple[ReducerMemory, torch.Tensor]:
+    """A rank's memory, and every rank's memory as bits [W, places, D]."""
     word, empty = EMPTY_WORDS[dtype.itemsize]
-    words = torch.full((ranks, Inboxes.places(ranks, rows, rows), dim), empty, dtype=word)
-    memory = PeerMemory(words[rank], rank, tuple(own.data_ptr() for own in words))
-    return Inboxes(memory, rows, rows, torch.zeros(2 * rows, dtype=torch.int32)), words
+    words = torch.full((ranks, ReducerMemory.places(ranks, rows, rows), dim), empty, dtype=word)
+    memory = SymmetricMemory(words[rank], rank, tuple(own.data_ptr() for own in words))
+    return ReducerMemory(memory, rows, rows, torch.zeros(2 * rows, dtype=torch.int32)), words
 
 
 def _one_trip(words_PD: torch.Tensor, ranks: int, few: int) -> torch.Tensor:
@@ -57,20 +57,20 @@ def _two_trips(words_PD: torch.Tensor, ranks: int, rows: int) -> tuple[torch.Ten
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("ranks", "rank", "rows", "dim"), [(2, 1, 3, 48), (3, 0, 2, 40), (4, 2, 1, 256)])
-def test_one_trip_sends_adds_and_leaves_the_inbox_empty(ranks, rank, rows, dim, dtype):
-    from mixtralkit.ops.all_reduce_triton import sum_rows
+def test_one_trip_sends_adds_and_leaves_the_memory_empty(ranks, rank, rows, dim, dtype):
+    from mixtralkit.ops.all_reduce.triton import sum_rows
 
     parts, (residual, weight) = _parts(ranks, rows, dim, dtype), _residual_and_weight(rows, dim, dtype)
-    inboxes, words_W = _inboxes(ranks, rank, rows + 1, dim, dtype)
+    memory, words_W = _memory(ranks, rank, rows + 1, dim, dtype)
     turns = [1] + [0] * (rows - 1)  # rows take turns by themselves
-    inboxes.turns_R[0] = 1
+    memory.turns_R[0] = 1
     peers = sorted(set(range(ranks)) - {rank})
     for row, turn in enumerate(turns):
         for peer in peers:
             _one_trip(words_W[rank], ranks, rows + 1)[turn, peer, row] = (parts[peer, row] + 0.0).view(words_W.dtype)
-    x, normed = sum_rows(parts[rank], residual, (weight, EPS), inboxes, {"two_trips": 0, "num_warps": 4})
+    x, normed = sum_rows(parts[rank], residual, (weight, EPS), memory, {"two_trips": 0, "num_warps": 4})
     _check(x, normed, parts, residual, weight)
-    assert inboxes.turns_R.tolist() == [0] + [1] * (rows - 1) + [0] * (rows + 2)
+    assert memory.turns_R.tolist() == [0] + [1] * (rows - 1) + [0] * (rows + 2)
     for row, turn in enumerate(turns):
         for peer in peers:
             sent = _one_trip(words_W[peer], ranks, rows + 1)[turn, rank, row]
@@ -81,11 +81,11 @@ def test_one_trip_sends_adds_and_leaves_the_inbox_empty(ranks, rank, rows, dim, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_two_trips_add_own_rows_and_take_the_others_as_they_come(dtype):
-    from mixtralkit.ops.all_reduce_triton import sum_rows
+    from mixtralkit.ops.all_reduce.triton import sum_rows
 
     ranks, rank, rows, dim = 3, 1, 5, 40
     parts, (residual, weight) = _parts(ranks, rows, dim, dtype), _residual_and_weight(rows, dim, dtype)
-    inboxes, words_W = _inboxes(ranks, rank, rows, dim, dtype)
+    memory, words_W = _memory(ranks, rank, rows, dim, dtype)
     mine, finished = _two_trips(words_W[rank], ranks, rows)
     done = (parts.float().sum(0) + residual.float()).to(dtype) + 0.0
     for row in range(rows):
@@ -94,7 +94,7 @@ def test_two_trips_add_own_rows_and_take_the_others_as_they_come(dtype):
                 mine[0, peer, row // ranks] = (parts[peer, row] + 0.0).view(words_W.dtype)
         else:
             finished[0, row] = done[row].view(words_W.dtype)
-    x, normed = sum_rows(parts[rank], residual, (weight, EPS), inboxes, {"two_trips": 1, "num_warps": 4})
+    x, normed = sum_rows(parts[rank], residual, (weight, EPS), memory, {"two_trips": 1, "num_warps": 4})
     _check(x, normed, parts, residual, weight)
     empty = EMPTY_WORDS[dtype.itemsize][1]
     assert (words_W[rank] == empty).all()
@@ -112,22 +112,22 @@ def test_two_trips_add_own_rows_and_take_the_others_as_they_come(dtype):
 
 def _exchange_many(context: RankContext, folder: str, rows: int, dim: int) -> list[torch.Tensor]:
     """Calls of changing size and way, some in several launches, between processes that share memory."""
-    from mixtralkit.ops.all_reduce_triton import sum_rows
+    from mixtralkit.ops.all_reduce.triton import sum_rows
 
     ranks, dtype = context.world_size, torch.float32
     word, empty = EMPTY_WORDS[dtype.itemsize]
-    size = Inboxes.places(ranks, rows, rows) * dim
+    size = ReducerMemory.places(ranks, rows, rows) * dim
     words_W = [torch.from_file(f"{folder}/{r}", shared=True, size=size, dtype=word) for r in range(ranks)]
     words_W[context.rank].fill_(empty)
     context.barrier()
-    memory = PeerMemory(words_W[context.rank], context.rank, tuple(words.data_ptr() for words in words_W))
-    inboxes = Inboxes(memory, rows, rows, torch.zeros(2 * rows, dtype=torch.int32))
+    memory = SymmetricMemory(words_W[context.rank], context.rank, tuple(words.data_ptr() for words in words_W))
+    memory = ReducerMemory(memory, rows, rows, torch.zeros(2 * rows, dtype=torch.int32))
     found = []
     for call, (count, two_trips) in enumerate([(1, 0), (3, 1), (2, 0), (2, 0), (8, 1), (3, 0), (1, 1), (9, 1), (1, 0)]):
         parts = _parts(ranks, count, dim, dtype, seed=call)
         residual, weight = _residual_and_weight(count, dim, dtype)
         settings = {"two_trips": two_trips, "num_warps": 4}
-        x, normed = sum_rows(parts[context.rank], residual, (weight, EPS), inboxes, settings)
+        x, normed = sum_rows(parts[context.rank], residual, (weight, EPS), memory, settings)
         _check(x, normed, parts, residual, weight)
         found += [x, normed]
     assert (words_W[context.rank] == empty).all()
@@ -147,7 +147,7 @@ def test_processes_that_share_memory_agree_to_the_bit_over_many_calls(ranks):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_one_rank_only_adds_and_normalises(dtype):
-    from mixtralkit.ops.all_reduce_triton import sum_rows
+    from mixtralkit.ops.all_reduce.triton import sum_rows
 
     parts, (residual, weight) = _parts(1, 5, 48, dtype), _residual_and_weight(5, 48, dtype)
     x, normed = sum_rows(parts[0], residual, (weight, EPS))
@@ -157,7 +157,7 @@ def test_one_rank_only_adds_and_normalises(dtype):
 
 
 def _reduce(context: RankContext, rows: int) -> tuple[torch.Tensor, ...]:
-    assert context.peer_memory((2, 3), torch.int32, 0) is None
+    assert context.symmetric_memory((2, 3), torch.int32, 0) is None
     reducer = RowReducer.create(context, 4, 48, torch.float32)
     parts, (residual, weight) = _parts(3, rows, 48, torch.float32), _residual_and_weight(rows, 48, torch.float32)
     summed = reducer.sum(parts[context.rank].clone())
@@ -175,7 +175,7 @@ def test_ranks_without_gpus_reduce_by_the_group(rows):
 
 def test_the_twin_normalises_as_the_model_does():
     parts, (residual, weight) = _parts(1, 4, 48, torch.bfloat16), _residual_and_weight(4, 48, torch.bfloat16)
-    x, normed = add_norm_plain(RankContext(), parts[0], residual, weight, EPS)
+    x, normed = add_norm_reference(RankContext(), parts[0], residual, weight, EPS)
     norm = RMSNorm(48, EPS, torch.bfloat16, torch.device("cpu"))
     norm.weight.data.copy_(weight)
     assert torch.equal(normed, norm(x))

@@ -1,4 +1,4 @@
-"""Decode attention and rotate-and-store: plain twins against a loop over heads, Triton against the twins."""
+"""Decode attention and rotate-and-store: plain references against a loop over heads, Triton against the references."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from mixtralkit.model.rope import rope_table, rotations
-from mixtralkit.ops.attention import decode_attention, decode_attention_plain, rotate_and_store_plain
-from mixtralkit.ops.attention_triton import (
+from mixtralkit.ops.attention import decode_attention, decode_attention_reference, rotate_and_store_reference
+from mixtralkit.ops.attention.triton import (
     _arrivals,
     candidates,
     launch_decode_attention,
@@ -91,7 +91,7 @@ def test_twin_is_the_definition(case, window):
     qkv, keys, values, *rest = case.tensors()
     wanted_keys, wanted_values = keys.clone(), values.clone()
     wanted = slow_decode(case, qkv, wanted_keys, wanted_values, window)
-    got = decode_attention_plain(qkv, keys, values, *rest, case.heads, window)
+    got = decode_attention_reference(qkv, keys, values, *rest, case.heads, window)
     torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(keys, wanted_keys, rtol=1e-4, atol=1e-5)
     assert torch.equal(values, wanted_values)
@@ -124,7 +124,7 @@ def test_triton_decode_with_other_settings(changed):
 def compare_decode(case: Case, window: int | None, settings: dict[str, int]) -> None:
     qkv, keys, values, *rest = case.tensors()
     wanted_keys, wanted_values = keys.clone(), values.clone()
-    wanted = decode_attention_plain(qkv, wanted_keys, wanted_values, *rest, case.heads, window)
+    wanted = decode_attention_reference(qkv, wanted_keys, wanted_values, *rest, case.heads, window)
     out = torch.full_like(wanted, float("nan"))
     launch_decode_attention(qkv, keys, values, *rest, case.heads, window, out, settings)
     tolerance = {"rtol": TOLERANCE[case.dtype], "atol": TOLERANCE[case.dtype]}
@@ -138,7 +138,7 @@ def test_rows_of_larger_tensors_and_default_settings():
     """``qkv`` and ``out`` with a row stride of their own, the cache of one layer out of several."""
     case = CASES[2]
     qkv, keys, values, *rest = case.tensors()
-    wanted = decode_attention_plain(qkv, keys.clone(), values.clone(), *rest, case.heads)
+    wanted = decode_attention_reference(qkv, keys.clone(), values.clone(), *rest, case.heads)
     wide, stacked = torch.cat([qkv, qkv], 1), [torch.stack([x, x]) for x in (keys, values)]
     out = torch.full((len(wanted), wanted.shape[1] + 8), float("nan"))
     launch_decode_attention(
@@ -156,7 +156,7 @@ def test_several_steps_continue_each_other():
     keys, values, table = *case.tensors()[1:3], case.tensors()[5]
     slots, positions = torch.full((20,), 1), torch.arange(20)
     whole = keys.clone(), values.clone()
-    q = rotate_and_store_plain(steps, *whole, slots, positions, table, 4)
+    q = rotate_and_store_reference(steps, *whole, slots, positions, table, 4)
     wanted = torch.nn.functional.scaled_dot_product_attention(
         q.transpose(0, 1)[None], *(x[1:2, :, :20] for x in whole), is_causal=True, enable_gqa=True
     )
@@ -173,7 +173,7 @@ def test_triton_rotate_and_store_is_the_twin(case, dtype):
     case = Case(**{**vars(case), "dtype": dtype})
     qkv, keys, values, *rest = case.tensors()
     wanted_keys, wanted_values = keys.clone(), values.clone()
-    wanted = rotate_and_store_plain(qkv, wanted_keys, wanted_values, *rest, case.heads)
+    wanted = rotate_and_store_reference(qkv, wanted_keys, wanted_values, *rest, case.heads)
     got = launch_rotate_and_store(qkv, keys, values, *rest, case.heads)
     for one, other in zip((got, keys, values), (wanted, wanted_keys, wanted_values), strict=True):
         torch.testing.assert_close(one, other, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])

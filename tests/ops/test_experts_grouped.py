@@ -1,4 +1,4 @@
-"""Sorting into blocks and the grouped expert kernels against a loop over rows and choices, and against the twin."""
+"""Sorting into blocks and grouped expert kernels against a loop over rows and choices, and the reference."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mixtralkit.ops.experts import expert_sum_plain
+from mixtralkit.ops import experts
+from mixtralkit.ops.experts.reference import expert_sum_reference
+from tests.ops.test_experts_small import in_storage
 
 pytest.importorskip("triton")
 
-from mixtralkit.ops import experts_grouped_triton, sorting_triton
-from mixtralkit.ops.experts_grouped_triton import candidates, default_settings, expert_sum_grouped
+from mixtralkit.ops.experts import triton_grouped, triton_sorting
+from mixtralkit.ops.experts.triton_grouped import candidates, default_settings, expert_sum_grouped
 
 # Padding rows are computed from what memory held.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -60,9 +62,9 @@ def _error(got: torch.Tensor, want: torch.Tensor, less: torch.Tensor) -> float:
     return ((got.double() - want.double()).norm() / added.norm()).item()
 
 
-def test_twin_against_a_loop():
+def test_reference_against_a_loop():
     inputs = _inputs(23, 5, 2, 24, 40, torch.float32)
-    assert _error(expert_sum_plain(*inputs), _slow(*inputs), inputs[-1]) < 1e-5
+    assert _error(expert_sum_reference(*inputs), _slow(*inputs), inputs[-1]) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -84,10 +86,20 @@ def test_against_a_loop(rows, slots, top_k, width, hidden, block_r, stream, dtyp
     assert _error(got_RD, _slow(*inputs), inputs[-1]) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize(("stream", "dtype"), [(0, torch.float32), (1, torch.float16)])
+def test_slots_lie_anywhere_in_a_storage(stream, dtype):
+    inputs = _inputs(40, 6, 2, 64, 72, dtype)
+    x_RD, slots_RK, weights_RK, w13_SGD, w2_SDF, residual_RD = inputs
+    w13_PGD, w2_PDF, storage_S = in_storage(w13_SGD, w2_SDF)
+    stored, settings = (x_RD, slots_RK, weights_RK, w13_PGD, w2_PDF, residual_RD), _settings(stream, 32)
+    got_RD = expert_sum_grouped(*stored, storage_S=storage_S, settings=settings)
+    assert torch.equal(got_RD, expert_sum_grouped(*inputs, settings=settings))
+
+
 def test_stores_in_halves_and_without_a_residual():
     inputs = _inputs(40, 4, 2, 320, 64, torch.float32)
     got_RD = expert_sum_grouped(*inputs[:5], settings=_settings(0, 32, down_block_o=256))
-    assert _error(got_RD, expert_sum_plain(*inputs[:5]), torch.zeros_like(got_RD)) < 1e-5
+    assert _error(got_RD, expert_sum_reference(*inputs[:5]), torch.zeros_like(got_RD)) < 1e-5
 
 
 @pytest.mark.parametrize("stream", [0, 1])
@@ -95,7 +107,7 @@ def test_every_row_at_one_expert(stream):
     x_RD, slots_RK, *rest = _inputs(45, 4, 1, 64, 64, torch.float32)
     inputs = (x_RD, torch.full_like(slots_RK, 2), *rest)
     got_RD = expert_sum_grouped(*inputs, settings=_settings(stream, 32))
-    assert _error(got_RD, expert_sum_plain(*inputs), inputs[-1]) < 1e-5
+    assert _error(got_RD, expert_sum_reference(*inputs), inputs[-1]) < 1e-5
 
 
 def test_no_choice_is_computed_here():
@@ -105,18 +117,19 @@ def test_no_choice_is_computed_here():
         assert torch.equal(got_RD, rest[-1])
 
 
-def test_widths_that_descriptors_cannot_hold_go_the_plain_way():
+def test_widths_that_descriptors_cannot_hold_take_the_reference(monkeypatch):
+    monkeypatch.setattr(experts, "runs_triton", lambda *tensors: True)
     inputs = _inputs(20, 4, 2, 36, 20, torch.float32)
-    assert torch.equal(expert_sum_grouped(*inputs), expert_sum_plain(*inputs))
+    assert torch.equal(experts.expert_sum(*inputs), expert_sum_reference(*inputs))
 
 
 @pytest.mark.parametrize("one_hot", [8192, 256], ids=["one program", "several"])
 @pytest.mark.parametrize(("choices", "slots", "block_r"), [(200, 8, 16), (97, 60, 32), (130, 1, 64), (3, 4, 16)])
 def test_sorting(choices, slots, block_r, one_hot, monkeypatch):
     """Every choice has a place of its own in a block of its slot, after the slot's earlier choices."""
-    monkeypatch.setattr(sorting_triton, "ONE_HOT", one_hot)
+    monkeypatch.setattr(triton_sorting, "ONE_HOT", one_hot)
     slots_N = torch.randint(-1, slots, (choices,), generator=torch.Generator().manual_seed(choices)).to(DEVICE)
-    order = sorting_triton.sort_rows(slots_N, slots, block_r)
+    order = triton_sorting.sort_rows(slots_N, slots, block_r)
     want, start = torch.full_like(slots_N, -1), 0
     for slot in range(slots):
         mine = (slots_N == slot).nonzero().flatten()
@@ -126,7 +139,7 @@ def test_sorting(choices, slots, block_r, one_hot, monkeypatch):
             assert order.rows_B[start + block] == min(len(mine) - block * block_r, block_r)
             assert order.span_B2.view(-1, 2)[start + block].tolist() == [start, -(-len(mine) // block_r)]
         start += -(-len(mine) // block_r)
-    assert order.blocks.item() == start <= sorting_triton.most_blocks(choices, slots, block_r) == len(order.slot_B)
+    assert order.blocks.item() == start <= triton_sorting.most_blocks(choices, slots, block_r) == len(order.slot_B)
     assert order.rows_B[start:].tolist() == [0] * (len(order.rows_B) - start)
     assert torch.equal(order.place_N.long(), want)
 
@@ -134,8 +147,8 @@ def test_sorting(choices, slots, block_r, one_hot, monkeypatch):
 @pytest.mark.parametrize("block_r", [32, 64])
 def test_rows_lie_at_their_places_and_the_rest_of_a_block_is_zero(block_r):
     x_RD, slots_RK, *_ = _inputs(50, 4, 2, 72, 40, torch.float32)
-    order = sorting_triton.sort_rows(slots_RK, 4, block_r)
-    x_PD = experts_grouped_triton._spread_rows(x_RD, order, 2)
+    order = triton_sorting.sort_rows(slots_RK, 4, block_r)
+    x_PD = triton_grouped._spread_rows(x_RD, order, 2)
     want_PD = torch.zeros(order.blocks.item() * block_r, 72, device=DEVICE)
     here_RK = slots_RK >= 0
     want_PD[order.place_N.view_as(slots_RK)[here_RK].long()] = x_RD[here_RK.nonzero()[:, 0]]
@@ -149,7 +162,7 @@ def test_every_quarter_of_a_streamed_block(rows):
     slots_RK = (torch.arange(rows + 64, device=DEVICE) >= rows).long()[:, None]
     inputs = (x_RD, slots_RK, *rest)
     got_RD = expert_sum_grouped(*inputs, settings=_settings(1, 64))
-    assert _error(got_RD, expert_sum_plain(*inputs), inputs[-1]) < 1e-5
+    assert _error(got_RD, expert_sum_reference(*inputs), inputs[-1]) < 1e-5
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 64])
@@ -159,7 +172,7 @@ def test_blocks_of_an_expert_in_groups(group):
     slots_RK = (torch.arange(16 * 9, device=DEVICE) >= 16 * 7).long()[:, None]
     inputs = (x_RD, slots_RK, *rest)
     got_RD = expert_sum_grouped(*inputs, settings=_settings(0, 16, up_group=group, down_group=group))
-    assert _error(got_RD, expert_sum_plain(*inputs), inputs[-1]) < 1e-5
+    assert _error(got_RD, expert_sum_reference(*inputs), inputs[-1]) < 1e-5
 
 
 @pytest.mark.parametrize("rows", [17, 64, 256, 600, 1024, 16384])
@@ -189,11 +202,11 @@ def test_settings_are_for_the_likely_rows(monkeypatch):
         asked.append(rows)
         return _settings(1, 32)
 
-    monkeypatch.setattr(experts_grouped_triton, "default_settings", settings)
+    monkeypatch.setattr(triton_grouped, "default_settings", settings)
     inputs = _inputs(40, 4, 2, 64, 40, torch.float32)
     for likely in (None, 10):
         got_RD = expert_sum_grouped(*inputs, likely_rows=likely)
-        assert _error(got_RD, expert_sum_plain(*inputs), inputs[-1]) < 1e-5
+        assert _error(got_RD, expert_sum_reference(*inputs), inputs[-1]) < 1e-5
     assert asked == [40, 10]
 
 
@@ -213,5 +226,5 @@ def test_default_settings_in_a_graph(rows, slots, top_k, hidden):
     inputs[1].copy_(inputs[1].flip(0))
     got_RD.fill_(float("nan"))
     graph.replay()
-    assert _error(got_RD, expert_sum_plain(*(t.float() for t in inputs[:1]), *inputs[1:3],
+    assert _error(got_RD, expert_sum_reference(*(t.float() for t in inputs[:1]), *inputs[1:3],
                   *(t.float() for t in inputs[3:])), inputs[-1]) < TOLERANCE[torch.bfloat16]  # fmt: skip

@@ -1,12 +1,12 @@
-"""The gate: both Triton kernels in the interpreter and the twin, against float64 and against ``rms_norm``."""
+"""The gate: both Triton kernels in the interpreter and the reference, against float64 and against ``rms_norm``."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from mixtralkit.ops.gate import Gated, gate, gate_plain
-from mixtralkit.ops.norm import rms_norm_plain
+from mixtralkit.ops.gate import Gated, gate, gate_reference
+from mixtralkit.ops.norm import rms_norm_reference
 
 EPS = 1e-5
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3}
@@ -18,14 +18,14 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32, std: float = 1.0) -> t
 
 
 def launched(*arguments) -> Gated:
-    from mixtralkit.ops.gate_triton import gate_rows
+    from mixtralkit.ops.gate.triton import gate_rows
 
     return gate_rows(*arguments)
 
 
 def assert_gated(gated: Gated, x_TD, gate_ED, top_k: int, norm, tolerance: float) -> None:
     """Logits are near those of float64, and the choice is exactly what those very logits ask for."""
-    normed_TD = x_TD if norm is None else rms_norm_plain(x_TD, *norm)
+    normed_TD = x_TD if norm is None else rms_norm_reference(x_TD, *norm)
     torch.testing.assert_close(gated.normed_TD, normed_TD, rtol=2 * tolerance, atol=tolerance)
     logits_TE = (normed_TD[:, None].double() * gate_ED.double()).sum(-1)
     assert (gated.logits_TE - logits_TE).norm() <= tolerance * logits_TE.norm()
@@ -49,7 +49,7 @@ def test_equals_float64(rows, experts, dim, top_k, way, with_norm, dtype):
     x_TD, gate_ED = draw(rows, dim, dtype=dtype), draw(experts, dim, dtype=dtype, std=0.1)
     norm = (draw(dim, dtype=dtype), EPS) if with_norm else None
     given = (x_TD, gate_ED, top_k, norm)
-    gated = gate_plain(*given) if way == "plain" else launched(*given, way)
+    gated = gate_reference(*given) if way == "plain" else launched(*given, way)
     assert_gated(gated, *given, TOLERANCE[dtype])
 
 

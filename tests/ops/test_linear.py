@@ -1,4 +1,4 @@
-"""Products of few rows: both Triton kernels in the interpreter and the twin, against float64."""
+"""Products of small batches: both Triton kernels in the interpreter and the reference, against float64."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mixtralkit.ops import linear as module
-from mixtralkit.ops.linear import linear, linear_plain
-from mixtralkit.ops.norm import rms_norm_plain
+from mixtralkit.ops.linear import linear, linear_reference
+from mixtralkit.ops.norm import rms_norm_reference
 
 EPS = 1e-5
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}
@@ -20,7 +20,7 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32, std: float = 1.0) -> t
 
 
 def expected(x_TI, w_OI, norm=None, residual_TO=None) -> torch.Tensor:
-    x_TI = (x_TI if norm is None else rms_norm_plain(x_TI, *norm)).double()
+    x_TI = (x_TI if norm is None else rms_norm_reference(x_TI, *norm)).double()
     y_TO = (x_TI[:, None] * w_OI.double()).sum(-1)
     return y_TO if residual_TO is None else y_TO + residual_TO.double()
 
@@ -47,14 +47,14 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) 
 )
 @pytest.mark.parametrize("extras", [(), ("norm",), ("residual",), ("norm", "residual", "out", "float32")])
 def test_kernels(rows, outputs, inputs, settings, dtype, extras):
-    from mixtralkit.ops.linear_triton import linear_few
+    from mixtralkit.ops.linear.triton import linear_small
 
     x_TI, w_OI = draw(rows, inputs, dtype=dtype), draw(outputs, inputs, dtype=dtype, std=0.1)
     norm = (draw(inputs, dtype=dtype), EPS) if "norm" in extras else None
     residual_TO = draw(rows, outputs, dtype=dtype) if "residual" in extras else None
     out_dtype = torch.float32 if "float32" in extras else None
     out = torch.full((rows, outputs), torch.nan, dtype=out_dtype) if "out" in extras else None
-    y_TO = linear_few(x_TI, w_OI, norm, residual_TO, out, out_dtype, settings)
+    y_TO = linear_small(x_TI, w_OI, norm, residual_TO, out, out_dtype, settings)
     assert y_TO.dtype == (out_dtype or dtype)
     assert y_TO.shape == (rows, outputs)
     assert out is None or y_TO is out
@@ -62,13 +62,13 @@ def test_kernels(rows, outputs, inputs, settings, dtype, extras):
 
 
 def test_kernels_take_strided_rows():
-    from mixtralkit.ops.linear_triton import linear_few
+    from mixtralkit.ops.linear.triton import linear_small
 
     wide_OI = draw(20, 90)
     for rows, settings in ((1, VECTOR), (2, MATRIX), (2, {**MATRIX, "columns": 64})):
         wide_TI, wide_TO = draw(rows, 100), torch.full((rows, 40), torch.nan)
         x_TI, w_OI = wide_TI[:, 8:72], wide_OI[:, 16:80]
-        out_TO = linear_few(x_TI, w_OI, residual_TO=wide_TI[:, :20], out=wide_TO[:, 10:30], settings=settings)
+        out_TO = linear_small(x_TI, w_OI, residual_TO=wide_TI[:, :20], out=wide_TO[:, 10:30], settings=settings)
         assert_near(out_TO, expected(x_TI, w_OI, residual_TO=wide_TI[:, :20]), 1e-5)
         assert wide_TO[:, :10].isnan().all()
         assert wide_TO[:, 30:].isnan().all()
@@ -76,17 +76,17 @@ def test_kernels_take_strided_rows():
 
 def test_settings_for_fewer_rows_are_not_taken_for_more(monkeypatch):
     """The vector kernel has a row limit; settings measured at one row may be the nearest there are."""
-    from mixtralkit.ops import linear_triton
+    import mixtralkit.ops.linear.triton as linear_triton
 
     monkeypatch.setattr(linear_triton, "tuned", lambda *args, **shape: dict(VECTOR))
     x_TI, w_OI = draw(9, 64, dtype=torch.float16), draw(32, 64, dtype=torch.float16)
-    assert_near(linear_triton.linear_few(x_TI, w_OI), expected(x_TI, w_OI), TOLERANCE[torch.float16])
+    assert_near(linear_triton.linear_small(x_TI, w_OI), expected(x_TI, w_OI), TOLERANCE[torch.float16])
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 8, 16, 64])
 @pytest.mark.parametrize(("outputs", "inputs"), [(6144, 4096), (4096, 1024), (40, 160)])
 def test_candidates_are_settings_of_the_launcher(rows, outputs, inputs):
-    from mixtralkit.ops.linear_triton import candidates, default_settings
+    from mixtralkit.ops.linear.triton import candidates, default_settings
 
     found = [*candidates(rows, outputs, inputs), default_settings(rows, outputs, inputs)]
     assert {"library": 1} in found
@@ -111,6 +111,6 @@ def test_twin_and_library(dtype):
 
 def test_twin_keeps_gradients():
     x_TI, w_OI = draw(3, 8).requires_grad_(), draw(4, 8).requires_grad_()
-    linear_plain(x_TI, w_OI, norm=(torch.ones(8), EPS)).square().sum().backward()
+    linear_reference(x_TI, w_OI, norm=(torch.ones(8), EPS)).square().sum().backward()
     assert x_TI.grad.abs().sum() > 0
     assert w_OI.grad.abs().sum() > 0

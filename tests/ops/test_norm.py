@@ -1,4 +1,4 @@
-"""RMSNorm: the Triton kernels in the interpreter and the twin, against float64."""
+"""RMSNorm: the Triton kernels in the interpreter and the reference, against float64."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mixtralkit.model.norm import RMSNorm
-from mixtralkit.ops.norm import add_rms_norm, add_rms_norm_plain, rms_norm, rms_norm_plain
+from mixtralkit.ops.norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 
 SHAPES = [(1, 256), (3, 160), (5, 40), (2, 1024)]
 EPS = 1e-5
@@ -32,26 +32,26 @@ def test_twin_is_the_formula(dtype, tolerance):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kernel_is_the_twin(shape, dtype):
-    from mixtralkit.ops.norm_triton import add_rms_norm_rows, rms_norm_rows
+    from mixtralkit.ops.norm.triton import add_rms_norm_rows, rms_norm_rows
 
     x_TD, y_TD, weight_D = draw(*shape, dtype=dtype), draw(*shape, dtype=dtype, seed=1), draw(shape[1], dtype=dtype)
     tolerance = {"rtol": 1e-6, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-3, "atol": 1e-3}
-    torch.testing.assert_close(rms_norm_rows(x_TD, weight_D, EPS), rms_norm_plain(x_TD, weight_D, EPS), **tolerance)
+    torch.testing.assert_close(rms_norm_rows(x_TD, weight_D, EPS), rms_norm_reference(x_TD, weight_D, EPS), **tolerance)
     sum_TD, normed_TD = add_rms_norm_rows(x_TD, y_TD, weight_D, EPS)
-    expected_sum_TD, expected_TD = add_rms_norm_plain(x_TD, y_TD, weight_D, EPS)
+    expected_sum_TD, expected_TD = add_rms_norm_reference(x_TD, y_TD, weight_D, EPS)
     assert torch.equal(sum_TD, expected_sum_TD)
     torch.testing.assert_close(normed_TD, expected_TD, **tolerance)
 
 
 def test_kernel_takes_strided_rows_and_leading_dimensions():
-    from mixtralkit.ops.norm_triton import rms_norm_rows
+    from mixtralkit.ops.norm.triton import rms_norm_rows
 
     wide_TD, weight_D = draw(4, 96, dtype=torch.float32), draw(64, dtype=torch.float32)
     torch.testing.assert_close(
-        rms_norm_rows(wide_TD[:, :64], weight_D, EPS), rms_norm_plain(wide_TD[:, :64], weight_D, EPS)
+        rms_norm_rows(wide_TD[:, :64], weight_D, EPS), rms_norm_reference(wide_TD[:, :64], weight_D, EPS)
     )
     x_BTD = draw(2, 3, 64, dtype=torch.float32)
-    torch.testing.assert_close(rms_norm_rows(x_BTD, weight_D, EPS), rms_norm_plain(x_BTD, weight_D, EPS))
+    torch.testing.assert_close(rms_norm_rows(x_BTD, weight_D, EPS), rms_norm_reference(x_BTD, weight_D, EPS))
 
 
 def test_no_rows():

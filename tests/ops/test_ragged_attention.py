@@ -1,4 +1,4 @@
-"""Attention of several tokens a sequence: the plain twin against the definition, Triton against the twin."""
+"""Attention of several tokens a sequence: the plain reference against the definition, Triton against the reference."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from mixtralkit.ops.ragged_attention import ragged_attention_plain, span_table
-from mixtralkit.ops.ragged_attention_triton import HIDDEN, LOG2_E, candidates, launch_ragged_attention
+from mixtralkit.ops.ragged_attention import ragged_attention_reference, span_table
+from mixtralkit.ops.ragged_attention.triton import HIDDEN, LOG2_E, candidates, launch_ragged_attention
 
 SLOTS, LENGTH = 5, 72
 SETTINGS = {"block_m": 16, "block_n": 16, "num_warps": 4, "num_stages": 2}
@@ -36,7 +36,7 @@ def tensors(heads: int, kv_heads: int, width: int, spans, dtype=torch.float32) -
 @pytest.mark.parametrize("spans", SPANS)
 def test_twin_is_the_definition(spans, window):
     q_THC, keys, values = tensors(6, 2, 48, spans)
-    got_THC = ragged_attention_plain(q_THC, keys, values, spans, window)
+    got_THC = ragged_attention_reference(q_THC, keys, values, spans, window)
     row = 0
     for slot, position, queries in spans:
         for at in range(position, position + queries):
@@ -63,7 +63,7 @@ def test_triton_with_other_blocks(changed):
 
 def compare(shape, spans, window: int | None, dtype: torch.dtype, settings: dict[str, int]) -> None:
     q_THC, keys, values = tensors(*shape, spans, dtype)
-    wanted = ragged_attention_plain(q_THC, keys, values, spans, window)
+    wanted = ragged_attention_reference(q_THC, keys, values, spans, window)
     longest = max(queries for *_, queries in spans)
     got = launch_ragged_attention(q_THC, keys, values, span_table(spans), longest, window, settings)
     tolerance = 2e-5 if dtype == torch.float32 else 4e-3

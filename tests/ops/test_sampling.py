@@ -1,4 +1,4 @@
-"""The likeliest token: the Triton kernels in the interpreter and the twin, against loops and whole rows."""
+"""The likeliest token: the Triton kernels in the interpreter and the reference, against loops and whole rows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from mixtralkit.ops.sampling import best_token, best_token_plain, merge_best, merge_best_plain
+from mixtralkit.ops.sampling import best_token, best_token_reference, merge_best, merge_best_reference
 
 
 def draw(rows: int, vocab: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -15,13 +15,13 @@ def draw(rows: int, vocab: int, dtype: torch.dtype = torch.float32) -> torch.Ten
 
 
 def by_triton(logits_NV: torch.Tensor, first_token: int = 0, piece: int = 64):
-    from mixtralkit.ops.sampling_triton import best_of_rows
+    from mixtralkit.ops.sampling.triton import best_of_rows
 
     return best_of_rows(logits_NV, first_token, piece)
 
 
 def merged_by_triton(values_WN, tokens_WN, logsumexp_WN):
-    from mixtralkit.ops.sampling_triton import merge_parts
+    from mixtralkit.ops.sampling.triton import merge_parts
 
     best = merge_parts(values_WN, tokens_WN, logsumexp_WN, relative=True)
     return best.tokens_N, best.values_N
@@ -51,7 +51,7 @@ def test_of_equal_logits_the_lowest_token(find):
 def test_kernel_takes_strided_rows():
     wide_NV = draw(4, 300)
     for logits_NV in (wide_NV[::2, 10:210], wide_NV.T[:, :3]):
-        for actual, expected in zip(by_triton(logits_NV), best_token_plain(logits_NV), strict=True):
+        for actual, expected in zip(by_triton(logits_NV), best_token_reference(logits_NV), strict=True):
             torch.testing.assert_close(actual, expected)
 
 
@@ -69,7 +69,7 @@ def test_rows_that_are_not_finite(find):
     torch.testing.assert_close(best.logsumexp_N[3], logits_NV[3].logsumexp(-1))
 
 
-@pytest.mark.parametrize("merge", [merge_best, merge_best_plain, merged_by_triton])
+@pytest.mark.parametrize("merge", [merge_best, merge_best_reference, merged_by_triton])
 @pytest.mark.parametrize("ranks", [1, 3, 4])
 def test_merging_parts_is_the_whole(merge, ranks):
     logits_NV = draw(35, 96)
@@ -86,7 +86,7 @@ def test_merging_parts_is_the_whole(merge, ranks):
     torch.testing.assert_close(logprobs_N, logits_NV.log_softmax(-1).amax(-1))
 
 
-@pytest.mark.parametrize("merge", [merge_best_plain, merged_by_triton])
+@pytest.mark.parametrize("merge", [merge_best_reference, merged_by_triton])
 def test_merging_keeps_nan_and_stays_in_the_vocabulary(merge):
     values_WN = torch.tensor([[1.0, torch.nan], [2.0, torch.nan]])
     tokens_WN, logsumexp_WN = torch.tensor([[3, 4], [103, 104]]), torch.tensor([[2.0, torch.nan], [3.0, torch.nan]])

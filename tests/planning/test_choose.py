@@ -10,13 +10,13 @@ import pytest
 
 from mixtralkit.config import ModelConfig, ParallelConfig
 from mixtralkit.layout import RankLayout
-from mixtralkit.ops.all_reduce import FEW_ROWS, MANY_ROWS, Inboxes
-from mixtralkit.ops.peer_exchange import PeerMailbox
-from mixtralkit.planning.choose import Situation, candidates, choose, sample_steps, table
+from mixtralkit.ops.all_reduce import ONE_TRIP_ROWS, TWO_TRIP_ROWS, ReducerMemory
+from mixtralkit.ops.symmetric_exchange import ExchangeMemory
+from mixtralkit.planning.choose import Situation, candidates, choose, table
 from mixtralkit.planning.hardware import Hardware
 from mixtralkit.planning.memory import Room, rank_memory
 from mixtralkit.planning.plan import contiguous
-from mixtralkit.planning.policies.named import named_plan
+from mixtralkit.planning.policies.registry import named_plan
 from mixtralkit.planning.simulate import sample_routing
 from tests.configs import small_config
 
@@ -52,10 +52,10 @@ def test_weights_and_cache_are_those_of_the_fullest_rank(parallel, name):
 
 def test_exchange_memory_is_what_the_kernels_take():
     plan = contiguous(32, 8, 4)
-    inboxes = Inboxes.places(4, FEW_ROWS, MANY_ROWS) * 4096 * 2
-    assert rank_memory(MIXTRAL, ParallelConfig("tp", "ep"), plan, Room(1, 9, 9)).exchange == inboxes / 1e9
+    sums = ReducerMemory.places(4, ONE_TRIP_ROWS, TWO_TRIP_ROWS) * 4096 * 2
+    assert rank_memory(MIXTRAL, ParallelConfig("tp", "ep"), plan, Room(1, 9, 9)).exchange == sums / 1e9
     rows = 2 * 16 * 4 * 4096 * 2
-    words = PeerMailbox.words_of(4, 16, 2) * 8
+    words = ExchangeMemory.words_of(4, 16, 2) * 8
     found = rank_memory(MIXTRAL, ParallelConfig("dp", "ep"), plan, Room(64, 9, 9, symmetric_rows=None)).exchange
     assert found == pytest.approx((rows + words) / 1e9, rel=1e-4)
     assert rank_memory(MIXTRAL, ParallelConfig("dp", "ep"), plan, Room(64, 9, 9, symmetric_rows=0)).exchange == 0
@@ -116,7 +116,9 @@ def test_where_nothing_fits_the_error_says_what_the_smallest_needs():
 
 def test_what_is_asked_for_is_kept():
     only = candidates(situation(attention="dp", experts="ep"))
-    assert {(one.parallel.attention, one.parallel.experts, one.layout) for one in only} == {("dp", "ep", "peer")}
+    assert {(one.parallel.attention, one.parallel.experts, one.dispatcher) for one in only} == {
+        ("dp", "ep", "symmetric")
+    }
     assert "everywhere" in {one.name for one in only}
     assert [one.name for one in candidates(situation(world_size=1))] == ["split"]
     with pytest.raises(ValueError, match="no layout"):
@@ -127,8 +129,8 @@ def test_without_rows_through_memory_steps_are_launched_one_by_one_and_slower():
     room = Room(64, 1024, 8192, symmetric_rows=0)
     plain = candidates(situation(attention="dp", room=room))
     graph = candidates(situation(attention="dp"))
-    assert {one.layout for one in plain} == {"static"}
-    assert all(slow.step_ms > 2 * fast.step_ms for slow, fast in zip(plain, graph, strict=True))
+    assert {one.dispatcher for one in plain} == {"exact"}
+    assert all(slow.step_ms > fast.step_ms for slow, fast in zip(plain, graph, strict=True))
 
 
 def test_a_trace_is_planned_by():
@@ -140,15 +142,6 @@ def test_a_trace_is_planned_by():
     wrong = replace(MIXTRAL, n_layers=4)
     with pytest.raises(ValueError, match=r"trace: layers \(32\) must be 4"):
         situation(config=wrong, trace=trace)
-
-
-def test_samples_have_a_steps_tokens():
-    for tokens in (1, 64, 5000):
-        steps = sample_steps(UNIFORM, tokens, 2)
-        assert len(steps) >= 2
-        assert {step.num_tokens for step in steps} == {tokens}
-        short = sample_steps(UNIFORM, tokens, 2, sample_routing(UNIFORM, 10, 2))
-        assert {step.num_tokens for step in short} == {tokens}
 
 
 # --- plans by name
@@ -172,8 +165,7 @@ def test_named_plans(world):
     ("name", "words"),
     [
         ("ballanced+2", "must be one of contiguous, hot_cold"),
-        ("balanced", "must be one of"),
-        ("balanced+9", "at most 8 extra slots"),
+        ("balanced+9", r"9 extra slots must be at most 8"),
         ("hot_cold+9", r"hot_experts \(9\) must lie in"),
     ],
 )

@@ -7,20 +7,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
-from mixtralkit.config import ParallelConfig
-from mixtralkit.layout import RankLayout
-from mixtralkit.model.decode import _slots_in_turn
-from mixtralkit.ops import all_reduce, peer_exchange
-from mixtralkit.ops.peer_exchange import ExpertPlaces
+from mixtralkit.ops import all_reduce, symmetric_exchange
 from mixtralkit.planning.cost import KernelCounts, ModelShape
 from mixtralkit.planning.fused_cost import MOST_RANKS, FusedTimeModel
 from mixtralkit.planning.hardware import FusedKernels, Hardware, nearest
 from mixtralkit.planning.plan import contiguous, everywhere
-from mixtralkit.planning.policies.named import named_plan
+from mixtralkit.planning.policies.registry import named_plan
 from mixtralkit.planning.replay import Execution
-from mixtralkit.planning.replicas import one_holder
+from mixtralkit.planning.replicas import SLOT_BITS, ReplicaTable
 from mixtralkit.planning.simulate import sample_routing, simulate
 from mixtralkit.planning.trace import RoutingTrace
 from tests.configs import small_config
@@ -94,7 +89,7 @@ def test_rows_through_memory_go_once_to_each_rank():
     """A row a rank: rank 0's stays, rank 1's goes to rank 2 as well, rank 2's to rank 0 once for two choices."""
     choices = [[[0, 1]], [[2, 5]], [[0, 1]], [[2, 3]]]
     trace = RoutingTrace(np.array(choices, np.int16), 8)
-    plan, execution = contiguous(1, 8, 4), Execution("peer", fused=True)
+    plan, execution = contiguous(1, 8, 4), Execution("symmetric")
     found = simulate(plan, trace, replace(SHAPE, num_experts=8), _hardware(), execution)
     row = SHAPE.row_bytes
     home_T = np.arange(4)
@@ -106,7 +101,7 @@ def test_rows_through_memory_go_once_to_each_rank():
                 wanted_WW[rank, row_T] += row
     np.testing.assert_allclose(found.links_WW, wanted_WW)
     assert found.phases_LP[0, 2] + found.phases_LP[0, 4] == pytest.approx(
-        float(_model().peer_exchange_s(np.array([0, row, row, row]), np.array([row, row, row, 0])))
+        float(_model().symmetric_exchange_s(np.array([0, row, row, row]), np.array([row, row, row, 0])))
     )
 
 
@@ -118,35 +113,35 @@ def test_choices_are_computed_where_a_decode_step_computes_them(name, few):
     plan = named_plan(name, np.random.default_rng(3).random((config.n_layers, 8)), 4)
     trace = sample_routing(np.ones((config.n_layers, 8)), 56, 2)
     shape = ModelShape.of(config)
-    how = {"fused": True, "few_choices": 64 * few}
-    split = simulate(plan, trace, shape, _hardware(), Execution("tp_ep", 7, **how))
-    own = simulate(plan, trace, shape, _hardware(), Execution("peer", 7, **how))
+    how = {"small_choices": 64 * few}
+    split = simulate(plan, trace, shape, _hardware(), Execution("replicated", 7, **how))
+    own = simulate(plan, trace, shape, _hardware(), Execution("symmetric", 7, **how))
     wanted_split, wanted_own = np.zeros((2, config.n_layers, 4))
     for layer in range(config.n_layers):
-        slots_WE = plan.slot_of_LWE[layer]
-        for rank in range(4):
-            layout = RankLayout(config, ParallelConfig("tp", "ep"), plan, rank)
-            slots_TE = _slots_in_turn(layout, layer, 28, torch.device("cpu"), few)
-            places = ExpertPlaces.of(one_holder(slots_WE) if few else slots_WE, rank, torch.device("cpu"))
-            for step in range(2):
-                chosen_TK = torch.tensor(trace.experts[28 * step : 28 * step + 28, layer].astype(np.int64))
-                wanted_split[layer, rank] += int((slots_TE.gather(1, chosen_TK) >= 0).sum())
-                ranks_TK, _ = places.look_up(chosen_TK[7 * rank : 7 * rank + 7])
-                wanted_own[layer] += np.bincount(ranks_TK.flatten(), minlength=4)
+        everywhere, sent = (ReplicaTable.of(plan, layer, rows_everywhere) for rows_everywhere in (True, False))
+        for step in range(2):
+            chosen_TK = trace.experts[28 * step : 28 * step + 28, layer]
+            turn_T1 = np.arange(28)[:, None]
+            ranks_TK = everywhere.places_EC(0, few)[chosen_TK, turn_T1] >> SLOT_BITS
+            wanted_split[layer] += np.bincount(ranks_TK.ravel(), minlength=4)
+            for rank in range(4):
+                rows = slice(7 * rank, 7 * rank + 7)
+                ranks_TK = sent.places_EC(rank, few)[chosen_TK[rows], turn_T1[:7]] >> SLOT_BITS
+                wanted_own[layer] += np.bincount(ranks_TK.ravel(), minlength=4)
     np.testing.assert_array_equal(split.rows_LW, wanted_split)
     np.testing.assert_array_equal(own.rows_LW, wanted_own)
 
 
 def test_a_plan_that_holds_all_experts_everywhere_sends_nothing():
     trace = sample_routing(np.ones((2, 8)), 64, 2)
-    found = simulate(everywhere(2, 8, 4), trace, SHAPE, _hardware(), Execution("peer", fused=True, few_choices=0))
+    found = simulate(everywhere(2, 8, 4), trace, SHAPE, _hardware(), Execution("symmetric", small_choices=0))
     assert found.links_WW.sum() == 0
     assert found.rows_LW.sum() == 2 * 64 * 2
 
 
 def test_each_step_has_a_pause_and_a_head():
     trace = sample_routing(np.ones((1, 8)), 8, 2)
-    one = simulate(contiguous(1, 8, 1), trace, SHAPE, _hardware(), Execution("tp", 8, fused=True))
+    one = simulate(contiguous(1, 8, 1), trace, SHAPE, _hardware(), Execution("split_width", 8))
     assert one.ends_s == pytest.approx(5e-6 + 4e-6 + float(_model(1).product_s(8, 1000 * 5000)))
 
 
@@ -155,23 +150,23 @@ def test_replicas_cost_reading_where_few_rows_make_reading_all():
     trace = sample_routing(np.ones((1, 8)), 16, 2)
     plans = [named_plan(name, np.ones((1, 8)), 4) for name in ("contiguous", "everywhere")]
     turns, one = (
-        [simulate(plan, trace, SHAPE, _hardware(), Execution("peer", fused=True, few_choices=few)) for plan in plans]
+        [simulate(plan, trace, SHAPE, _hardware(), Execution("symmetric", small_choices=few)) for plan in plans]
         for few in (0, 64)
     )
     assert turns[0].step_s < turns[1].step_s
     assert one[0].step_s == one[1].step_s == turns[0].step_s
 
 
-@pytest.mark.parametrize(("layout", "world"), [("tp", 1), ("tp", 4), ("tp_ep", 4), ("ep", 4)])
-def test_of_prompts_the_last_layer_passes_on_their_last_rows(layout, world):
+@pytest.mark.parametrize(("dispatcher", "world"), [("local", 1), ("split_width", 4), ("replicated", 4), ("exact", 4)])
+def test_of_prompts_the_last_layer_passes_on_their_last_rows(dispatcher, world):
     """8 prompts of 16 tokens in two layers: the second's attention reads all rows, what follows has 8."""
     trace = sample_routing(np.ones((2, 8)), 128, 2)
     plan = contiguous(2, 8, world)
-    found = simulate(plan, trace, SHAPE, _hardware(), Execution(layout, span=16, fused=True))
+    found = simulate(plan, trace, SHAPE, _hardware(), Execution(dispatcher, span=16))
     assert found.rows_LW.sum(1).tolist() == [256, 16]
     assert (found.phases_LP[1] <= found.phases_LP[0]).all()
     assert found.phases_LP[1, 3] < found.phases_LP[0, 3]
-    alone = simulate(plan, trace.take(np.arange(15, 128, 16)), SHAPE, _hardware(), Execution(layout, fused=True))
+    alone = simulate(plan, trace.take(np.arange(15, 128, 16)), SHAPE, _hardware(), Execution(dispatcher))
     assert found.ends_s == pytest.approx(alone.ends_s)
     np.testing.assert_allclose(found.phases_LP[1, 1:], alone.phases_LP[1, 1:])
     np.testing.assert_array_equal(found.rows_LW[1], alone.rows_LW[1])
@@ -180,7 +175,7 @@ def test_of_prompts_the_last_layer_passes_on_their_last_rows(layout, world):
 def test_rows_of_an_expert_with_a_capacity_all_go_on():
     trace = sample_routing(np.ones((2, 8)), 128, 2)
     plan = replace(contiguous(2, 8, 4), cold_capacity_factor=1.0)
-    found = simulate(plan, trace, SHAPE, _hardware(), Execution("ep", span=16, fused=True))
+    found = simulate(plan, trace, SHAPE, _hardware(), Execution("exact", span=16))
     assert (found.rows_LW.sum(1) > 200).all()
 
 
@@ -188,7 +183,7 @@ def test_between_counted_rows_the_host_is_at_least_as_long_as_its_launches():
     """Where rows are few the host decides, where they are many the device."""
     kernels, hardware = KernelCounts(), _hardware(experts=((1, 3e-6, 1e14),))
     few, many = (
-        simulate(contiguous(1, 8, 4), sample_routing(np.ones((1, 8)), rows, 2), SHAPE, hardware, Execution(fused=True))
+        simulate(contiguous(1, 8, 4), sample_routing(np.ones((1, 8)), rows, 2), SHAPE, hardware, Execution())
         for rows in (8, 200_000)
     )
     assert few.phases_LP[0, 1] == pytest.approx(kernels.gate * hardware.launch_s)
@@ -206,18 +201,16 @@ def test_the_machine_measured_among_the_nearest_number_of_ranks():
 def test_what_must_be_known():
     with pytest.raises(ValueError, match=r"fused of hardware test \(null\) must be given"):
         FusedTimeModel(SHAPE, machine(), 4)
-    with pytest.raises(ValueError, match="layout 'peer' needs fused"):
-        Execution("peer")
     trace = sample_routing(np.ones((1, 8)), 8, 2)
     with pytest.raises(ValueError, match=r"fused.exchange of hardware test \(null\)"):
-        simulate(contiguous(1, 8, 4), trace, SHAPE, _hardware(exchange=None), Execution("peer", fused=True))
+        simulate(contiguous(1, 8, 4), trace, SHAPE, _hardware(exchange=None), Execution("symmetric"))
     for world_size, per_node in ((8, 4), (16, None)):
         with pytest.raises(ValueError, match="all ranks on one node, at most 8"):
-            _model(world_size, per_node).peer_exchange_s(np.ones(world_size), np.ones(world_size))
+            _model(world_size, per_node).symmetric_exchange_s(np.ones(world_size), np.ones(world_size))
 
 
 def test_as_many_ranks_as_the_kernels_take():
-    assert MOST_RANKS == all_reduce.MOST_RANKS == peer_exchange.MOST_RANKS
+    assert MOST_RANKS == all_reduce.MOST_RANKS == symmetric_exchange.MOST_RANKS
 
 
 def test_saved_and_loaded_is_the_same(tmp_path):

@@ -30,11 +30,13 @@ def test_plans_side_by_side(tmp_path, command_line):
     everywhere(2, 8, 4).save(tmp_path / "all.json")
     done = command_line(
         "simulate", tmp_path / "trace.npz", "--plan", "contiguous", tmp_path / "all.json",
-        "--layout", "ep", "tp", "--world_size", 4, "--batch", 8, "--plot", tmp_path / "it.png",
+        "--dispatcher", "exact", "split_width", "--world_size", 4, "--batch", 8, "--plot", tmp_path / "it.png",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert [line["plan"] for line in lines] == ["contiguous/ep", "contiguous/tp", "all/ep", "all/tp"]
+    assert [line["plan"] for line in lines] == [
+        f"{p}/{d}" for p in ("contiguous", "all") for d in ("exact", "split_width")
+    ]
     assert lines[2]["bytes_inside"] == 0 < lines[0]["bytes_inside"]
     assert all(sum(line["rows_by_rank"]) == pytest.approx(2 * 2 * 100) for line in lines)
     assert all(len(line["seconds_by_layer"]) == 2 for line in lines)
@@ -47,7 +49,7 @@ def test_plans_side_by_side(tmp_path, command_line):
         ((), "--world_size is missing: plan contiguous needs it"),
         (("--world_size", 4, "--ranks_per_node", 3), "ranks_per_node (3) must divide world_size (4)"),
         (("--world_size", 4, "--hardware", "none.json"), "none.json: cannot be read"),
-        (("--world_size", 4, "--layout", "pp"), "layout ('pp') must be one of tp, "),
+        (("--world_size", 4, "--dispatcher", "pp"), "dispatcher ('pp') must be one of local, "),
     ],
 )
 def test_bad_options_end_with_one_sentence(tmp_path, command_line, words, sentence):

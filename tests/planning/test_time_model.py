@@ -123,8 +123,8 @@ def test_predictions_for_four_h200_are_near_what_was_measured():
     errors = []
     for (routing, tokens), measured in MEASURED.items():
         trace = sample_routing(loads[routing], 4 * tokens, 2)
-        for layout, ms in zip(("ep", "tp"), measured, strict=True):
-            found = simulate(contiguous(1, 8, 4), trace, shape, hardware, Execution(layout))
+        for dispatcher, ms in zip(("exact", "split_width"), measured, strict=True):
+            found = simulate(contiguous(1, 8, 4), trace, shape, hardware, Execution(dispatcher))
             errors.append(abs(found.phases_LP[0, 1:].sum() * 1e3 / ms - 1))
     assert np.median(errors) < 0.1
     assert max(errors) < 0.25

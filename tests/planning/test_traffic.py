@@ -1,4 +1,4 @@
-"""Which rank computes what, for many steps at once, against the layer's own code a step at a time."""
+"""The capacity cut of many steps at once against the layer's own code a step at a time."""
 
 from __future__ import annotations
 
@@ -8,30 +8,10 @@ import torch
 
 from mixtralkit.moe import capacity
 from mixtralkit.moe.gate import Routing
+from mixtralkit.planning.dispatch_cost import once_per_member
 from mixtralkit.planning.plan import ExpertPlan
-from mixtralkit.planning.replicas import spread_rows
-from mixtralkit.planning.traffic import cut_to_capacity, once_per_member, pour
+from mixtralkit.planning.traffic import cut_to_capacity
 from tests.moe.layers import random_plan
-
-
-@pytest.mark.parametrize("seed", range(30))
-def test_poured_rows_are_complete_and_nearly_as_even_as_the_layers(seed):
-    rng = np.random.default_rng(seed)
-    holds_WE = random_plan(seed, 16, 6).holds_LWE[0]
-    counts_GE, fixed_GW = rng.poisson(200, (5, 16)), rng.poisson(150, (5, 6))
-    rows_GEW = pour(counts_GE, fixed_GW, holds_WE)
-    assert (rows_GEW >= 0).all()
-    assert (rows_GEW.sum(2) == counts_GE).all()
-    assert not rows_GEW[:, ~holds_WE.T].any()
-    for group in range(5):
-        best = (spread_rows(counts_GE[group], fixed_GW[group], holds_WE).sum(0) + fixed_GW[group]).max()
-        assert best <= (rows_GEW[group].sum(0) + fixed_GW[group]).max() <= 1.2 * best
-
-
-def test_one_expert_is_poured_into_the_lowest():
-    holds_WE = np.array([[True], [True], [False], [True]])
-    poured = pour(np.array([[10], [1], [0]]), np.array([[5, 0, 0, 9]] * 3), holds_WE)
-    assert poured[:, 0].tolist() == [[2, 8, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("overflow", ["drop", "reroute"])

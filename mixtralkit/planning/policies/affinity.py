@@ -94,6 +94,13 @@ class _Caps:
         return fits
 
 
+def least_cap(loads_LE: np.ndarray, world_size: int) -> float:
+    """The least ``load_cap`` that some placement keeps in every layer, or a good one where they are too many to try."""
+    loads_LE = checked_loads(loads_LE, world_size)
+    shares_LE = loads_LE / loads_LE.sum(1, keepdims=True) * world_size
+    return max(_least_peak(shares_E, world_size) for shares_E in shares_LE)
+
+
 def _least_peak(shares_N: np.ndarray, ranks: int) -> float:
     """Load of the heaviest rank when these experts are spread over ``ranks`` ranks, equally many on each.
 

@@ -1,0 +1,56 @@
+"""Rows through a rank's experts: the weighted sum of each row's choices, the heart of the layer.
+
+Three ways to the same sums, chosen by the number of rows: reading as few bytes as possible (small batches), products of
+sorted rows (large batches), and the reference where there is no such GPU or gradients are wanted.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mixtralkit.ops.experts.reference import expert_sum_reference, swiglu_grouped
+from mixtralkit.ops.runtime import runs_triton
+
+__all__ = ["SMALL_BATCH", "expert_sum", "swiglu_grouped"]
+
+SMALL_BATCH = (
+    16  # rows of one block of the matrix units: below, every touched expert is read once and nothing is sorted
+)
+
+
+def expert_sum(
+    x_RD: torch.Tensor,
+    slots_RK: torch.Tensor,
+    weights_RK: torch.Tensor,
+    w13_SGD: torch.Tensor,
+    w2_SDF: torch.Tensor,
+    residual_RD: torch.Tensor | None = None,
+    out_RD: torch.Tensor | None = None,
+    likely_rows: int | None = None,
+    storage_S: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Σ_k weights_RK · w2 · (silu(w1 · x) * (w3 · x)) [+ residual_RD], in the dtype of ``x_RD``, summed in float32.
+
+    Args:
+        slots_RK: int64 expert of each choice, -1 for a choice that is computed elsewhere and adds nothing here.
+        weights_RK: float32 weight of each choice.
+        w13_SGD: w1 above w3 of every slot, or of every place of a storage that ``storage_S`` points into.
+        residual_RD: added before the sum is rounded.
+        out_RD: where the result goes; None takes new memory.
+        likely_rows: as many rows as would have about all of these choices here, where the shape has more rows than
+            that; settings are for this number. None for R.
+        storage_S: int64 on the device, the place in ``w13_SGD`` and ``w2_SDF`` at which each slot lies. Read when the
+            kernels run, so copies may be exchanged under a CUDA graph. None where slots are places.
+    """
+    assert x_RD.shape[0] == slots_RK.shape[0] == weights_RK.shape[0]
+    arguments = (x_RD, slots_RK, weights_RK, w13_SGD, w2_SDF, residual_RD, out_RD, storage_S)
+    triton = runs_triton(x_RD, w13_SGD, w2_SDF)
+    if triton and x_RD.shape[0] <= SMALL_BATCH:
+        from mixtralkit.ops.experts.triton_small import expert_sum_small
+
+        return expert_sum_small(*arguments)
+    if triton and w2_SDF.shape[1] % 8 == w2_SDF.shape[2] % 8 == 0:  # tensor descriptors want rows of whole 16 bytes
+        from mixtralkit.ops.experts.triton_grouped import expert_sum_grouped
+
+        return expert_sum_grouped(*arguments, likely_rows=likely_rows)
+    return expert_sum_reference(*arguments)

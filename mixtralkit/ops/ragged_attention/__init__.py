@@ -1,0 +1,49 @@
+"""Causal attention of several new tokens a sequence to a KV cache that holds them already: prefill, whole or in pieces.
+
+One call for sequences of any lengths at any positions, flattened without padding. Keys and values are read where they
+lie, so a prompt that continues an earlier piece needs no gathering.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from mixtralkit.ops.ragged_attention.reference import ragged_attention_reference
+from mixtralkit.ops.runtime import runs_triton
+
+
+def ragged_attention(
+    q_THC: torch.Tensor,
+    keys_NJSC: torch.Tensor,
+    values_NJSC: torch.Tensor,
+    spans: Sequence[tuple[int, int, int]],
+    spans_B4: torch.Tensor,
+    window: int | None = None,
+) -> torch.Tensor:
+    """Softmax attention of turned queries to the cached keys up to their own: [T, H, C] in the dtype of ``q_THC``.
+
+    Args:
+        q_THC: the sequences' queries, one sequence after the other.
+        keys_NJSC, values_NJSC: one layer's cache, the queries' own keys and values stored.
+        spans: (slot, position of the first query, queries) of each sequence.
+        spans_B4: ``span_table(spans)`` on the device.
+        window: how many keys, its own included, a query sees; None for all.
+    """
+    # The copy engine wants rows of whole 16 bytes; in float32 the tiles, multiplied exactly, outgrow the registers.
+    if not runs_triton(q_THC) or q_THC.element_size() != 2 or q_THC.shape[2] % 8:
+        return ragged_attention_reference(q_THC, keys_NJSC, values_NJSC, spans, window)
+    from mixtralkit.ops.ragged_attention.triton import launch_ragged_attention
+
+    longest = max(queries for _, _, queries in spans)
+    return launch_ragged_attention(q_THC, keys_NJSC, values_NJSC, spans_B4, longest, window)
+
+
+def span_table(spans: Sequence[tuple[int, int, int]]) -> torch.Tensor:
+    """Slot, position, queries and first row among the queries of each sequence: int32 [B, 4] on the CPU."""
+    rows, start = [], 0
+    for slot, position, queries in spans:
+        rows.append((slot, position, queries, start))
+        start += queries
+    return torch.tensor(rows, dtype=torch.int32)
