@@ -39,7 +39,7 @@ generate(model=ckpts, max_gen_len=3, temperature=0.0, device="cpu")
 def site(tmp_path_factory) -> Path:
     """A folder with the installed wheel, which was built from a copy: building leaves files behind."""
     folder = tmp_path_factory.mktemp("wheel")
-    for name in ("mixtralkit", "configs"):
+    for name in ("mixtralkit", "lab", "configs"):
         shutil.copytree(ROOT / name, folder / "tree" / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / "tree")
