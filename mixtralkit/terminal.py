@@ -31,6 +31,7 @@ class Session:
         self.is_terminal = self.reads and sys.stdin.isatty()
         self._as_character = self.is_terminal and world_size > 1 and termios is not None
         self._pressed = self._in_prompt = False
+        self._at_start = True  # a byte order mark may be there
         self._early_lines: list[str] = []
         self._settings: list[Any] | None = None
 
@@ -59,6 +60,7 @@ class Session:
             try:
                 if not self.is_terminal:
                     line = sys.stdin.readline()
+                    line, self._at_start = line.removeprefix("\ufeff") if self._at_start else line, False
                     return line.rstrip("\r\n") if line else None
                 line = input(prompt)
                 if _CTRL_C.decode() not in line:

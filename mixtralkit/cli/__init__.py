@@ -17,6 +17,7 @@ COMMANDS = {
     "show": "mixtralkit.cli.profile:show",
     "popularity": "mixtralkit.cli.profile:popularity",
     "plan": "mixtralkit.cli.plan:plan",
+    "convert-plan": "mixtralkit.planning.convert:convert_plan",
     "simulate": "mixtralkit.cli.simulate:simulate",
     "measure": "mixtralkit.cli.measure:measure",
     "tune": "lab.tune_kernels:tune",

@@ -22,7 +22,7 @@ from mixtralkit.planning.policies.inputs import Budget
 from mixtralkit.planning.policies.quality import measure
 from mixtralkit.planning.policies.registry import Given, make_plan
 from mixtralkit.planning.replay import Execution
-from mixtralkit.planning.trace import RoutingTrace, load_loads
+from mixtralkit.planning.trace import load_routing
 
 FORMATS = {"mixtralkit": "plan", "sglang": "sglang", "tensorrt_llm": "tensorrt", "vllm": "vllm", "exflow": "exflow"}
 
@@ -129,8 +129,7 @@ def plan(
 
 
 def _read(path: Path, request: PlanRequest) -> Given:
-    trace = None if path.suffix in (".pt", ".pth") else RoutingTrace.load(path, request.num_experts)
-    loads_LE = load_loads(path, request.num_experts) if trace is None else trace.loads_LE()
+    trace, loads_LE = load_routing(path, request.num_experts)
     model = ModelConfig.from_file(shipped("models", request.model))
     shape = ModelShape.of(model, parse_dtype(request.dtype).itemsize)
     shape = replace(shape, num_experts=loads_LE.shape[1], top_k=shape.top_k if trace is None else trace.top_k)

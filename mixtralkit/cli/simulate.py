@@ -13,6 +13,7 @@ from mixtralkit.config import ModelConfig, shipped
 from mixtralkit.config.options import Count, Natural
 from mixtralkit.planning import simulate as simulator
 from mixtralkit.planning.cost import ModelShape
+from mixtralkit.planning.formats import load_plan
 from mixtralkit.planning.hardware import Hardware
 from mixtralkit.planning.plan import ExpertPlan
 from mixtralkit.planning.policies.registry import POLICIES, Given, make_plan
@@ -88,10 +89,7 @@ def simulate(
 
 def _load_plan(name: str, routing: RoutingTrace, world_size: int | None, ranks_per_node: int | None) -> ExpertPlan:
     if name.partition("+")[0] not in POLICIES:
-        loaded = ExpertPlan.load(name)
-        if world_size not in (None, loaded.world_size):
-            raise ValueError(f"{name}: world_size ({loaded.world_size}) must be --world_size ({world_size})")
-        return loaded
+        return load_plan(name, num_experts=routing.num_experts, world_size=world_size)
     if world_size is None:
         raise ValueError(f"--world_size is missing: plan {name} needs it")
     return make_plan(name, Given.of(routing, world_size, ranks_per_node=ranks_per_node))

@@ -5,8 +5,9 @@ format          content
 ==============  ======================================================================================================
 ``plan``        ours, ``plan.json`` (``ExpertPlan.save``); the only one that holds capacities, nodes and notes
 ``sglang``      ``physical_to_logical_map`` [L, slots of all ranks], rank after rank; JSON, or a dict in a ``.pt``
-``tensorrt``    YAML: ``num_slots``, ``initial_global_assignments`` {layer: [slots of all ranks], rank after rank}
-``vllm``        expert map, JSON: ``layer_list`` of ``device_list`` of ``device_expert`` [slots of the rank]
+``tensorrt``    YAML: ``num_slots``, ``initial_global_assignments`` {layer: [slots of all ranks], rank after rank}, at
+                the top or as ``load_balancer`` of ``moe_config``
+``vllm-ascend`` expert map, JSON: ``layer_list`` of ``device_list`` of ``device_expert`` [slots of the rank]
 ``exflow``      CSV ``Expert,Node``: the one rank of expert ``layer · num_experts + e``
 ==============  ======================================================================================================
 """
@@ -16,13 +17,18 @@ from __future__ import annotations
 import csv
 import io
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from mixtralkit.json_file import check_finite, parse_json, read_bytes, shown
 from mixtralkit.planning.plan import ExpertPlan
+
+MOST_BYTES, MOST_YAML_BYTES = 256 << 20, 16 << 20
+_OTHER_NAMES = {"vllm": "vllm-ascend", "tensorrt_llm": "tensorrt", "mixtralkit": "plan"}
 
 Slots = list[list[list[int]]]  # [L][W][slots of that rank]
 
@@ -62,11 +68,13 @@ def load_plan(
         world_size: W; ``sglang`` and ``tensorrt`` need it, for the others it must be what the file says.
 
     Raises:
-        ValueError: naming the file and what is wrong with it, an expert twice on one rank among other things.
+        ValueError: naming the file and what is wrong with it. Foreign formats may have an expert twice on one rank,
+            as EPLB gives: the second changes no result and is left out, and a warning counts them.
     """
     try:
-        content = _parse(Path(path))
+        content = _inside(_parse(Path(path)))
         found = _recognise(content)
+        format = _OTHER_NAMES.get(format, format)
         if format is not None and format not in FORMATS:
             raise ValueError(f"format ({format!r}) must be one of {', '.join(FORMATS)}")
         if format is not None and format != found:
@@ -84,6 +92,7 @@ def save_plan(plan: ExpertPlan, path: str | Path, format: str = "plan") -> None:
     Foreign formats hold who has which expert and nothing else: policy, nodes and notes are left out. ValueError for
     what would change the result: a capacity; slots that are unequal or empty; in ``exflow`` a replica.
     """
+    format = _OTHER_NAMES.get(format, format)
     if format not in FORMATS:
         raise ValueError(f"format ({format!r}) must be one of {', '.join(FORMATS)}")
     if format == "plan":
@@ -103,7 +112,7 @@ def save_plan(plan: ExpertPlan, path: str | Path, format: str = "plan") -> None:
 
 def _parse(path: Path) -> Any:
     """What the file holds: an object of JSON, YAML or torch, or the text of a CSV."""
-    raw = path.read_bytes()
+    raw = read_bytes(path, MOST_BYTES)
     if raw.startswith(b"PK") or path.suffix == ".pt":
         return _parse_torch(raw)
     try:
@@ -112,10 +121,13 @@ def _parse(path: Path) -> Any:
         raise ValueError("is neither text nor a torch file") from None
     if text.lstrip().lower().startswith("expert,node"):
         return text
-    try:
-        return json.loads(text)
-    except ValueError:
-        return _parse_yaml(text)
+    if path.suffix == ".json" or text.lstrip().startswith(("{", "[")):
+        try:
+            return parse_json(text)
+        except ValueError:
+            if path.suffix == ".json":
+                raise
+    return _parse_yaml(text)
 
 
 def _parse_torch(raw: bytes) -> Any:
@@ -124,19 +136,40 @@ def _parse_torch(raw: bytes) -> Any:
     try:
         content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds, from zip to pickle
-        raise ValueError(f"is no torch file of plain tensors ({str(error).splitlines()[0]})") from None
+        reason = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
+        raise ValueError(f"is no torch file of plain tensors ({reason})") from None
     if not isinstance(content, Mapping):
-        return content
+        return None
     return {key: value.tolist() if isinstance(value, torch.Tensor) else value for key, value in content.items()}
 
 
 def _parse_yaml(text: str) -> Any:
     import yaml
 
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        return yaml.safe_load(text)
+        if len(text) > MOST_YAML_BYTES:
+            raise ValueError(f"has {len(text):,} characters, more than the {MOST_YAML_BYTES:,} that YAML may have")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, loader)):
+            raise ValueError("has aliases (*name), which are not read: a few lines of them say a list of a billion")
+        content = yaml.load(text, loader)
     except yaml.YAMLError as error:
-        raise ValueError(f"is neither JSON nor YAML ({' '.join(str(error).split())})") from None
+        raise ValueError(f"is neither JSON nor YAML ({' '.join(str(error).split())[:300]})") from None
+    except (RecursionError, OverflowError, TypeError) as error:
+        raise ValueError(f"is YAML that cannot be read ({type(error).__name__})") from None
+    check_finite(content)
+    return content
+
+
+def _inside(content: Any) -> Any:
+    """The plan itself, where TensorRT-LLM's options hold it: ``moe_config`` has a ``load_balancer``, a plan or its
+    file."""
+    for key in ("moe_config", "load_balancer", "moe_load_balancer"):
+        inner = content.get(key) if isinstance(content, Mapping) else None
+        if isinstance(inner, str):
+            raise ValueError(f"{key} names a file ({shown(inner)}); give that one")
+        content = inner if isinstance(inner, Mapping) else content
+    return content
 
 
 def _recognise(content: Any) -> str:
@@ -148,6 +181,8 @@ def _recognise(content: Any) -> str:
                 return name
         if "logical_count" in content:
             raise ValueError("holds only logical_count: a record of loads, to plan from, not a plan")
+        if "records" in content:
+            raise ValueError("is a recording of SGLang: something to plan from, not a plan")
         if "num_slots" in content:
             raise ValueError("lacks initial_global_assignments: TensorRT-LLM's online balancing has no plan to read")
     raise ValueError(f"is no expert plan: knows {', '.join(FORMATS)}")
@@ -160,7 +195,10 @@ def _to_plan(format: str, content: Any, sizes: _Sizes) -> ExpertPlan:
         read = FORMATS[format].read(content, sizes)
         meta = {"layer_ids": read.layer_ids} if read.layer_ids != list(range(len(read.slots))) else {}
         most = max((len(rank) for layer in read.slots for rank in layer), default=0)
-        filled = [[[*rank, *[-1] * (most - len(rank))] for rank in layer] for layer in read.slots]
+        slots, twice = _without_repeats(read.slots)
+        if twice:
+            warnings.warn(f"{twice} replicas on a rank that holds their expert already are left out", stacklevel=4)
+        filled = [[[*rank, *[-1] * (most - len(rank))] for rank in layer] for layer in slots]
         plan = ExpertPlan(np.array(filled), read.num_experts, policy=f"from {format}", meta=meta)
     for name, own, wanted in (
         ("num_experts", plan.num_experts, sizes.num_experts),
@@ -169,6 +207,13 @@ def _to_plan(format: str, content: Any, sizes: _Sizes) -> ExpertPlan:
         if wanted is not None and own != wanted:
             raise ValueError(f"{name} ({own}) must be {wanted}")
     return plan
+
+
+def _without_repeats(slots: Slots) -> tuple[Slots, int]:
+    """The slots without an expert's second replica on one rank, and how many these were."""
+    kept = [[list(dict.fromkeys(rank)) for rank in layer] for layer in slots]
+    count = sum(len(rank) for layer in slots for rank in layer)
+    return kept, count - sum(len(rank) for layer in kept for rank in layer)
 
 
 def _read_sglang(content: Mapping[str, Any], sizes: _Sizes) -> _Read:
@@ -207,8 +252,11 @@ def _read_vllm(content: Mapping[str, Any], sizes: _Sizes) -> _Read:
     layers = _numbered(content["layer_list"], "layer_list", "layer_id")
     for layer, entry in layers.items():
         devices = _numbered(entry.get("device_list"), f"layer {layer}: device_list", "device_id")
-        if list(devices) != list(range(entry.get("device_count", len(devices)))):
-            raise ValueError(f"layer {layer}: device_list has devices {list(devices)} of {entry.get('device_count')}")
+        count = entry.get("device_count", len(devices))
+        if count != len(devices) or list(devices) != list(range(len(devices))):
+            raise ValueError(
+                f"layer {layer}: device_list has devices {shown(list(devices))} of device_count {shown(count)}"
+            )
         where = f"layer {layer}: device_expert"
         slots.append([_whole_numbers(device.get("device_expert"), where, 1) for device in devices.values()])
     if content.get("moe_layer_count", len(slots)) != len(slots):
@@ -220,7 +268,7 @@ def _read_vllm(content: Mapping[str, Any], sizes: _Sizes) -> _Read:
 
 def _write_vllm(plan: ExpertPlan) -> dict[str, Any]:
     layers = []
-    for layer, ranks in zip(_layer_ids(plan), _equal_slots(plan, "vllm"), strict=True):
+    for layer, ranks in zip(_layer_ids(plan), _equal_slots(plan, "vllm-ascend"), strict=True):
         devices = [{"device_id": rank, "device_expert": experts} for rank, experts in enumerate(ranks)]
         layers.append({"layer_id": layer, "device_count": len(devices), "device_list": devices})
     return {"moe_layer_count": len(layers), "layer_list": layers}
@@ -341,6 +389,6 @@ FORMATS: Mapping[str, _Format] = {
     "plan": _Format("slots", None, None),
     "sglang": _Format("physical_to_logical_map", _read_sglang, _write_sglang),
     "tensorrt": _Format("initial_global_assignments", _read_tensorrt, _write_tensorrt),
-    "vllm": _Format("layer_list", _read_vllm, _write_vllm),
+    "vllm-ascend": _Format("layer_list", _read_vllm, _write_vllm),
     "exflow": _Format(None, _read_exflow, _write_exflow),
 }

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from mixtralkit.json_file import load_json
+from mixtralkit.json_file import load_json, shown
 
 VERSION = 1
 OVERFLOWS = ("drop", "reroute")
 CUT_ORDERS = ("weight", "arrival")
+MOST_EXPERTS, MOST_CAPACITY = 32768, 1e6  # bounds on what a file may claim
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,15 +53,17 @@ class ExpertPlan:
         slots = slots.clip(-2, 2**31 - 1).astype(np.int32)  # ids too large for int32 stay out of range
         slots.flags.writeable = False
         object.__setattr__(self, "slots_LWS", slots)
-        if isinstance(self.num_experts, bool) or not isinstance(self.num_experts, int) or self.num_experts < 1:
-            raise ValueError(f"num_experts ({self.num_experts!r}) must be a whole number of at least 1")
+        if isinstance(self.num_experts, bool) or not isinstance(self.num_experts, int):
+            raise ValueError(f"num_experts ({shown(self.num_experts)}) must be a whole number")
+        if not 1 <= self.num_experts <= MOST_EXPERTS:
+            raise ValueError(f"num_experts ({shown(self.num_experts)}) must lie in 1 … {MOST_EXPERTS}")
         self._check_slots()
         per_node = self.ranks_per_node
         if per_node is not None and (not isinstance(per_node, int) or per_node < 1 or self.world_size % per_node):
             raise ValueError(f"ranks_per_node ({per_node!r}) must divide world_size ({self.world_size})")
         factor = self.cold_capacity_factor
-        if factor is not None and not (_is_number(factor) and 0 <= factor < float("inf")):
-            raise ValueError(f"cold_capacity_factor ({factor!r}) must be null or a number of at least 0")
+        if factor is not None and not (_is_number(factor) and 0 <= factor <= MOST_CAPACITY):
+            raise ValueError(f"cold_capacity_factor ({shown(factor)}) must be null or a number in 0 … {MOST_CAPACITY}")
         if not (_is_number(self.cold_token_percent) and 0 < self.cold_token_percent <= 1):
             raise ValueError(f"cold_token_percent ({self.cold_token_percent!r}) must lie in (0, 1]")
         if self.overflow not in OVERFLOWS:
@@ -161,17 +164,21 @@ class ExpertPlan:
         if missing:
             raise ValueError(f"plan lacks: {', '.join(missing)}")
         if content["version"] != VERSION:
-            raise ValueError(f"version ({content['version']!r}) must be {VERSION}")
+            raise ValueError(f"version ({shown(content['version'])}) must be {VERSION}")
+        meta, policy = content.get("meta", {}), content.get("policy", "unknown")
+        if not isinstance(meta, Mapping) or not isinstance(policy, str):
+            name, value, kind = ("meta", meta, "an object") if isinstance(policy, str) else ("policy", policy, "a text")
+            raise ValueError(f"{name} ({shown(value)}) must be {kind}")
         plan = cls(
             slots_LWS=_rectangle(content["slots"]),
             num_experts=content["num_experts"],
             ranks_per_node=content.get("ranks_per_node"),
-            policy=content.get("policy", "unknown"),
+            policy=policy,
             cold_capacity_factor=content.get("cold_capacity_factor"),
             cold_token_percent=content.get("cold_token_percent", 1.0),
             overflow=content.get("overflow", "drop"),
             cut_order=content.get("cut_order", CUT_ORDERS[0]),
-            meta=content.get("meta", {}),
+            meta=meta,
         )
         for name in ("num_layers", "world_size"):
             if content[name] != getattr(plan, name):

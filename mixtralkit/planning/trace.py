@@ -8,11 +8,15 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from mixtralkit.json_file import check_ordinary, conform, parse_json
+from mixtralkit.planning.recordings import is_recording, read_recording
 from mixtralkit.planning.trace_parts import check_replaceable, parts_of, read_parts
+
+_MOST_UNPACKED = 200  # times its own size that an archive may unpack to; routing packs about five times
 
 
 @dataclass(frozen=True)
@@ -224,12 +228,18 @@ class RoutingTrace:
         """Reads a trace; errors name the file.
 
         Also ``.npy`` of whole numbers, [tokens, layers] (ExFlow) or [tokens, layers, top_k] (vLLM's routed experts),
-        and ``.npz`` with one such array for every sequence. A trace whose recording was stopped is read from its parts.
+        ``.npz`` with one such array for every sequence, and SGLang's ``per_token`` recordings (``load_routing``). A
+        trace whose recording was stopped is read from its parts.
 
         Args:
             num_experts: experts of the model, for files that do not say; left out, the highest id decides, with a
                 warning. Where the file says it, both must agree.
         """
+        if is_recording(path):
+            trace, _ = load_routing(path, num_experts)
+            if trace is None:
+                raise ValueError(f"{path}: has loads alone, to plan from; here the routing of each token is needed")
+            return trace
         try:
             parts = [] if Path(path).exists() else parts_of(path)
             arrays = read_parts(parts) if parts else _read_arrays(Path(path))
@@ -274,57 +284,65 @@ class RoutingTrace:
         )
 
 
-def load_loads(path: str | Path, num_experts: int | None = None) -> np.ndarray:
-    """float64 [L, E], loads from any trace that ``RoutingTrace.load`` reads, or from the ``.pt`` that SGLang's expert
-    recorder writes (``logical_count`` [steps, L, E] or [L, E], summed over steps); errors name the file."""
-    if Path(path).suffix not in (".pt", ".pth"):
-        return RoutingTrace.load(path, num_experts).loads_LE().astype(np.float64)
+def load_routing(path: str | Path, num_experts: int | None = None) -> tuple[RoutingTrace | None, np.ndarray]:
+    """The trace, and float64 loads [L, E], of any file that records routing; errors name it.
+
+    Reads what ``RoutingTrace.load`` reads and what ``planning.recordings`` lists; the trace is None for those that keep
+    loads alone.
+    """
+    if not is_recording(path):
+        trace = RoutingTrace.load(path, num_experts)
+        return trace, trace.loads_LE().astype(np.float64)
     try:
-        return _sglang_loads(Path(path), num_experts)
+        recording = read_recording(path)
+        found = recording.loads_LE.shape[1]
+        if num_experts is not None and found != num_experts:
+            raise ValueError(f"num_experts ({num_experts}) must be the {found} that it has")
+        if recording.experts_TLK is None:
+            return None, recording.loads_LE
+        trace = RoutingTrace(recording.experts_TLK, found, sequence=recording.sequence_T, position=recording.position_T)
+        return trace, recording.loads_LE
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _sglang_loads(path: Path, num_experts: int | None) -> np.ndarray:
-    import torch
-
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise ValueError(f"cannot be read ({error.strerror})") from None
-    except Exception as error:  # what torch raises for a file that is no archive differs by version
-        raise ValueError(f"is not a recording of plain tensors ({str(error).splitlines()[0]})") from None
-    count = content.get("logical_count") if isinstance(content, dict) else None
-    if not isinstance(count, torch.Tensor) or count.ndim not in (2, 3):
-        raise ValueError("logical_count [steps, layers, experts] is missing")
-    loads_LE = count.double().reshape(-1, *count.shape[-2:]).sum(0).numpy()
-    if not (np.isfinite(loads_LE).all() and (loads_LE >= 0).all()):
-        raise ValueError("logical_count must be finite numbers of at least 0")
-    if num_experts is not None and loads_LE.shape[1] != num_experts:
-        raise ValueError(f"num_experts ({num_experts}) must be the {loads_LE.shape[1]} that logical_count has")
-    return loads_LE
+def load_loads(path: str | Path, num_experts: int | None = None) -> np.ndarray:
+    """The loads of ``load_routing``."""
+    return load_routing(path, num_experts)[1]
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    size = check_ordinary(path)
     try:
         with open(path, "rb") as file:
+            _check_claims(file, size)
             content = np.load(file, allow_pickle=False)
-            return {"": content} if isinstance(content, np.ndarray) else {name: content[name] for name in content}
+            arrays = {"": content} if isinstance(content, np.ndarray) else {name: content[name] for name in content}
     except OSError as error:
         raise ValueError(f"cannot be read ({error.strerror or error})") from None
-    except (ValueError, EOFError, KeyError, zipfile.BadZipFile):
-        raise ValueError("is not a whole .npy or .npz file of plain arrays") from None
+    except Exception:  # what a damaged archive or header raises differs from one to the next
+        arrays = {"": None}
+    if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+        raise ValueError("is not a whole .npy or .npz file of plain arrays")
+    return arrays
+
+
+def _check_claims(file: BinaryIO, size: int) -> None:
+    """ValueError where an archive says that it unpacks to far more than it holds, before anything is unpacked."""
+    if file.read(2) == b"PK":
+        claimed = sum(entry.file_size for entry in zipfile.ZipFile(file).infolist())
+        if claimed > max(_MOST_UNPACKED * size, 1 << 20):
+            raise ValueError("unpacks to far more than it holds")
+    file.seek(0)
 
 
 def _own(cls: type[RoutingTrace], arrays: dict[str, np.ndarray], num_experts: int | None) -> RoutingTrace:
     if "num_experts" not in arrays:
         raise ValueError("num_experts is missing")
-    said = arrays["num_experts"].item() if arrays["num_experts"].size == 1 else arrays["num_experts"].tolist()
+    said = arrays["num_experts"].item() if arrays["num_experts"].size == 1 else None
     if num_experts is not None and said != num_experts:
         raise ValueError(f"num_experts ({num_experts}) must be the {said} that the file says")
-    meta = json.loads(str(arrays["meta"])) if "meta" in arrays else {}
-    if not isinstance(meta, dict):
-        raise ValueError("meta must be a JSON object")
+    meta = conform(parse_json(str(arrays["meta"])), dict, "meta") if "meta" in arrays else {}
     columns = [arrays.get(name) for name in ("weights", "sequence", "position")]
     return cls(arrays["experts"], said, *columns, meta)
 

@@ -8,9 +8,14 @@ import os
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
+import msgspec
 import numpy as np
+
+from mixtralkit.json_file import check_ordinary, conform, parse_json
+
+_MOST_HEADER_BYTES = 1 << 20
 
 
 def part_of(path: str | Path, rank: int) -> Path:
@@ -86,6 +91,7 @@ def read_parts(paths: Sequence[Path]) -> dict[str, np.ndarray]:
     """The arrays of a trace file from its parts, by sequence and position; a step cut off at the end is left out."""
     header, steps = None, []
     for path in paths:
+        check_ordinary(path)
         with open(path, "rb") as file:
             found = _header(file)
             if found is None:
@@ -109,11 +115,17 @@ def read_parts(paths: Sequence[Path]) -> dict[str, np.ndarray]:
     }
 
 
+class _Header(msgspec.Struct):
+    num_experts: Annotated[int, msgspec.Meta(ge=1, le=32768)]
+    num_layers: Annotated[int, msgspec.Meta(ge=1, le=4096)]
+    top_k: Annotated[int, msgspec.Meta(ge=1, le=512)]
+    meta: dict[str, Any]
+
+
 def _header(file: BinaryIO) -> dict[str, Any] | None:
     try:
-        found = json.loads(file.readline())
-        return found if found["num_layers"] > 0 and found["top_k"] > 0 else None
-    except (ValueError, TypeError, KeyError):
+        return msgspec.to_builtins(conform(parse_json(file.readline(_MOST_HEADER_BYTES)), _Header))
+    except ValueError:
         return None
 
 
@@ -123,10 +135,14 @@ def _steps(data: bytes, num_layers: int, top_k: int) -> Iterator[tuple[np.ndarra
     while at + 4 <= len(data):
         num_spans = int(np.frombuffer(data, np.int32, 1, at)[0])
         body = at + 4 + 12 * num_spans
+        if num_spans < 0:
+            raise ValueError(f"a step has {num_spans} spans")
         if body > len(data):
             return
         sequence, first, length = np.frombuffer(data, np.int32, 3 * num_spans, at + 4).reshape(-1, 3).T
-        tokens = int(length.sum())
+        if length.min(initial=0) < 0:
+            raise ValueError(f"a step has {length.min()} tokens of a sequence")
+        tokens = int(length.sum(dtype=np.int64))
         numbers = num_layers * tokens * top_k
         at = body + 4 * numbers
         if at > len(data):

@@ -60,7 +60,10 @@ def test_scoring_needs_no_generated_token(mixtral):
 
 
 def test_text_completion(mixtral):
-    results = mixtral.text_completion(["Who are you?", "In"], temperature=0, max_gen_len=6, logprobs=True)
+    results = mixtral.text_completion(
+        ["Who are you?", "In"], 0, None, max_gen_len=6, logprobs=True, stop=None, seed=None, stop_token_ids=None
+    )
+    assert all("".join(r["tokens"]) == r["generation"] for r in results)
     ids, _ = mixtral.generate([mixtral.tokenizer.encode(p) for p in ("Who are you?", "In")], 6, temperature=0)
     assert [r["generation"] for r in results] == [mixtral.tokenizer.decode(i) for i in ids]
     assert [len(r["tokens"]) for r in results] == [len(r["logprobs"]) for r in results] == [len(i) for i in ids]

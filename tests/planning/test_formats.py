@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mixtralkit.planning.convert import convert_plan
 from mixtralkit.planning.formats import FORMATS, load_plan, save_plan
 from mixtralkit.planning.plan import ExpertPlan, contiguous
 
@@ -63,7 +64,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(("format", "suffix"), [("sglang", "json"), ("sglang", "pt"), ("tensorrt", "yaml"),
-                                                ("vllm", "json"), ("plan", "json")])  # fmt: skip
+                                                ("vllm-ascend", "json"), ("plan", "json")])  # fmt: skip
 @settings(max_examples=30, deadline=None)
 @given(plan=equal_plans())
 def test_plans_come_back(folder, format, suffix, plan):
@@ -147,7 +148,6 @@ DEVICES = [{"device_expert": [0, 1]}, {"device_expert": [2, 3]}]
     [
         ({MAP: [[0, 1, 2, 3]]}, "world_size"),
         ({MAP: [[0, 1, 2, 3, 4]], "w": 2}, r"5 slots, no multiple of world_size \(2\)"),
-        ({MAP: [[0, 0, 1, 2]], "w": 2}, "layer 0, rank 0 holds expert 0 twice"),
         ({MAP: [[0, 1, 2, 9]], "w": 2}, "expert 9, but a layer has only 4 slots"),
         ({MAP: [[0, 1, 2, 2**40]], "w": 2, "e": 4}, "rank 1 holds expert .* outside 0 … 3"),
         ({MAP: [[0, 1, 2, -1]], "w": 2}, "-1, which is no whole number"),
@@ -199,7 +199,7 @@ def test_files_that_cannot_be_read(tmp_path):
 
 def test_a_named_format_must_be_the_one_found(tmp_path):
     path = _write(tmp_path / "a.json", {MAP: [[0, 1]]})
-    with pytest.raises(ValueError, match=r"format \('vllm'\) is not what the file holds \(sglang\)"):
+    with pytest.raises(ValueError, match=r"format \('vllm-ascend'\) is not what the file holds \(sglang\)"):
         load_plan(path, "vllm")
     with pytest.raises(ValueError, match=r"format \('x'\) must be one of"):
         load_plan(path, "x")
@@ -218,6 +218,79 @@ def test_a_capacity_is_not_lost_in_silence(tmp_path, format):
 def test_what_formats_cannot_hold(tmp_path):
     with pytest.raises(ValueError, match="layer 0: expert 1 is on 2 ranks, and exflow holds no replicas"):
         save_plan(ExpertPlan(np.array([[[0, 1], [1, 2]]]), 3), tmp_path / "a", "exflow")
-    for format in ("sglang", "tensorrt", "vllm"):
+    for format in ("sglang", "tensorrt", "vllm-ascend"):
         with pytest.raises(ValueError, match=f"layer 0, rank 1 holds 1 experts .* {format} needs equally many"):
             save_plan(ExpertPlan(np.array([[[0, 1], [2, -1]]]), 3), tmp_path / "a", format)
+
+
+@given(equal_plans(), st.integers(0, 2**31))
+@settings(deadline=None, max_examples=60)
+def test_second_replicas_on_a_rank_are_left_out_and_counted(tmp_path_factory, plan, seed):
+    """EPLB gives a hot expert two slots of one rank in most cases; such plans were refused."""
+    rng, path = np.random.default_rng(seed), tmp_path_factory.mktemp("plan") / "map.json"
+    slots = [[list(plan.experts_of(layer, w)) for w in range(plan.world_size)] for layer in range(plan.num_layers)]
+    again = int(rng.integers(1, 3))
+    doubled = [[[*rank, *rng.choice(rank, again)] for rank in layer] for layer in slots]
+    path.write_text(json.dumps({MAP: [[int(e) for rank in layer for e in rank] for layer in doubled]}))
+    with pytest.warns(UserWarning, match=f"^{again * plan.num_layers * plan.world_size} replicas on a rank"):
+        read = load_plan(path, num_experts=plan.num_experts, world_size=plan.world_size)
+    assert [
+        [list(read.experts_of(layer, w)) for w in range(read.world_size)] for layer in range(read.num_layers)
+    ] == slots
+
+
+def test_a_load_balancer_inside_tensorrts_options(tmp_path):
+    plan = contiguous(2, 4, 2)
+    save_plan(plan, tmp_path / "plan.yaml", "tensorrt")
+    text = "".join(f"    {line}\n" for line in (tmp_path / "plan.yaml").read_text().splitlines())
+    options = tmp_path / "options.yaml"
+    options.write_text(f"enable_attention_dp: true\nmoe_config:\n  backend: WideEP\n  load_balancer:\n{text}")
+    np.testing.assert_array_equal(load_plan(options, world_size=2).slots_LWS, plan.slots_LWS)
+    options.write_text("moe_config:\n  load_balancer: ./plan.yaml\n")
+    with pytest.raises(ValueError, match=r"load_balancer names a file \('\./plan\.yaml'\)"):
+        load_plan(options, world_size=2)
+
+
+def test_vllm_ascends_map_goes_by_its_name_and_the_old_one(tmp_path):
+    plan = contiguous(2, 4, 2)
+    for name in ("vllm-ascend", "vllm"):
+        save_plan(plan, tmp_path / f"{name}.json", name)
+        np.testing.assert_array_equal(load_plan(tmp_path / f"{name}.json", name).slots_LWS, plan.slots_LWS)
+
+
+@pytest.mark.parametrize("source", FORMATS)
+@pytest.mark.parametrize("target", FORMATS)
+def test_plans_are_converted(tmp_path, source, target):
+    plan = contiguous(2, 4, 2)
+    save_plan(plan, tmp_path / "source", source)
+    convert_plan(tmp_path / "source", tmp_path / "target", target, source, num_experts=4, world_size=2)
+    assert (load_plan(tmp_path / "target", target, num_experts=4, world_size=2).slots_LWS == plan.slots_LWS).all()
+    before = (tmp_path / "target").read_bytes()
+    with pytest.raises(ValueError, match=r"target: exists; .*--overwrite"):
+        convert_plan(tmp_path / "source", tmp_path / "target", "plan", num_experts=4, world_size=2)
+    assert (tmp_path / "target").read_bytes() == before
+
+
+PLAN = '{"version": 1, "num_layers": 1, "world_size": 1, "slots": [[[0]]], "num_experts": %s}'
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("a.yaml", "a: &x [1]\nb: *x\n", "aliases"),
+        ("a.yaml", "initial_global_assignments: {0: [.inf, 1]}\nnum_slots: 2\n", "finite"),
+        ("a.json", "[" * 10**5, "nested too deep"),
+        ("a.json", '{"physical_to_logical_map": [[NaN]]}', "not finite"),
+        ("a.json", '{"records": []}', "a recording of SGLang"),
+        ("a.json", '{"layer_list": [{"layer_id": 0, "device_count": "x", "device_list": []}]}', "device_count"),
+        ("a.json", '{"layer_list": [{"layer_id": 0, "device_count": 10000000000, "device_list": []}]}', "device"),
+        ("a.json", PLAN % '1, "meta": 3', "meta"),
+        ("a.json", PLAN % "1e9", "num_experts"),
+        ("a.json", PLAN % "1000000000", "num_experts"),
+        ("a.json", PLAN % '1, "cold_capacity_factor": 1e300', "cold_capacity_factor"),
+    ],
+)  # fmt: skip
+def test_files_that_are_not_what_they_claim(tmp_path, name, text, says):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=f"{name}: .*{says}"):
+        load_plan(tmp_path / name, num_experts=None, world_size=1)

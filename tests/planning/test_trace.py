@@ -146,7 +146,7 @@ def test_sglang_recording(tmp_path):
 @pytest.mark.parametrize("content", [{}, {"logical_count": torch.ones(3)}, {"logical_count": -torch.ones(2, 2, 3)}])
 def test_bad_sglang_recordings(tmp_path, content):
     torch.save(content, tmp_path / "recording.pt")
-    with pytest.raises(ValueError, match=r"recording.pt: logical_count"):
+    with pytest.raises(ValueError, match=r"recording.pt: .*logical_count"):
         load_loads(tmp_path / "recording.pt")
 
 
@@ -250,5 +250,5 @@ def test_parts_of_different_runs_are_not_mixed(tmp_path):
 
 def test_a_foreign_archive_of_other_things(tmp_path):
     np.savez(tmp_path / "odd.npz", experts=ONE, meta=json.dumps([]), num_experts=3)
-    with pytest.raises(ValueError, match=r"odd.npz: meta must be a JSON object"):
+    with pytest.raises(ValueError, match=r"odd.npz: meta .* must be an object"):
         RoutingTrace.load(tmp_path / "odd.npz")
