@@ -88,7 +88,7 @@ class Exam:
         )  # fmt: skip
         statistics = MoEStatistics(mixtral.model)
         mixtral.engine.observe = statistics
-        facts = {"format": FORMAT, "model": name}
+        facts = {"format": FORMAT, "model": {"config": name}}
         with (
             Results(self.context, self.records, self.folder / name, facts) as results,
             tqdm(total=len(self.works), desc=name, leave=False, disable=not self.context.is_first) as bar,

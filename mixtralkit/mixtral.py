@@ -27,8 +27,11 @@ from mixtralkit.planning.plan import ExpertPlan, contiguous
 class Mixtral:
     """A model with its tokenizer. Over several ranks every rank makes the same calls and gets the same answers."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, limits: LimitOptions | None = None) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(
+        self, model: Transformer, tokenizer: Tokenizer, limits: LimitOptions | None = None,
+        weight_hash: str | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.tokenizer, self.weight_hash = model, tokenizer, weight_hash
         limits = limits or LimitOptions()
         self.engine = Engine(model, tokenizer, limits.prefill_budget, cuda_graphs=limits.cuda_graphs)
         self.defaults = SamplingOptions(seed=limits.seed)
@@ -66,6 +69,7 @@ class Mixtral:
         context: RankContext | None = None,
         source: tuple[CheckpointReader, Tokenizer] | None = None,
         progress: bool = False,
+        hashes: bool = False,
     ) -> Mixtral:
         """Loads a checkpoint of any format onto the ranks that ``torchrun`` started, or onto one.
 
@@ -74,6 +78,7 @@ class Mixtral:
             context: the ranks, when the caller has started them.
             source: ``open_source`` of the checkpoint, when the caller has opened it.
             progress: show a bar on stderr while weights load.
+            hashes: hash all weights while they are read (``weight_hash``).
         """
         context = RankContext.start(config.limits.device) if context is None else context
         with context.agreed():
@@ -85,8 +90,13 @@ class Mixtral:
             layout = choose_layout(architecture, context, config)
             model = Transformer(layout, context, choose_dtype(config.limits.dtype, context.device), config.moe)
             model.allocate_cache()
-        load_into(model.named_tensors(), layout, reader, context, progress)
-        return cls(model, tokenizer, config.limits)
+        weight_hash = load_into(model.named_tensors(), layout, reader, context, progress, hashes=hashes)
+        return cls(model, tokenizer, config.limits, weight_hash)
+
+    @classmethod
+    def from_parts(cls, model: Transformer, tokenizer: Tokenizer, seed: int = 1) -> Mixtral:
+        """From a model that is already there."""
+        return cls(model, tokenizer, LimitOptions(seed=seed))
 
     def close(self) -> None:
         """Leaves the group of ranks, if building joined one."""

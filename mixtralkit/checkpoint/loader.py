@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from mixtralkit.checkpoint.reader import Block, CheckpointReader
 from mixtralkit.checkpoint.staging import Stage
+from mixtralkit.checkpoint.weight_hash import WeightHash
 from mixtralkit.distributed import RankContext
 from mixtralkit.layout import Piece, RankLayout
 
@@ -44,12 +45,16 @@ def load_into(
     context: RankContext,
     progress: bool = False,
     threads: int | None = None,
-) -> None:
+    hashes: bool = False,
+) -> str | None:
     """Fills ``parameters`` (named and shaped as ``layout.shapes()``) from ``reader``, each in its own dtype.
 
     Every rank calls it. ``threads`` read at a time (None for ``reading_threads``); ``progress`` draws a bar on rank 0.
-    When it returns, the bytes are there, on a GPU too. ValueError, or RankFailed where another rank failed, when the
-    parameters or the checkpoint do not fit the layout (before any byte is read), and when a file cannot be read.
+    When it returns, the bytes are there, on a GPU too. With ``hashes`` it returns a hash of all weights, the same on
+    every rank and for every layout, made of what is read anyway (``weight_hash``).
+
+    ValueError, or RankFailed where another rank failed, when the parameters or the checkpoint do not fit the layout
+    (before any byte is read), and when a file cannot be read.
     """
     with context.agreed():
         _check(parameters, layout, reader, context)
@@ -58,9 +63,13 @@ def load_into(
     received = {t.key for t in transfers if t.owner != context.rank}
     with torch.no_grad():
         pieces = [piece for piece in layout.pieces() if _key(piece) not in received]
+        counted = _counted(layout, transfers) if hashes else frozenset()
+        weight_hash = WeightHash()
         with context.agreed():
-            _read_all(_blocks(parameters, reader, pieces), reader, context, progress, threads)
+            reads = _reads(parameters, reader, pieces, counted, weight_hash)
+            _read_all(reads, reader, context, progress, threads)
         _share(transfers, parameters, layout, context)
+    return weight_hash.digest(reader.regions, context) if hashes else None
 
 
 def reading_threads(context: RankContext) -> int:
@@ -122,18 +131,37 @@ def _plan_transfers(layout: RankLayout, parameters: Mapping[str, torch.Tensor]) 
     return transfers
 
 
-def _blocks(parameters: Mapping[str, torch.Tensor], reader: CheckpointReader, pieces: Iterable[Piece]) -> list[Block]:
-    """The reads of ``pieces``, in the order of the files."""
-    blocks = [
-        block
+def _counted(layout: RankLayout, transfers: Iterable[Transfer]) -> frozenset[_Key]:
+    """The pieces that this rank adds to the hash: of all that hold one, its owner, or the first where all read it."""
+    owners = {transfer.key: transfer.owner for transfer in transfers}
+    for rank in range(layout.rank + 1):
+        for piece in replace(layout, rank=rank).pieces():
+            owners.setdefault(_key(piece), rank)
+    return frozenset(key for key, owner in owners.items() if owner == layout.rank)
+
+
+def _reads(
+    parameters: Mapping[str, torch.Tensor],
+    reader: CheckpointReader,
+    pieces: Iterable[Piece],
+    counted: frozenset[_Key],
+    weight_hash: WeightHash,
+) -> list[tuple[Block, WeightHash | None]]:
+    """The reads of ``pieces``, in the order of the files, each with the hash that it is added to."""
+    reads = [
+        (block, weight_hash if _key(piece) in counted else None)
         for piece in pieces
         for block in reader.blocks(piece.source, piece.rows, piece.columns, parameters[piece.target][piece.at])
     ]
-    return sorted(blocks, key=reader.order)
+    return sorted(reads, key=lambda read: reader.order(read[0]))
 
 
 def _read_all(
-    blocks: Sequence[Block], reader: CheckpointReader, context: RankContext, progress: bool, threads: int
+    reads: Sequence[tuple[Block, WeightHash | None]],
+    reader: CheckpointReader,
+    context: RankContext,
+    progress: bool,
+    threads: int,
 ) -> None:
     """Reads with ``threads`` at a time, through buffers where bytes cannot go straight to their place."""
     stages = [Stage.allocate(context.device) for _ in range(threads)]
@@ -143,21 +171,21 @@ def _read_all(
 
     def read(i: int) -> int:
         stage = free.get()
-        for later in blocks[i + threads : i + threads + 1]:
+        for later, _ in reads[i + threads : i + threads + 1]:
             later.prefetch()
         try:
-            stage.read(blocks[i])
+            stage.read(*reads[i])
         finally:
             free.put(stage)
-        return blocks[i].nbytes
+        return reads[i][0].nbytes
 
-    total = sum(block.nbytes for block in blocks)
+    total = sum(block.nbytes for block, _ in reads)
     bar = tqdm(
         total=total, unit="B", unit_scale=True, desc=f"loading {reader.folder.name}",
         disable=not (progress and context.is_first),
     )  # fmt: skip
     with bar, ThreadPoolExecutor(threads) as pool:
-        futures = [pool.submit(read, i) for i in range(len(blocks))]
+        futures = [pool.submit(read, i) for i in range(len(reads))]
         try:
             for future in as_completed(futures):
                 bar.update(future.result())

@@ -14,6 +14,7 @@ from mixtralkit.checkpoint.files import ByteFile, Region
 from mixtralkit.checkpoint.index import read_index
 from mixtralkit.checkpoint.names import STYLES, Slab, Stored, rank_tensors, stored_tensors
 from mixtralkit.checkpoint.quantised import method_of_tensors, refusal
+from mixtralkit.checkpoint.weight_hash import WeightHash
 from mixtralkit.layout import canonical_shapes
 
 BLOCK_BYTES = 16 << 20
@@ -61,19 +62,24 @@ class Block:
         end = self.region.position(self.row + self.out.shape[0] - 1, self.column + self.out.shape[1])
         self.region.file.will_need(self.position, end - self.position)
 
-    def read(self, scratch: torch.Tensor | None = None) -> None:
+    def read(self, scratch: torch.Tensor | None = None, weight_hash: WeightHash | None = None) -> None:
         """Fills ``out``: straight where it lies in memory as in the file, else through ``scratch`` (uint8).
 
-        From pinned scratch to a GPU the copy is only begun, on the current stream.
+        From pinned scratch to a GPU the copy is only begun, on the current stream. What was read is added to
+        ``weight_hash``.
         """
         out, dtype = self.out, self.region.dtype
         if out.device.type == "cpu" and out.dtype == dtype and out.stride(1) == 1:
             self.region.read_into(out, self.row, self.column)
+            if weight_hash is not None:
+                weight_hash.add(self.region, self.row, self.column, out)
             return
         if scratch is None or len(scratch) < self.nbytes:
             scratch = torch.empty(self.nbytes, dtype=torch.uint8)
         block = scratch[: self.nbytes].view(dtype).view(out.shape)
         self.region.read_into(block, self.row, self.column)
+        if weight_hash is not None:
+            weight_hash.add(self.region, self.row, self.column, block)
         if out.dtype != dtype or not out.is_contiguous():
             block = block.to(out.device, non_blocking=True)  # so that conversion and transposition run there
         out.copy_(block, non_blocking=True)
@@ -109,6 +115,12 @@ class CheckpointReader:
     def file_bytes(self) -> int:
         """Size of all weight files together."""
         return sum(file.size for file in self._files)
+
+    @property
+    def regions(self) -> list[Region]:
+        """The stored tensors that are read, each once, in the order of the model."""
+        held = {(id(t.region.file), t.region.name): t.region for tiles in self._tiles.values() for t in tiles}
+        return list(held.values())
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Canonical names and shapes, in the order of the model."""

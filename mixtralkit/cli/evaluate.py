@@ -11,7 +11,6 @@ from typing import Literal
 from tqdm import tqdm
 
 from mixtralkit.automatic import with_free_memory
-from mixtralkit.checkpoint.discover import recognise
 from mixtralkit.cli.run import command
 from mixtralkit.cli.running import WatchOptions, is_watched, watched
 from mixtralkit.config import EngineConfig, LimitOptions, ModelConfig, shipped
@@ -25,7 +24,8 @@ from mixtralkit.evaluation import summary
 from mixtralkit.evaluation.prompt_sets import PromptRecord, read_prompts
 from mixtralkit.evaluation.routing_html import ShownSequence, token_texts
 from mixtralkit.evaluation.routing_report import check_report, write_report
-from mixtralkit.evaluation.run import Ran, Results, fingerprint, run, what_cuts, write_json
+from mixtralkit.evaluation.run import Ran, Results, fingerprint, run, write_json
+from mixtralkit.evaluation.run_record import facts_of_plan
 from mixtralkit.evaluation.work import AnswerOptions, make_works
 from mixtralkit.mixtral import Mixtral, check_world_size, choose_dtype, choose_layout, open_source
 from mixtralkit.planning.plan import ExpertPlan
@@ -97,7 +97,7 @@ def evaluate(
             raise ValueError("prompts is missing: the set to score, a .jsonl file (or --compare RUN_A RUN_B)")
         prompts = shipped("prompts", prompts)
         check_world_size(context.world_size, engine.limits.num_gpus)
-        records = read_prompts(prompts)
+        records = read_prompts(prompts, context.world_size)
         reader, tokenizer = open_source(engine.source)
         options = _answer_options(
             reader.config, engine.cache.max_seq_len, window, text_context,
@@ -113,19 +113,22 @@ def evaluate(
     with context.agreed():
         layout = choose_layout(reader.config.with_limits(max_seq_len, max_batch_size), context, engine)
         engine = engine.but(**asdict(layout.parallel), plan=cut.applied(layout.plan))
-        facts = fingerprint(
-            reader.config, [path for part in recognise(engine.source.model).files for path in part], tokenizer.path,
-            prompts, options, str(choose_dtype(engine.limits.dtype, context.device)).removeprefix("torch."),
-            max_seq_len,
-            what_cuts(engine.parallel.plan, context.world_size, layout.parallel.attention, max_batch_size),
-        )  # fmt: skip
+        dtype = str(choose_dtype(engine.limits.dtype, context.device)).removeprefix("torch.")
+        placed = facts_of_plan(
+            engine.parallel.plan, context.world_size, layout.parallel.attention, max_batch_size, dtype
+        )
+        files = [path for part in reader.found.files for path in part]
+        facts = fingerprint(reader.config, files, tokenizer, records, asdict(options), dtype, max_seq_len, placed)
         if routing_report is not None and context.is_first:
             check_report(routing_report)
     with Results(context, records, output, facts) as results:
         if context.is_first and results.done:
             print(f"{output} already has {results.done} of {len(records)} results", file=sys.stderr)
-        if not results.is_complete or routing_report is not None:
-            mixtral = Mixtral.load(engine, context, (reader, tokenizer), progress=is_watched(context))
+        if not results.is_complete or results.needs_weights or routing_report is not None:
+            mixtral = Mixtral.load(
+                engine, context, (reader, tokenizer), is_watched(context), hashes=results.needs_weights
+            )
+            results.confirm(mixtral.weight_hash)
             trace = None if routing_report is None else routing_report / "trace.npz"
             with (
                 watched(

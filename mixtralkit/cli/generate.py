@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from mixtralkit.distributed import RankContext
 from mixtralkit.engine.requests import Completion
 from mixtralkit.engine.sampler import SamplingOptions
 from mixtralkit.evaluation.prompt_sets import PromptRecord, ResultsWriter, read_prompts
-from mixtralkit.mixtral import Mixtral, check_world_size, open_source
+from mixtralkit.evaluation.run_record import RunRecord, claim_output, facts_of_plan, fingerprint
+from mixtralkit.mixtral import Mixtral, check_world_size, choose_dtype, open_source
 
 
 @command
@@ -43,11 +45,16 @@ def generate(
     context = RankContext.start(engine.limits.device)
     with context.agreed():
         check_world_size(context.world_size, engine.limits.num_gpus)
-        records = read_prompts(shipped("prompts", prompts))
+        records = read_prompts(shipped("prompts", prompts), context.world_size)
         source = open_source(engine.source)
         requests, engine = requests_of(source, records, engine, max_gen_len, sampling, stop)
-    results = _Results(context, records, output)
-    mixtral = Mixtral.load(engine, context, source, progress=is_watched(context))
+        answering = {**asdict(sampling), "max_gen_len": max_gen_len, "stop": stop}
+        dtype = str(choose_dtype(engine.limits.dtype, context.device)).removeprefix("torch.")
+        files = [path for part in source[0].found.files for path in part]
+        facts = fingerprint(source[0].config, files, source[1], records, answering, dtype, engine.cache.max_seq_len)
+    results = _Results(context, records, output, facts)
+    mixtral = Mixtral.load(engine, context, source, is_watched(context), hashes=results.needs_weights)
+    results.confirm(mixtral)
     mixtral.engine.plan_manager = manager = updates.manager(mixtral, engine.parallel.hardware)
     with (
         watched(mixtral, watch, {"model": engine.source.model.name, "prompts": prompts.name}),
@@ -66,16 +73,32 @@ def generate(
 class _Results:
     """Prints finished answers, or writes them to the output file, in the order of the prompts; rank 0 does."""
 
-    def __init__(self, context: RankContext, records: list[PromptRecord], output: Path | None) -> None:
+    def __init__(
+        self, context: RankContext, records: list[PromptRecord], output: Path | None, facts: dict[str, Any]
+    ) -> None:
         self._context, self._records = context, records
         self._held: dict[int, Completion] = {}
         self._writer: ResultsWriter | None = None
+        self._record: RunRecord | None = None
         with context.agreed():
             if output is not None and context.is_first:
+                self._record = claim_output(output, facts)
                 self._writer = ResultsWriter(output, records)
-        self.done: int = context.broadcast_object(self._writer.done if self._writer else 0)
+        wanted = self._record is not None and self._record.needs_weights
+        done = self._writer.done if self._writer else 0
+        self.done, self.needs_weights = context.broadcast_object((done, wanted))
         if self.done and context.is_first:
             print(f"{output} already has {self.done} of {len(records)} results", file=sys.stderr)
+
+    def confirm(self, mixtral: Mixtral) -> None:
+        """Says which weights and plan run; an error where the output is of others. Collective."""
+        model, context = mixtral.model, self._context
+        with context.agreed():
+            if self._record is not None:
+                layout, dtype = model.layout, str(model.dtype)[6:]
+                batch = model.params.max_batch_size
+                placed = facts_of_plan(layout.plan, context.world_size, layout.parallel.attention, batch, dtype)
+                self._record.confirm(mixtral.weight_hash, **placed)
 
     def __enter__(self) -> _Results:
         return self

@@ -25,7 +25,8 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
     Raises:
         ValueError: naming the first message that the template cannot take.
     """
-    _say(describe_template(tokenizer))
+    if tokenizer.chat_template is not None or tokenizer.version != 1:
+        _say(describe_template(tokenizer))
     if tokenizer.chat_template is not None:
         return tokenizer.encode_rendered(render(tokenizer, messages))
     check_dialog(messages)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import binomtest
 
-from mixtralkit.evaluation.run import RESULTS, SUMMARY, read_json, read_rows
+from mixtralkit.evaluation.run import RESULTS, SUMMARY, read_rows
 from mixtralkit.evaluation.summary import (
     CONFIDENCE,
     RESAMPLES,
@@ -23,6 +23,7 @@ from mixtralkit.evaluation.summary import (
     metrics_of,
     resamples,
 )
+from mixtralkit.json_file import read_object
 
 PERMUTATIONS = 10_000
 RELATIVE_ROUNDING = 1e-5  # of a text's log-likelihood, in float32 and other batches
@@ -77,7 +78,7 @@ def _rows(folder: Path) -> list[Row]:
     rows = read_rows(folder / RESULTS)
     if not (folder / SUMMARY).exists():
         raise ValueError(f"{folder}: is not a finished run ({len(rows)} results, no {SUMMARY}); start it again first")
-    wanted = read_json(folder / SUMMARY).get("records")
+    wanted = read_object(folder / SUMMARY).get("records")
     if len(rows) != wanted:
         raise ValueError(f"{folder / RESULTS}: has {len(rows)} results, not the {wanted} of {SUMMARY}")
     return rows

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from mixtralkit.engine.chat import check_messages
+from mixtralkit.json_file import check_ordinary, shown
 
 try:
     import fcntl
@@ -52,11 +53,16 @@ class PromptRecord:
         return "text" if self.is_text else "prompt" if isinstance(self.prompt, str) else "messages"
 
 
-def read_prompts(path: str | Path) -> list[PromptRecord]:
-    """Reads ``.jsonl`` (an object a line) or ``.txt`` (a prompt a line); ValueError names file and line."""
+def read_prompts(path: str | Path, ranks: int = 1) -> list[PromptRecord]:
+    """Reads ``.jsonl`` (an object a line) or ``.txt`` (a prompt a line); ValueError names file and line.
+
+    A pipe is read to its end, where only one of ``ranks`` reads.
+    """
     path = Path(path)
     if path.suffix not in (".jsonl", ".txt"):
         raise ValueError(f"{path}: a prompts file ends in .jsonl or .txt")
+    if ranks > 1:
+        check_ordinary(path)
     try:
         lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
     except OSError as error:
@@ -92,7 +98,9 @@ def _record(line: str, index: int, number: int, is_json: bool) -> PromptRecord:
             raise ValueError("the prompt is empty")
         return PromptRecord(index, line, line=number)
     try:
-        content = json.loads(line)
+        content = json.loads(line, parse_constant=_not_finite)
+    except RecursionError:
+        raise ValueError("not JSON (nested too deep)") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg} at character {error.pos + 1})") from None
     if not isinstance(content, dict):
@@ -112,6 +120,10 @@ def _record(line: str, index: int, number: int, is_json: bool) -> PromptRecord:
     return record
 
 
+def _not_finite(text: str) -> float:
+    raise ValueError(f"not JSON (the number {text} is not finite)")
+
+
 def _check(record: PromptRecord, key: str) -> None:
     if isinstance(record.id, bool) or not isinstance(record.id, int | str):
         raise ValueError(f"id ({record.id!r}) must be a text or a whole number")
@@ -122,16 +134,17 @@ def _check(record: PromptRecord, key: str) -> None:
     elif not record.prompt:
         raise ValueError(f"the {key} is empty")
     length = record.max_gen_len
-    if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 0):
-        raise ValueError(f"max_gen_len ({length!r}) must be a whole number of at least 0")
+    if length is not None and (isinstance(length, bool) or not isinstance(length, int) or not 0 <= length < 2**31):
+        raise ValueError(f"max_gen_len ({shown(length)}) must be a whole number of at least 0 and below 2^31")
 
 
 class ResultsWriter:
     """Writes results in the order of the prompts, each line as soon as all before it are there.
 
     A file that already holds the results of the first prompts is continued: ``done`` says how many. What a stop left
-    of a line is cut off. Every line goes to the operating system at once, so a killed run leaves whole lines. The file
-    is locked while it is open: a rank that outlived its killed launcher may still be writing.
+    of a line is cut off with the first result; nothing is written before it. Every line goes to the operating system at
+    once, so a killed run leaves whole lines. The file is locked while it is open: a rank that outlived its killed
+    launcher may still be writing.
     """
 
     def __init__(self, path: str | Path, records: Sequence[PromptRecord]) -> None:
@@ -144,7 +157,7 @@ class ResultsWriter:
         try:
             self._lock()
             self.done, self._end = self._existing()
-            self._cut()
+            self._is_cut = False
         except BaseException:
             self.close()
             raise
@@ -176,6 +189,9 @@ class ResultsWriter:
             self._file = -1
 
     def _write(self, data: bytes) -> None:
+        if not self._is_cut:
+            self._cut()
+            self._is_cut = True
         try:
             left = memoryview(data)
             while left:
@@ -222,7 +238,7 @@ class ResultsWriter:
     def _match(self, done: int, line: bytes) -> None:
         try:
             found = json.loads(line)["id"]
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             found = None
         wanted = self._records[done].id if done < len(self._records) else None
         if found is None or found != wanted:

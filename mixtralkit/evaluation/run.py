@@ -6,11 +6,8 @@ once all are there, ``summary.json``.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
@@ -18,99 +15,64 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mixtralkit.config import ModelConfig
 from mixtralkit.distributed import RankContext
 from mixtralkit.engine.requests import Completion
 from mixtralkit.evaluation.likelihood import Ids
 from mixtralkit.evaluation.prompt_sets import PromptRecord, ResultsWriter
+from mixtralkit.evaluation.run_record import RunRecord, fingerprint, what_cuts, write_json
 from mixtralkit.evaluation.summary import Measure, Row, as_json, summarise
 from mixtralkit.evaluation.work import AnswerOptions, Work
+from mixtralkit.json_file import conform, parse_json
 from mixtralkit.mixtral import Mixtral
-from mixtralkit.planning.plan import ExpertPlan
 
-FORMAT = 1
+__all__ = ["RESULTS", "RUN", "SUMMARY", "Ran", "Results", "fingerprint", "read_rows", "run", "what_cuts", "write_json"]
+
 RUN, RESULTS, SUMMARY = "run.json", "results.jsonl", "summary.json"
 # Records that are sorted and run together: batches of them are full but for the last, and a stop costs no more.
 CHUNK_BATCHES, SMALLEST_CHUNK = 16, 64
-_END_BYTES = 1 << 16  # of a weight file, from each end: its headers, and in a .pth the tensors' checksums
-
-
-def fingerprint(
-    config: ModelConfig,
-    weights: Sequence[Path],
-    tokenizer: Path,
-    prompts: Path,
-    options: AnswerOptions,
-    dtype: str,
-    max_seq_len: int,
-    cut: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """What decides a run's results, as JSON values without machine paths.
-
-    The number of ranks, the plan and the batch size are not in it: they do not change results (in float32; rounding
-    aside). Only where a capacity below the need may drop rows do they, and then ``cut`` (``what_cuts``) has them.
-    """
-    model = {"config": _limitless(config), "files": [_file_mark(path) for path in weights]}
-    chosen = {**asdict(options), "max_seq_len": max_seq_len, "dtype": dtype}
-    facts = {"model": model, "tokenizer": _digest(tokenizer), "prompts": _digest(prompts), "options": chosen}
-    return json.loads(json.dumps({"format": FORMAT, **facts, "capacity": cut}))
-
-
-def what_cuts(plan: ExpertPlan, world_size: int, attention: str, max_batch_size: int) -> dict[str, Any] | None:
-    """What decides which rows a plan with a capacity drops; None for a plan without."""
-    if plan.cold_capacity_factor is None:
-        return None
-    return {
-        "plan": hashlib.sha256(json.dumps(plan.slots_LWS.tolist()).encode()).hexdigest(),
-        "cold_capacity_factor": plan.cold_capacity_factor,
-        "cold_token_percent": plan.cold_token_percent,
-        "overflow": plan.overflow,
-        "cut_order": plan.cut_order,
-        "ranks": world_size,
-        "attention": attention,
-        "max_batch_size": max_batch_size,
-    }
-
-
-def _limitless(config: ModelConfig) -> dict[str, Any]:
-    """The model's numbers without those that a caller chooses."""
-    return {name: value for name, value in asdict(config).items() if name not in ("max_seq_len", "max_batch_size")}
-
-
-def _digest(path: Path) -> str:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def _file_mark(path: Path) -> dict[str, Any]:
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        digest = hashlib.sha256(file.read(_END_BYTES))
-        file.seek(max(0, size - _END_BYTES))
-        digest.update(file.read())
-    return {"name": path.name, "bytes": size, "sha256_of_ends": digest.hexdigest()}
+_MANY_SEQUENCES = 100  # of one record, from which on the bar counts them
 
 
 class Results:
     """Takes results on rank 0, into a folder or into memory alone. Every rank makes the same calls.
 
     A folder with the beginning of this very run is continued: ``done`` says on every rank how many results it has.
+    Nothing is written before ``confirm``, and nothing of another run is ever touched.
+
+    Args:
+        run: what decides the results (``run_record.fingerprint``).
+        overwrite: throws away another run's files that are in the folder.
     """
 
     def __init__(
-        self, context: RankContext, records: Sequence[PromptRecord], folder: Path | None, run: Mapping[str, Any]
+        self,
+        context: RankContext,
+        records: Sequence[PromptRecord],
+        folder: Path | None,
+        run: Mapping[str, Any],
+        overwrite: bool = False,
     ) -> None:
         self._context, self._records, self._folder = context, records, folder
         self._rows: dict[int, Row] = {}
         self._writer: ResultsWriter | None = None
+        self._record: RunRecord | None = None
         with context.agreed():
             if folder is not None and context.is_first:
-                _claim(folder, run)
+                self._record = _claim(folder, run, overwrite)
                 self._writer = ResultsWriter(folder / RESULTS, records)
                 self._rows = dict(enumerate(read_rows(folder / RESULTS, self._writer.done)))
-        self.done: int = context.broadcast_object(len(self._rows))
+        wanted = self._record is not None and self._record.needs_weights
+        self.done, self.needs_weights = context.broadcast_object((len(self._rows), wanted))
+
+    def confirm(self, weights: str | None = None) -> None:
+        """Says the hash of the weights that run; ValueError where the folder's results are another model's. Collective.
+
+        ``add`` and ``finish`` do it without a hash, for callers that know none.
+        """
+        with self._context.agreed():
+            if self._record is not None:
+                self._record.confirm(weights)
+        self.needs_weights = False
 
     def __enter__(self) -> Results:
         return self
@@ -126,6 +88,8 @@ class Results:
     def add(self, place: int, make_result: Callable[[], dict[str, Any]]) -> None:
         """Takes the result of record ``place``, made on rank 0; one that is there already stays. Collective, so that
         a full disk or a score that cannot be made stops every rank."""
+        if self.needs_weights:
+            self.confirm()
         with self._context.agreed():
             if not self._context.is_first or place < self.done:
                 return
@@ -138,6 +102,8 @@ class Results:
     def finish(self) -> list[Measure]:
         """The summary, which the folder gets too; on rank 0, elsewhere empty. Collective."""
         measures: list[Measure] = []
+        if self.needs_weights:
+            self.confirm()
         with self._context.agreed():
             if self._context.is_first:
                 measures = summarise([self._rows[place] for place in range(len(self._records))])
@@ -146,57 +112,21 @@ class Results:
         return measures
 
 
-def _claim(folder: Path, run: Mapping[str, Any]) -> None:
-    """Makes the folder this run's, or ValueError where it is another's."""
+def _claim(folder: Path, run: Mapping[str, Any], overwrite: bool) -> RunRecord:
+    """The folder's record, of this run or still to be written; ValueError where the folder is anybody else's."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"{folder}: cannot be made a folder ({error.strerror})") from None
-    if (folder / RUN).exists():
-        difference = _difference(read_json(folder / RUN), run)
-        if difference:
-            raise ValueError(f"{folder}: holds a run of {difference}; name another output folder, or remove this one")
-        return
-    if (folder / RESULTS).exists():
-        raise ValueError(f"{folder}: has {RESULTS} but no {RUN} that says of what; name another output folder")
-    write_json(folder / RUN, run)
-
-
-def _difference(old: Any, new: Mapping[str, Any]) -> str:
-    """How a found run differs from the wanted one, in words; empty where it does not."""
-    if not isinstance(old, dict) or old.get("format") != new["format"]:
-        return "another format"
-    for name, words in (("model", "another model"), ("tokenizer", "another tokenizer"), ("prompts", "another set")):
-        if old.get(name) != new[name]:
-            return words
-    for part in ("options", "capacity"):
-        before, now = old.get(part) or {}, new[part] or {}
-        for name in dict.fromkeys((*now, *before)):
-            if before.get(name) != now.get(name):
-                return f"another setting: {name} was {before.get(name)!r}, is {now.get(name)!r}"
-    return ""
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file; ValueError names it."""
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError:
-        raise ValueError(f"{path}: is not JSON") from None
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON file, whole or not at all."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    try:
-        unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
-        unfinished.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)
-        raise OSError(f"{path}: cannot be written ({error.strerror})") from None
+    if overwrite and (folder / RUN).exists():
+        for name in (RUN, RESULTS, SUMMARY):
+            (folder / name).unlink(missing_ok=True)
+    advice = "name another output folder, or replace it with --overwrite"
+    if not (folder / RUN).exists():
+        held = sorted(path.name for path in folder.iterdir() if path.name != RESULTS or path.stat().st_size)
+        if held:
+            raise ValueError(f"{folder}: has {held[0]} but no {RUN} that says of what; name another output folder")
+    return RunRecord(folder / RUN, run, folder, advice)
 
 
 def read_rows(path: Path, count: int | None = None) -> list[Row]:
@@ -208,8 +138,8 @@ def read_rows(path: Path, count: int | None = None) -> list[Row]:
                 if count is not None and number > count:
                     break
                 try:
-                    rows.append(Row.of(json.loads(line)))
-                except (ValueError, TypeError, KeyError):
+                    rows.append(Row.of(conform(parse_json(line), dict)))
+                except ValueError:
                     raise ValueError(f"{path}, line {number}: is not a scored result") from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
@@ -288,4 +218,6 @@ def _run_chunk(
             completions = [done for _, done in sorted(found.pop(place).items())]
             results.add(place, lambda work=work, done=completions: work.result(mixtral, done))
             bar.update()
+        elif len(work.sequences) >= _MANY_SEQUENCES:
+            bar.set_postfix_str(f"{len(found[place])} of {len(work.sequences)} choices")
     return ran

@@ -14,6 +14,7 @@ from decimal import Decimal
 from typing import Any
 
 from mixtralkit.evaluation.prompt_sets import PromptRecord
+from mixtralkit.json_file import shown
 
 CHOICE_METRICS = ("accuracy", "accuracy_per_token", "accuracy_per_byte")
 TEXT_METRICS = ("nats_per_token", "perplexity", "bits_per_byte")
@@ -21,12 +22,14 @@ PERPLEXITY = "perplexity"  # as a record's metric: score the prompt itself
 
 # Log-likelihoods closer than this (nats) differ by float32 rounding; the first choice of them counts.
 TIE = 1e-5
+MOST_MATCHING_S, MOST_PATTERN, MOST_REPEATS = 5.0, 10_000, 10_000  # of a regular expression
+MOST_EXPONENT = 10_000  # of a number in a text
 _LARGEST_EXPONENT = 700.0  # of e in float64
 
 # 1,234.5 or 1234.5 or .5, perhaps with an exponent; the sign only where it is not between two operands
 _NUMBER = re.compile(
     r"(?P<minus>(?<![\w.)])[-−])?(?:[$€£](?P<inner>[-−])?)?"
-    r"(?P<digits>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?P<exponent>[eE][+-]?\d+)?"
+    r"(?P<digits>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?P<exponent>[eE][+-]?\d{1,4300})?"
 )
 
 
@@ -187,8 +190,25 @@ def contains(generation: str, target: str) -> float:
 
 
 def regex(generation: str, target: str) -> float:
-    """The target, a Python regular expression, matches somewhere."""
-    return float(re.search(target, generation) is not None)
+    """The target, a Python regular expression, matches somewhere; ValueError where it backtracks without an end."""
+    try:
+        return float(_compiled(target).search(generation, timeout=MOST_MATCHING_S) is not None)
+    except TimeoutError:
+        raise ValueError(f"target ({shown(target)}): took over {MOST_MATCHING_S:g} s to match; it backtracks") from None
+
+
+@functools.lru_cache(maxsize=4096)
+def _compiled(pattern: str) -> Any:
+    """The pattern of the library that can stop matching; ValueError says why it is none."""
+    import regex as library
+
+    counts = [int(count) for part in re.findall(r"\{(\d*),?(\d*)\}", pattern) for count in part if count.isdigit()]
+    if len(pattern) > MOST_PATTERN or max(counts, default=0) > MOST_REPEATS:
+        raise ValueError(f"longer than {MOST_PATTERN} characters, or repeats more than {MOST_REPEATS} times")
+    try:
+        return library.compile(pattern)
+    except (library.error, OverflowError, RecursionError, MemoryError, ValueError) as error:
+        raise ValueError(str(error)) from None
 
 
 def numeric(generation: str, target: str) -> float:
@@ -200,13 +220,16 @@ def numeric(generation: str, target: str) -> float:
 def final_number(text: str) -> Decimal | None:
     """The number after the first ``####`` (GSM8K's mark), else the last one; None without any.
 
-    Thousands commas, currency and percent signs are dropped: ``-$1,234.50`` is -1234.5, ``50%`` is 50.
+    Thousands commas, currency and percent signs are dropped: ``-$1,234.50`` is -1234.5, ``50%`` is 50. A number whose
+    exponent is beyond ``MOST_EXPONENT`` is none.
     """
     _, _, marked = text.partition("####")
     match = _NUMBER.search(marked)
     if match is None:
         match = next(reversed(list(_NUMBER.finditer(text))), None)
     if match is None:
+        return None
+    if abs(int(match["exponent"][1:] if match["exponent"] else 0)) > MOST_EXPONENT:
         return None
     sign = "-" if match["minus"] or match["inner"] else ""
     return Decimal(sign + match["digits"].replace(",", "") + (match["exponent"] or ""))
@@ -243,9 +266,9 @@ def _chrf_metric() -> Any:
 def _check_patterns(targets: Sequence[str]) -> None:
     for target in targets:
         try:
-            re.compile(target)
-        except re.error as error:
-            raise ValueError(f"target ({target!r}) is no regular expression: {error}") from None
+            _compiled(target)
+        except ValueError as error:
+            raise ValueError(f"target ({shown(target)}) is no regular expression: {error}") from None
 
 
 def _check_numbers(targets: Sequence[str]) -> None:

@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from mixtralkit.evaluation.scoring import PERPLEXITY, TEXT_METRICS, perplexity
+from mixtralkit.json_file import Positive, conform
 
 GROUP_KEYS = ("task", "domain")
 RESAMPLES = 2000
@@ -37,12 +39,24 @@ class Row:
 
     @classmethod
     def of(cls, result: Mapping[str, Any]) -> Row:
-        """From a line of results."""
+        """From a line of results; ValueError where it is none."""
+        said = conform(result, _Scored)
         groups = tuple((key, str(result[key])) for key in GROUP_KEYS if result.get(key) is not None)
-        weights = (result.get(name) for name in ("logprob", "num_tokens", "num_bytes"))
-        if not set(result["scores"]) & set(TEXT_METRICS):
-            weights = (None, None, None)  # keys of these names are the record's own
-        return cls(result["id"], result["scores"], groups, *weights)
+        if not set(said.scores) & set(TEXT_METRICS):  # then keys of these names are the record's own
+            return cls(said.id, said.scores, groups)
+        text = conform(result, _ScoredText)
+        return cls(said.id, said.scores, groups, text.logprob, text.num_tokens, text.num_bytes)
+
+
+class _Scored(msgspec.Struct):
+    id: int | str
+    scores: dict[str, float]
+
+
+class _ScoredText(msgspec.Struct):
+    logprob: float
+    num_tokens: Positive
+    num_bytes: Positive
 
 
 @dataclass(frozen=True, eq=False)

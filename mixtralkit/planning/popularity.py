@@ -156,6 +156,7 @@ def same_top(estimated_E: np.ndarray, real_E: np.ndarray, count: int) -> bool:
     """
     if count >= len(real_E):
         return True
+    estimated_E, real_E = np.asarray(estimated_E), np.asarray(real_E)
     order = np.argsort(-estimated_E, kind="stable")
     return bool(real_E[order[:count]].min() >= real_E[order[count:]].max())
 

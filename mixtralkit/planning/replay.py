@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mixtralkit.planning.capacity import cut_trace
 from mixtralkit.planning.cost import TimeModel, ring_share
 from mixtralkit.planning.dispatch_cost import DISPATCH_COSTS, Pairs, first_kept, is_launched
 from mixtralkit.planning.dispatchers import DISPATCHERS
 from mixtralkit.planning.plan import ExpertPlan
 from mixtralkit.planning.replicas import SMALL_BATCH_CHOICES, ReplicaTable
 from mixtralkit.planning.trace import RoutingTrace
-from mixtralkit.planning.traffic import cut_to_capacity
 
 PHASES = ("attention", "gate", "dispatch", "experts", "combine")
 
@@ -148,7 +148,7 @@ class Replay:
         else:
             local_SE, place_T = np.tile(table.local_WE, (self.steps, 1)), self.step_T * self.world + self.home_T
         weights_TK = None if weights is None else weights[self.kept_T, layer]
-        experts_TK, self.dropped_L[layer], self.rerouted_L[layer] = cut_to_capacity(
+        experts_TK, self.dropped_L[layer], self.rerouted_L[layer] = cut_trace(
             self.plan, local_SE, experts_TK, weights_TK, place_T
         )
         return experts_TK

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -69,7 +69,7 @@ def evaluate(
     if broken:
         with torch.no_grad():
             mixtral.model.named_tensors()["output.weight"].fill_(math.nan)
-    facts = fingerprint(mixtral.model.params, [], prompts, prompts, options, "float32", MAX_SEQ_LEN)
+    facts = fingerprint(mixtral.model.params, [], prompts, prompts, asdict(options), "float32", MAX_SEQ_LEN)
     with Results(context, records, folder, facts) as results:
         ran = run(mixtral, works, options, results, Bar(stop_at), repeat, chunk=4)
         return results.finish(), ran
@@ -274,7 +274,7 @@ def test_the_mark_of_a_model_sees_its_weights(tmp_path):
 
     def mark(**changes) -> dict:
         given = {"config": config, "dtype": "float32", "max_seq_len": 64, **changes}
-        return fingerprint(weights=[path], tokenizer=path, prompts=path, options=options, **given)
+        return fingerprint(weights=[path], tokenizer=path, prompts=path, options=asdict(options), **given)
 
     path.write_bytes(b"a" * 300_000)
     first = mark()

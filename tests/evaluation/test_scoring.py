@@ -7,6 +7,7 @@ from decimal import Decimal
 
 import pytest
 
+from mixtralkit.evaluation import scoring
 from mixtralkit.evaluation.prompt_sets import PromptRecord
 from mixtralkit.evaluation.scoring import (
     GENERATION_METRICS,
@@ -176,3 +177,15 @@ def test_a_dialog_has_no_perplexity():
 )
 def test_texts_and_prompts_have_a_perplexity(record):
     assert question_of(record).kind == "text"
+
+
+def test_expressions_that_never_end_and_numbers_beyond_all_sense(monkeypatch):
+    """They hung the run, or were tracebacks."""
+    monkeypatch.setattr(scoring, "MOST_MATCHING_S", 0.2)
+    with pytest.raises(ValueError, match=r"took over 0\.2 s to match"):
+        scoring.regex("a" * 60, r"^(a|a|aa)+[xb]$")
+    for pattern in ("a{99999999999999999999}", "a{1,20000}", "(" * 20_000, "*", "(?P<a"):
+        with pytest.raises(ValueError, match="is no regular expression"):
+            question_of(PromptRecord(0, "p", target=pattern, more={"metric": "regex"}))
+    assert scoring.final_number("1e99999999999999999999999") is None
+    assert scoring.numeric("1e" + "9" * 5000, "7") == 0.0

@@ -45,7 +45,10 @@ def test_texts_are_weighted_by_their_tokens_and_bytes_and_resampled_as_texts():
     rng = np.random.default_rng(5)
     tokens = rng.integers(5, 300, size=40)
     sizes, logprobs = 4 * tokens, -rng.uniform(1, 4, size=40) * tokens
-    rows = [text_row(i, *values) for i, values in enumerate(zip(logprobs.tolist(), tokens, sizes, strict=True))]
+    rows = [
+        text_row(i, *values)
+        for i, values in enumerate(zip(logprobs.tolist(), tokens.tolist(), sizes.tolist(), strict=True))
+    ]
     found = {measure.metric: measure for measure in summarise(rows)}
     nats = -logprobs.sum() / tokens.sum()
     assert found["nats_per_token"].value == pytest.approx(nats)

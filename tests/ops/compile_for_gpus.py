@@ -15,6 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 import mixtralkit.ops
+from mixtralkit.distributed import SymmetricMemory
 
 OPS = Path(mixtralkit.ops.__file__).parent
 BF16 = torch.bfloat16
@@ -89,6 +90,7 @@ def experts(rows: int, slots: int = 8, width: int = 4096, hidden: int = 14336, s
 
 def rest(rows: int, width: int = 4096, heads: int = 32, kv_heads: int = 8) -> None:
     from mixtralkit.ops.attention.triton import launch_decode_attention, launch_rotate_and_store
+    from mixtralkit.ops.capacity.triton import CapacityRule, cut_rows
     from mixtralkit.ops.gate.triton import gate_rows
     from mixtralkit.ops.linear.triton import default_settings, linear_small
     from mixtralkit.ops.norm.triton import add_rms_norm_rows
@@ -97,6 +99,9 @@ def rest(rows: int, width: int = 4096, heads: int = 32, kv_heads: int = 8) -> No
     x_TD, norm = torch.empty(rows, width, dtype=BF16), (torch.empty(width, dtype=BF16), 1e-5)
     gate_rows(x_TD, torch.empty(8, width, dtype=BF16), 2, norm)
     add_rms_norm_rows(x_TD, x_TD, *norm)
+    chosen_T2, rule = torch.zeros(rows, 2, dtype=torch.int64), CapacityRule(8, 1.1, 0.5, rows != 1, rows != 8)
+    valid_T = None if rows == 256 else chosen_T2[:, 0]
+    cut_rows(chosen_T2, torch.empty(rows, 2), torch.empty(rows, 8), torch.empty(8, dtype=torch.bool), rule, valid_T)
     for outputs in (width, 6144) if rows <= 16 else ():
         linear_small(
             x_TD, torch.empty(outputs, width, dtype=BF16), norm, settings=default_settings(rows, outputs, width)
@@ -109,6 +114,32 @@ def rest(rows: int, width: int = 4096, heads: int = 32, kv_heads: int = 8) -> No
     launch_ragged_attention(q_THC, cache, cache, torch.zeros(1, 4, dtype=torch.int32), rows)
 
 
+def exchange(stays: bool, rows: int = 16, ranks: int = 4, width: int = 4096) -> None:
+    from mixtralkit.ops.symmetric_exchange.triton import fetch_owned, fetch_sums, send_rows
+    from mixtralkit.ops.symmetric_exchange.types import ExchangeMemory
+
+    own, words = torch.empty(2 * rows * ranks, width, dtype=BF16), ExchangeMemory.words_of(ranks, rows, 2)
+    sides = (SymmetricMemory(t, 0, (t.data_ptr(),) * ranks) for t in (own, torch.empty(words, dtype=torch.int64)))
+    memory = ExchangeMemory(*sides, torch.zeros(2, dtype=torch.int64), rows)
+    x_TD, chosen_TK = torch.empty(rows, width, dtype=BF16), torch.zeros(rows, 2, dtype=torch.int64)
+    places_EC, norm = torch.zeros(8, 64, dtype=torch.int32), (torch.empty(width, dtype=BF16), 1e-5)
+    arrived = send_rows(
+        x_TD,
+        chosen_TK,
+        torch.empty(rows, 2),
+        places_EC,
+        rows,
+        memory,
+        None,
+        torch.zeros(rows, dtype=torch.int64),
+        stays,
+    )
+    if stays:
+        fetch_owned(arrived, memory, norm)
+    else:
+        fetch_sums(arrived.members_T, memory, x_TD, norm)
+
+
 if __name__ == "__main__":
     prepare(int(sys.argv[1]))
     for count in (1, 8, 64, 128, 256, 1024, 4096):
@@ -117,3 +148,5 @@ if __name__ == "__main__":
         experts(count, stored=True)
     for count in (1, 8, 256, 16384):
         rest(count)
+    for stays in (False, True):
+        exchange(stays)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,10 @@ import pytest
 import torch
 
 from mixtralkit.distributed import RankContext, SymmetricMemory
-from mixtralkit.ops.symmetric_exchange import EMPTY, ExchangeMemory, ExpertPlaces, SymmetricExchange
+from mixtralkit.ops.norm.reference import rms_norm_reference
+from mixtralkit.ops.symmetric_exchange import ExchangeMemory, SymmetricExchange
+from mixtralkit.ops.symmetric_exchange.types import EMPTY, SLOT_BITS
+from mixtralkit.planning.replicas import ReplicaTable
 from tests.ranks import run_ranks
 
 pytest.importorskip("triton")
@@ -46,9 +50,13 @@ def _choices(slots_WE: np.ndarray, rank: int, experts_TK: torch.Tensor) -> list[
         found.append([])
         for expert in experts:
             holders = [r for r in range(len(slots_WE)) if slots_WE[r, expert] >= 0]
-            to = rank if rank in holders else holders[row % len(holders)]
+            to = rank if rank in holders else holders[(row + rank) % len(holders)]
             found[-1].append((-1, -1) if expert < 0 else (to, int(slots_WE[to, expert])))
     return found
+
+
+def _places(slots_WE: np.ndarray, rank: int) -> torch.Tensor:
+    return torch.from_numpy(ReplicaTable(slots_WE).places_EC(rank, small=False))
 
 
 def _exchange_memory(
@@ -66,8 +74,9 @@ def _memory(ranks: int, max_rows: int, dim: int, top_k: int, dtype: torch.dtype)
     return list(words), list(torch.full((ranks, 2 * max_rows * ranks, dim), torch.nan, dtype=dtype))
 
 
-def _word(slot: int, weight: float) -> int:
-    return (slot << 32) | (int(np.float32(weight).view(np.int32)) & 0xFFFFFFFF)
+def _word(rank: int, slot: int, weight: float) -> int:
+    place = (rank << SLOT_BITS) + slot if rank >= 0 else -1
+    return (place << 32) | (int(np.float32(weight).view(np.int32)) & 0xFFFFFFFF)
 
 
 CASES = [(2, 1, 3, 48, 4, 1), (3, 0, 2, 40, 8, 2), (4, 2, 5, 256, 16, 6), (4, 3, 1, 32, 60, 4)]
@@ -86,11 +95,12 @@ def test_rows_and_words_go_where_choices_are_computed(ranks, rank, rows, dim, ex
     for source in set(range(ranks)) - {rank}:  # has sent its words
         for row in range(rows):
             for k in range(top_k):
-                turns_W[rank][1, row, source, k] = _word(row * source - 1, 0.25 * k)
+                to = rank if k % 2 else (rank + 1) % ranks
+                turns_W[rank][1, row, source, k] = _word(to, row + source, 0.25 * k)
     x_TD, experts_TK, weights_TK = _routed(rank, rows - 1, dim, experts, top_k, dtype, 3)
-    places = ExpertPlaces.of(slots_WE, rank, torch.device("cpu"))
-    kept_T = torch.arange(rows - 1) - 1 if drops else None
-    arrived = send_rows(x_TD, experts_TK, weights_TK, places, rows, memory, kept_T=kept_T)
+    places_EC = _places(slots_WE, rank)
+    valid_T = torch.arange(rows - 1) - 1 if drops else None
+    arrived = send_rows(x_TD, experts_TK, weights_TK, places_EC, rows, memory, valid_T=valid_T, stays=drops)
     assert memory.calls.tolist() == [5, 6]
     choices = [*_choices(slots_WE, rank, experts_TK), [(-1, -1)] * top_k]
     if drops:
@@ -98,26 +108,34 @@ def test_rows_and_words_go_where_choices_are_computed(ranks, rank, rows, dim, ex
     slots_RWK, weights_RWK = (t.view(rows, ranks, top_k) for t in (arrived.slots_RK, arrived.weights_RK))
     for row in range(rows):
         members = {to for to, _ in choices[row]} - {-1}
+        if drops and not members and 0 < row < rows - 1:
+            members = {rank}  # without a choice left it stays
         if row < rows - 1:
             assert int(arrived.members_T[row]) == sum(2**to for to in members)
         for peer in range(ranks):
             place_D = rows_W[peer][row * ranks + rank]
             assert torch.equal(place_D, x_TD[row]) if peer in members else place_D.isnan().all()
-            there = [
-                (slot, float(weights_TK[row, k])) if to == peer else (-1, 0.0)
-                for k, (to, slot) in enumerate(choices[row])
-            ]
+            weights = [float(weights_TK[row, k]) if to >= 0 else 0.0 for k, (to, _) in enumerate(choices[row])]
+            words = [_word(*place, weight) for place, weight in zip(choices[row], weights, strict=True)]
             if peer == rank:
-                assert slots_RWK[row, rank].tolist() == [slot for slot, _ in there]
-                assert weights_RWK[row, rank].tolist() == [weight for _, weight in there]
+                here = [to == rank for to, _ in choices[row]]
+                slots = [slot if mine else -1 for (_, slot), mine in zip(choices[row], here, strict=True)]
+                assert slots_RWK[row, rank].tolist() == slots
+                assert weights_RWK[row, rank].tolist() == [w * mine for w, mine in zip(weights, here, strict=True)]
             else:
-                assert turns_W[peer][1, row, rank].tolist() == [_word(*pair) for pair in there]
+                assert turns_W[peer][1, row, rank].tolist() == words
                 turns_W[peer][1, row, rank] = EMPTY
-                assert slots_RWK[row, peer].tolist() == [row * peer - 1] * top_k
-                assert weights_RWK[row, peer].tolist() == [0.25 * k for k in range(top_k)]
+                assert slots_RWK[row, peer].tolist() == [row + peer if k % 2 else -1 for k in range(top_k)]
+                assert weights_RWK[row, peer].tolist() == [0.25 * k if k % 2 else 0.0 for k in range(top_k)]
+            if drops:
+                arrived_K = arrived.places_RK.view(rows, ranks, top_k)[row, peer]
+                if peer != rank:
+                    words = [_word(rank if k % 2 else (rank + 1) % ranks, row + peer, 0.0) for k in range(top_k)]
+                assert arrived_K.tolist() == [word >> 32 for word in words]
     assert all((words == EMPTY).all() for words in words_W)
     written = sum(int((~rows_PD.isnan()).any(1).sum()) for rows_PD in rows_W)
-    assert written == sum(len({to for to, _ in row} - {-1}) for row in choices)
+    lost = sum(all(to < 0 for to, _ in row) for row in choices[1:-1]) if drops else 0
+    assert written == sum(len({to for to, _ in row} - {-1}) for row in choices) + lost
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -172,19 +190,51 @@ def _layers(
         own = max(0, rows - (context.rank + call) % 3)
         slots_WE = _slots(context.world_size, experts, call)
         x_TD, experts_TK, weights_TK = _routed(context.rank, own, dim, experts, top_k, torch.float32, call)
-        places = ExpertPlaces.of(slots_WE, context.rank, context.device)
-        kept_T = torch.arange(own) - 1 if call % 2 else None  # without the first row
-        arrived = exchange.dispatch(x_TD, experts_TK, weights_TK, places, rows, kept_T)
+        places_EC = _places(slots_WE, context.rank)
+        valid_T = torch.arange(own) - 1 if call % 2 else None  # without the first row
+        arrived = exchange.dispatch(x_TD, experts_TK, weights_TK, places_EC, rows, valid_T)
         y_RD = _experts(arrived, slots_WE[context.rank])
         weight_D = torch.linspace(1, 2, dim)
         x, normed = exchange.combine(y_RD, arrived.members_T, x_TD, (weight_D, EPS))
         factor_T = ((experts_TK + 1) * weights_TK).sum(1, keepdim=True)
-        if kept_T is not None:
-            factor_T[kept_T < 0] = 0
+        if valid_T is not None:
+            factor_T[valid_T < 0] = 0
         torch.testing.assert_close(x, x_TD + x_TD * factor_T, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(normed, x / (x.pow(2).mean(-1, keepdim=True) + EPS).sqrt() * weight_D)
         found.append(x)
+    _stays(context, exchange, dim, top_k, experts)
     return found
+
+
+def _stays(context: RankContext, exchange: SymmetricExchange, dim: int, top_k: int, experts: int) -> None:
+    """Rows that go from layer to layer to the rank of their first choice, against all rows on one rank."""
+    rows, weight_D = 5, torch.linspace(1, 2, dim)
+    everywhere_TD = torch.randn(rows, dim, generator=torch.Generator().manual_seed(7))
+    owner_T = torch.arange(rows) % context.world_size
+    x_TD, valid_T = everywhere_TD.clone(), torch.where(owner_T == context.rank, 0, -1)
+    x_TD[valid_T < 0] = torch.nan
+    for layer in range(4):
+        slots_WE = _slots(context.world_size, experts, 20 + layer)
+        _, experts_TK, weights_TK = _routed(0, rows, 1, experts, top_k, torch.float32, 30 + layer)
+        experts_TK[layer] = -1  # a row that lost all its choices
+        given = rows - (layer == 3 and context.rank != int(owner_T[-1]))  # the last row need not be there at all
+        args = (x_TD[:given].contiguous(), experts_TK[:given], weights_TK[:given], _places(slots_WE, context.rank))
+        arrived = exchange.dispatch(*args, rows, valid_T[:given], stays=True)
+        normed_RD = rms_norm_reference(arrived.x_RD, weight_D, EPS)
+        y_RD = _experts(replace(arrived, x_RD=normed_RD), slots_WE[context.rank])
+        residual = layer != 2
+        x_TD, normed_TD, valid_T = exchange.combine_at_owner(y_RD, arrived, (weight_D, EPS), residual)
+        factor_T1 = ((experts_TK + 1) * weights_TK).sum(1, keepdim=True)
+        sums_TD = rms_norm_reference(everywhere_TD, weight_D, EPS) * factor_T1
+        everywhere_TD = sums_TD + everywhere_TD if residual else sums_TD
+        for row in range(rows):
+            places = _choices(slots_WE, int(owner_T[row]), experts_TK)[row]
+            owner_T[row] = next((to for to, _ in places if to >= 0), int(owner_T[row]))
+        assert valid_T.tolist() == torch.where(owner_T == context.rank, 0, -1).tolist()
+        mine_T = valid_T == 0
+        torch.testing.assert_close(x_TD[mine_T], everywhere_TD[mine_T], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(normed_TD[mine_T], rms_norm_reference(x_TD, weight_D, EPS)[mine_T])
+    context.barrier()
 
 
 def memory_of_files(context: RankContext, folder: str | Path, max_rows: int, dim: int, top_k: int) -> ExchangeMemory:
@@ -233,11 +283,3 @@ def _through_the_group(context: RankContext, top_k: int) -> list[torch.Tensor]:
 @pytest.mark.parametrize(("ranks", "top_k"), [(1, 2), (2, 1), (4, 6)])
 def test_ranks_without_gpus_exchange_through_the_group(ranks, top_k):
     run_ranks(_through_the_group, ranks, top_k)
-
-
-def test_replicas_take_turns_unless_one_is_at_home():
-    slots_WE = np.array([[0, -1, -1], [1, 0, -1], [-1, 1, 0], [-1, 0, 1]])
-    places = ExpertPlaces.of(slots_WE, 0, torch.device("cpu"))
-    ranks_TK, slots_TK = places.look_up(torch.tensor([[0, 1, 2]] * 6 + [[-1, 1, -1]]))
-    assert ranks_TK.tolist() == [[0, 1, 2], [0, 2, 3], [0, 3, 2], [0, 1, 3], [0, 2, 2], [0, 3, 3], [-1, 1, -1]]
-    assert slots_TK.tolist() == [[0, 0, 0], [0, 1, 1], [0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 0, 1], [-1, 0, -1]]

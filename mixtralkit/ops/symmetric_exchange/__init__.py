@@ -14,7 +14,11 @@ import torch
 
 from mixtralkit.distributed import RankContext
 from mixtralkit.ops.runtime import has_triton, tuned
-from mixtralkit.ops.symmetric_exchange.reference import combine_reference, dispatch_reference
+from mixtralkit.ops.symmetric_exchange.reference import (
+    combine_at_owner_reference,
+    combine_reference,
+    dispatch_reference,
+)
 from mixtralkit.ops.symmetric_exchange.types import EMPTY, ArrivedRows, ExchangeMemory, ExpertPlaces, Norm
 
 __all__ = ["MOST_RANKS", "ArrivedRows", "ExchangeMemory", "ExpertPlaces", "SymmetricExchange"]
@@ -59,25 +63,33 @@ class SymmetricExchange:
         x_TD: torch.Tensor,
         experts_TK: torch.Tensor,
         weights_TK: torch.Tensor,
-        places: ExpertPlaces,
+        places_EC: torch.Tensor | ExpertPlaces,
         rows: int,
-        kept_T: torch.Tensor | None = None,
+        valid_T: torch.Tensor | None = None,
+        stays: bool = False,
     ) -> ArrivedRows:
         """Sends each row once to each rank that computes any of its choices; returns what came here. Collective.
 
         Args:
             experts_TK: int64, -1 for a choice that is dropped.
             weights_TK: float32.
+            places_EC: int32 rank · 2^16 + slot that computes expert e for rows t with t mod C = c:
+                ``planning.replicas.ReplicaTable.places_EC``. Read when the kernels run.
             rows: what every rank gives at most, at least 1; each has room for so many.
-            kept_T: int64, negative for a row whose choices are all dropped; None drops no row.
+            valid_T: int64, negative for a row without a sequence, which goes nowhere; None where there is none.
+            stays: rows stay where they are computed: ``combine_at_owner`` follows, not ``combine``. Then row t is the
+                same row on every rank, and valid on one of them.
         """
+        if isinstance(places_EC, ExpertPlaces):
+            places_EC = places_EC.places_EC
         if not max(1, len(x_TD)) <= rows <= self.max_rows:
             raise ValueError(f"rows ({rows}) must be at least 1 and this rank's {len(x_TD)}, at most {self.max_rows}")
         if self.memory is None:
-            return dispatch_reference(self.context, x_TD, experts_TK, weights_TK, places, rows, kept_T)
+            return dispatch_reference(self.context, x_TD, experts_TK, weights_TK, places_EC, rows, valid_T, stays)
         from mixtralkit.ops.symmetric_exchange.triton import send_rows
 
-        return send_rows(x_TD, experts_TK, weights_TK, places, rows, self.memory, self._settings(rows), kept_T)
+        settings = self._settings(rows)
+        return send_rows(x_TD, experts_TK, weights_TK, places_EC, rows, self.memory, settings, valid_T, stays)
 
     def sum_buffer(self, rows: int) -> torch.Tensor:
         """Memory [R, D] for the sums of a call; ``combine`` copies sums that lie elsewhere into it."""
@@ -105,11 +117,38 @@ class SymmetricExchange:
             return combine_reference(self.context, y_RD, members_T, residual_TD, norm)
         from mixtralkit.ops.symmetric_exchange.triton import fetch_sums
 
+        self._publish(y_RD)
+        settings = self._settings(len(members_T))
+        return fetch_sums(members_T, self.memory, residual_TD, norm, settings)
+
+    def combine_at_owner(
+        self, y_RD: torch.Tensor, arrived: ArrivedRows, norm: Norm | None = None, residual: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Finished rows at the rank of their first choice that was kept, where they live from now on. Collective.
+
+        A row that lost all its choices stays where it was. Parts are added as in ``combine``. What travelled is the
+        stream itself, which the experts' side normalises again, so that one row crosses and serves as the residual too.
+
+        Args:
+            y_RD: one sum for each row of ``arrived``, which ``dispatch`` returned with ``stays``.
+            residual: whether the rows that travelled are added to the sums.
+
+        Returns:
+            x_TD and, with ``norm``, its RMSNorm [rows, D], undefined where another rank owns the row; valid_T, int64
+            [rows], 0 for the rows that this rank owns, else -1: the ``valid_T`` of the next layer's ``dispatch``.
+        """
+        if self.memory is None:
+            return combine_at_owner_reference(self.context, y_RD, arrived, norm, residual)
+        from mixtralkit.ops.symmetric_exchange.triton import fetch_owned
+
+        self._publish(y_RD)
+        settings = self._settings(len(y_RD) // self.context.world_size)
+        return fetch_owned(arrived, self.memory, norm, residual, settings)
+
+    def _publish(self, y_RD: torch.Tensor) -> None:
         sums_RD = self.sum_buffer(len(y_RD) // self.context.world_size)
         if y_RD.data_ptr() != sums_RD.data_ptr():
             sums_RD.copy_(y_RD)
-        settings = self._settings(len(members_T))
-        return fetch_sums(members_T, self.memory, residual_TD, norm, settings)
 
     def _settings(self, rows: int) -> dict[str, int] | None:
         return tuned("symmetric_exchange", self.context.device, rows, dim=self.dim, ranks=self.context.world_size)

@@ -11,11 +11,7 @@ import torch
 from mixtralkit.distributed import SymmetricMemory
 
 EMPTY = -1  # a choice's word that has not arrived; no choice is sent so
-
-
 SLOT_BITS = 16  # of a place: rank · 2^16 + slot
-
-
 Norm = tuple[torch.Tensor, float]  # (weight_D, eps)
 
 
@@ -56,13 +52,16 @@ class ArrivedRows:
         x_RD: rows; whatever memory held where no choice is this rank's.
         slots_RK: int64 slot of this rank's expert for each choice, -1 where another rank computes it.
         weights_RK: float32, zero where another rank computes the choice.
-        members_T: int32, for each of the rows that were given: bit w says that rank w computes a part.
+        members_T: int32, for each of the rows that were given: bit w says that rank w computes a part, or that the
+            row stays on w, its own rank, because it has no choice left.
+        places_RK: int32 place of each choice, whichever rank it is on, -1 where there is none; None unless rows stay.
     """
 
     x_RD: torch.Tensor
     slots_RK: torch.Tensor
     weights_RK: torch.Tensor
     members_T: torch.Tensor
+    places_RK: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import numpy as np
 
 from mixtralkit.planning.plan import ExpertPlan
 from mixtralkit.planning.policies.inputs import Budget, checked_loads
+from mixtralkit.planning.popularity import same_top
 
 
 @dataclass(frozen=True)
@@ -95,12 +96,11 @@ def check_estimate(
 
     Args:
         estimate_E, real_E: rows of each expert, any scale.
-        threshold: None corrects where the 2k most popular experts differ as sets (Lina); a number corrects where the
-            total-variation distance of the shares is above it.
+        threshold: None corrects where the 2k most popular experts are others (Lina; ``popularity.same_top``); a number
+            corrects where the total-variation distance of the shares is above it.
     """
     most = min(2 * top_k, len(real_E))
-    popular = [set(np.lexsort((np.arange(len(real_E)), -loads_E))[:most].tolist()) for loads_E in (estimate_E, real_E)]
-    right = popular[0] == popular[1]
+    right = same_top(estimate_E, real_E, most)
     shares = [loads_E / max(loads_E.sum(), 1e-300) for loads_E in (np.asarray(estimate_E), np.asarray(real_E))]
     distance = float(np.abs(shares[0] - shares[1]).sum() / 2)
     return Correction(right, distance, not right if threshold is None else distance > threshold)
