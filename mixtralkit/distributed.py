@@ -73,6 +73,8 @@ class RankContext:
             torch.cuda.set_device(torch_device)
         if world_size == 1:
             return cls(rank=0, world_size=1, device=torch_device)
+        if torch_device.type == "cpu" and "OMP_NUM_THREADS" not in environ:
+            torch.set_num_threads(threads_of_rank(environ_int(environ, "LOCAL_WORLD_SIZE", world_size)))
         owns = not dist.is_initialized()
         if owns:
             backend = "nccl" if torch_device.type == "cuda" else "gloo"
@@ -198,6 +200,12 @@ class RankContext:
         for rank, report in enumerate(reports):
             if report is not None:
                 raise RankFailed(f"rank {rank}: {report}")
+
+
+def threads_of_rank(local_ranks: int) -> int:
+    """This rank's share of the cores that its machine's ranks may use, at least one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // local_ranks)
 
 
 def _choose_device(device: str | None, local_rank: int, world_size: int) -> torch.device:

@@ -29,13 +29,12 @@ def page() -> str:
     for group in [*groups, SamplingOptions, TopologyOptions]:
         parts += [f"### {_title(group)}", _table(options_of(group))]
     parts.append("## The commands\n\nBeside these, each command has options of its own.")
-    shown = {option.name for option in [*options_of(EngineConfig), *options_of(SamplingOptions)]}
+    shown = {option.group for option in [*options_of(EngineConfig), *options_of(SamplingOptions)]}
     for name, where in COMMANDS.items():
         function = find(where)
         if getattr(function, "takes_words", False):
             continue
-        own = [option for option in options_of(function) if option.name not in shown or option.group is None]
-        own = [option for option in own if option.group not in (EngineConfig, SamplingOptions)]
+        own = [option for option in options_of(function) if option.group not in shown]
         if own:
             parts += [f"### mixtralkit {name}", words.summary(function), _table(own)]
     return "\n\n".join(part.strip() for part in parts) + "\n"
