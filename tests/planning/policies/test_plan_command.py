@@ -72,7 +72,7 @@ def test_loads_of_sglang_and_a_picture(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"policy": "magic"}, r"plan \('magic'\) must be one of contiguous"),
+        ({"policy": "magic"}, r"policy \('magic'\) must be one of contiguous"),
         ({"memory_gb": 1.0}, "it lacks 1.82 GB"),
         ({"policy": "affinity", "world_size": 3}, r"must be a multiple of world_size \(3\)"),
         ({"format": "xml"}, r"format \('xml'\) must be one of mixtralkit"),
