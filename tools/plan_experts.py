@@ -16,8 +16,8 @@ from mixtralkit.planning.plan import ExpertPlan
 from mixtralkit.planning.plan_plot import plot_plan
 from mixtralkit.planning.policies.auto import auto_for
 from mixtralkit.planning.policies.inputs import Budget
-from mixtralkit.planning.policies.quality import measure
-from mixtralkit.planning.policies.registry import Given, make_plan
+from mixtralkit.planning.policies.quality import measure, measure_held_out
+from mixtralkit.planning.policies.registry import POLICIES, Given, make_plan
 from mixtralkit.planning.replay import Execution
 from mixtralkit.planning.trace import load_routing
 
@@ -55,7 +55,7 @@ def plan_experts(
 ) -> None:
     """Plans which ranks hold which experts, writes the plan, and prints its figures; the last line is JSON.
 
-    Figures are those of the trace that the plan was made from.
+    Figures are those of the trace that the plan was made from, and those of a plan of half of it on the other half.
 
     Args:
         trace: routing trace (.npz, .npy), or SGLang's recorded loads (.pt).
@@ -89,6 +89,8 @@ def plan_experts(
     """
     if format not in FORMATS:
         raise ValueError(f"format ({format!r}) must be one of {', '.join(FORMATS)}")
+    if policy != "auto" and policy.partition("+")[0] not in POLICIES:
+        raise ValueError(f"policy ({policy!r}) must be one of {', '.join([*POLICIES, 'auto'])}")
     options = {
         "hot_experts": hot_experts, "cold": cold, "hot_per": hot_per, "cold_capacity_factor": cold_capacity_factor,
         "cold_token_percent": cold_token_percent, "overflow": overflow, "cut_order": cut_order, "load_cap": load_cap,
@@ -106,7 +108,7 @@ def plan_experts(
         plot_plan(plan, given.loads_LE, given.trace and given.trace.transitions_LEE(), plot)
     print(f"{output}: {plan.policy}, {plan.num_layers} layers, {plan.num_experts} experts on {world_size} ranks")
     _print_notes(plan)
-    print(json.dumps(_figures(plan, given, seconds)))
+    print(json.dumps(_figures(plan, given, seconds) | _held_out(plan.meta.get("chosen", policy), given)))
 
 
 def _read(
@@ -137,20 +139,39 @@ def _figures(plan: ExpertPlan, given: Given, seconds: float) -> dict[str, object
     }
 
 
+def _held_out(policy: str, given: Given) -> dict[str, object]:
+    """The policy on halves of the trace, one against the other; prints what is doubtful."""
+    if given.trace is None or given.trace.num_tokens < 4 or given.world_size == 1:
+        return {}
+    given = replace(given, options=given.options | {"bound": False})
+    found = measure_held_out(
+        lambda fit: make_plan(policy, replace(given, trace=fit, loads_LE=fit.loads_LE())), given.trace
+    )
+    for name in found.held_out:
+        print(
+            f"{name}, planned from half of the tokens: {found.fitted[name]:.3f} on these, "
+            f"{found.held_out[name]:.3f} on the others, contiguous {found.plain[name]:.3f}"
+        )
+    for doubt in found.doubts():
+        print(f"warning: {doubt}")
+    return {"fitted_half": found.fitted, "held_out_half": found.held_out, "contiguous_half": found.plain}
+
+
 def _print_notes(plan: ExpertPlan) -> None:
     """What a policy has to say beside its plan."""
     meta = plan.meta
     if plan.policy == "auto":
         print(
-            f"chosen: {meta['chosen']}, expected {meta['expected_step_s'] * 1e3:.3f} ms a step of {meta['batch']} "
-            f"tokens a rank on {meta['hardware']} ({meta['dispatcher']})"
+            f"chosen: {meta['chosen']}, expected {meta['expected_step_s'] * 1e3:.3f} ms a step on other tokens, "
+            f"{meta['fitted_step_s'] * 1e3:.3f} on its own, "
+            f"of {meta['batch']} tokens a rank on {meta['hardware']} ({meta['dispatcher']})"
         )
         for name, step_s in sorted(meta["candidates_step_s"].items(), key=lambda item: item[1]):
             print(f"  {step_s * 1e3:9.3f} ms  {name}")
     elif plan.policy == "affinity":
         print(
-            f"{'exact' if meta['exact'] else 'not proven to be the best'}; "
-            f"no placement has fewer than {meta['crossings_bound']:.3f} crossings a token"
+            f"{'exact' if meta['exact'] else 'not proven to be the best'}; no placement without replicas has fewer "
+            f"than {meta['crossings_bound']:.3f} crossings a token ({meta['bound'].rpartition(': ')[2]})"
         )
     elif plan.policy == "two_phase" and meta:
         print(

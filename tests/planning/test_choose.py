@@ -16,6 +16,7 @@ from mixtralkit.planning.choose import Situation, candidates, choose, table
 from mixtralkit.planning.hardware import Hardware
 from mixtralkit.planning.memory import Room, rank_memory
 from mixtralkit.planning.plan import contiguous
+from mixtralkit.planning.policies.inputs import gb_above
 from mixtralkit.planning.policies.registry import named_plan
 from mixtralkit.planning.simulate import sample_routing
 from tests.configs import small_config
@@ -109,7 +110,7 @@ def test_a_budget_changes_the_choice():
 def test_where_nothing_fits_the_error_says_what_the_smallest_needs():
     found = candidates(situation(256))
     least = min(one.memory.total for one in found)
-    with pytest.raises(ValueError, match=rf"memory_gb \(20\) must be at least {least:.1f} a rank") as caught:
+    with pytest.raises(ValueError, match=rf"memory_gb \(20\) must be at least {gb_above(least, 20)} a rank") as caught:
         choose(found, 20)
     assert "keys and values" in str(caught.value)
 
