@@ -1,4 +1,4 @@
-"""Attention on a GPU in bfloat16 against float32 twins, and what a CUDA graph of it replays."""
+"""Attention on a GPU in bfloat16 against float32 references, and what a CUDA graph of it replays."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def float_copy(cache: KVCache) -> KVCache:
     ("rows", "heads", "kv_heads", "width", "length"),
     [(1, 32, 8, 128, 256), (5, 32, 8, 128, 3000), (3, 6, 2, 48, 700), (4, 8, 2, 16, 500), (70, 8, 2, 64, 300)],
 )
-def test_decode_is_the_twin_and_repeats_itself(rows, heads, kv_heads, width, length, window, dtype):
+def test_decode_is_the_reference_and_repeats_itself(rows, heads, kv_heads, width, length, window, dtype):
     cache = random_cache(rows + 2, kv_heads, length, width, dtype)
     wide = float_copy(cache)
     slots = torch.randperm(rows + 2, device=CUDA)[:rows]
@@ -78,10 +78,10 @@ def test_a_graph_follows_what_the_tensors_say():
         wides = [float_copy(cache) for cache in caches]
         graph.replay()
         for out, wide in zip(outs, wides, strict=True):
-            twin = decode_attention_reference(
+            wanted = decode_attention_reference(
                 qkv.float(), wide.keys[0], wide.values[0], slots, positions, wide.rope_SC, heads
             )
-            assert_near(out, twin, torch.bfloat16)
+            assert_near(out, wanted, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
