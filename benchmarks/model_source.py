@@ -84,7 +84,9 @@ class Source:
 
     def manager(self, model: Transformer, update_step: int) -> PlanManager:
         """Moves experts where ``balanced`` plans pay by the figures of ``--hardware`` or this device. Collective."""
-        machine = find_hardware(self.engine.parallel.hardware, self.context) or Hardware.load(shipped("hardware", "cpu-2core"))
+        machine = find_hardware(self.engine.parallel.hardware, self.context) or Hardware.load(
+            shipped("hardware", "cpu-2core")
+        )
         judge = MoveJudge.for_model(model, machine, update_step)
         return PlanManager(model, make_policy("balanced", model, judge), update_step, judge)
 
