@@ -127,8 +127,8 @@ def test_bad_input_is_named(folder, example, options, says):
 
 
 def test_a_vocabulary_that_does_not_fit_is_named(example, folder, tmp_path):
-    other = make_checkpoint(tmp_path, engine_config(vocab_size=400))
-    with pytest.raises(ValueError, match="has 384 tokens, but the model's vocab_size is 400"):
+    other = make_checkpoint(tmp_path, engine_config(vocab_size=380))
+    with pytest.raises(ValueError, match="384 .*380"):
         example.generate(model=other, max_gen_len=3)
 
 

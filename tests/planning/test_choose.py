@@ -126,11 +126,11 @@ def test_what_is_asked_for_is_kept():
         choose(candidates(situation(attention="dp", experts="tp")), None)
 
 
-def test_without_rows_through_memory_steps_are_launched_one_by_one_and_slower():
+def test_without_symmetric_memory_decode_takes_static_shapes_and_is_slower():
     room = Room(64, 1024, 8192, symmetric_rows=0)
     plain = candidates(situation(attention="dp", room=room))
     graph = candidates(situation(attention="dp"))
-    assert {one.dispatcher for one in plain} == {"exact"}
+    assert {one.dispatcher for one in plain} == {"static"}
     assert all(slow.step_ms > fast.step_ms for slow, fast in zip(plain, graph, strict=True))
 
 
