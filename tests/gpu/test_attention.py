@@ -8,7 +8,7 @@ import torch
 from mixtralkit.model.attention import CachedAttention
 from mixtralkit.model.batch import ForwardBatch
 from mixtralkit.model.kv_cache import KVCache
-from mixtralkit.model.rope import rope_table, rotations
+from mixtralkit.model.rope import rope_table
 from mixtralkit.ops.attention import decode_attention, decode_attention_reference
 from mixtralkit.ops.runtime import runs_triton
 
@@ -97,8 +97,7 @@ def test_a_step_of_any_sequences_is_the_cpus(heads, kv_heads, width, window, dty
         outs = []
         for device, kept in ((CUDA, cache), (torch.device("cpu"), on_cpu)):
             batch = ForwardBatch.build([(slot, at, [0] * tokens) for slot, at, tokens in some], device)
-            rope = rotations(batch.positions_T, width, 1e6)
             rows = qkv[: len(batch.tokens_T)].to(device, kept.keys.dtype)
-            outs.append(CachedAttention(batch, kept, window)(0, rows, rope, (heads, kv_heads)))
+            outs.append(CachedAttention(kept, window, batch.spans, device)(0, rows, batch, (heads, kv_heads)))
         assert_near(outs[0].cpu(), outs[1], dtype)
         assert_near(cache.keys.cpu(), on_cpu.keys, dtype)

@@ -11,17 +11,15 @@ from mixtralkit.distributed import RankContext
 from mixtralkit.engine.plan_manager import PlanManager
 from mixtralkit.engine.requests import Completion
 from tests.engine.test_plan_manager import AnyPlan, AsManySlots
-from tests.gpu.ranks import RANKS, run_on_gpus
+from tests.gpu.ranks import RANKS, SHARED, run_on_gpus
 from tests.gpu.test_engine import CKPTS, PROMPTS, told
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
-]
+pytestmark = pytest.mark.gpu
+COUNT = 12 if SHARED else 30  # requests
 
 
 def _answers(mixtral: Mixtral) -> list[Completion]:
-    requests = [mixtral.request(i, PROMPTS[i % len(PROMPTS)], 30 + 8 * (i % 4), temperature=0) for i in range(30)]
+    requests = [mixtral.request(i, PROMPTS[i % len(PROMPTS)], 30 + 8 * (i % 4), temperature=0) for i in range(COUNT)]
     return mixtral.engine.complete(requests)
 
 
