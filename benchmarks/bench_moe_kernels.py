@@ -21,7 +21,7 @@ from machine import describe_run
 from profile_step import profiled
 
 from lab.timing import times_ms
-from mixtralkit.cli import run_tool
+from mixtralkit.cli.run import run_tool
 from mixtralkit.config import ModelConfig, parse_dtype
 from mixtralkit.distributed import RankContext
 from mixtralkit.ops.experts import expert_sum, expert_sum_reference
@@ -89,20 +89,23 @@ def bench_moe_kernels(
     weights = [Weights.draw(shape, kind, generator) for _ in range(WEIGHT_SETS)]
     ceilings = Ceilings.measure(context, kind)
     common = {"ceilings": ceilings.rounded(), **describe_run(context), **vars(shape), "dtype": str(kind)[6:]}
-    lines = []
-    for way in routing.split(","):
+    if output is not None:
+        output.write_text("", encoding="utf-8")
+    for kind_of_routing in routing.split(","):
         for count in map(int, tokens.split(",")):
-            cases = [_case(weights[i % WEIGHT_SETS], count, shape.top_k, way, generator) for i in range(INPUT_SETS)]
+            drawn = (shape.top_k, kind_of_routing, generator)
+            cases = [_case(weights[i % WEIGHT_SETS], count, *drawn) for i in range(INPUT_SETS)]
             for name in names:
                 found = _measure(cases, shape, name, repeats, ceilings)
-                lines.append(json.dumps({"measurement": "moe_layer", "variant": name, "tokens": count,
-                                         "routing": way, **found, **common}))  # fmt: skip
-                print(lines[-1], flush=True)
-                print(_row(way, count, name, found), file=sys.stderr, flush=True)
+                line = json.dumps({"measurement": "moe_layer", "variant": name, "tokens": count,
+                                   "routing": kind_of_routing, **found, **common})  # fmt: skip
+                print(line, flush=True)
+                print(_row(kind_of_routing, count, name, found), file=sys.stderr, flush=True)
+                if output is not None:
+                    with output.open("a", encoding="utf-8") as file:
+                        file.write(line + "\n")
             if profile:
-                _print_profile(cases, f"{way}, {count} rows", ceilings)
-    if output is not None:
-        output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+                _print_profile(cases, f"{kind_of_routing}, {count} rows", ceilings)
 
 
 @dataclass(frozen=True)

@@ -19,15 +19,15 @@ from pathlib import Path
 import torch
 from baselines import loop_over_experts
 from ceilings import Ceilings
+from layer_baselines import Unavailable, Variant
 from layer_cases import INPUT_SETS, Bench, Case, RoutingKind
 from layer_counts import summary
 from layer_timing import phases_ms, slowest, timeline, whole_ms
-from layer_variants import BASELINES, NAMED_ONLY, VARIANTS, way_of
-from layer_ways import Unavailable, Way
+from layer_variants import ALL, BASELINES, NAMED_ONLY, check_name, variant_of
 from machine import describe_run
 from plot_layer import Timeline, draw, require_matplotlib
 
-from mixtralkit.cli import run_tool
+from mixtralkit.cli.run import run_tool
 from mixtralkit.config import FasterOptions, ModelConfig, parse_dtype
 from mixtralkit.distributed import RankContext
 from mixtralkit.planning.hardware import Hardware
@@ -61,7 +61,9 @@ def bench_moe_layer(
         tokens: numbers of rows of each rank, between commas.
         routing: uniform; skew:S, one expert takes the share S of the routed rows; trace:FILE, a routing trace; or
             several between commas. Uniform is always among them.
-        variants: names between commas, or all; fastmoe, the layer through the real library, must be named.
+        variants: names between commas, or all; fastmoe, the layer through the real library, must be named. A name is a
+            plan (contiguous, hot_cold, balanced, everywhere), shadow, two_phase, coherent or tensor_parallel; behind
+            it, +exact, +static or +symmetric force an exchange, and +schedule, +capacityF, +reroute add to it.
         trace_layer: layer of a trace, the middle one when not given.
         dim: model width; 4096 on CUDA, 512 on a CPU when not given.
         hidden: expert hidden width; 3.5 times dim when not given.
@@ -70,7 +72,7 @@ def bench_moe_layer(
         repeats: timed rounds of each variant, of four calls; 15 on CUDA, 5 on a CPU when not given.
         dtype: bfloat16 on CUDA, float32 on a CPU when not given.
         device: cpu or cuda.
-        graphs: on CUDA, time variants in which nothing waits for the host as replays of CUDA graphs.
+        graphs: on CUDA, time variants whose dispatcher a CUDA graph can hold as replays of one.
         hardware: figures of the machine, a file of configs/hardware, by which shadows and two phases choose copies;
             when not given those of the variables FMOE_FASTER_GLBPLC_*.
         plot: picture of one call, the phases of every rank, of the last routing and number of rows.
@@ -78,8 +80,9 @@ def bench_moe_layer(
         seed: of weights, rows and routing.
         output: file that takes the lines of JSON.
     """
-    names = [*VARIANTS, *BASELINES] if variants == "all" else _names("variants", variants)
-    pictured = _names("plot_variants", plot_variants) if plot is not None else []
+    everything = [*ALL, *(name for name in BASELINES if name not in NAMED_ONLY)]
+    names = everything if variants == "all" else _names(variants)
+    pictured = _names(plot_variants) if plot is not None else []
     if not all(count.strip().isdigit() and int(count) for count in tokens.split(",")):
         raise ValueError(f"tokens ({tokens!r}) must be whole numbers of at least 1 between commas")
     counts = [int(count) for count in tokens.split(",")]
@@ -110,16 +113,16 @@ def bench_moe_layer(
         "ceilings": ceilings.rounded(), **describe_run(context),
     }  # fmt: skip
     refused = []
-    for way in routings:
+    for kind_of_routing in routings:
         for count in counts:
-            case = Case.draw(bench, way, count)
+            case = Case.draw(bench, kind_of_routing, count)
             facts, bound = case.facts(), case.bound(ceilings)
             if context.is_first:
                 print(_title(facts, bound), file=sys.stderr, flush=True)
             for name in names:
                 found = _measure(case, name, common["repeats"], bound)
                 if "refused" in found:
-                    refused.append(f"{name} ({way.name}, {count} rows)")
+                    refused.append(f"{name} ({kind_of_routing.name}, {count} rows)")
                 if context.is_first:
                     line = json.dumps({"measurement": "moe_layer_over_ranks", "variant": name, **facts, **found,
                                        **common})  # fmt: skip
@@ -137,17 +140,15 @@ def bench_moe_layer(
     context.stop()
 
 
-def _names(field: str, text: str) -> list[str]:
-    known = [*VARIANTS, *BASELINES, *NAMED_ONLY]
+def _names(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",")]
-    unknown = sorted(set(names) - set(known))
-    if unknown:
-        raise ValueError(f"{field} ({', '.join(unknown)}) must be among {', '.join(known)}")
+    for name in names:
+        check_name(name)
     return names
 
 
 def _faster(hardware: Path | None) -> FasterOptions:
-    options = FasterOptions.from_env()
+    options = FasterOptions.of()
     if hardware is None:
         return options
     figures = Hardware.load(hardware)
@@ -158,7 +159,7 @@ def _measure(case: Case, name: str, repeats: int, bound: tuple[float, str]) -> d
     """Checks a variant, then times it whole and by phases; or why it was not timed. Collective."""
     context = case.bench.context
     try:
-        found = _timed(case, way_of(name, case), repeats, bound)
+        found = _timed(case, variant_of(name, case), repeats, bound)
     except Unavailable as reason:
         found = {"skipped": str(reason)}
     # Graphs and copies of weights are gone before the next variant takes memory.
@@ -169,31 +170,31 @@ def _measure(case: Case, name: str, repeats: int, bound: tuple[float, str]) -> d
     return found
 
 
-def _timed(case: Case, way: Way, repeats: int, bound: tuple[float, str]) -> dict[str, object]:
+def _timed(case: Case, variant: Variant, repeats: int, bound: tuple[float, str]) -> dict[str, object]:
     context = case.bench.context
-    error = _error(case, way)
+    error = _error(case, variant)
     if not error < TOLERANCE[case.bench.dtype]:
         return {"refused": f"differs from the loop over experts by {error:.2g} of the norm", "error": error}
-    graph = case.bench.graphs and way.captures
-    ms, spread_ms = slowest(context, whole_ms(context, way, repeats, graph))
-    phases = phases_ms(context, way, max(1, repeats // INPUT_SETS), graph)
+    graph = case.bench.graphs and variant.captures
+    ms, spread_ms = slowest(context, whole_ms(context, variant, repeats, graph))
+    phases = phases_ms(context, variant, max(1, repeats // INPUT_SETS), graph)
     bound_s, limit = bound
     return {
-        "ms": ms, "spread_ms": spread_ms, "graph": graph,
+        "ms": ms, "spread_ms": spread_ms, "dispatcher": variant.name, "graph": graph,
         "phases_ms": {phase: slowest(context, times)[0] for phase, times in phases.items()},
         "fused": [phase for phase in phases if "+" in phase],
         "bound_ms": round(1e3 * bound_s, 4), "bound": limit, "share_of_bound": round(1e3 * bound_s / ms, 4),
-        **summary([way.counts(number) for number in range(INPUT_SETS)]), "error": error,
+        **summary([variant.counts(number) for number in range(INPUT_SETS)]), "error": error,
     }  # fmt: skip
 
 
-def _error(case: Case, way: Way) -> float:
+def _error(case: Case, variant: Variant) -> float:
     """Largest relative error over the ranks and the calls of a round."""
     errors = []
     for number in range(INPUT_SETS):
-        y_TD = way.finished(way.call(number), number).float()
+        y_TD = variant.finished(variant.call(number), number).float()
         weights = case.bench.weights[number % len(case.bench.weights)]
-        expected_TD = loop_over_experts(case.inputs[number], way.expected(number), *weights).float()
+        expected_TD = loop_over_experts(case.inputs[number], variant.expected(number), *weights).float()
         # a capacity may leave a rank no choice at all
         errors.append(float((y_TD - expected_TD).norm() / expected_TD.norm().clamp(min=1e-6)))
     return max(case.bench.context.all_gather_objects(max(errors)))
@@ -204,13 +205,13 @@ def _draw(case: Case, names: list[str], repeats: int, path: Path) -> None:
     context, lines = case.bench.context, []
     for name in names:
         try:
-            way = way_of(name, case)
+            variant = variant_of(name, case)
         except Unavailable:
             continue
-        graph = case.bench.graphs and way.captures
+        graph = case.bench.graphs and variant.captures
         rounds = max(1, repeats // INPUT_SETS)
-        ms = slowest(context, whole_ms(context, way, rounds, graph))[0]
-        lines.append(Timeline(name, timeline(context, way, rounds, graph), ms))
+        ms = slowest(context, whole_ms(context, variant, rounds, graph))[0]
+        lines.append(Timeline(name, timeline(context, variant, rounds, graph), ms))
     if lines and context.is_first:
         where = "CPU" if context.device.type == "cpu" else torch.cuda.get_device_name(context.device)
         title = f"{case.kind.name}, {case.rows} rows a rank, {context.world_size} x {where}"

@@ -16,6 +16,7 @@ from mixtralkit.distributed import RankContext
 from mixtralkit.moe.router import Routing
 from mixtralkit.ops.all_reduce import RowReducer
 from mixtralkit.ops.gate import gate
+from mixtralkit.ops.hidden import Hidden
 from mixtralkit.ops.symmetric_exchange import SymmetricExchange
 from mixtralkit.planning.trace import RoutingTrace
 
@@ -34,15 +35,15 @@ class GivenGate(nn.Module):
         super().__init__()
         self.routings, self.top_k, self.turn, self.weight_ED = routings, top_k, 0, weight_ED
 
-    def forward(self, x_TD: torch.Tensor) -> Routing:
+    def forward(self, hidden: Hidden) -> tuple[Routing, Hidden]:
         if self.weight_ED is not None:
-            gate(x_TD, self.weight_ED, self.top_k)
-        return self.routings[self.turn % len(self.routings)]
+            gate(hidden.rows_TD, self.weight_ED, self.top_k)
+        return self.routings[self.turn % len(self.routings)], hidden
 
 
 @dataclass(frozen=True)
 class RoutingKind:
-    """A way to choose experts: ``uniform``, ``skew:SHARE`` (injected), or ``trace:FILE`` (real).
+    """How experts are chosen: ``uniform``, ``skew:SHARE`` (injected), or ``trace:FILE`` (real).
 
     ``share`` is the part of all choices that goes to expert 0. ``trace`` is one layer: int64 [N, K], with float32
     weights [N, K] where the file has them.
@@ -153,8 +154,8 @@ class Bench:
         return self.gate_ED.dtype
 
     @cached_property
-    def peers(self) -> SymmetricExchange:
-        """The exchange through the GPUs' memory. Collective when first asked for."""
+    def symmetric(self) -> SymmetricExchange:
+        """The exchange through memory that all ranks reach. Collective when first asked for."""
         return SymmetricExchange.create(
             self.context, self.max_rows, self.config.dim, self.config.num_experts_per_tok, self.dtype
         )

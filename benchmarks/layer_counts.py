@@ -7,6 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from mixtralkit.distributed import RankContext
+from mixtralkit.moe.capacity import CutRouting
+from mixtralkit.moe.table import LayerTable
+from mixtralkit.ops.all_reduce import RowReducer
+from mixtralkit.ops.runtime import tuned
+from mixtralkit.planning.replicas import is_small
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,67 @@ class Counts:
         computed_W, bytes_N, last = total.split([world, world * world, len(sums)])
         whole = [int(value) for value in last]
         return Counts(computed_W, bytes_N.view(world, world), *whole, self.weight_bytes, self.shadowed)
+
+
+def computing_ranks(dispatcher: str, cut: CutRouting, table: LayerTable, rows_per_rank: int) -> torch.Tensor:
+    """int64 [T, K], where a dispatcher of travelling rows has each choice computed; -1 where it is dropped.
+
+    Collective where counts are exchanged.
+    """
+    if dispatcher in ("exact", "two_stage", "coherent"):
+        return table.pour(cut.kept_TK)[0]
+    top_k, world = cut.experts_TK.shape[1], table.context.world_size
+    return table.look_up(cut.kept_TK, is_small(rows_per_rank * world, top_k, len(table.local_E)))[0]
+
+
+def traffic(
+    dispatcher: str, ranks_TK: torch.Tensor, context: RankContext, row: int, sums: RowReducer | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``computed_W`` and ``bytes_WW`` of this rank's rows of ``row`` bytes, by the dispatcher's name.
+
+    ``ranks_TK`` are ``computing_ranks``; only its shape counts where every rank computes a part of every choice, by
+    ``sums`` for ``split_width``.
+    """
+    (rows, top_k), world = ranks_TK.shape, context.world_size
+    packed = row + 12 * top_k  # ranks or experts, slots and weights beside each row, as ``TravellingRows.pack`` has it
+    match dispatcher:
+        case "local":
+            return by_rows(ranks_TK, context, 0, 0)
+        case "exact":
+            return by_rows(ranks_TK, context, packed, row)
+        case "static":
+            return computed(ranks_TK, world), to_all(context, rows * (packed + row))
+        case "symmetric":
+            computed_W, bytes_WW = by_rows(ranks_TK, context, row, row)
+            return computed_W, bytes_WW + to_all(context, 8 * ranks_TK.numel())  # a word for each choice, to every rank
+        case "coherent":
+            return computed(ranks_TK, world), _bytes_of_moves(ranks_TK, context, packed + 4, row)  # and its number
+        case "gathered":  # the rows, their experts and weights; then a ring's sum of all ranks' rows
+            return torch.zeros(world, dtype=torch.float64), to_all(context, rows * (packed + 2 * row))
+        case "split_width":
+            one_trip = sums is not None and _in_one_trip(sums, rows * world)
+            return torch.zeros(world, dtype=torch.float64), to_all(context, rows * row * (world if one_trip else 2))
+    raise AssertionError(dispatcher)
+
+
+def _bytes_of_moves(ranks_TK: torch.Tensor, context: RankContext, packed: int, row: int) -> torch.Tensor:
+    """Rows go to the ranks of their choices; from there, parts to the rank of the heaviest, where the row stays."""
+    goes_TW = members(ranks_TK, context.world_size)
+    bytes_WW = there_and_back(goes_TW.sum(0), context, packed, 0)
+    for stays in range(context.world_size):
+        bytes_WW[:, stays] += row * goes_TW[ranks_TK[:, 0] == stays].sum(0).double().cpu()
+    return bytes_WW.fill_diagonal_(0)
+
+
+def _in_one_trip(sums: RowReducer, rows: int) -> bool:
+    """Whether every rank sends all its parts to every other, as the kernel does with few rows."""
+    if sums.memory is None or rows > sums.memory.one_trip:
+        return False
+    from mixtralkit.ops.all_reduce.triton import default_settings
+
+    ranks, device = sums.context.world_size, sums.context.device
+    settings = tuned("all_reduce", device, rows, dim=sums.dim, ranks=ranks)
+    return not (settings or default_settings(rows, sums.dim, ranks, sums.dtype.itemsize))["two_trips"]
 
 
 def by_rows(ranks_TK: torch.Tensor, context: RankContext, out: float, back: float) -> tuple[torch.Tensor, torch.Tensor]:

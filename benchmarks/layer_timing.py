@@ -14,8 +14,8 @@ from statistics import median
 
 import numpy as np
 import torch
+from layer_baselines import Phase, Unavailable, Variant
 from layer_cases import INPUT_SETS
-from layer_ways import Phase, Unavailable, Way
 
 from lab.timing import GRAPH_MS
 from mixtralkit.distributed import RankContext
@@ -26,13 +26,13 @@ MOST_TURNS = 8
 Marks = list[tuple[str, float, float]]  # name, start and end of each phase, ms
 
 
-def whole_ms(context: RankContext, way: Way, repeats: int, graph: bool) -> list[float]:
+def whole_ms(context: RankContext, variant: Variant, repeats: int, graph: bool) -> list[float]:
     """Milliseconds of a call, the mean over a round of calls on different inputs; a figure a repeat. Collective."""
 
     def run(turns: int = 1) -> None:
         for _ in range(turns):
             for number in range(INPUT_SETS):
-                way.call(number)
+                variant.call(number)
 
     run()  # compiles
     turns, timed = 1, run
@@ -44,24 +44,24 @@ def whole_ms(context: RankContext, way: Way, repeats: int, graph: bool) -> list[
     return [_timed(context, timed, graph) / (turns * INPUT_SETS) for _ in range(repeats)]
 
 
-def phases_ms(context: RankContext, way: Way, rounds: int, graph: bool) -> dict[str, list[float]]:
+def phases_ms(context: RankContext, variant: Variant, rounds: int, graph: bool) -> dict[str, list[float]]:
     """Milliseconds of each phase by itself, the ranks meeting before each. Collective."""
     times: dict[str, list[float]] = {}
-    phases_of = _phases(context, way, graph)
+    phases_of = _phases(context, variant, graph)
     for number in list(range(INPUT_SETS)) * (rounds + 1):
         for name, function in phases_of(number):
             times.setdefault(name, []).append(_timed(context, function, graph))
     return {name: found[INPUT_SETS:] for name, found in times.items()}  # without the first round
 
 
-def timeline(context: RankContext, way: Way, rounds: int, graph: bool) -> list[Marks]:
+def timeline(context: RankContext, variant: Variant, rounds: int, graph: bool) -> list[Marks]:
     """The phases of one call on every rank, one after the other without meeting in between. Collective.
 
     The call is the one of median length (of the slowest rank). On GPUs the ranks' clocks start at the end of one
     all-reduce, so to within some microseconds; on CPUs they are the host's, and start with the first rank.
     """
     steps: list[tuple[float, Marks]] = []
-    phases_of = _phases(context, way, graph)
+    phases_of = _phases(context, variant, graph)
     for number in list(range(INPUT_SETS)) * (rounds + 1):
         steps.append(_marked(context, phases_of(number), graph))
     # call 0 has no estimate in a flight of two phases
@@ -117,13 +117,13 @@ def captured(
     return graph.replay
 
 
-def _phases(context: RankContext, way: Way, graph: bool) -> Callable[[int], list[Phase]]:
+def _phases(context: RankContext, variant: Variant, graph: bool) -> Callable[[int], list[Phase]]:
     """The phases of a call by its number, each a graph of its own if ``graph``."""
     if not graph:
-        return way.phases
+        return variant.phases
     found = []
     for number in range(INPUT_SETS):
-        phases = way.phases(number)
+        phases = variant.phases(number)
         for _, function in phases:
             function()
         # What a phase leaves for the next lies where its own graph writes it, so each is captured after the last.

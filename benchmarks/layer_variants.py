@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import torch
+from layer_baselines import FastMoEBaseline, LoopBaseline, PaddedBaseline, Phase, Unavailable, Variant
 from layer_cases import INPUT_SETS, Case, GivenGate
-from layer_counts import Counts, by_rows, computed, members, there_and_back, to_all
-from layer_ways import FastMoEWay, LoopWay, PaddedWay, Phase, Unavailable, Way
+from layer_counts import Counts, computing_ranks, traffic
 
 from mixtralkit.config import MoEOptions, ParallelConfig
 from mixtralkit.layout import RankLayout
 from mixtralkit.moe.capacity import CutRouting
-from mixtralkit.moe.dispatch import ExchangedDispatch, StaticDispatch, for_rank, start_rows
-from mixtralkit.moe.dispatch.coherent import CoherentDispatch
+from mixtralkit.moe.dispatch import Dispatchers
 from mixtralkit.moe.dispatch.schedule import num_chunks, run_in_chunks
-from mixtralkit.moe.layer import MoELayer
+from mixtralkit.moe.layer import MoELayer, MoEReport, StepRows
 from mixtralkit.moe.router import Routing
-from mixtralkit.moe.shadow import ShadowCache
+from mixtralkit.moe.shadow import Shadows, shadow_room
+from mixtralkit.moe.store import ExpertStore
 from mixtralkit.moe.two_phase import TwoPhase
-from mixtralkit.ops.all_reduce import RowReducer
-from mixtralkit.ops.runtime import tuned
+from mixtralkit.ops.capacity import CapacityRule
+from mixtralkit.ops.hidden import Hidden
+from mixtralkit.planning.dispatchers import IN_GRAPHS, ROWS_TRAVEL
 from mixtralkit.planning.plan import ExpertPlan, contiguous, everywhere
 from mixtralkit.planning.policies.balanced import balanced
 from mixtralkit.planning.policies.hot_cold import hot_cold
@@ -29,298 +31,278 @@ from mixtralkit.planning.policies.inputs import Budget
 from mixtralkit.planning.popularity import PathPopularity
 from mixtralkit.planning.trace import RoutingTrace
 
+ALL = (
+    "contiguous", "contiguous+exact", "contiguous+static", "contiguous+symmetric", "contiguous+schedule",
+    "hot_cold", "hot_cold+exact", "hot_cold+capacity1.0", "hot_cold+capacity0.5", "hot_cold+capacity0.5+reroute",
+    "balanced", "balanced+exact", "everywhere", "shadow", "two_phase", "coherent", "tensor_parallel",
+    "tensor_parallel+gathered",
+)  # fmt: skip
+PLANS = ("contiguous", "hot_cold", "balanced", "everywhere")
+BASELINES = {"loop_over_experts": LoopBaseline, "padded_all_gather": PaddedBaseline, "fastmoe": FastMoEBaseline}
+NAMED_ONLY = ("fastmoe",)  # not among "all": the real library is seldom there
+SETTLING_STEPS = 3  # of counts, after which shadows are those of the steady state
+
 
 @dataclass(frozen=True)
-class Variant:
-    """A way to run ``MoELayer``.
+class Setting:
+    """A way to run ``MoELayer``, from its name: PLAN, or shadow, two_phase, coherent, tensor_parallel; then words.
 
     Attributes:
         plan: contiguous, hot_cold (the busiest expert of the profile on every rank), balanced (EPLB's policy with a
-            slot more than the experts need) or everywhere.
-        exchange: exact, static, peer (the GPUs' memory) or coherent (rows stay where they are computed).
-        experts: ep, or tp; with ``rows_everywhere`` every rank has all ranks' rows, as attention tp leaves them.
+            slot a rank more than the experts need) or everywhere.
+        exchange: ``exact``, ``static`` or ``symmetric`` where that is forced; None for what ``choose_dispatcher`` says.
+        attention, experts: as in ``ParallelConfig``: what rows a rank has, and what part of which experts.
+        capacity, overflow: ``capacityF``, and ``reroute`` instead of dropping.
+        schedule: the smart schedule, on an exact exchange.
+        shadow: copies of hot experts, decided between calls until they are steady.
+        two_phase: copies for the next call while a call computes.
     """
 
     plan: str = "contiguous"
-    exchange: str = "exact"
+    exchange: str | None = None
+    attention: str = "dp"
     experts: str = "ep"
-    rows_everywhere: bool = False
     capacity: float | None = None
+    overflow: str = "drop"
     schedule: bool = False
     shadow: bool = False
     two_phase: bool = False
 
-    @property
-    def captures(self) -> bool:
-        """Whether no part of it waits for the host."""
-        return self.exchange in ("static", "peer") or self.rows_everywhere
+    @classmethod
+    def parse(cls, name: str) -> Setting:
+        """ValueError for a word that is none."""
+        first, *words = name.split("+")
+        setting = {"shadow": cls(shadow=True), "two_phase": cls(two_phase=True), "coherent": cls(attention="coherent"),
+                   "tensor_parallel": cls(attention="tp", experts="tp")}.get(first)  # fmt: skip
+        if setting is None:
+            if first not in PLANS:
+                raise ValueError(f"variants ({name}) must be among {', '.join((*ALL, *BASELINES))}, or PLAN+WORD")
+            setting = cls(first)
+        for word in words:
+            if word in ("exact", "static", "symmetric"):
+                change = {"exchange": word}
+            elif re.fullmatch(r"capacity\d+(\.\d+)?", word):
+                change = {"capacity": float(word.removeprefix("capacity"))}
+            else:
+                change = {"reroute": {"overflow": "reroute"}, "schedule": {"schedule": True},
+                          "coherent": {"attention": "coherent"}, "gathered": {"attention": "dp"}}.get(word)  # fmt: skip
+            if change is None:
+                raise ValueError(
+                    f"variants ({name}): {word!r} must be exact, static, symmetric, schedule, capacityF, reroute, "
+                    "coherent or gathered"
+                )
+            setting = replace(setting, **change)
+        return setting
+
+    def plan_for(self, case: Case) -> ExpertPlan:
+        """The plan, made from the case's profile."""
+        config, world = case.bench.config, case.bench.context.world_size
+        layers, experts = config.n_layers, config.num_experts
+        match self.plan:
+            case "contiguous":
+                plan = contiguous(layers, experts, world)
+            case "hot_cold":
+                plan = hot_cold(case.profile_loads_LE, world, hot_experts=1)
+            case "balanced":
+                slots = min(experts, -(-experts // world) + 1)
+                plan = balanced(case.profile_loads_LE, world, Budget(slots_per_rank=slots))
+            case "everywhere":
+                plan = everywhere(layers, experts, world)
+        return replace(plan, cold_capacity_factor=self.capacity, overflow=self.overflow)
 
 
-VARIANTS = {
-    "contiguous": Variant(),
-    "contiguous+schedule": Variant(schedule=True),
-    "contiguous+static": Variant(exchange="static"),
-    "contiguous+peer": Variant(exchange="peer"),
-    "contiguous+coherent": Variant(exchange="coherent"),
-    "hot_cold": Variant("hot_cold"),
-    "hot_cold+schedule": Variant("hot_cold", schedule=True),
-    "hot_cold+static": Variant("hot_cold", "static"),
-    "hot_cold+peer": Variant("hot_cold", "peer"),
-    "hot_cold+coherent": Variant("hot_cold", "coherent"),
-    "hot_cold+capacity1.0": Variant("hot_cold", capacity=1.0),
-    "hot_cold+capacity0.5": Variant("hot_cold", capacity=0.5),
-    "balanced": Variant("balanced"),
-    "balanced+schedule": Variant("balanced", schedule=True),
-    "balanced+static": Variant("balanced", "static"),
-    "balanced+peer": Variant("balanced", "peer"),
-    "shadow": Variant(shadow=True),
-    "shadow+schedule": Variant(shadow=True, schedule=True),
-    "two_phase": Variant(shadow=True, two_phase=True),
-    "everywhere": Variant("everywhere"),
-    "everywhere+peer": Variant("everywhere", "peer"),
-    "tensor_parallel": Variant(experts="tp"),
-    "tensor_parallel+sums": Variant(experts="tp", rows_everywhere=True),
-}
-BASELINES = ("loop_over_experts", "padded_all_gather")
-NAMED_ONLY = ("fastmoe",)  # not among "all": the real library is seldom there
+def check_name(name: str) -> None:
+    """ValueError for a name of no variant."""
+    if name not in BASELINES:
+        Setting.parse(name)
 
 
-def way_of(name: str, case: Case) -> Way:
+def variant_of(name: str, case: Case) -> Variant:
     """The variant or baseline of that name. Collective.
 
     Raises:
         Unavailable: it cannot run here.
         ValueError: fastmoe without the library.
     """
-    others = {"loop_over_experts": LoopWay, "padded_all_gather": PaddedWay, "fastmoe": FastMoEWay}
-    return others[name](case) if name in others else LayerWay(case, VARIANTS[name])
+    return BASELINES[name](case) if name in BASELINES else LayerVariant(case, Setting.parse(name))
 
 
-def plan_of(case: Case, variant: Variant) -> ExpertPlan:
-    """The variant's plan, made from the case's profile."""
-    config, world = case.bench.config, case.bench.context.world_size
-    layers, experts = config.n_layers, config.num_experts
-    match variant.plan:
-        case "contiguous":
-            plan = contiguous(layers, experts, world)
-        case "hot_cold":
-            plan = hot_cold(case.profile_loads_LE, world, hot_experts=1)
-        case "balanced":
-            slots = min(experts, -(-experts // world) + 1)
-            plan = balanced(case.profile_loads_LE, world, Budget(slots_per_rank=slots))
-        case "everywhere":
-            plan = everywhere(layers, experts, world)
-    return replace(plan, cold_capacity_factor=variant.capacity)
+class LayerVariant:
+    """``MoELayer``: a layer for each set of weights, or for each call where layers follow one another.
 
+    Rows come normalised with a stream of zeros to add to, as a model's do, and the sums are normalised for what
+    follows; coherent rows come by themselves.
+    """
 
-class LayerWay:
-    """``MoELayer``: a layer for each set of weights, or for each call where layers follow one another."""
-
-    def __init__(self, case: Case, variant: Variant) -> None:
+    def __init__(self, case: Case, setting: Setting) -> None:
         bench, world = case.bench, case.bench.context.world_size
-        self.case, self.variant, self.context = case, variant, bench.context
-        self.captures = variant.captures
-        if variant.exchange == "peer" and bench.context.device.type == "cuda" and bench.peers.memory is None:
-            raise Unavailable("the ranks' GPUs cannot reach each other's memory")
-        if variant.two_phase and world == 1:
+        self.case, self.setting, self.context = case, setting, bench.context
+        if (setting.two_phase or setting.shadow) and world == 1:
             raise Unavailable("copies for other ranks need several ranks")
-        attention = "tp" if variant.rows_everywhere else "dp"
-        self.layout = RankLayout(
-            bench.config, ParallelConfig(attention, variant.experts), plan_of(case, variant), bench.context.rank
-        )
+        parallel = ParallelConfig(setting.attention, setting.experts)
+        self.layout = RankLayout(bench.config, parallel, setting.plan_for(case), bench.context.rank)
         self.inputs, self.routings = case.inputs, case.routings
-        if variant.rows_everywhere:
+        if setting.attention == "tp":
             self.inputs = [_of_all_ranks(case, x_TD) for x_TD in case.inputs]
             self.routings = [Routing(*(_of_all_ranks(case, t) for t in vars(r).values())) for r in case.routings]
-        self.rows_per_rank = case.rows if variant.exchange in ("static", "peer") else None
-        self.ids_T = case.rows * bench.context.rank + torch.arange(case.rows, device=bench.context.device)
-        self.layers = self._make_layers(INPUT_SETS if variant.two_phase else len(bench.weights))
-        self.phases_ahead = self._two_phase() if variant.two_phase else None
-        self._current = None
+        ids_T = case.rows * bench.context.rank + torch.arange(case.rows, device=bench.context.device)
+        self.ids_T = ids_T if setting.attention == "coherent" else None
+        self.rule = CapacityRule.of(self.layout.plan) if setting.experts == "ep" else None
+        self.none = torch.zeros((), dtype=torch.int64, device=bench.context.device)
+        self.norm = (torch.ones_like(self.inputs[0][0]), 1e-5)
+        self.layers, shadows = self._make_layers(INPUT_SETS if setting.two_phase else len(bench.weights))
+        self.name = self.layers[0].dispatchers.name(True, self.ids_T is not None)
+        self.dispatcher = self.layers[0].dispatchers.by_name[self.name]
+        self.captures = self.name in IN_GRAPHS and not (setting.schedule or setting.two_phase)
+        self.rows = StepRows(len(self.inputs[0]), decode=self.ids_T is not None)
+        self.phases_ahead = self._two_phase(shadows) if setting.two_phase else None
+        self._flight = None
+        if setting.shadow:
+            self._settle(shadows)
 
-    def _make_layers(self, count: int) -> list[MoELayer]:
-        variant, bench = self.variant, self.case.bench
-        faster = replace(bench.faster, schedule=variant.schedule, schedule_force=True, shadow=variant.shadow)
-        exact = variant.exchange in ("exact", "coherent")
-        options = MoEOptions(faster, "exact" if exact else "static")
-        cache = ShadowCache.for_model(self.layout, self.context, bench.dtype, options)
-        peers = bench.peers if variant.exchange == "peer" else None
+    def _make_layers(self, count: int) -> tuple[list[MoELayer], Shadows | None]:
+        setting, bench = self.setting, self.case.bench
+        copies = setting.shadow or setting.two_phase
+        faster = replace(bench.faster, schedule=setting.schedule, schedule_force=True, shadow=copies)
+        exact = setting.exchange == "exact" or setting.schedule
+        options = MoEOptions(faster, "exact" if exact else "static" if setting.exchange == "static" else "auto")
+        room = shadow_room(self.layout, self.context, bench.dtype, options)
+        store = ExpertStore(self.layout, self.context, bench.dtype, room, range(count))
+        shadows = Shadows(store, options.faster) if room else None
+        dispatchers = Dispatchers.create(self.layout, self.context, options, self._sums(), self._symmetric(exact))
         layers = []
         for number in range(count):
-            layer = MoELayer(number, self.layout, self.context, bench.dtype, options, shadow_cache=cache, peers=peers)
+            layer = MoELayer(number, self.context, store, dispatchers, options, shadows)
             w13_EGD, w2_EDF = bench.weights[number % len(bench.weights)]
             mine, part = list(self.layout.experts(number)), slice(*self.layout.hidden)
             w1, w3 = w13_EGD[mine].chunk(2, dim=1)
             layer.experts.w13.copy_(torch.cat([w1[:, part], w3[:, part]], dim=1))
             layer.experts.w2.copy_(w2_EDF[mine][:, :, part])
             layer.gate = GivenGate(self.routings, bench.config.num_experts_per_tok, bench.gate_ED)
-            layer.leaves_parts = variant.rows_everywhere
             layers.append(layer)
-        return layers
+        return layers, shadows
 
-    def _two_phase(self) -> TwoPhase:
+    def _sums(self):
+        return self.case.bench.sums if self.setting.attention == "tp" and self.context.world_size > 1 else None
+
+    def _symmetric(self, exact: bool):
+        """Memory between GPUs where rows may go through it; on CPUs, where that is slower, if it is forced."""
+        setting, bench = self.setting, self.case.bench
+        travels = self.context.world_size > 1 and setting.experts == "ep" and setting.attention != "tp"
+        if not travels or exact or (setting.exchange is None and self.context.device.type == "cpu"):
+            return None
+        if bench.symmetric.memory is None and self.context.device.type == "cuda":
+            if setting.exchange == "symmetric":
+                raise Unavailable("the ranks' GPUs cannot reach each other's memory")
+            return None
+        return bench.symmetric
+
+    def _two_phase(self, shadows: Shadows) -> TwoPhase:
         """Estimates by popularity alone: the calls of a round are one layer's, so paths say nothing."""
         config = self.case.bench.config
         profile_NLK = self.case.profile_NK.numpy()[:, None].repeat(config.n_layers, axis=1)
-        popularity = PathPopularity.fit(RoutingTrace(profile_NLK, config.num_experts), path_length=0)
-        return TwoPhase(self.layers, popularity, self.context)
+        return TwoPhase(shadows, PathPopularity.fit(RoutingTrace(profile_NLK, config.num_experts), path_length=0))
 
-    def _at(self, number: int) -> tuple[MoELayer, torch.Tensor]:
-        layer = self.layers[number % len(self.layers)]
+    def _settle(self, shadows: Shadows) -> None:
+        """Copies what the calls' counts ask for, as an engine does between its steps. Collective."""
+        loads_LE = [self.case.loads_CE[number :: len(self.layers)].mean(0) for number in range(len(self.layers))]
+        for _ in range(SETTLING_STEPS):
+            shadows.between_steps(loads_LE)
+
+    def _at(self, number: int) -> tuple[MoELayer, Hidden, StepRows]:
+        """Layer and rows of a call. A flight of two phases begins with call 0."""
+        layer, x_TD = self.layers[number % len(self.layers)], self.inputs[number]
         layer.gate.turn = number
-        return layer, self.inputs[number]
-
-    def _flight(self, number: int):
-        """Of the round under way, which begins with call 0; None but with two phases."""
         if self.phases_ahead is not None and number == 0:
-            self._current = self.phases_ahead.begin()
-        return self._current
+            self._flight = self.phases_ahead.begin()
+        stream_TD = None if self.ids_T is not None else torch.zeros_like(x_TD)
+        return layer, Hidden(stream_TD, x_TD, self.norm, self.ids_T), replace(self.rows, flight=self._flight)
 
-    def call(self, number: int) -> object:
-        layer, x_TD = self._at(number)
-        if self.variant.exchange == "coherent":
-            return layer.forward_moving(x_TD, self.ids_T)
-        y_TD, _ = layer(x_TD, self.rows_per_rank, self._flight(number))
-        return self.case.bench.sums.sum(y_TD) if self.variant.rows_everywhere else y_TD
+    def call(self, number: int) -> Hidden:
+        layer, hidden, rows = self._at(number)
+        return layer(hidden, rows, self.norm)[0]
 
     def phases(self, number: int) -> list[Phase]:
-        layer, x_TD = self._at(number)
-        flight, s, rank = self._flight(number), SimpleNamespace(), self.context.rank
-        sums = self.case.bench.sums if self.variant.rows_everywhere else None
+        layer, hidden, rows = self._at(number)
+        dispatcher, table, s = self.dispatcher, layer.table, SimpleNamespace()
 
         def gate() -> None:
-            s.routing = layer.gate(x_TD)
-
-        def arrange() -> None:
-            s.way, s.home, s.cut = layer.arrange(x_TD, s.routing, self.rows_per_rank, flight)
-
-        def sort() -> None:
-            arrange()
-            s.rows = start_rows(x_TD, s.cut, s.home.assigner, even=isinstance(s.way, ExchangedDispatch))
-            if isinstance(s.way, ExchangedDispatch):
-                s.sorted = s.way.exchange.sort(s.rows, s.rows.ranks_RK)
-
-        def cross() -> None:
-            here, s.handle = s.way.exchange.cross(s.sorted)
-            s.rows = for_rank(here, rank)
-
-        def gather() -> None:
-            s.rows, s.handle = for_rank(s.way.exchange.send(s.rows, self.rows_per_rank), rank), len(x_TD)
+            s.routing, s.hidden = layer.gate(hidden)
 
         def dispatch() -> None:
-            arrange()
-            s.rows, s.handle = s.way.dispatch(s.home.x_TD, s.cut, s.home.assigner)
-
-        def move() -> None:
-            arrange()
-            s.way = CoherentDispatch(self.context)
-            s.rows, s.handle = s.way.dispatch(s.home.x_TD, s.cut, s.home.assigner, self.ids_T)
+            if rows.flight is not None:
+                rows.flight.at(layer.layer, s.routing.experts_TK)
+            cut = self._cut(layer, s.routing)
+            s.rows, s.handle = dispatcher.dispatch(s.hidden, cut, table, rows.per_rank)
 
         def experts() -> None:
-            s.y_RD = s.home.experts(s.rows)
+            s.y_RD = layer.experts(s.rows)
 
         def combine() -> None:
-            s.out = s.way.combine(s.y_RD, s.handle) if sums is None else sums.sum(s.y_RD)
+            s.out = dispatcher.combine(s.y_RD, s.handle, self.norm)
 
         def chunks() -> None:
-            count = num_chunks(self.context.world_size, layer.options.faster.group_size)
-            s.out, _ = run_in_chunks(s.way, s.home.experts, s.home.x_TD, s.cut, s.home.assigner, count)
+            cut, count = self._cut(layer, s.routing), self._chunks
+            s.out, _ = run_in_chunks(dispatcher, layer.experts, s.hidden, cut, table, count, self.norm)
 
-        last = [("experts", experts), ("combine", combine)]
-        if self.variant.schedule:
-            return [("gate", gate), ("permute", arrange), ("dispatch+experts+combine", chunks)]
-        if self.variant.exchange == "coherent":
-            return [("gate", gate), ("permute+dispatch", move), *last]
-        if self.variant.exchange == "peer" or self.variant.experts == "tp":
-            name = "permute" if self.variant.rows_everywhere else "permute+dispatch"
-            return [("gate", gate), (name, dispatch), *last]
-        return [("gate", gate), ("permute", sort), ("dispatch", gather if self.rows_per_rank else cross), *last]
+        if self.setting.schedule:
+            return [("gate", gate), ("permute+dispatch+experts+combine", chunks)]
+        travels = self.name in ROWS_TRAVEL or self.name == "gathered"
+        name = "permute+dispatch" if travels else "permute"
+        return [("gate", gate), (name, dispatch), ("experts", experts), ("combine", combine)]
 
-    def finished(self, result: object, number: int) -> torch.Tensor:
+    @property
+    def _chunks(self) -> int:
+        group = self.layers[0].options.faster.group_size
+        return num_chunks(self.context.world_size, group) if self.setting.schedule else 1
+
+    def finished(self, result: Hidden, number: int) -> torch.Tensor:
         rows, rank = self.case.rows, self.context.rank
-        if self.variant.exchange == "coherent":
-            y_MD, ids_M = result
-            whole_RD = y_MD.new_zeros(rows * self.context.world_size, y_MD.shape[1])
-            result = self.context.all_reduce(whole_RD.index_copy_(0, ids_M, y_MD))
-        elif not self.variant.rows_everywhere:
-            return result
-        return result[rows * rank : rows * (rank + 1)]
+        if result.ids_T is not None:
+            whole_RD = result.normed_TD.new_zeros(rows * self.context.world_size, self.inputs[0].shape[1])
+            whole_RD = self.context.all_reduce(whole_RD.index_copy_(0, result.ids_T, result.normed_TD))
+            return whole_RD[rows * rank : rows * (rank + 1)]
+        sums_TD = result.normed_TD if result.x_TD is None else result.x_TD
+        return sums_TD[rows * rank : rows * (rank + 1)] if self.setting.attention == "tp" else sums_TD
 
     def expected(self, number: int) -> Routing:
-        layer, x_TD = self._at(number)
-        routing = self.routings[number]
-        if self.variant.capacity is None:
+        if self.setting.capacity is None:
             return self.case.routings[number]
-        cut = layer.arrange(x_TD, routing)[2]
-        return Routing(cut.experts_TK, cut.weights_TK, routing.logits_TE)
+        cut = self._cut(self._at(number)[0], self.routings[number])
+        return Routing(cut.experts_TK, cut.weights_TK, self.routings[number].logits_TE)
+
+    def _cut(self, layer: MoELayer, routing: Routing) -> CutRouting:
+        return CutRouting.of(routing, layer.table.local_E, self.rule, None, self.none)
 
     def counts(self, number: int) -> Counts:
-        if self.variant.experts == "tp":
+        if self.setting.experts == "tp" and self.context.world_size > 1:
             return self._counts_of_parts()
-        layer, x_TD = self._at(number)
-        routing, context = self.routings[number], self.context
-        way, home, cut = layer.arrange(x_TD, routing, self.rows_per_rank, self._flight(number))
-        ranks_TK = self._ranks(layer, way, home, cut)
-        row = x_TD[0].nbytes
-        packed = row + 4 * (3 * ranks_TK.shape[1] + 1)  # ranks, slots, weights and number, as ``exchange.pack`` has it
-        if self.variant.exchange == "static":
-            computed_W, bytes_WW = computed(ranks_TK, context.world_size), to_all(context, len(x_TD) * (packed + row))
-        elif self.variant.exchange == "peer":
-            computed_W, bytes_WW = by_rows(ranks_TK, context, row, row)
-            bytes_WW += to_all(context, 8 * ranks_TK.numel())  # a word for each choice, to every rank
-        else:
-            computed_W, bytes_WW = by_rows(ranks_TK, context, packed, row)
-        if self.variant.exchange == "coherent":
-            bytes_WW = self._bytes_of_moves(ranks_TK, packed, row)
-        is_hot_E = home.assigner.copies_E > 1
-        at_home_TK = (ranks_TK == context.rank) & is_hot_E[routing.experts_TK]
-        report = home.report
+        layer, hidden, rows = self._at(number)
+        report: MoEReport = layer(hidden, rows, self.norm)[1]
+        cut, context, table = self._cut(layer, self.routings[number]), self.context, layer.table
+        size = cut.experts_TK.numel()
+        parts = [cut.take(rows_N) for rows_N in torch.arange(len(hidden)).tensor_split(self._chunks)]
+        ranks_TK = torch.cat([computing_ranks(self.name, part, table, self.case.rows) for part in parts])
+        moved = traffic(self.name, ranks_TK, context, self.inputs[number][0].nbytes)
+        copies_E = torch.from_numpy((table.replicas.slots_WE >= 0).sum(0)).to(context.device)
+        at_home_TK = (ranks_TK == context.rank) & (copies_E > 1)[self.routings[number].experts_TK]
+        shadows = report.shadows
         return Counts(
-            computed_W, bytes_WW, ranks_TK.numel(), int(at_home_TK.sum()), int(cut.dropped),
-            0 if report is None else report.bytes_broadcast, () if report is None else report.experts,
+            *moved, size, int(at_home_TK.sum()), int(cut.dropped), 0 if shadows is None else shadows.bytes_broadcast,
+            () if shadows is None else shadows.experts,
         ).over_ranks(context)  # fmt: skip
 
-    def _ranks(self, layer: MoELayer, way, home, cut: CutRouting) -> torch.Tensor:
-        """Where each choice is computed, -1 where it was dropped."""
-        if self.variant.exchange == "peer":
-            return way.places.look_up(cut.experts_TK)[0]
-        even = not isinstance(way, StaticDispatch)
-        chunks = num_chunks(self.context.world_size, layer.options.faster.group_size) if self.variant.schedule else 1
-        parts = [replace(cut, experts_TK=part) for part in cut.experts_TK.tensor_split(chunks)]
-        return torch.cat([home.assigner.assign(part, even).ranks_TK for part in parts])
-
-    def _bytes_of_moves(self, ranks_TK: torch.Tensor, packed: int, row: int) -> torch.Tensor:
-        """Rows go to the ranks of their choices; from there, parts to the rank of the heaviest, where the row stays."""
-        context = self.context
-        goes_TW = members(ranks_TK, context.world_size)
-        bytes_WW = there_and_back(goes_TW.sum(0), context, packed, 0)
-        for home in range(context.world_size):
-            bytes_WW[:, home] += row * goes_TW[ranks_TK[:, 0] == home].sum(0).double().cpu()
-        return bytes_WW.fill_diagonal_(0)
-
     def _counts_of_parts(self) -> Counts:
-        """Every rank computes a part of every choice. Sums over W·T rows: 2·(W-1)/W of them leave each rank."""
-        context, rows = self.context, self.case.rows
-        row, top_k = self.case.inputs[0][0].nbytes, self.case.routings[0].experts_TK.shape[1]
-        bytes_WW = to_all(context, 2 * rows * row)
-        if not self.variant.rows_everywhere:
-            bytes_WW += to_all(context, rows * (row + 12 * top_k))  # the rows, their experts and weights
-        elif _in_one_trip(self.case.bench.sums, rows * context.world_size):
-            bytes_WW = to_all(context, rows * context.world_size * row)
-        computed_W = torch.full((context.world_size,), float(rows * top_k), dtype=torch.float64)
-        return Counts(computed_W, bytes_WW, rows * top_k).over_ranks(context)
+        """Every rank computes a part of every choice."""
+        case, context = self.case, self.context
+        top_k, row = case.bench.config.num_experts_per_tok, case.inputs[0][0].nbytes
+        computed_W = torch.full((context.world_size,), float(case.rows * top_k), dtype=torch.float64)
+        ranks_TK = torch.empty(case.rows, top_k)
+        _, bytes_WW = traffic(
+            self.name, ranks_TK, context, row, case.bench.sums if self.name == "split_width" else None
+        )
+        return Counts(computed_W, bytes_WW, case.rows * top_k).over_ranks(context)
 
 
 def _of_all_ranks(case: Case, values: torch.Tensor) -> torch.Tensor:
     return case.bench.context.all_gather(values).flatten(0, 1)
-
-
-def _in_one_trip(sums: RowReducer, rows: int) -> bool:
-    """Whether every rank sends all its parts to every other, as the kernel does with few rows."""
-    if sums.memory is None or rows > sums.memory.one_trip:
-        return False
-    from mixtralkit.ops.all_reduce.triton import default_settings
-
-    ranks, device = sums.context.world_size, sums.context.device
-    settings = tuned("all_reduce", device, rows, dim=sums.dim, ranks=ranks)
-    return not (settings or default_settings(rows, sums.dim, ranks, sums.dtype.itemsize))["two_trips"]

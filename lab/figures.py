@@ -22,9 +22,10 @@ from mixtralkit.ops.experts import expert_sum
 from mixtralkit.ops.gate import gate
 from mixtralkit.ops.linear import linear
 from mixtralkit.ops.ragged_attention import ragged_attention, span_table
-from mixtralkit.ops.symmetric_exchange import ExpertPlaces, SymmetricExchange
+from mixtralkit.ops.symmetric_exchange import SymmetricExchange
 from mixtralkit.planning.hardware import FusedKernels, ProductPoints, WirePoints
 from mixtralkit.planning.plan import contiguous
+from mixtralkit.planning.replicas import ReplicaTable
 
 EPS = 1e-5
 BEYOND_CACHES = 2**28  # bytes of weights that take turns: several times the largest L2
@@ -233,8 +234,9 @@ def _exchange_points(clock: KernelClock, sizes: Sizes) -> WirePoints:
     """Rows of uniform choices among two experts a rank, out and back."""
     context, found = clock.context, []
     ranks, experts = context.world_size, 2 * context.world_size
-    peers = SymmetricExchange.create(context, max(sizes.symmetric_rows), sizes.dim, TOP_K, sizes.dtype)
-    places = ExpertPlaces.of(contiguous(1, experts, ranks).slot_of_LWE[0], context.rank, context.device)
+    exchange = SymmetricExchange.create(context, max(sizes.symmetric_rows), sizes.dim, TOP_K, sizes.dtype)
+    table = ReplicaTable.of(contiguous(1, experts, ranks), layer=0)
+    places_EC = torch.from_numpy(table.places_EC(context.rank, small=False)).to(context.device)
     generator = torch.Generator().manual_seed(context.rank)
     for rows in sizes.symmetric_rows:
         x_TD = _normal(clock, sizes, rows, sizes.dim)
@@ -247,8 +249,8 @@ def _exchange_points(clock: KernelClock, sizes: Sizes) -> WirePoints:
         weights_TK = torch.full((rows, TOP_K), 1 / TOP_K, device=context.device)
 
         def there_and_back(x=x_TD, choice=experts_TK, weights=weights_TK, rows=rows) -> None:
-            arrived = peers.dispatch(x, choice, weights, places, rows)
-            peers.combine(peers.sum_buffer(rows), arrived.members_T)
+            arrived = exchange.dispatch(x, choice, weights, places_EC, rows)
+            exchange.combine(exchange.sum_buffer(rows), arrived.members_T)
 
         found.append((busiest, clock([there_and_back], _turns(rows))))
         clock.say(f"{rows} rows a rank through memory and back", found[-1][1] * 1e6, "us")

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -25,7 +26,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import bench_moe_layer as bench  # noqa: E402
 import layer_timing  # noqa: E402
-import layer_variants as ways  # noqa: E402
+import layer_variants  # noqa: E402
 from ceilings import Ceilings  # noqa: E402
 from layer_cases import INPUT_SETS, Bench, Case, RoutingKind  # noqa: E402
 from layer_counts import summary  # noqa: E402
@@ -80,7 +81,7 @@ def test_every_variant_on_two_ranks(tmp_path):
     )
     assert others == ([], "")
     assert [json.loads(line) for line in output.read_text().splitlines()] == lines
-    names = [*ways.VARIANTS, *ways.BASELINES]
+    names = [*layer_variants.ALL, "loop_over_experts", "padded_all_gather"]
     assert [(line["routing"], line["variant"]) for line in lines] == [
         *itertools.product(("uniform", "skew:0.5"), names)
     ]
@@ -111,7 +112,7 @@ def test_every_variant_on_two_ranks(tmp_path):
 
 
 def test_a_trace_and_a_picture_on_four_ranks(tmp_path, trace):
-    pictured = ["hot_cold", "contiguous+schedule", "balanced+peer"]
+    pictured = ["hot_cold", "contiguous+schedule", "balanced+symmetric"]
     options = {"tokens": "1,4", "routing": f"trace:{trace}", "variants": "contiguous+static,hot_cold+coherent"}
     options |= {"plot": tmp_path / "steps.png", "plot_variants": ",".join(pictured)}
     (lines, _), *_ = run_ranks(run_bench, 4, options, timeout_s=200)
@@ -123,16 +124,20 @@ def test_a_trace_and_a_picture_on_four_ranks(tmp_path, trace):
 
 
 def test_one_rank_skips_what_needs_several():
-    names = "contiguous,contiguous+peer,two_phase,tensor_parallel+sums"
+    names = "contiguous,contiguous+symmetric,two_phase,tensor_parallel"
     ((lines, table),) = run_ranks(run_bench, 1, {"tokens": "3", "routing": "uniform", "variants": names})
     assert [line["variant"] for line in lines if "ms" in line] == [n for n in names.split(",") if n != "two_phase"]
     assert "several ranks" in lines[2]["skipped"]
     assert "several ranks" in table
 
 
+def scaled(hidden):
+    return replace(hidden, x_TD=hidden.x_TD * 1.001)
+
+
 def test_a_wrong_variant_is_not_timed(monkeypatch, capsys):
-    right = ways.LayerWay.call
-    monkeypatch.setattr(ways.LayerWay, "call", lambda way, number: right(way, number) * 1.001)
+    right = layer_variants.LayerVariant.call
+    monkeypatch.setattr(layer_variants.LayerVariant, "call", lambda variant, number: scaled(right(variant, number)))
     with pytest.raises(RuntimeError, match=r"not timed, .*: contiguous \(uniform, 3 rows\)"):
         bench.bench_moe_layer("3", "uniform", "contiguous,loop_over_experts", **SIZES)
     wrong, loop = (json.loads(line) for line in capsys.readouterr().out.splitlines())
@@ -146,7 +151,8 @@ def test_a_wrong_variant_is_not_timed(monkeypatch, capsys):
     [
         ({"tokens": "1,0"}, r"tokens \('1,0'\) must be whole numbers"),
         ({"variants": "contiguous,fast"}, r"variants \(fast\) must be among contiguous"),
-        ({"plot": Path("x.png"), "plot_variants": "hot"}, r"plot_variants \(hot\) must be among"),
+        ({"variants": "contiguous+fast"}, r"variants \(contiguous\+fast\): 'fast' must be exact, static"),
+        ({"plot": Path("x.png"), "plot_variants": "hot"}, r"variants \(hot\) must be among"),
         ({"routing": "skew:0.6"}, r"routing \('skew:0.6'\) must be uniform, skew:SHARE with at most 1/top_k = 0.5"),
         ({"routing": "zipf"}, r"routing \('zipf'\) must be uniform"),
         ({"repeats": 0}, r"repeats \(0\) must be at least 1"),
@@ -192,18 +198,18 @@ def test_traces_that_do_not_fit(trace):
 # --- counts
 
 
-def count_all(context: RankContext, names: list[str], rows: int, few_choices: int = 64) -> list[tuple[list, dict]]:
+def count_all(context: RankContext, names: list[str], rows: int, small_choices: int = 64) -> list[tuple[list, dict]]:
     """For each variant everyone's experts and the plan's slots, and what is counted."""
-    with torch.no_grad(), patch.object(spread, "SMALL_BATCH_CHOICES", few_choices):
+    with torch.no_grad(), patch.object(spread, "SMALL_BATCH_CHOICES", small_choices):
         case = make_case(context, skewed(), rows)
         experts_CWTK = [context.all_gather(routing.experts_TK).tolist() for routing in case.routings]
         found = []
         for name in names:
-            way = ways.way_of(name, case)
+            variant = layer_variants.variant_of(name, case)
             for number in range(INPUT_SETS):
-                way.call(number)  # copies for shadows are there from now on
-            slots = way.layout.plan.slot_of_LWE[0].tolist() if hasattr(way, "layout") else None
-            found.append(((experts_CWTK, slots), summary([way.counts(number) for number in range(INPUT_SETS)])))
+                variant.call(number)  # copies for shadows are there from now on
+            slots = variant.layout.plan.slot_of_LWE[0].tolist() if hasattr(variant, "layout") else None
+            found.append(((experts_CWTK, slots), summary([variant.counts(number) for number in range(INPUT_SETS)])))
         return found
 
 
@@ -216,7 +222,7 @@ def brute_force(
     expert computes it.
     """
     copies_E = (np.array(slots_WE) >= 0).sum(0)
-    slots_WE = replicas.one_holder(np.array(slots_WE)) if one_each else slots_WE
+    slots_WE = spread.one_holder(np.array(slots_WE)) if one_each else slots_WE
     ranks = len(slots_WE)
     sent_W, home, choices, computed_CW = [0.0] * ranks, 0, 0, []
     for experts_WTK in experts_CWTK:
@@ -239,28 +245,29 @@ def brute_force(
     return max(sent_W) / len(experts_CWTK), home / choices, computed_CW
 
 
-@pytest.mark.parametrize("few_choices", [0, 64])
-def test_counts_are_those_of_brute_force(few_choices):
-    row, packed = 4 * DIM, 4 * DIM + 4 * (3 * TOP_K + 1)
+@pytest.mark.parametrize("small_choices", [0, 64])
+def test_counts_are_those_of_brute_force(small_choices):
+    row, packed = 4 * DIM, 4 * DIM + 12 * TOP_K
     rows, ranks = 6, 4
     settings = {  # bytes out and back, and bytes to all others whatever the routing
         "contiguous": (packed, row, 0),
         "contiguous+schedule": (packed, row, 0),
-        "contiguous+peer": (row, row, 8 * rows * TOP_K),
+        "contiguous+symmetric": (row, row, 8 * rows * TOP_K),
         "contiguous+static": (0, 0, rows * (packed + row)),
-        "contiguous+coherent": (packed, row, 0),
+        "coherent": (packed + 4, row, 0),
         "hot_cold": (packed, row, 0),
-        "hot_cold+coherent": (packed, row, 0),
-        "balanced+peer": (row, row, 8 * rows * TOP_K),
+        "hot_cold+coherent": (packed + 4, row, 0),
+        "balanced+symmetric": (row, row, 8 * rows * TOP_K),
         "everywhere": (packed, row, 0),
     }
-    everyone = run_ranks(count_all, ranks, list(settings), rows, few_choices)
+    everyone = run_ranks(count_all, ranks, list(settings), rows, small_choices)
     for name, *results in zip(settings, *everyone, strict=True):
         out, back, fixed = settings[name]
+        small = small_choices > 0
         (routed, slots_WE), found = results[0]
         assert all(result == results[0] for result in results)
         sent, share, computed_CW = brute_force(
-            routed, slots_WE, out, back, "peer" in name, "coherent" in name, "peer" in name and few_choices > 0
+            routed, slots_WE, out, back, "symmetric" in name, "coherent" in name, small and fixed > 0
         )
         assert found["bytes_sent"] == pytest.approx(sent + (ranks - 1) * fixed, abs=1), name
         assert found["hot_share"] == pytest.approx(share, abs=1e-4), name
@@ -269,9 +276,9 @@ def test_counts_are_those_of_brute_force(few_choices):
         assert found["rows_mean_over_max"] == pytest.approx(np.mean([1 / r for r in ratios]), abs=1e-4), name
 
 
-def test_counts_of_ways_without_a_plan():
+def test_counts_of_variants_without_a_plan():
     rows, ranks, row = 6, 2, 4 * DIM
-    names = ["tensor_parallel", "tensor_parallel+sums", "padded_all_gather", "hot_cold+capacity0.5", "shadow"]
+    names = ["tensor_parallel+gathered", "tensor_parallel", "padded_all_gather", "hot_cold+capacity0.5", "shadow"]
     parts, sums, padded, cut, shadow = (found for _, found in run_ranks(count_all, ranks, names, rows)[0])
     assert parts["bytes_sent"] == padded["bytes_sent"] == rows * (row + 12 * TOP_K) + 2 * rows * row
     assert sums["bytes_sent"] == 2 * rows * row
@@ -308,7 +315,9 @@ def test_bound_of_the_real_mixtral():
 def draw_timelines(context: RankContext) -> list:
     with torch.no_grad():
         case = make_case(context, skewed(), 4)
-        return [timeline(context, ways.way_of(name, case), 1, False) for name in ("contiguous", "two_phase")]
+        return [
+            timeline(context, layer_variants.variant_of(name, case), 1, False) for name in ("contiguous", "two_phase")
+        ]
 
 
 def test_a_timeline_has_every_phase_of_every_rank():
@@ -334,18 +343,20 @@ class FakeGraph:
         return lambda: (self.replays.append(function), function())[-1]
 
 
-@pytest.mark.parametrize("name", [name for name, variant in ways.VARIANTS.items() if variant.captures])
+@pytest.mark.parametrize(
+    "name", ["contiguous", "hot_cold+capacity0.5+reroute", "balanced+symmetric", "tensor_parallel"]
+)
 def test_rounds_and_phases_that_are_captured(name, monkeypatch):
     """Without a GPU: which graphs there are, and that each phase's finds what the one before it left."""
     graphs = FakeGraph()
     monkeypatch.setattr(layer_timing, "captured", graphs)
     with torch.no_grad():
-        way = ways.way_of(name, make_case(RankContext(), skewed(), 3))
-        assert len(whole_ms(RankContext(), way, 2, True)) == 2
+        variant = layer_variants.variant_of(name, make_case(RankContext(), skewed(), 3))
+        assert len(whole_ms(RankContext(), variant, 2, True)) == 2
         assert len(set(graphs.replays)) == 1
         assert len(graphs.replays) == 1 + 2
         graphs.replays.clear()
-        times = phases_ms(RankContext(), way, 2, True)
+        times = phases_ms(RankContext(), variant, 2, True)
         assert {len(found) for found in times.values()} == {2 * INPUT_SETS}
         assert len(set(graphs.replays)) == len(times) * INPUT_SETS
         assert len(graphs.replays) == len(times) * 3 * INPUT_SETS

@@ -21,13 +21,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mixtralkit.checkpoint import open_checkpoint, save_checkpoint
+from mixtralkit.distributed import RankContext
 from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.evaluation.prompt_sets import read_prompts
 from mixtralkit.evaluation.run import read_rows
 from mixtralkit.planning.formats import load_plan, save_plan
 from mixtralkit.planning.plan import contiguous
+from mixtralkit.planning.popularity import PathPopularity
 from mixtralkit.planning.trace import RoutingTrace, load_routing
 from mixtralkit.planning.trace_parts import PartWriter
+from mixtralkit.training.state import load_state
+from mixtralkit.training.tokens import TokenSet
 from tests.checkpoint.models import CONFIGS, random_tensors, write_one_file, write_params
 from tests.engine.side_files import CHATML, write_folder
 
@@ -288,3 +292,45 @@ def test_pipes_are_never_waited_for(tmp_path, read, suffix):
     os.mkfifo(tmp_path / f"a.{suffix}")
     with pytest.raises(ValueError, match="is a pipe, not an ordinary file"):
         read(tmp_path / f"a.{suffix}")
+
+
+def profile(path: Path) -> None:
+    experts = np.random.default_rng(0).permuted(np.tile(np.arange(4), (40, 3, 1)), axis=2)[:, :, :2]
+    PathPopularity.fit(RoutingTrace(experts, 4), 2).save(path)
+
+
+def tokens(path: Path) -> None:
+    ids = np.arange(40, dtype=np.uint16)
+    TokenSet({"a": ids}, {"a": ids}, {"a": 9}, b"model").save(path)
+
+
+@pytest.mark.parametrize(("make", "load"), [(profile, PathPopularity.load), (tokens, TokenSet.load)])
+def test_archives_of_profiles_and_tokens(tmp_path, make, load):
+    """Empty, text, garbage, other keys, other types: tracebacks before."""
+    path = tmp_path / "a.npz"
+    make(path)
+    load(path)
+    with np.load(path) as file:
+        arrays = dict(file)
+    for key, array in arrays.items():
+        others = [np.array([1.5]), np.array("text"), np.array(10**12), np.zeros((2, 2), np.int64), np.array([-1]), None]
+        for other in others:
+            changed = {**arrays, key: other}
+            np.savez(path, **{name: value for name, value in changed.items() if value is not None})
+            if array.dtype != np.uint8:  # the tokenizer is any bytes
+                with pytest.raises(ValueError, match=r"a\.npz: (is not a popularity profile|not a file of tokens)"):
+                    load(path)
+    for content in (b"", b"text", pickle.dumps({}), b"PK\x03\x04" + bytes(200)):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"a\.npz: "):
+            load(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"text", pickle.dumps({"step": 3}), {"step": 3}, [1]])
+def test_resume_states_that_are_none(tmp_path, content):
+    folder = tmp_path / "step-0000001"
+    folder.mkdir()
+    path = folder / "rank-0.pt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(ValueError, match=r"rank-0\.pt: is no saved state"):
+        load_state(tmp_path, RankContext())

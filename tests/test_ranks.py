@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from mixtralkit.distributed import threads_of_rank
 from tests.ranks import RankError, run_ranks
 
 
@@ -62,3 +63,15 @@ def test_a_rank_that_hangs_meets_the_limit():
     with pytest.raises(RankError, match="did not end"):
         run_ranks(_sleep, 2, timeout_s=2)
     assert time.monotonic() - start < 10
+
+
+def _threads(context):
+    import torch
+
+    return torch.get_num_threads()
+
+
+def test_ranks_of_one_machine_share_its_cores():
+    cores = threads_of_rank(1)
+    assert run_ranks(_threads, 2) == [max(1, cores // 2)] * 2
+    assert threads_of_rank(cores + 1) == 1

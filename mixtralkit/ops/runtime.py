@@ -1,4 +1,4 @@
-"""Where Triton kernels run, and the settings that were tuned for a GPU."""
+"""Where Triton and compiled kernels run, and the settings that were tuned for a GPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from pathlib import Path
 
 import torch
 
-TUNED = Path(__file__).resolve().parents[2] / "configs" / "kernels"
+from mixtralkit.config import shipped
+
+CPU_TYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of the compiled kernels' numbers
+AMX_ROWS = 32  # from which torch's bfloat16 product is taken where the processor multiplies matrices
+TUNED = shipped("kernels")
 
 
 def runs_triton(x: torch.Tensor, *others: torch.Tensor) -> bool:
@@ -21,6 +25,26 @@ def runs_triton(x: torch.Tensor, *others: torch.Tensor) -> bool:
         return False
     grad = torch.is_grad_enabled()
     return all(not (t.requires_grad and grad) and t.dtype == x.dtype and t.numel() > 0 for t in (x, *others))
+
+
+def runs_cpu(x: torch.Tensor, *weights: torch.Tensor) -> bool:
+    """The guard of every op on a CPU: whether it runs its compiled kernels on these tensors, else its reference.
+
+    It does where a compiler is and no gradient and no autocast is wanted. ``weights`` may be packed (``ops.cpu``).
+    """
+    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return False
+    grad = torch.is_grad_enabled()
+    for tensor in (x, *weights):
+        if isinstance(tensor, torch.Tensor):
+            fits = tensor.dtype in CPU_TYPES and tensor.numel() > 0 and tensor.stride(-1) == 1
+            if not fits or (tensor.requires_grad and grad):
+                return False
+    from mixtralkit.ops.cpu.build import kernels
+
+    if x.dtype == torch.bfloat16 and x.shape[0] >= AMX_ROWS and torch.cpu._is_amx_tile_supported():
+        return False
+    return kernels() is not None
 
 
 def has_triton(device: torch.device) -> bool:

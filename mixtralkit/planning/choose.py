@@ -14,6 +14,7 @@ from mixtralkit.planning.hardware import Hardware
 from mixtralkit.planning.memory import RankMemory, Room, rank_memory
 from mixtralkit.planning.plan import ExpertPlan
 from mixtralkit.planning.policies.auto import held_out
+from mixtralkit.planning.policies.inputs import gb_above
 from mixtralkit.planning.policies.registry import Given, candidate_names, make_plan
 from mixtralkit.planning.replay import Execution
 from mixtralkit.planning.trace import RoutingTrace
@@ -150,7 +151,8 @@ def choose(found: Sequence[Candidate], memory_gb: float | None) -> Candidate:
         least = min(found, key=lambda candidate: candidate.memory.total)
         memory = least.memory
         raise ValueError(
-            f"memory_gb ({memory_gb:g}) must be at least {memory.total:.1f} a rank, which the smallest layout needs: "
+            f"memory_gb ({memory_gb:g}) must be at least {gb_above(memory.total, memory_gb)} a rank, "
+            "which the smallest layout needs: "
             f"attention {least.parallel.attention}, experts {least.parallel.experts}, plan {least.name} "
             f"({memory.weights:.1f} weights, {memory.cache:.1f} keys and values, {memory.exchange:.2f} exchange, "
             f"{memory.working:.1f} working memory); take fewer or shorter sequences, or more ranks"

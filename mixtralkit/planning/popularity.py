@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from mixtralkit.json_file import check_ordinary
+from mixtralkit.npz_file import read_arrays
 from mixtralkit.planning.trace import RoutingTrace
 
 LONGEST_PATH = 6
@@ -120,17 +121,31 @@ class PathPopularity:
     @classmethod
     def load(cls, path: str | Path) -> PathPopularity:
         """Reads what ``save`` wrote; errors name the file."""
+        check_ordinary(path)
         try:
-            with np.load(path, allow_pickle=False) as file:
-                experts, top_k, length, layers = (
-                    int(file[name]) for name in ("num_experts", "top_k", "path_length", "num_layers")
-                )
-                keys, counts = ([file[f"{name}_{i}"] for i in range(layers)] for name in ("keys", "counts"))
-                return cls(experts, top_k, length, keys, counts, float(file["prior"]))
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
-        except (ValueError, TypeError, AttributeError, EOFError, KeyError, zipfile.BadZipFile):
+            arrays = read_arrays(path)
+            names = ("num_experts", "top_k", "path_length", "num_layers", "prior")
+            kinds = [arrays[name].dtype.kind + "s" * arrays[name].ndim for name in names]
+            if kinds[:4] != ["i"] * 4 or kinds[4] != "f":
+                raise ValueError
+            experts, top_k, length, layers = (int(arrays[name]) for name in names[:4])
+            if not (1 <= top_k <= experts <= 32768 and layers >= 1 and len(arrays) == len(names) + 2 * layers):
+                raise ValueError
+            keys, counts = ([arrays[f"{name}_{i}"] for i in range(layers)] for name in ("keys", "counts"))
+            for layer in range(layers):
+                _check_counts(keys[layer], counts[layer], experts ** (min(length, layer) + 1))
+            return cls(experts, top_k, length, keys, counts, float(arrays["prior"]))
+        except (ValueError, TypeError, KeyError, OverflowError):
             raise ValueError(f"{path}: is not a popularity profile") from None
+
+
+def _check_counts(keys_M: np.ndarray, counts_M: np.ndarray, bins: int) -> None:
+    """ValueError unless these are rising keys below ``bins``, each with how often it was seen."""
+    whole = all(np.issubdtype(array.dtype, np.integer) and array.ndim == 1 for array in (keys_M, counts_M))
+    if not whole or keys_M.shape != counts_M.shape or (counts_M < 1).any() or (np.diff(keys_M) <= 0).any():
+        raise ValueError
+    if len(keys_M) and not 0 <= keys_M[0] <= keys_M[-1] < bins:
+        raise ValueError
 
 
 def extend_paths(paths_T: np.ndarray, first_T: np.ndarray, path_length: int, num_experts: int) -> np.ndarray:

@@ -192,14 +192,16 @@ class Replay:
 
     def ends_s(self) -> float:
         """Seconds outside the layers, summed over steps."""
+        coherent, shape = self.execution.dispatcher == "coherent", self.model.shape
         tokens_SW = self.per_rank(self.step_T, self.home_T, self.steps)
-        if self._split > 1:
+        if self._split > 1 or coherent:  # every rank has the last rows of all
             tokens_SW = self.tokens_S[:, None]
         span = self.execution.span if len(self.kept_T) == self.trace.num_tokens else 1
         seconds = sum(self.model.head_s(tokens_W / span, self._split).max() for tokens_W in tokens_SW)
         seconds += self.steps * self.model.between_steps_s()
-        if self.execution.dispatcher == "coherent":
-            seconds += sum(self.model.all_gather_s(tokens_SW.max(1) * float(self.model.shape.row_bytes)))
+        if coherent:  # one sum over the ranks of what every layer added to the caches, and of the last rows
+            added = 2 * shape.kv_heads * shape.head_dim * shape.data_bytes * self.plan.num_layers
+            seconds += np.sum(self.model.all_reduce_s(self.tokens_S * float(added + shape.row_bytes)))
         return float(seconds)
 
     def experts_s(self, group_T, groups: int, ranks_TK: np.ndarray, experts_TK: np.ndarray) -> np.ndarray:

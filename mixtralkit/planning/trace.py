@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import warnings
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from mixtralkit.json_file import check_ordinary, conform, parse_json
+from mixtralkit.json_file import conform, parse_json
+from mixtralkit.npz_file import read_arrays
 from mixtralkit.planning.recordings import is_recording, read_recording
 from mixtralkit.planning.trace_parts import check_replaceable, parts_of, read_parts
-
-_MOST_UNPACKED = 200  # times its own size that an archive may unpack to; routing packs about five times
 
 
 @dataclass(frozen=True)
@@ -242,7 +240,7 @@ class RoutingTrace:
             return trace
         try:
             parts = [] if Path(path).exists() else parts_of(path)
-            arrays = read_parts(parts) if parts else _read_arrays(Path(path))
+            arrays = read_parts(parts) if parts else read_arrays(path)
             if "experts" in arrays:
                 return _own(cls, arrays, num_experts)
             if set(arrays) & {"weights", "sequence", "position"}:
@@ -309,31 +307,6 @@ def load_routing(path: str | Path, num_experts: int | None = None) -> tuple[Rout
 def load_loads(path: str | Path, num_experts: int | None = None) -> np.ndarray:
     """The loads of ``load_routing``."""
     return load_routing(path, num_experts)[1]
-
-
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
-    size = check_ordinary(path)
-    try:
-        with open(path, "rb") as file:
-            _check_claims(file, size)
-            content = np.load(file, allow_pickle=False)
-            arrays = {"": content} if isinstance(content, np.ndarray) else {name: content[name] for name in content}
-    except OSError as error:
-        raise ValueError(f"cannot be read ({error.strerror or error})") from None
-    except Exception:  # what a damaged archive or header raises differs from one to the next
-        arrays = {"": None}
-    if not all(isinstance(array, np.ndarray) for array in arrays.values()):
-        raise ValueError("is not a whole .npy or .npz file of plain arrays")
-    return arrays
-
-
-def _check_claims(file: BinaryIO, size: int) -> None:
-    """ValueError where an archive says that it unpacks to far more than it holds, before anything is unpacked."""
-    if file.read(2) == b"PK":
-        claimed = sum(entry.file_size for entry in zipfile.ZipFile(file).infolist())
-        if claimed > max(_MOST_UNPACKED * size, 1 << 20):
-            raise ValueError("unpacks to far more than it holds")
-    file.seek(0)
 
 
 def _own(cls: type[RoutingTrace], arrays: dict[str, np.ndarray], num_experts: int | None) -> RoutingTrace:

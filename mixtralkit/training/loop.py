@@ -154,8 +154,12 @@ class Trainer:
         if state is None:
             return False
         with self.context.agreed():
+            wanted = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
+            found = {name: tuple(tensor.shape) for name, tensor in state["parameters"].items()}
+            if wanted != found:
+                raise ValueError(f"{folder}: the saved run is of another model")
             for name, value in state["settings"].items():
-                if getattr(self.settings, name) != value:
+                if getattr(self.settings, name, None) != value:
                     raise ValueError(f"{name} ({getattr(self.settings, name)}) must be {value}, as in the saved run")
         with torch.no_grad():
             for name, parameter in self.parameters.items():

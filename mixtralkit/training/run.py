@@ -44,6 +44,9 @@ def run_training(trainer: Trainer, output: Path, *, resume: bool, log_dir: Path 
     """
     context = trainer.context
     state = output / "state"
+    with context.agreed():
+        if not resume and (there := next((p for p in (state, output / "report.json") if p.exists()), None)):
+            raise ValueError(f"{there}: a run is there; go on with it by --resume, or name another output folder")
     if resume and not trainer.resume(state):
         raise ValueError(f"resume: {state} holds no saved run")
     with ExitStack() as stack:

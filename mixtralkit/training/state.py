@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from mixtralkit.distributed import RankContext
+from mixtralkit.json_file import check_ordinary
 
+STATE_KEYS = {"step", "total_steps", "settings", "parameters", "optimizer"}
 _FOLDER = re.compile(r"step-(\d+)")
 
 
@@ -43,7 +45,20 @@ def load_state(folder: Path, context: RankContext) -> dict[str, Any] | None:
         ranks = len(list(newest.glob("rank-*.pt")))
         if ranks != context.world_size:
             raise ValueError(f"{newest}: saved by {ranks} ranks; resume with as many, not {context.world_size}")
-        return torch.load(newest / _rank_file(context), map_location=context.device, weights_only=True)
+        return _checked(newest / _rank_file(context), context.device)
+
+
+def _checked(path: Path, device: torch.device) -> dict[str, Any]:
+    """What ``save_state`` wrote; ValueError that names the file for anything else."""
+    check_ordinary(path)
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # what torch raises for a file that is no archive differs by version
+        reason = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
+        raise ValueError(f"{path}: is no saved state ({reason})") from None
+    if not isinstance(state, dict) or set(state) != STATE_KEYS:
+        raise ValueError(f"{path}: is no saved state; it must have {', '.join(sorted(STATE_KEYS))}")
+    return state
 
 
 def _rank_file(context: RankContext) -> str:

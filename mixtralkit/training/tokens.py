@@ -9,9 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import sentencepiece
 
+from mixtralkit.json_file import Positive, conform, parse_json, shown
+from mixtralkit.npz_file import read_arrays
 from mixtralkit.training.corpus import SPLITS, Document, digest
 
 BOS_ID, EOS_ID = 1, 2
@@ -131,6 +134,10 @@ def _chunks(text: str) -> Iterator[str]:
         start = end
 
 
+class _Meta(msgspec.Struct):
+    heldout_bytes: dict[str, Positive]
+
+
 @dataclass(frozen=True)
 class TokenSet:
     """Tokens of every domain.
@@ -174,11 +181,18 @@ class TokenSet:
     def load(cls, path: Path) -> TokenSet:
         """Reads what ``save`` wrote; errors name the file."""
         try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {key: file[key] for key in file.files}
-                sizes = json.loads(str(arrays.pop("meta")))["heldout_bytes"]
-                tokenizer = arrays.pop("tokenizer").tobytes()
-        except (OSError, ValueError, KeyError) as error:
+            arrays = read_arrays(path)
+            sizes = conform(parse_json(str(arrays.pop("meta"))), _Meta).heldout_bytes
+            tokenizer = arrays.pop("tokenizer").tobytes()
+            for key, ids in arrays.items():
+                if ids.ndim != 1 or ids.dtype != np.uint16 or key.partition("/")[0] not in SPLITS:
+                    raise ValueError(f"{shown(key)} must be train/ or heldout/ with a list of uint16 ids")
+            for name in SPLITS:
+                if {key for key in arrays if key.startswith(f"{name}/")} != {f"{name}/{domain}" for domain in sizes}:
+                    raise ValueError(f"{name}/ must be there for each of the domains {shown(sorted(sizes))}")
+        except KeyError as error:
+            raise ValueError(f"{path}: not a file of tokens (lacks {error.args[0]})") from None
+        except ValueError as error:
             raise ValueError(f"{path}: not a file of tokens ({error})") from None
         train, heldout = (
             {key.split("/", 1)[1]: ids for key, ids in arrays.items() if key.startswith(f"{name}/")} for name in SPLITS

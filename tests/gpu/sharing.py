@@ -21,6 +21,7 @@ def share_collectives(context: RankContext) -> None:
     for name in STAGED:
         if hasattr(dist, name):  # torch 2.13 has a new name for one
             setattr(dist, name, _staged(getattr(dist, name), gather))
+    dist.batch_isend_irecv = _staged_batch(dist.batch_isend_irecv)
 
 
 class GraphGather:
@@ -63,5 +64,31 @@ def _staged(function: Callable[..., Any], gather: GraphGather) -> Callable[..., 
             if x is not host:
                 x.copy_(host)
         return result
+
+    return call
+
+
+class _Arrivals:
+    """The end of a batch of sends and receives."""
+
+    def __init__(self, works: list[dist.Work], arriving: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self.works, self.arriving = works, arriving
+
+    def wait(self) -> None:
+        for work in self.works:
+            work.wait()
+        for x, host in self.arriving:
+            x.copy_(host)
+
+
+def _staged_batch(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``batch_isend_irecv`` on copies in the host's memory, which return to the CUDA tensors that receive."""
+
+    @functools.wraps(function)
+    def call(operations: list[dist.P2POp]) -> list[_Arrivals]:
+        hosts = [operation.tensor.cpu() for operation in operations]
+        pairs = list(zip(operations, hosts, strict=True))
+        works = function([dist.P2POp(o.op, host, o.peer, o.group, o.tag) for o, host in pairs])
+        return [_Arrivals(works, [(o.tensor, host) for o, host in pairs if o.op is dist.irecv])]
 
     return call

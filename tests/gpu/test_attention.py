@@ -1,4 +1,4 @@
-"""Attention on a GPU in bfloat16 against float32 twins, and what a CUDA graph of it replays."""
+"""Attention on a GPU in bfloat16 against float32 references, and what a CUDA graph of it replays."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from mixtralkit.model.attention import CachedAttention
 from mixtralkit.model.batch import ForwardBatch
 from mixtralkit.model.kv_cache import KVCache
-from mixtralkit.model.rope import rope_table, rotations
+from mixtralkit.model.rope import rope_table
 from mixtralkit.ops.attention import decode_attention, decode_attention_reference
 from mixtralkit.ops.runtime import runs_triton
 
@@ -37,7 +37,7 @@ def float_copy(cache: KVCache) -> KVCache:
     ("rows", "heads", "kv_heads", "width", "length"),
     [(1, 32, 8, 128, 256), (5, 32, 8, 128, 3000), (3, 6, 2, 48, 700), (4, 8, 2, 16, 500), (70, 8, 2, 64, 300)],
 )
-def test_decode_is_the_twin_and_repeats_itself(rows, heads, kv_heads, width, length, window, dtype):
+def test_decode_is_the_reference_and_repeats_itself(rows, heads, kv_heads, width, length, window, dtype):
     cache = random_cache(rows + 2, kv_heads, length, width, dtype)
     wide = float_copy(cache)
     slots = torch.randperm(rows + 2, device=CUDA)[:rows]
@@ -78,10 +78,10 @@ def test_a_graph_follows_what_the_tensors_say():
         wides = [float_copy(cache) for cache in caches]
         graph.replay()
         for out, wide in zip(outs, wides, strict=True):
-            twin = decode_attention_reference(
+            wanted = decode_attention_reference(
                 qkv.float(), wide.keys[0], wide.values[0], slots, positions, wide.rope_SC, heads
             )
-            assert_near(out, twin, torch.bfloat16)
+            assert_near(out, wanted, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -97,8 +97,7 @@ def test_a_step_of_any_sequences_is_the_cpus(heads, kv_heads, width, window, dty
         outs = []
         for device, kept in ((CUDA, cache), (torch.device("cpu"), on_cpu)):
             batch = ForwardBatch.build([(slot, at, [0] * tokens) for slot, at, tokens in some], device)
-            rope = rotations(batch.positions_T, width, 1e6)
             rows = qkv[: len(batch.tokens_T)].to(device, kept.keys.dtype)
-            outs.append(CachedAttention(batch, kept, window)(0, rows, rope, (heads, kv_heads)))
+            outs.append(CachedAttention(kept, window, batch.spans, device)(0, rows, batch, (heads, kv_heads)))
         assert_near(outs[0].cpu(), outs[1], dtype)
         assert_near(cache.keys.cpu(), on_cpu.keys, dtype)

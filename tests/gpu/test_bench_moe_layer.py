@@ -16,8 +16,11 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
 ]
-GRAPHS = ("contiguous+static", "hot_cold+peer", "everywhere+peer", "tensor_parallel+sums")
-EAGER = ("contiguous", "hot_cold+schedule", "two_phase", "hot_cold+coherent", "loop_over_experts")
+GRAPHS = (
+    "contiguous", "contiguous+static", "hot_cold", "hot_cold+capacity0.5", "hot_cold+capacity0.5+reroute", "everywhere",
+    "shadow", "tensor_parallel",
+)  # fmt: skip
+EAGER = ("contiguous+exact", "hot_cold+schedule", "two_phase", "hot_cold+coherent", "loop_over_experts")
 
 
 def _run(context: RankContext, output: Path, graphs: bool) -> None:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from mixtralkit import Mixtral
-from mixtralkit.checkpoint import open_checkpoint
-from mixtralkit.config import MoEOptions
+from mixtralkit.config import EngineConfig, MoEOptions
 from mixtralkit.distributed import RankContext
 from mixtralkit.engine.decoding import DecodeSteps
-from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.planning.plan import ExpertPlan, contiguous
 from tests.gpu.ranks import RANKS, SHARED, run_on_gpus
+from tests.gpu.steps import counted_steps
 from tests.gpu.test_engine import CKPTS, PROMPTS, answers, told
 from tests.moe.layers import random_plan
 
@@ -51,19 +49,24 @@ PLANS = {"contiguous": lambda: contiguous(LAYERS, EXPERTS, RANKS), "hot_cold": h
 def load(context: RankContext, plan: str, batch: int, dtype: str = "float32", options=None, graphs=True) -> Mixtral:
     torch.backends.cuda.matmul.allow_tf32 = False
     return Mixtral.load(
-        open_checkpoint(CKPTS), Tokenizer(Path(CKPTS, "tokenizer.model")), context, 256, batch, dtype=dtype,
-        attention="dp", experts="ep", plan=PLANS[plan](), options=options or MoEOptions(symmetric_rows=None),
-        cuda_graphs=graphs,
+        EngineConfig.of(
+            model=CKPTS, max_seq_len=256, max_batch_size=batch, dtype=dtype, attention="dp", experts="ep",
+            plan=PLANS[plan](), moe=options or MoEOptions(), cuda_graphs=graphs,
+        ),
+        context,
     )  # fmt: skip
 
 
 def load_plain(context: RankContext, plan: str, batch: int) -> Mixtral:
-    """A model of plain steps: with exact exchanges by NCCL, or whole on every rank where NCCL has no way."""
+    """With exact exchanges by NCCL, launched one by one; or whole on every rank where NCCL has no way."""
     if not SHARED:
         return load(context, plan, batch, options=BY_NCCL)
-    mixtral = Mixtral.build(CKPTS, None, 256, batch, dtype="float32", context=RankContext(device=context.device))
-    mixtral.engine._decode_steps = lambda: None
-    return mixtral
+    alone = RankContext(device=context.device)
+    return Mixtral.build(CKPTS, None, 256, batch, dtype="float32", context=alone, cuda_graphs=False)
+
+
+def memory_of(mixtral: Mixtral):
+    return mixtral.model.dispatchers.by_name["symmetric"].exchange.memory
 
 
 def _same_text(context: RankContext, plan: str) -> None:
@@ -71,17 +74,18 @@ def _same_text(context: RankContext, plan: str) -> None:
         plain, ahead = load_plain(context, plan, batch), load(context, plan, batch)
         for temperature in (0.0, 0.7):
             wanted = answers(plain, temperature, count, stop=("\n\n", "and the"))
-            got = answers(ahead, temperature, count, stop=("\n\n", "and the"))
+            with counted_steps() as kinds:
+                got = answers(ahead, temperature, count, stop=("\n\n", "and the"))
+            assert kinds["replayed"] > 20
+            assert not kinds["launched"]
             assert told(got) == told(wanted)
             for one, other in zip(got, wanted, strict=True):
                 assert one.logprobs == pytest.approx(other.logprobs, abs=1e-3)
-        assert plain.engine._steps is None
-        assert ahead.engine._steps is not None
-        assert ahead.model.peers.memory is not None
+        assert memory_of(ahead) is not None
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_float32_text_is_that_of_plain_steps(plan):
+def test_float32_text_is_that_without_graphs(plan):
     run_on_gpus(_same_text, plan)
 
 
@@ -144,14 +148,14 @@ def test_launches_never_wait_for_the_device():
 
 def _prompts_too(context: RankContext) -> None:
     wanted = told(answers(load_plain(context, "anyhow", 8)))
-    mixtral = load(context, "anyhow", 8, options=MoEOptions(symmetric_rows=4096))
+    mixtral = load(context, "anyhow", 8)
     assert told(answers(mixtral)) == wanted
-    done = int(mixtral.model.peers.memory.calls[1])
+    done = int(memory_of(mixtral).calls[1])
     mixtral.complete(PROMPTS[:8], 1, temperature=0)  # one step, of prompts only
-    assert int(mixtral.model.peers.memory.calls[1]) == done + LAYERS
+    assert int(memory_of(mixtral).calls[1]) == done + LAYERS
 
 
-def test_prompts_go_the_same_way_where_there_is_room():
+def test_prompts_go_the_same_way():
     run_on_gpus(_prompts_too)
 
 

@@ -10,7 +10,9 @@ import torch
 
 from mixtralkit.distributed import RankContext
 from mixtralkit.ops.norm import rms_norm_reference
-from mixtralkit.ops.symmetric_exchange import EMPTY, ExpertPlaces, SymmetricExchange
+from mixtralkit.ops.symmetric_exchange import SymmetricExchange
+from mixtralkit.ops.symmetric_exchange.types import EMPTY
+from mixtralkit.planning.replicas import ReplicaTable
 from tests.gpu.ranks import RANKS, SHARED, run_on_gpus
 
 pytestmark = pytest.mark.gpu
@@ -26,20 +28,19 @@ class Layer:
         holds = rng.random((RANKS, EXPERTS)) < 0.3
         holds[:, 0] = seed % 2 == 0
         holds[rng.integers(RANKS, size=EXPERTS), np.arange(EXPERTS)] = True
-        slots_WE, rank, device = (
-            np.where(holds, holds.cumsum(1) - 1, -1),
-            exchange.context.rank,
-            exchange.context.device,
-        )
-        self.exchange, self.places = exchange, ExpertPlaces.of(slots_WE, rank, device)
+        rank, device = exchange.context.rank, exchange.context.device
+        places_EC = ReplicaTable(np.where(holds, holds.cumsum(1) - 1, -1)).places_EC(rank, small=False)
+        self.exchange, self.places_EC = exchange, torch.from_numpy(places_EC).to(device)
         self.factor_S = torch.tensor([0, *(np.flatnonzero(holds[rank]) + 1)], device=device, dtype=torch.float32)
         self.norm = (torch.linspace(0.5, 1.5, exchange.dim, device=device).to(exchange.dtype), EPS)
 
-    def __call__(self, inputs, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, inputs, rows: int, valid_T=None, stays: bool = False) -> tuple[torch.Tensor, ...]:
         x_TD, experts_TK, weights_TK = inputs
-        arrived = self.exchange.dispatch(x_TD, experts_TK, weights_TK, self.places, rows)
+        arrived = self.exchange.dispatch(x_TD, experts_TK, weights_TK, self.places_EC, rows, valid_T, stays)
         factor_R1 = (self.factor_S[arrived.slots_RK + 1] * arrived.weights_RK).sum(1, keepdim=True)
         y_RD = torch.mul(arrived.x_RD, factor_R1.to(x_TD.dtype), out=self.exchange.sum_buffer(rows))
+        if stays:
+            return self.exchange.combine_at_owner(y_RD, arrived, self.norm)
         return self.exchange.combine(y_RD, arrived.members_T, x_TD, self.norm)
 
     def check(self, inputs, found: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -109,3 +110,28 @@ def _graphs(context: RankContext) -> None:
 
 def test_graphs_may_be_replayed_in_any_order():
     run_on_gpus(_graphs)
+
+
+def _stays(context: RankContext) -> None:
+    """Layers back to back, each rank late at random: every row is on one rank, with the bits of one rank's own sums."""
+    own, rows = random.Random(context.rank), 16
+    exchange = SymmetricExchange.create(context, rows, 4096, TOP_K, torch.float32)
+    layers = [Layer(exchange, seed) for seed in range(4)]
+    for step in range(ROUNDS):
+        torch.manual_seed(step)  # the same on every rank
+        x_TD, _, _ = whole = _draw(exchange, rows)
+        valid_T = torch.where(torch.arange(rows, device=x_TD.device) % RANKS == context.rank, 0, -1)
+        found_TD, wanted_TD = x_TD, x_TD
+        for layer in layers:
+            whole = _draw(exchange, rows)
+            torch.cuda._sleep(own.randrange(200_000))
+            found_TD, _, valid_T = layer((found_TD, *whole[1:]), rows, valid_T, stays=True)
+            wanted_TD = wanted_TD * (1 + ((whole[1] + 1) * whole[2]).sum(1, keepdim=True))
+        owners_WT = context.all_gather(valid_T == 0)  # also keeps a new step's rows from the last one's
+        assert (owners_WT.sum(0) == 1).all()
+        mine_T = valid_T == 0
+        torch.testing.assert_close(found_TD[mine_T], wanted_TD[mine_T])
+
+
+def test_rows_stay_where_they_are_computed():
+    run_on_gpus(_stays)

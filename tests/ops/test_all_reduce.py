@@ -173,7 +173,7 @@ def test_ranks_without_gpus_reduce_by_the_group(rows):
         _check(x, normed, parts, residual, weight)
 
 
-def test_the_twin_normalises_as_the_model_does():
+def test_the_reference_normalises_as_the_model_does():
     parts, (residual, weight) = _parts(1, 4, 48, torch.bfloat16), _residual_and_weight(4, 48, torch.bfloat16)
     x, normed = add_norm_reference(RankContext(), parts[0], residual, weight, EPS)
     norm = RMSNorm(48, EPS, torch.bfloat16, torch.device("cpu"))

@@ -87,7 +87,7 @@ def slow_decode(case: Case, qkv_BP, keys, values, window: int | None) -> torch.T
 
 @pytest.mark.parametrize("window", [None, 9])
 @pytest.mark.parametrize("case", CASES)
-def test_twin_is_the_definition(case, window):
+def test_reference_is_the_definition(case, window):
     qkv, keys, values, *rest = case.tensors()
     wanted_keys, wanted_values = keys.clone(), values.clone()
     wanted = slow_decode(case, qkv, wanted_keys, wanted_values, window)
@@ -100,7 +100,7 @@ def test_twin_is_the_definition(case, window):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("window", [None, 9, 40])
 @pytest.mark.parametrize("case", CASES)
-def test_triton_decode_is_the_twin(case, window, dtype):
+def test_triton_decode_is_the_reference(case, window, dtype):
     case = Case(**{**vars(case), "dtype": dtype})
     compare_decode(case, window, SETTINGS)
 
@@ -169,7 +169,7 @@ def test_several_steps_continue_each_other():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("case", [c for c in CASES if min(c.slots) >= 0])
-def test_triton_rotate_and_store_is_the_twin(case, dtype):
+def test_triton_rotate_and_store_is_the_reference(case, dtype):
     case = Case(**{**vars(case), "dtype": dtype})
     qkv, keys, values, *rest = case.tensors()
     wanted_keys, wanted_values = keys.clone(), values.clone()

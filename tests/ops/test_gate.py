@@ -80,7 +80,7 @@ def test_rows_with_a_stride():
     assert_gated(launched(x_TD, gate_ED, 2, norm), x_TD, gate_ED, 2, norm, 1e-5)
 
 
-def test_the_twin_on_a_cpu_has_gradients():
+def test_the_reference_on_a_cpu_has_gradients():
     x_TD, gate_ED = draw(4, 32).requires_grad_(), draw(8, 32).requires_grad_()
     gate(x_TD, gate_ED, 2, (draw(32), EPS)).weights_TK[:, 0].sum().backward()
     assert x_TD.grad.norm() > 0

@@ -97,7 +97,7 @@ def test_candidates_are_settings_of_the_launcher(rows, outputs, inputs):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_twin_and_library(dtype):
+def test_reference_and_library(dtype):
     x_TI, w_OI, residual_TO = draw(5, 40, dtype=dtype), draw(24, 40, dtype=dtype), draw(5, 24, dtype=dtype)
     norm = (draw(40, dtype=dtype), EPS)
     wanted = expected(x_TI, w_OI, norm, residual_TO)
@@ -109,7 +109,7 @@ def test_twin_and_library(dtype):
     assert linear(x_TI[:0], w_OI).shape == (0, 24)
 
 
-def test_twin_keeps_gradients():
+def test_reference_keeps_gradients():
     x_TI, w_OI = draw(3, 8).requires_grad_(), draw(4, 8).requires_grad_()
     linear_reference(x_TI, w_OI, norm=(torch.ones(8), EPS)).square().sum().backward()
     assert x_TI.grad.abs().sum() > 0

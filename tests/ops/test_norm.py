@@ -22,7 +22,7 @@ def draw(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
-def test_twin_is_the_formula(dtype, tolerance):
+def test_reference_is_the_formula(dtype, tolerance):
     x_TD, weight_D = draw(7, 160, dtype=dtype), draw(160, dtype=dtype)
     torch.testing.assert_close(
         rms_norm(x_TD, weight_D, EPS).double(), in_float64(x_TD, weight_D), rtol=tolerance, atol=tolerance
@@ -31,7 +31,7 @@ def test_twin_is_the_formula(dtype, tolerance):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_kernel_is_the_twin(shape, dtype):
+def test_kernel_is_the_reference(shape, dtype):
     from mixtralkit.ops.norm.triton import add_rms_norm_rows, rms_norm_rows
 
     x_TD, y_TD, weight_D = draw(*shape, dtype=dtype), draw(*shape, dtype=dtype, seed=1), draw(shape[1], dtype=dtype)

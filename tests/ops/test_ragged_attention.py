@@ -34,7 +34,7 @@ def tensors(heads: int, kv_heads: int, width: int, spans, dtype=torch.float32) -
 
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("spans", SPANS)
-def test_twin_is_the_definition(spans, window):
+def test_reference_is_the_definition(spans, window):
     q_THC, keys, values = tensors(6, 2, 48, spans)
     got_THC = ragged_attention_reference(q_THC, keys, values, spans, window)
     row = 0
@@ -51,7 +51,7 @@ def test_twin_is_the_definition(spans, window):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("window", [None, 7, 30])
 @pytest.mark.parametrize(("shape", "spans"), list(zip(SHAPES, [*SPANS, SPANS[1]], strict=True)))
-def test_triton_is_the_twin(shape, spans, window, dtype):
+def test_triton_is_the_reference(shape, spans, window, dtype):
     compare(shape, spans, window, dtype, SETTINGS)
 
 

@@ -16,6 +16,7 @@ from mixtralkit.planning.choose import Situation, candidates, choose, table
 from mixtralkit.planning.hardware import Hardware
 from mixtralkit.planning.memory import Room, rank_memory
 from mixtralkit.planning.plan import contiguous
+from mixtralkit.planning.policies.inputs import gb_above
 from mixtralkit.planning.policies.registry import named_plan
 from mixtralkit.planning.simulate import sample_routing
 from tests.configs import small_config
@@ -109,7 +110,7 @@ def test_a_budget_changes_the_choice():
 def test_where_nothing_fits_the_error_says_what_the_smallest_needs():
     found = candidates(situation(256))
     least = min(one.memory.total for one in found)
-    with pytest.raises(ValueError, match=rf"memory_gb \(20\) must be at least {least:.1f} a rank") as caught:
+    with pytest.raises(ValueError, match=rf"memory_gb \(20\) must be at least {gb_above(least, 20)} a rank") as caught:
         choose(found, 20)
     assert "keys and values" in str(caught.value)
 
@@ -125,11 +126,11 @@ def test_what_is_asked_for_is_kept():
         choose(candidates(situation(attention="dp", experts="tp")), None)
 
 
-def test_without_rows_through_memory_steps_are_launched_one_by_one_and_slower():
+def test_without_symmetric_memory_decode_takes_static_shapes_and_is_slower():
     room = Room(64, 1024, 8192, symmetric_rows=0)
     plain = candidates(situation(attention="dp", room=room))
     graph = candidates(situation(attention="dp"))
-    assert {one.dispatcher for one in plain} == {"exact"}
+    assert {one.dispatcher for one in plain} == {"static"}
     assert all(slow.step_ms > fast.step_ms for slow, fast in zip(plain, graph, strict=True))
 
 

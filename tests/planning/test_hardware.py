@@ -66,7 +66,7 @@ def _without(content: dict, name: str) -> dict:
         (lambda c: _without(c, "launch_s"), "hardware lacks launch_s"),
         (lambda c: {**c, "colour": 1}, "hardware has unknown colour"),
         (lambda c: {**c, "memory_bandwidth": 0}, r"memory_bandwidth \(0\) must be a number above 0"),
-        (lambda c: {**c, "memory_bandwidth": float("nan")}, r"memory_bandwidth \(nan\) must be a number"),
+        (lambda c: {**c, "memory_bandwidth": float("nan")}, "the number NaN, which is not finite"),
         (lambda c: {**c, "sync_s": -1}, r"sync_s \(-1\) must be a number of at least 0"),
         (lambda c: {**c, "launch_s": "3"}, r"launch_s \('3'\) must be a number"),
         (lambda c: {**c, "data_bytes": 3}, r"data_bytes \(3\) must be 1, 2, 4 or 8"),

@@ -77,25 +77,10 @@ def _add_in_order(rows, residual, SHEETS: tl.constexpr):
 
 @triton.jit
 def _one_trip_kernel(
-    partial_TD,
-    residual_TD,
-    weight_D,
-    x_TD,
-    normed_TD,
-    memory_W,
-    turns_R,
-    few,
-    eps,
-    DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    RANK: tl.constexpr,
-    RANKS: tl.constexpr,
-    WORD: tl.constexpr,
-    EMPTY: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    NORM: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    partial_TD, residual_TD, weight_D, x_TD, normed_TD, memory_W, turns_R, few, eps,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, WORD: tl.constexpr,
+    EMPTY: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """One program a row. ``memory_W``: the address of every rank's places as seen here."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -133,28 +118,10 @@ def _one_trip_kernel(
 
 @triton.jit
 def _two_trips_kernel(
-    partial_TD,
-    residual_TD,
-    weight_D,
-    x_TD,
-    normed_TD,
-    memory_W,
-    turns_R,
-    few,
-    many,
-    rows,
-    lag,
-    eps,
-    DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    RANK: tl.constexpr,
-    RANKS: tl.constexpr,
-    WORD: tl.constexpr,
-    EMPTY: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    NORM: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    partial_TD, residual_TD, weight_D, x_TD, normed_TD, memory_W, turns_R, few, many, rows, lag, eps,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, WORD: tl.constexpr,
+    EMPTY: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Groups of W rows, one of every rank's: W - 1 programs that send parts for each group, then, group by group, one
     that adds this rank's row and W - 1 that take finished rows, of the group ``lag`` before.
     """

@@ -16,7 +16,7 @@ from mixtralkit.ops.attention.reference import (
     rotate_and_store_reference,
     split_heads,
 )
-from mixtralkit.ops.runtime import runs_triton
+from mixtralkit.ops.runtime import runs_cpu, runs_triton
 
 __all__ = ["attend_rows", "causal_window", "decode_attention", "rotate", "rotate_and_store", "split_heads"]
 
@@ -48,6 +48,8 @@ def decode_attention(
     """
     if runs_triton(qkv_BP):
         from mixtralkit.ops.attention.triton import launch_decode_attention as attend
+    elif runs_cpu(qkv_BP, keys_NJSC):
+        from mixtralkit.ops.cpu.attention import decode_attention_cpu as attend
     else:
         attend = decode_attention_reference
     return attend(qkv_BP, keys_NJSC, values_NJSC, slots_B, positions_B, rope_SC, heads, window, out)

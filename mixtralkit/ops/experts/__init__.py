@@ -1,7 +1,7 @@
 """Rows through a rank's experts: the weighted sum of each row's choices, the heart of the layer.
 
-Three ways to the same sums, chosen by the number of rows: reading as few bytes as possible (small batches), products of
-sorted rows (large batches), and the reference where there is no such GPU or gradients are wanted.
+Four ways to the same sums. On a GPU, by the number of rows: reading as few bytes as possible (small batches), or
+products of sorted rows (large batches). On a CPU compiled kernels. The reference elsewhere, and for gradients.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from mixtralkit.ops.experts.reference import expert_sum_reference, swiglu_grouped
-from mixtralkit.ops.runtime import runs_triton
+from mixtralkit.ops.runtime import runs_cpu, runs_triton
 
 __all__ = ["SMALL_BATCH", "expert_sum", "swiglu_grouped"]
 
@@ -44,6 +44,10 @@ def expert_sum(
     """
     assert x_RD.shape[0] == slots_RK.shape[0] == weights_RK.shape[0]
     arguments = (x_RD, slots_RK, weights_RK, w13_SGD, w2_SDF, residual_RD, out_RD, storage_S)
+    if runs_cpu(x_RD, w13_SGD, w2_SDF):
+        from mixtralkit.ops.cpu.products import expert_sum_cpu
+
+        return expert_sum_cpu(*arguments)
     triton = runs_triton(x_RD, w13_SGD, w2_SDF)
     if triton and x_RD.shape[0] <= SMALL_BATCH:
         from mixtralkit.ops.experts.triton_small import expert_sum_small

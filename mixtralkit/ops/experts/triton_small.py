@@ -147,22 +147,9 @@ def _launch_down(
 
 @triton.jit
 def _up_one_row(
-    x,
-    slots,
-    weights,
-    w13,
-    storage,
-    h,
-    arrived,
-    counters,
-    width,
-    hidden,
-    BLOCK_F: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    COUNTERS: tl.constexpr,
-    TOP_K: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    x, slots, weights, w13, storage, h, arrived, counters, width, hidden,
+    BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, COUNTERS: tl.constexpr, TOP_K: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """h[k, f] of one choice and some f; a program holds its rows of w1 and w3 whole."""
     k = tl.program_id(1)
     f_F, d_D = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_D)
@@ -190,25 +177,10 @@ def _up_one_row(
 
 @triton.jit(do_not_specialize=["rows"])
 def _up_some_rows(
-    x,
-    slots,
-    weights,
-    w13,
-    storage,
-    h,
-    arrived,
-    counters,
-    rows,
-    width,
-    hidden,
-    BLOCK_F: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    WHOLE: tl.constexpr,
-    COUNTERS: tl.constexpr,
-    TOP_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    x, slots, weights, w13, storage, h, arrived, counters, rows, width, hidden,
+    BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr, COUNTERS: tl.constexpr, TOP_K: tl.constexpr,
+    BLOCK_R: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """h of every row that chose one slot, for some f; programs of slots that nobody chose end at once."""
     slot = tl.program_id(1).to(tl.int64)
     d_D, row_R = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_R)
@@ -247,24 +219,10 @@ def _up_some_rows(
 
 @triton.jit
 def _down_one_row(
-    h,
-    slots,
-    w2,
-    storage,
-    residual,
-    sums,
-    arrived,
-    out,
-    width,
-    hidden,
-    PARTS: tl.constexpr,
-    STEPS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    WHOLE: tl.constexpr,
-    TOP_K: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    h, slots, w2, storage, residual, sums, arrived, out, width, hidden,
+    PARTS: tl.constexpr, STEPS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, WHOLE: tl.constexpr,
+    TOP_K: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """One choice's part of out[d] for some d. Weights are asked for a step before they are multiplied."""
     k, first = tl.program_id(1) // PARTS, tl.program_id(1) % PARTS * STEPS * BLOCK_F
     d_D, f_F = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D), first + tl.arange(0, BLOCK_F)
@@ -309,26 +267,10 @@ def _down_one_row(
 
 @triton.jit(do_not_specialize=["rows"])
 def _down_some_rows(
-    h,
-    slots,
-    w2,
-    storage,
-    residual,
-    sums,
-    arrived,
-    out,
-    rows,
-    width,
-    hidden,
-    PARTS: tl.constexpr,
-    STEPS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    WHOLE: tl.constexpr,
-    TOP_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    h, slots, w2, storage, residual, sums, arrived, out, rows, width, hidden,
+    PARTS: tl.constexpr, STEPS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, WHOLE: tl.constexpr,
+    TOP_K: tl.constexpr, BLOCK_R: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """One slot's part of out[d] of the rows that chose it, for some d."""
     slot, part = (tl.program_id(1) // PARTS).to(tl.int64), tl.program_id(1) % PARTS
     d_D, f_F, row_R = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_R)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from mixtralkit.ops.gate.reference import gate_reference
+from mixtralkit.ops.gate.reference import choose, gate_reference
 from mixtralkit.ops.gate.types import Gated
-from mixtralkit.ops.runtime import runs_triton
+from mixtralkit.ops.norm import rms_norm
+from mixtralkit.ops.runtime import runs_cpu, runs_triton
 
 __all__ = ["Gated", "gate"]
 
@@ -19,6 +20,11 @@ def gate(
     Args:
         norm: (weight_D, eps): ``rms_norm`` of the rows comes first. None takes them as they are.
     """
+    if runs_cpu(x_TD, gate_ED):
+        from mixtralkit.ops.cpu.products import linear_cpu
+
+        normed_TD = x_TD if norm is None else rms_norm(x_TD, *norm)
+        return choose(linear_cpu(normed_TD, gate_ED, out_dtype=torch.float32), normed_TD, top_k)
     if not runs_triton(x_TD, gate_ED):
         return gate_reference(x_TD, gate_ED, top_k, norm)
     from mixtralkit.ops.gate.triton import gate_rows

@@ -14,6 +14,10 @@ def gate_reference(
 ) -> Gated:
     """The reference of ``gate``, with gradients; logits rounded to the dtype of the rows, as the product gives them."""
     normed_TD = x_TD if norm is None else rms_norm_reference(x_TD, *norm)
-    logits_TE = F.linear(normed_TD, gate_ED).float()
+    return choose(F.linear(normed_TD, gate_ED).float(), normed_TD, top_k)
+
+
+def choose(logits_TE: torch.Tensor, normed_TD: torch.Tensor, top_k: int) -> Gated:
+    """Mixtral's rule on float32 logits."""
     chosen_TK, experts_TK = logits_TE.topk(top_k, dim=-1)
     return Gated(experts_TK, chosen_TK.softmax(-1), logits_TE, normed_TD)

@@ -65,24 +65,10 @@ def gate_rows(
 
 @triton.jit(do_not_specialize=["rows"])
 def _gate_row(
-    x,
-    norm_weight,
-    gate,
-    experts_out,
-    weights_out,
-    logits_out,
-    normed,
-    rows,
-    dim,
-    experts,
-    eps,
-    BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    STRIP_E: tl.constexpr,
-    TOP_K: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    x, norm_weight, gate, experts_out, weights_out, logits_out, normed, rows, dim, experts, eps,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, STRIP_E: tl.constexpr, TOP_K: tl.constexpr, BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
     """Every n-th row: the whole row, the next one asked for, and a strip of experts at a time, the first strip asked
     for before the wait."""
     d_D, e_E, e_S = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E), tl.arange(0, STRIP_E)
@@ -122,21 +108,10 @@ def _gate_row(
 
 @triton.jit
 def _gate_blocks(
-    x,
-    gate,
-    experts_out,
-    weights_out,
-    logits_out,
-    rows,
-    dim,
-    experts,
-    BLOCK_T: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    TOP_K: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    x, gate, experts_out, weights_out, logits_out, rows, dim, experts,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, TOP_K: tl.constexpr, BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
     """Some rows a program, all experts' logits at once on the matrix units."""
     row_T = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     e_E, d_D = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_D)

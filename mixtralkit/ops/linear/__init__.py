@@ -1,7 +1,7 @@
 """A product with a weight matrix, with the norm in front of it and the residual behind it.
 
 Small batches (a decode step) cost what reading the weights costs: Triton kernels that keep the memory busy, also while
-the kernel in front of them ends. Large ones are left to the library's product.
+the kernel in front of them ends. Large ones are left to the library's product. On a CPU ``ops.cpu`` does both.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import torch
 
 from mixtralkit.ops.linear.library import linear_library
 from mixtralkit.ops.linear.reference import linear_reference
-from mixtralkit.ops.runtime import runs_triton
+from mixtralkit.ops.norm import rms_norm
+from mixtralkit.ops.runtime import runs_cpu, runs_triton
 
 MOST_ROWS = 64  # above, the library's product was the faster on every shape measured
 
@@ -23,7 +24,7 @@ def linear(
     out: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """x · wᵀ [+ residual], summed in float32 on a GPU: [T, O].
+    """x · wᵀ [+ residual], summed in float32 by kernels: [T, O].
 
     Args:
         norm: (weight_I, eps): ``rms_norm`` of x comes first, rounded as it rounds.
@@ -34,6 +35,10 @@ def linear(
     assert x_TI.shape[1] == w_OI.shape[1]
     assert out is None or out_dtype in (None, out.dtype)
     dtype = (out_dtype or x_TI.dtype) if out is None else out.dtype
+    if runs_cpu(x_TI, w_OI):
+        from mixtralkit.ops.cpu.products import linear_cpu
+
+        return linear_cpu(x_TI if norm is None else rms_norm(x_TI, *norm), w_OI, residual_TO, out, dtype)
     if not runs_triton(x_TI, w_OI):
         return linear_reference(x_TI, w_OI, norm, residual_TO, out, dtype)
     if x_TI.shape[0] > MOST_ROWS:

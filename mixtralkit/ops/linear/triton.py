@@ -187,20 +187,9 @@ def _launch_matrix(x_TI, w_OI, residual_TO, out_TO, settings: dict[str, int]) ->
 
 @triton.jit
 def _vector_kernel(
-    x,
-    norm_weight,
-    w,
-    residual,
-    out,
-    outputs,
-    inputs,
-    w_stride,
-    eps,
-    BLOCK_O: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    EARLY: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    x, norm_weight, w, residual, out, outputs, inputs, w_stride, eps,
+    BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     o_O = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     i_I = tl.arange(0, BLOCK_I)
     inside_O, inside_I = o_O < outputs, i_I < inputs
@@ -228,25 +217,10 @@ def _vector_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def _matrix_kernel(
-    x,
-    w,
-    residual,
-    out,
-    rows,
-    outputs,
-    inputs,
-    x_stride,
-    w_stride,
-    residual_stride,
-    stretch_stride,
-    out_stride,
-    BLOCK_T: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    WHOLE: tl.constexpr,
+    x, w, residual, out, rows, outputs, inputs, x_stride, w_stride, residual_stride, stretch_stride, out_stride,
+    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
     stretch = tl.program_id(1)
     first = stretch * COLUMNS
     o_O = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -293,17 +267,9 @@ def _inputs(rows_T, inside_T, start, inputs, BLOCK_I: tl.constexpr, WHOLE: tl.co
 
 @triton.jit(do_not_specialize=["rows"])
 def _sum_kernel(
-    stretches,
-    residual,
-    out,
-    rows,
-    outputs,
-    residual_stride,
-    out_stride,
-    STRETCHES: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    stretches, residual, out, rows, outputs, residual_stride, out_stride,
+    STRETCHES: tl.constexpr, BLOCK_O: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0)
     o_O = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     inside_O = o_O < outputs

@@ -56,19 +56,9 @@ def _launch(x_TD, y_TD, weight_D, sum_TD, normed_TD, eps: float) -> None:
 
 @triton.jit
 def _norm_kernel(
-    x,
-    y,
-    weight,
-    summed,
-    normed,
-    dim,
-    x_stride,
-    y_stride,
-    eps,
-    ADDS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    x, y, weight, summed, normed, dim, x_stride, y_stride, eps,
+    ADDS: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     d_D = tl.arange(0, BLOCK_D)
     inside_D = d_D < dim

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from mixtralkit.ops.ragged_attention.reference import ragged_attention_reference
-from mixtralkit.ops.runtime import runs_triton
+from mixtralkit.ops.runtime import runs_cpu, runs_triton
 
 
 def ragged_attention(
@@ -31,6 +31,10 @@ def ragged_attention(
         spans_B4: ``span_table(spans)`` on the device.
         window: how many keys, its own included, a query sees; None for all.
     """
+    if runs_cpu(q_THC, keys_NJSC):
+        from mixtralkit.ops.cpu.attention import ragged_attention_cpu
+
+        return ragged_attention_cpu(q_THC, keys_NJSC, values_NJSC, spans, window)
     # The copy engine wants rows of whole 16 bytes; in float32 the tiles, multiplied exactly, outgrow the registers.
     if not runs_triton(q_THC) or q_THC.element_size() != 2 or q_THC.shape[2] % 8:
         return ragged_attention_reference(q_THC, keys_NJSC, values_NJSC, spans, window)

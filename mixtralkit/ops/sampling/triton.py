@@ -68,17 +68,9 @@ def merge_parts(values_WN: torch.Tensor, tokens_WN: torch.Tensor, logsumexp_WN: 
 
 @triton.jit(do_not_specialize=["rows", "first_token"])
 def _piece_kernel(
-    logits,
-    values,
-    tokens,
-    logsumexps,
-    rows,
-    vocab,
-    stride,
-    first_token,
-    PIECE: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    logits, values, tokens, logsumexps, rows, vocab, stride, first_token,
+    PIECE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     row, piece = tl.program_id(0), tl.program_id(1)
     v_V = piece * PIECE + tl.arange(0, PIECE)
     if PDL:
@@ -97,19 +89,9 @@ def _piece_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def _merge_kernel(
-    values,
-    tokens,
-    logsumexps,
-    out_values,
-    out_tokens,
-    out_logsumexps,
-    rows,
-    parts,
-    RELATIVE: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    values, tokens, logsumexps, out_values, out_tokens, out_logsumexps, rows, parts,
+    RELATIVE: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     w_W = tl.arange(0, BLOCK_W)
     place_WN = w_W[:, None] * rows + n_N[None, :]

@@ -62,33 +62,11 @@ def _words_of(words_W, other, LANES: tl.constexpr, RANKS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["own", "rows", "max_rows", "turns"])
 def _dispatch(
-    x_TD,
-    experts_TK,
-    weights_TK,
-    places_EC,
-    valid_T,
-    slots_RK,
-    weights_RK,
-    places_RK,
-    members_T,
-    rows_W,
-    words_W,
-    calls,
-    own,
-    rows,
-    max_rows,
-    turns,
-    DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TOP_K: tl.constexpr,
-    LANES: tl.constexpr,
-    WORDS: tl.constexpr,
-    RANK: tl.constexpr,
-    RANKS: tl.constexpr,
-    EMPTY: tl.constexpr,
-    SLOT_BITS: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    x_TD, experts_TK, weights_TK, places_EC, valid_T, slots_RK, weights_RK, places_RK, members_T, rows_W, words_W,
+    calls, own, rows, max_rows, turns,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, TOP_K: tl.constexpr, LANES: tl.constexpr, WORDS: tl.constexpr,
+    RANK: tl.constexpr, RANKS: tl.constexpr, EMPTY: tl.constexpr, SLOT_BITS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """A program for each of the ``rows`` rows of this rank, of which the first ``own`` are real; then those that take
     words. ``rows_W``, ``words_W``: the address of every rank's memory as seen here.
     """
@@ -172,32 +150,11 @@ def _owned(
 
 @triton.jit(do_not_specialize=["own", "given", "sums", "numbers"])
 def _combine(
-    places_RK,
-    members_T,
-    residual_TD,
-    weight_D,
-    x_TD,
-    normed_TD,
-    valid_T,
-    rows_W,
-    words_W,
-    calls,
-    own,
-    given,
-    sums,
-    numbers,
-    eps,
-    DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TOP_K: tl.constexpr,
-    LANES: tl.constexpr,
-    RANK: tl.constexpr,
-    RANKS: tl.constexpr,
-    SLOT_BITS: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    NORM: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    places_RK, members_T, residual_TD, weight_D, x_TD, normed_TD, valid_T, rows_W, words_W, calls, own, given, sums,
+    numbers, eps,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, TOP_K: tl.constexpr, LANES: tl.constexpr, RANK: tl.constexpr,
+    RANKS: tl.constexpr, SLOT_BITS: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """One program a row of this rank; one at least, which tells the others that the sums here are ready.
 
     ``sums``: the first of the rows that are sums. ``numbers``: the first of the words that are numbers of calls. With

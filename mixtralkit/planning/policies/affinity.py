@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 
 from mixtralkit.planning.plan import ExpertPlan
+from mixtralkit.planning.policies.affinity_replicas import with_replicas
 from mixtralkit.planning.policies.chain import Fits, count_partitions, is_small, solve_exactly
-from mixtralkit.planning.policies.chain_search import search, upper_bound
+from mixtralkit.planning.policies.chain_bound import upper_bound
+from mixtralkit.planning.policies.chain_search import search
 from mixtralkit.planning.policies.inputs import Budget, checked_loads
 from mixtralkit.planning.policies.packing import pack_once
 
@@ -24,8 +26,12 @@ def affinity(
     budget: Budget | None = None,
     loads_LE: np.ndarray | None = None,
     load_cap: float | None = None,
+    bound: bool = True,
 ) -> ExpertPlan:
     """E/W experts on each rank, so that tokens seldom change node, and within a node seldom change rank.
+
+    What slots the budget has beyond that hold replicas: placement and replicas then move together so that tokens seldom
+    change rank (``affinity_replicas``); under a load cap the placement stays and replicas only add.
 
     Nodes first: the placement on nodes is made for the fewest crossings between them, then each node's experts are
     placed on its ranks. ``meta`` says whether every step was exact, and the bound below which no placement's
@@ -35,6 +41,7 @@ def affinity(
         transitions_LEE: [L-1, E, E] weight of tokens from expert a of a layer to expert b of the next, any scale.
         loads_LE: rows of each expert; needed with ``load_cap``.
         load_cap: most load of any rank in any layer, as a multiple of the even share; None sets no limit.
+        bound: whether ``meta`` has the bound, which can take longer than the plan.
 
     Raises:
         ValueError: for sizes that do not divide, weights that are no numbers of at least 0, a budget too small, or a
@@ -50,18 +57,32 @@ def affinity(
     (budget or Budget()).require(num_experts // world_size, num_layers, "affinity's equal ranks")
     caps = None if load_cap is None else _Caps(loads_LE, num_layers, num_experts, world_size, load_cap)
     ranks_LE, exact = _place(weights, num_layers, world_size // per_node, per_node, caps)
-    slots = [[np.flatnonzero(ranks_E == rank) for rank in range(world_size)] for ranks_E in ranks_LE]
+    holds_LWE = ranks_LE[:, None] == np.arange(world_size)[:, None]
+    slots = (budget or Budget()).slots(num_layers, num_experts, world_size)
+    if slots > num_experts // world_size:
+        holds_LWE = with_replicas(weights, holds_LWE, slots, may_move=load_cap is None)
     return ExpertPlan(
-        np.array(slots),
+        slots_of(holds_LWE),
         num_experts,
         ranks_per_node=ranks_per_node,
         policy="affinity",
         meta={
             "exact": exact,
-            "crossings_bound": _bound(weights, world_size, ranks_LE, exact and per_node == world_size),
+            "crossings_bound": _bound(weights, world_size, ranks_LE, exact and per_node == world_size)
+            if bound
+            else None,
+            "bound": "of placements without replicas: "
+            + ("exact" if exact and per_node == world_size else "eigenvalues, entries and triangles of the chain"),
             "load_cap": load_cap,
         },
     )
+
+
+def slots_of(holds_LWE: np.ndarray) -> np.ndarray:
+    """Slots [L, W, S] of holders, in the order of experts; -1 fills up."""
+    num_experts, most = holds_LWE.shape[2], int(holds_LWE.sum(2).max())
+    found = np.sort(np.where(holds_LWE, np.arange(num_experts), num_experts), axis=2)[:, :, :most]
+    return np.where(found == num_experts, -1, found)
 
 
 class _Caps:
@@ -157,9 +178,10 @@ def _split(
 def _bound(weights: np.ndarray, world_size: int, ranks_LE: np.ndarray, exact: bool) -> float:
     """Fewest crossings per token that any placement can have."""
     each = weights / np.maximum(weights.sum((1, 2), keepdims=True), 1e-300)
-    if exact:
+    if exact or world_size in (1, weights.shape[1]):
         return float((each * (ranks_LE[:-1, :, None] != ranks_LE[1:, None, :])).sum())
-    return max(0.0, float(each.sum()) - upper_bound(each, world_size))
+    stay = float((each * (ranks_LE[:-1, :, None] == ranks_LE[1:, None, :])).sum())
+    return max(0.0, float(each.sum()) - upper_bound(each, world_size, stay))
 
 
 def _checked_transitions(transitions_LEE: Any) -> np.ndarray:

@@ -93,6 +93,7 @@ def held_out(
     if given.trace is not None:
         halves = given.trace.split(0.5)
         pairs = [halves, halves[::-1]]
+    given = replace(given, options=given.options | {"bound": False})
     seconds_NX, slots_N = np.zeros((len(names), len(executions))), np.zeros(len(names))
     for fit, check in pairs:
         part = given if fit is None else replace(given, trace=fit, loads_LE=fit.loads_LE())

@@ -1,10 +1,10 @@
-"""Replicates heavy experts and packs replicas so that ranks are even (EPLB's two algorithms, no rank holds one twice).
+"""Replicates heavy experts and packs replicas so that the busiest rank is light when its replicas' rows are poured.
 
-Hierarchical: groups of experts are packed to nodes, replicas are made and packed to ranks inside each node. Global:
-one node. In both a replica is given, one after another, to the expert with most load per replica, and replicas are
-packed heaviest first to the lightest rank with room. Unlike EPLB, a rank never gets a second replica of an expert,
-and a local search follows: it swaps experts between ranks, and turns replicas of one expert into another's, while
-that makes the heaviest rank lighter.
+EPLB's two algorithms begin: in the hierarchical one groups of experts are packed to nodes and each node replicates and
+packs its own; the global one has one node. A replica at a time goes to the expert with most load per replica, replicas
+are packed heaviest first to the lightest rank with room. Unlike EPLB, a rank never has an expert twice, what is made
+even is the load as the layer pours it and not equal parts, and a local search follows. One of its starts is EPLB's own
+plan with its duplicates turned into something useful, so the result is never heavier. All layers are searched at once.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ import numpy as np
 from mixtralkit.planning.plan import ExpertPlan
 from mixtralkit.planning.policies.inputs import Budget, checked_loads
 from mixtralkit.planning.policies.packing import swap_down
+from mixtralkit.planning.policies.poured import count_copies, holds, improve, pour
 
-_MOST_ROUNDS = 200  # of one local search; it mostly stops by itself within 20
-_KICKS = 60  # local searches of a layer from somewhere near the best
-_EVEN_ENOUGH = 1.001  # max/mean at which the search ends
+_ROUNDS = 30  # of one local search
+_KICKS = 6  # times that layers not yet even are disturbed and searched again
+_WORK = 20_000  # slots that a search of disturbed copies of all layers may have; with more than that there is none
+_LONG = 300  # rounds of pouring where it is decided whether EPLB's own plan was lighter
+_EVEN_ENOUGH = 1.0005  # peak/mean at which the search of a layer ends
 
 
 def balanced(
@@ -28,29 +31,34 @@ def balanced(
     budget: Budget | None = None,
     ranks_per_node: int | None = None,
     num_groups: int | None = None,
+    extra: int | None = None,
 ) -> ExpertPlan:
-    """Fills every slot of the budget with replicas so that the heaviest rank of each layer is light.
+    """Replicas in every slot of the budget, so that the heaviest rank of each layer is light; none without a budget.
 
     Args:
         loads_LE: rows of each expert in a profile.
         ranks_per_node: None for one node.
         num_groups: groups of consecutive experts that stay on one node each (hierarchical); None lets replicas be
             on any node (global).
+        extra: slots of a layer, over all ranks, beyond one for each expert, instead of all of the budget's.
 
     Raises:
         ValueError: for a budget too small, or sizes that do not divide.
     """
-    loads_LE = checked_loads(loads_LE, world_size)
+    loads_LE, budget = checked_loads(loads_LE, world_size), budget or Budget()
     num_layers, num_experts = loads_LE.shape
-    slots = (budget or Budget()).slots(num_layers, num_experts, world_size)
+    slots = budget.slots(num_layers, num_experts, world_size)
+    if extra is None:
+        extra = 0 if budget.most_slots(num_layers, num_experts) is None else slots * world_size - num_experts
+    slots = -(-(num_experts + extra) // world_size)
     nodes = world_size // (ranks_per_node or world_size)
     if ranks_per_node is not None and nodes * ranks_per_node != world_size:
         raise ValueError(f"ranks_per_node ({ranks_per_node}) must divide world_size ({world_size})")
-    groups, nodes = (num_groups, nodes) if num_groups is not None else (1, 1)
-    phy2log = rebalance_experts(loads_LE, slots * world_size, groups, nodes, world_size)[0]
-    slots_LWS = np.sort(phy2log.reshape(num_layers, world_size, slots), axis=2)
+    groups, nodes = (num_groups, nodes) if num_groups is not None and num_groups % nodes == 0 else (1, 1)
+    _check_sizes(num_experts, slots * world_size, groups, nodes, world_size)
+    surplus = slots * world_size - num_experts - extra
     return ExpertPlan(
-        slots_LWS,
+        np.maximum(_search(loads_LE, world_size, slots, groups, nodes, surplus), -1),
         num_experts,
         ranks_per_node=ranks_per_node,
         policy="balanced",
@@ -79,33 +87,8 @@ def rebalance_experts(
     if num_nodes < 1 or num_groups % num_nodes:
         num_groups = num_nodes = 1
     _check_sizes(num_experts, num_replicas, num_groups, num_nodes, num_gpus)
-    gpus, slots = num_gpus // num_nodes, num_replicas // num_gpus
-    phy2log = np.empty((num_layers, num_gpus, slots), np.int64)
-    for layer, loads_E in enumerate(loads_LE):
-        phy2log[layer] = min(
-            (_place(loads_E, nodes, gpus, slots) for nodes in _experts_of_nodes(loads_E, num_groups, num_nodes)),
-            key=lambda slots_WS: _peak(_holds(slots_WS, num_experts), loads_E),
-        )
+    phy2log = _search(loads_LE, num_gpus, num_replicas // num_gpus, num_groups, num_nodes)
     return phy2log.reshape(num_layers, num_replicas), *_inverse(phy2log.reshape(num_layers, -1), num_experts)
-
-
-def spread_replicas(loads_E: np.ndarray, world_size: int, slots: int) -> np.ndarray:
-    """Which rank holds which expert, bool [W, E]: ``slots`` different experts on each rank, every expert somewhere.
-
-    Needs E ≥ ``slots`` and W · ``slots`` ≥ E. An expert's load is shared equally by its replicas.
-    """
-    copies_E = _count_replicas(loads_E, world_size, slots * world_size)
-    starts = [_pack_replicas(loads_E, copies_E, world_size, slots, by_room) for by_room in (False, True)]
-    found = [_improve(holds_WE, loads_E) for holds_WE in starts if holds_WE is not None]
-    best_WE = min(found, key=lambda holds_WE: _peak(holds_WE, loads_E))
-    random = np.random.default_rng(0)  # the same plan for the same loads
-    for _ in range(_KICKS):
-        if _peak(best_WE, loads_E) <= loads_E.sum() / world_size * _EVEN_ENOUGH:
-            break
-        other_WE = _improve(_kick(best_WE, random), loads_E)
-        if _peak(other_WE, loads_E) < _peak(best_WE, loads_E):
-            best_WE = other_WE
-    return best_WE
 
 
 def _check_sizes(num_experts: int, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int) -> None:
@@ -123,121 +106,197 @@ def _check_sizes(num_experts: int, num_replicas: int, num_groups: int, num_nodes
         raise ValueError(f"num_replicas ({num_replicas}) must be at most {most}: no rank holds an expert twice")
 
 
-def _place(loads_E: np.ndarray, nodes: list[np.ndarray], gpus: int, slots: int) -> np.ndarray:
-    """Slots [W, S] when each node replicates and packs its own experts."""
-    return np.concatenate(
-        [[experts[holds_E] for holds_E in spread_replicas(loads_E[experts], gpus, slots)] for experts in nodes]
-    )
+def _search(loads_LE: np.ndarray, world_size: int, slots: int, groups: int, nodes: int, surplus: int = 0) -> np.ndarray:
+    """Slots [L, W, S], sorted; ``surplus`` ranks of each layer, others in each, have one less (-2)."""
+    num_layers = len(loads_LE)
+    of_nodes = [
+        _experts_of_nodes(loads_LE, groups, nodes, swaps) for swaps in ((False, True) if nodes > 1 else (False,))
+    ]
+    found, peaks = [], []
+    gpus = world_size // nodes
+    lacks_LW = np.zeros((num_layers, world_size), bool)
+    lacks_LW[
+        np.arange(num_layers)[:, None], (np.arange(num_layers)[:, None] * surplus + np.arange(surplus)) % world_size
+    ] = True
+    for experts_LNE in of_nodes:
+        per_node = experts_LNE.shape[2]
+        part_BE = np.take_along_axis(loads_LE[:, None], experts_LNE, 2).reshape(-1, per_node)
+        slots_BWS, peak_B = spread_replicas(part_BE, gpus, slots, lacks_LW.reshape(-1, gpus))
+        real = slots_BWS >= 0
+        names = np.take_along_axis(experts_LNE.reshape(-1, 1, per_node), np.maximum(slots_BWS, 0), 2)
+        found.append(np.where(real, names, slots_BWS).reshape(num_layers, world_size, slots))
+        peaks.append(peak_B.reshape(num_layers, nodes).max(1))
+    best_L = np.argmin(peaks, 0)
+    chosen = np.stack(found)[best_L, np.arange(num_layers)]
+    return -np.sort(-chosen, axis=2) if surplus else np.sort(chosen, axis=2)
 
 
-def _experts_of_nodes(loads_E: np.ndarray, num_groups: int, num_nodes: int) -> list[list[np.ndarray]]:
-    """Experts of each node, equally many groups on each: heaviest group first to the lightest node, also with swaps."""
-    loads_G = loads_E.reshape(num_groups, -1).sum(1)
-    holds_MG = np.zeros((num_nodes, num_groups), bool)
-    for group in np.argsort(-loads_G, kind="stable"):
-        has_room_M = holds_MG.sum(1) < num_groups // num_nodes
-        holds_MG[np.where(has_room_M, holds_MG @ loads_G, np.inf).argmin(), group] = True
-    group_of_E = np.arange(len(loads_E)) // (len(loads_E) // num_groups)
-    swapped_MG = swap_down(holds_MG, loads_G)
-    packings = [holds_MG] if (swapped_MG == holds_MG).all() else [holds_MG, swapped_MG]
-    return [[np.flatnonzero(holds_G[group_of_E]) for holds_G in packing] for packing in packings]
+def spread_replicas(
+    loads_BE: np.ndarray, world_size: int, slots: int, lacks_BW: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Experts of each rank's slots [B, W, S], and the poured peaks [B], of many layers at once.
 
+    Every expert is somewhere, none twice on a rank; needs E ≥ ``slots`` and W · ``slots`` ≥ E.
 
-def _count_replicas(loads_E: np.ndarray, world_size: int, total: int) -> np.ndarray:
-    """Replicas of each expert: one each, then one at a time where most load is on a replica; never more than ranks."""
-    copies_E = np.ones(len(loads_E), np.int64)
-    for _ in range(total - len(loads_E)):
-        copies_E[np.where(copies_E < world_size, loads_E / copies_E, -1).argmax()] += 1
-    return copies_E
-
-
-def _pack_replicas(
-    loads_E: np.ndarray, copies_E: np.ndarray, world_size: int, slots: int, by_room: bool
-) -> np.ndarray | None:
-    """Heaviest replicas first, to the lightest ranks with room; None where that ends with a replica left over.
-
-    ``by_room`` takes the ranks with most room first, the lightest among equals: that never leaves one over.
+    Args:
+        lacks_BW: ranks that have one slot less, marked -2.
     """
-    holds_WE = np.zeros((world_size, len(loads_E)), bool)
-    loads_W = np.zeros(world_size)
-    each_E = loads_E / copies_E
-    for expert in np.lexsort((-copies_E, -each_E)):
-        room_W = slots - holds_WE.sum(1)
-        order = np.lexsort((loads_W, -room_W if by_room else room_W == 0))
-        chosen = order[: copies_E[expert]]
-        if (room_W[chosen] == 0).any():
-            return None
-        holds_WE[chosen, expert] = True
-        loads_W[chosen] += each_E[expert]
-    return holds_WE
-
-
-def _improve(holds_WE: np.ndarray, loads_E: np.ndarray) -> np.ndarray:
-    """Swaps, then changes of one replica into another expert's, in turn, while the heaviest ranks become lighter."""
-    for _ in range(_MOST_ROUNDS):
-        holds_WE = swap_down(holds_WE, loads_E / holds_WE.sum(0))
-        better_WE = _change_replica(holds_WE, loads_E)
-        if better_WE is None:
+    lacks_BW = np.zeros((len(loads_BE), world_size), bool) if lacks_BW is None else lacks_BW
+    starts = [_packed(loads_BE, world_size, slots, lacks_BW, twice) for twice in (True, False)]
+    best_BWS, peak_B = improve(starts[0], loads_BE, _ROUNDS)
+    other_BWS, other_B = improve(starts[1], loads_BE, _ROUNDS)
+    best_BWS[other_B < peak_B], peak_B = other_BWS[other_B < peak_B], np.minimum(peak_B, other_B)
+    even_B = loads_BE.sum(1) / world_size
+    random = np.random.default_rng(0)  # the same plan for the same loads
+    for _ in range(_KICKS):
+        open_B = np.flatnonzero(peak_B > even_B * _EVEN_ENOUGH)
+        times = min(_WORK // max(len(open_B) * world_size * slots, 1), 24)
+        if not len(open_B) or not times:
             break
-        holds_WE = better_WE
-    return holds_WE
+        tried_B = np.repeat(open_B, times)
+        kicked = _kicked(best_BWS[tried_B], loads_BE.shape[1], random)
+        kicked, peaks = improve(kicked, loads_BE[tried_B], _ROUNDS)
+        winner = peaks.reshape(-1, times).argmin(1) + np.arange(len(open_B)) * times
+        better = peaks[winner] < peak_B[open_B] * (1 - 1e-9)
+        best_BWS[open_B[better]], peak_B[open_B[better]] = kicked[winner[better]], peaks[winner[better]]
+    both = [pour(slots_BWS, loads_BE, _LONG).sum(2).max(1) for slots_BWS in (best_BWS, starts[0])]
+    eplb_B = both[1] < both[0]
+    best_BWS[eplb_B] = starts[0][eplb_B]
+    return best_BWS, np.minimum(*both)
 
 
-def _kick(holds_WE: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """A few random changes of a replica into another expert's, each expert keeping one."""
-    holds_WE = holds_WE.copy()
-    for _ in range(int(random.integers(2, 5))):
-        rank = random.integers(len(holds_WE))
-        give = np.flatnonzero(holds_WE[rank] & (holds_WE.sum(0) > 1))
-        take = np.flatnonzero(~holds_WE[rank])
-        if len(give) and len(take):
-            holds_WE[rank, [random.choice(give), random.choice(take)]] = [False, True]
-    return holds_WE
+def _experts_of_nodes(loads_LE: np.ndarray, groups: int, nodes: int, swaps: bool) -> np.ndarray:
+    """Experts [L, N, E / N] of each node, equally many groups on each: heaviest group first to the lightest node."""
+    num_layers, num_experts = loads_LE.shape
+    loads_LG = loads_LE.reshape(num_layers, groups, -1).sum(2)
+    node_LG = pack_heaviest_first(loads_LG, nodes, np.full((num_layers, nodes), groups // nodes))
+    if swaps:
+        for layer, loads_G in enumerate(loads_LG):
+            holds_NG = swap_down(node_LG[layer] == np.arange(nodes)[:, None], loads_G)
+            node_LG[layer] = holds_NG.argmax(0)
+    node_LE = np.repeat(node_LG, num_experts // groups, axis=1)
+    return np.argsort(node_LE, axis=1, kind="stable").reshape(num_layers, nodes, -1)
 
 
-def _change_replica(holds_WE: np.ndarray, loads_E: np.ndarray) -> np.ndarray | None:
-    """The best change that lightens the heaviest rank and makes none as heavy; None where there is none.
+def pack_heaviest_first(weights_BX: np.ndarray, packs: int, room_BP: np.ndarray) -> np.ndarray:
+    """Pack of each item [B, X]: the heaviest first, each to the lightest pack with room."""
+    batches, items = weights_BX.shape
+    order_BX = np.argsort(-weights_BX, axis=1, kind="stable")
+    pack_BX, rows = np.empty((batches, items), np.int64), np.arange(batches)
+    load_BP, room_BP = np.zeros((batches, packs)), room_BP.copy()
+    for x in range(items):
+        item_B = order_BX[:, x]
+        pack_B = np.where(room_BP > 0, load_BP, np.inf).argmin(1)
+        pack_BX[rows, item_B] = pack_B
+        load_BP[rows, pack_B] += weights_BX[rows, item_B]
+        room_BP[rows, pack_B] -= 1
+    return pack_BX
 
-    Either the heaviest rank gives up a replica for another expert, or another rank takes a replica of one of its
-    experts for one of its own. Only experts with a replica elsewhere are given up.
+
+def count_replicas(loads_BE: np.ndarray, total_B: np.ndarray, most: int | None = None) -> np.ndarray:
+    """Replicas of each expert [B, E]: one each, then one at a time where a replica has most load, ``most`` at most."""
+    copies_BE, rows = np.ones(loads_BE.shape, np.int64), np.arange(len(loads_BE))
+    for given in range(int(total_B.max()) - loads_BE.shape[1]):
+        load_BE = loads_BE / copies_BE
+        if most is not None:
+            load_BE = np.where(copies_BE < most, load_BE, -1.0)
+        copies_BE[rows, load_BE.argmax(1)] += loads_BE.shape[1] + given < total_B
+    return copies_BE
+
+
+def _packed(loads_BE: np.ndarray, world: int, slots: int, lacks_BW: np.ndarray, twice: bool) -> np.ndarray:
+    """A start [B, W, S]: EPLB's packing, what a rank has ``twice`` emptied again; or one that never has it twice.
+
+    The second takes an expert's replicas together, to the lightest ranks with room, or if that leaves one over to those
+    with most room, which always works out (Gale–Ryser).
     """
-    copies_E = holds_WE.sum(0)
-    loads_W = holds_WE @ (loads_E / copies_E)
-    heavy = int(loads_W.argmax())
-    changes = []
-    for rank in range(len(holds_WE)):
-        give = np.flatnonzero(holds_WE[rank] & (copies_E > 1))
-        take = np.flatnonzero(~holds_WE[rank] & (holds_WE[heavy] | (rank == heavy)))
-        changes += [(rank, given, taken) for given in give for taken in take]
-    if not changes:
-        return None
-    rank_X, give_X, take_X = np.array(changes).T
-    each_E, fewer_E, more_E = (loads_E / np.maximum(copies_E + step, 1) for step in (0, -1, 1))
-    loads_XW = loads_W + holds_WE.T[give_X] * (fewer_E - each_E)[give_X, None]
-    loads_XW += holds_WE.T[take_X] * (more_E - each_E)[take_X, None]
-    loads_XW[np.arange(len(rank_X)), rank_X] += more_E[take_X] - fewer_E[give_X]
-    best = int(loads_XW.max(1).argmin())
-    if loads_XW[best].max() >= loads_W[heavy] * (1 - 1e-12):
-        return None
-    better_WE = holds_WE.copy()
-    better_WE[rank_X[best], [give_X[best], take_X[best]]] = [False, True]
-    return better_WE
+    batches, num_experts = loads_BE.shape
+    room_BW = slots - lacks_BW.astype(np.int64)
+    total_B = room_BW.sum(1)
+    copies_BE = count_replicas(loads_BE, total_B, None if twice else world)
+    each_BE = loads_BE / copies_BE
+    out_BWS = np.full((batches, world, slots), -1)
+    out_BWS[lacks_BW, -1] = -2
+    if twice:
+        most = int(total_B.max())
+        expert_BX = np.stack([np.pad(np.repeat(np.arange(num_experts), c), (0, most - c.sum())) for c in copies_BE])
+        real_BX = np.arange(most) < total_B[:, None]
+        weight_BX = np.where(real_BX, np.take_along_axis(each_BE, expert_BX, 1), -1.0)
+        rank_BX = pack_heaviest_first(weight_BX, world, room_BW + (most - total_B)[:, None])
+        holds_BWE = np.zeros((batches, world, num_experts), bool)
+        b, x = np.nonzero(real_BX)
+        holds_BWE[b, rank_BX[b, x], expert_BX[b, x]] = True
+    else:
+        holds_BWE = _pack_together(each_BE, copies_BE, room_BW, by_room=False)
+        left = np.flatnonzero((holds_BWE.sum(1) < copies_BE).any(1))
+        if len(left):
+            holds_BWE[left] = _pack_together(each_BE[left], copies_BE[left], room_BW[left], by_room=True)
+    b, w, e = np.nonzero(holds_BWE)
+    nth = (holds_BWE.cumsum(2) - 1)[b, w, e]
+    fits = nth < room_BW[b, w]
+    out_BWS[b[fits], w[fits], nth[fits]] = e[fits]
+    return _filled(out_BWS, loads_BE)
 
 
-def _holds(slots_WS: np.ndarray, num_experts: int) -> np.ndarray:
-    return (slots_WS[:, :, None] == np.arange(num_experts)).any(1)
+def _filled(slots_BWS: np.ndarray, loads_BE: np.ndarray) -> np.ndarray:
+    """Empty slots given to the experts with most load per replica that the rank does not have; no peak rises by it."""
+    num_experts = loads_BE.shape[1]
+    holds_BWE, copies_BE = holds(slots_BWS, num_experts), count_copies(slots_BWS, num_experts)[:, :-1]
+    while len(rows := np.flatnonzero((slots_BWS == -1).any((1, 2)))):
+        place_B = (slots_BWS[rows] == -1).reshape(len(rows), -1).argmax(1)
+        rank_B, slot_B = np.divmod(place_B, slots_BWS.shape[2])
+        each_BE = np.where(holds_BWE[rows, rank_B], -1.0, loads_BE[rows] / copies_BE[rows])
+        expert_B = each_BE.argmax(1)
+        slots_BWS[rows, rank_B, slot_B] = expert_B
+        holds_BWE[rows, rank_B, expert_B] = True
+        copies_BE[rows, expert_B] += 1
+    return slots_BWS
 
 
-def _peak(holds_WE: np.ndarray, loads_E: np.ndarray) -> float:
-    return float((holds_WE @ (loads_E / holds_WE.sum(0))).max())
+def _pack_together(each_BE: np.ndarray, copies_BE: np.ndarray, room_BW: np.ndarray, by_room: bool) -> np.ndarray:
+    (batches, num_experts), world = each_BE.shape, room_BW.shape[1]
+    holds_BWE, rows = np.zeros((batches, world, num_experts), bool), np.arange(batches)
+    load_BW, room_BW = np.zeros((batches, world)), room_BW.copy()
+    order_BE = np.lexsort((-copies_BE, -each_BE), axis=1)
+    for place in range(num_experts):
+        expert_B = order_BE[:, place]
+        first_BW = -room_BW if by_room else room_BW == 0
+        order_BW = np.lexsort((load_BW, first_BW), axis=1)
+        chosen_BW = np.zeros((batches, world), bool)
+        np.put_along_axis(chosen_BW, order_BW, np.arange(world) < copies_BE[rows, expert_B][:, None], 1)
+        chosen_BW &= room_BW > 0
+        holds_BWE[rows, :, expert_B] = chosen_BW
+        load_BW += chosen_BW * each_BE[rows, expert_B][:, None]
+        room_BW -= chosen_BW
+    return holds_BWE
+
+
+def _kicked(slots_BWS: np.ndarray, num_experts: int, random: np.random.Generator) -> np.ndarray:
+    """A few slots of replicas turned into another expert's, or of two ranks swapped, each expert keeping one."""
+    slots_BWS = slots_BWS.copy()
+    batches, world, slots = slots_BWS.shape
+    rows = np.arange(batches)
+    for _ in range(4):
+        holds_BWE, copies_BE = holds(slots_BWS, num_experts), count_copies(slots_BWS, num_experts)
+        rank_B, slot_B = random.integers(world, size=batches), random.integers(slots, size=batches)
+        other_B, place_B = random.integers(world, size=batches), random.integers(slots, size=batches)
+        own_B, new_B = slots_BWS[rows, rank_B, slot_B], slots_BWS[rows, other_B, place_B]
+        fits_B = (own_B >= 0) & (new_B >= 0) & ~holds_BWE[rows, rank_B, new_B]
+        swaps_B = fits_B & ~holds_BWE[rows, other_B, own_B] & (rank_B != other_B)
+        turns_B = fits_B & (copies_BE[rows, own_B] > 1) & (random.random(batches) < 0.5)
+        swaps_B &= ~turns_B
+        changed_B = swaps_B | turns_B
+        slots_BWS[rows[changed_B], rank_B[changed_B], slot_B[changed_B]] = new_B[changed_B]
+        slots_BWS[rows[swaps_B], other_B[swaps_B], place_B[swaps_B]] = own_B[swaps_B]
+    return slots_BWS
 
 
 def _inverse(phy2log: np.ndarray, num_experts: int) -> tuple[np.ndarray, np.ndarray]:
     """``log2phy`` and ``logcnt`` of ``phy2log`` [L, slots of all ranks]."""
     logcnt = (phy2log[:, :, None] == np.arange(num_experts)).sum(1)
     log2phy = np.full((*logcnt.shape, logcnt.max()), -1, np.int64)
-    for layer, row in enumerate(phy2log):
-        for expert in range(num_experts):
-            places = np.flatnonzero(row == expert)
-            log2phy[layer, expert, : len(places)] = places
+    order = np.argsort(phy2log, axis=1, kind="stable")
+    expert = np.take_along_axis(phy2log, order, 1)
+    nth = np.arange(phy2log.shape[1]) - (logcnt.cumsum(1) - logcnt)[np.arange(len(phy2log))[:, None], expert]
+    log2phy[np.arange(len(phy2log))[:, None], expert, nth] = order
     return log2phy, logcnt

@@ -1,16 +1,18 @@
-"""The same splitting where partitions are too many to list: sweeps, swaps, recombination, and a bound."""
+"""The same splitting where partitions are too many to list: annealing, sweeps and recombination."""
 
 from __future__ import annotations
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from mixtralkit.planning.policies.anneal import anneal
 from mixtralkit.planning.policies.chain import Fits, best_matching, stays
 from mixtralkit.planning.policies.packing import pack_once
 
-_STARTS, _KICKS = 12, 36  # up to _PLENTY items a layer, fewer beyond
+_STARTS, _KICKS = 12, 36  # under a cap, up to _PLENTY items a layer, fewer beyond
 _PLENTY = 64
-_BOUND_STEPS = 60
+_TRIES, _SWEEPS, _HEATS = 8, 800, 2  # of annealing; fewer tries where a sweep is much work
+_WORK, _PAIR_WORK = 4e6, 1500  # items of all sweeps; products of a label's weights that cost as much as a swap
 
 
 def search(
@@ -18,9 +20,10 @@ def search(
 ) -> np.ndarray:
     """Labels [L, n] of a good solution, the same each time.
 
-    From several starts, sweeps over the layers give each layer its best labels while its neighbours keep theirs (an
-    assignment problem), until nothing changes. The partitions that all starts found for each layer are then
-    recombined by a dynamic programme, the result is disturbed and swept again, and so on.
+    Without a cap several tries are annealed side by side, each polished by sweeps (every layer gets its best labels
+    while its neighbours keep theirs, an assignment problem) and all recombined by a dynamic programme over the
+    partitions they found; the result is heated a little and annealed again. With a cap, which swaps may break, sweeps
+    and recombination start from packings that keep it.
 
     Args:
         weights_JNN, fits: as in ``chain.solve_exactly``.
@@ -30,17 +33,35 @@ def search(
         ValueError: naming a layer for which no start under the cap was found.
     """
     random = np.random.default_rng(0)
+    if fits is not None:
+        return _search_capped(weights_JNN, num_layers, parts, loads_LN, fits, random)
+    n = weights_JNN.shape[1]
+    work = num_layers * n * (1 + n * parts / _PAIR_WORK)
+    tries = int(np.clip(_WORK / (_SWEEPS * work), 1, _TRIES))
+    starts = np.array([_grown(weights_JNN, parts, random) for _ in range(tries)])
+    best_LN, heat = None, 3.0
+    for _ in range(_HEATS):
+        annealed = anneal(weights_JNN, starts, parts, _SWEEPS, random, heat)
+        pool = [_sweep(weights_JNN, labels_LN, parts, None) for labels_LN in annealed]
+        if best_LN is not None:
+            pool.append(best_LN)
+        joined_LN = _sweep(weights_JNN, _recombine(weights_JNN, pool, parts), parts, None)
+        best_LN = max([*pool, joined_LN], key=lambda labels_LN: stays(weights_JNN, labels_LN))
+        starts, heat = np.repeat(best_LN[None], tries, 0), 0.3
+    return best_LN
+
+
+def _search_capped(
+    weights_JNN: np.ndarray, num_layers: int, parts: int, loads_LN: np.ndarray, fits: Fits, random: np.random.Generator
+) -> np.ndarray:
     n = weights_JNN.shape[1]
     count = max(2, min(_STARTS, _STARTS * _PLENTY // n))
     kicks = min(_KICKS, _KICKS * _PLENTY**2 // n**2)
-    if fits is None:
-        starts = [_grown(weights_JNN, parts, random) for _ in range(count)]
-    else:
-        packed_LN = np.array([_packed(loads_N, parts, layer, fits) for layer, loads_N in enumerate(loads_LN)])
-        starts = [packed_LN] + [
-            np.array([_disturbed(labels_N, random, layer, fits, n) for layer, labels_N in enumerate(packed_LN)])
-            for _ in range(count - 1)
-        ]
+    packed_LN = np.array([_packed(loads_N, parts, layer, fits) for layer, loads_N in enumerate(loads_LN)])
+    starts = [packed_LN] + [
+        np.array([_disturbed(labels_N, random, layer, fits, n) for layer, labels_N in enumerate(packed_LN)])
+        for _ in range(count - 1)
+    ]
     pool = [_sweep(weights_JNN, labels_LN, parts, fits) for labels_LN in starts]
     best_LN = _sweep(weights_JNN, _recombine(weights_JNN, pool, parts), parts, fits)
     for _ in range(kicks):
@@ -52,50 +73,6 @@ def search(
         if stays(weights_JNN, candidate_LN) > stays(weights_JNN, best_LN):
             best_LN = candidate_LN
     return best_LN
-
-
-def upper_bound(weights_JNN: np.ndarray, parts: int) -> float:
-    """No labels have more weight between items of one label than this (load caps only lower it).
-
-    Each pair of layers by itself. With labels, the pairs of one label form a 0/1 matrix whose rows and columns sum
-    to m = n / parts, with singular values m (parts times) and 0, one of them for the constant vector. Any split of
-    the weights W = A + B therefore bounds the gain by the m largest of each row of A (or column, whichever is less)
-    plus m · the parts - 1 largest singular values of B without its means. Subgradient steps choose the split.
-    """
-    j, n, _ = weights_JNN.shape
-    size = n // parts
-    if j == 0:
-        return 0.0
-    best_J = np.minimum(_row_bound(weights_JNN, size)[0], _row_bound(weights_JNN.swapaxes(1, 2), size)[0])
-    share_JNN = weights_JNN / 2
-    for step in range(_BOUND_STEPS):
-        rows_J, chosen_JNN = _row_bound(share_JNN, size)
-        spectral_J, overlap_JNN = _spectral_bound(weights_JNN - share_JNN, size, parts)
-        best_J = np.minimum(best_J, rows_J + spectral_J)
-        direction_JNN = chosen_JNN - overlap_JNN
-        norm_J = np.maximum((direction_JNN**2).sum((1, 2)), 1e-12)
-        length_J = (rows_J + spectral_J - 0.97 * best_J) / norm_J * 0.5 / (1 + step / 20)
-        share_JNN = share_JNN - length_J[:, None, None] * direction_JNN
-    return float(best_J.sum())
-
-
-def _row_bound(weights_JNN: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sum of the ``size`` largest of each row, and which those are."""
-    largest = np.argpartition(-weights_JNN, size - 1, axis=2)[:, :, :size]
-    chosen_JNN = np.zeros_like(weights_JNN)
-    np.put_along_axis(chosen_JNN, largest, 1.0, axis=2)
-    return (weights_JNN * chosen_JNN).sum((1, 2)), chosen_JNN
-
-
-def _spectral_bound(weights_JNN: np.ndarray, size: int, parts: int) -> tuple[np.ndarray, np.ndarray]:
-    """Most weight under a matrix with the singular values of a labelling, and that matrix."""
-    n = weights_JNN.shape[1]
-    centred_JNN = weights_JNN - weights_JNN.mean(1, keepdims=True) - weights_JNN.mean(2, keepdims=True)
-    centred_JNN = centred_JNN + weights_JNN.mean((1, 2), keepdims=True)
-    left, values, right = np.linalg.svd(centred_JNN)
-    top = slice(parts - 1)
-    overlap_JNN = size / n + size * left[:, :, top] @ right[:, top]
-    return weights_JNN.sum((1, 2)) * size / n + size * values[:, top].sum(1), overlap_JNN
 
 
 def _gain_of_labels(weights_JNN: np.ndarray, labels_LN: np.ndarray, layer: int, parts: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,9 +60,18 @@ class Budget:
             needed_gb = memory_gb(slots, num_layers, self.expert_bytes)
             if needed_gb > self.memory_gb * (1 + 1e-9):
                 raise ValueError(
-                    f"memory_gb ({self.memory_gb:g}) must be at least {needed_gb:.2f} for {why}: "
-                    f"it lacks {needed_gb - self.memory_gb:.2f} GB"
+                    f"memory_gb ({self.memory_gb:g}) must be at least {gb_above(needed_gb, self.memory_gb)} for {why}: "
+                    f"it lacks {gb_above(needed_gb - self.memory_gb, 0)} GB"
                 )
+
+
+def gb_above(gb: float, limit_gb: float) -> str:
+    """``gb`` rounded up, with at least two digits and so many that what is printed is above ``limit_gb``, as it is."""
+    for digits in range(2, 12):
+        text = f"{math.ceil(gb * 10**digits - 1e-6) / 10**digits:.{digits}f}"
+        if float(text) > float(f"{limit_gb:g}"):
+            return text
+    return f"{gb:g}"
 
 
 def memory_gb(slots: int, num_layers: int, expert_bytes: int) -> float:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mixtralkit.planning.plan import ExpertPlan
+from mixtralkit.planning.plan import ExpertPlan, contiguous
 from mixtralkit.planning.policies.inputs import checked_loads, memory_gb
+from mixtralkit.planning.replicas import ReplicaTable
+from mixtralkit.planning.trace import RoutingTrace
+
+_ROWS = 10_000_000  # of a layer, over which loads are poured
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,55 @@ class Quality:
         return memory_gb(1, num_layers, expert_bytes) * self.slots_per_rank
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """What a policy's plan is worth on tokens that it was not made from: means over both halves of a trace.
+
+    Attributes:
+        fitted, held_out: figures on the half that the plan was made from, and on the other.
+        plain: of contiguous experts, on the other half.
+        noise: how far ``plain`` is apart on the two halves, which no fitting explains.
+    """
+
+    fitted: dict[str, float]
+    held_out: dict[str, float]
+    plain: dict[str, float]
+    noise: dict[str, float]
+
+    def doubts(self) -> list[str]:
+        """A sentence for each figure whose gain over contiguous experts is within the noise."""
+        found = []
+        for name, value in self.held_out.items():
+            gain = self.plain[name] - value
+            if self.fitted[name] < self.plain[name] and gain <= self.noise[name]:
+                own = self.plain[name] - self.fitted[name]
+                found.append(
+                    f"{name}: a gain of {gain:.3f} on other tokens ({own:.3f} on its own) is within the noise of "
+                    f"{self.noise[name]:.3f}: record more tokens"
+                )
+        return found
+
+
+FIGURES = ("crossings_per_token", "max_over_mean")
+
+
+def measure_held_out(make: Callable[[RoutingTrace], ExpertPlan], trace: RoutingTrace) -> HeldOut:
+    """Plans from one half of the trace and measures on both, then the other way round."""
+    halves = trace.split(0.5)
+    rows: dict[str, list[list[float]]] = {"fitted": [], "held_out": [], "plain": []}
+    for fit, check in (halves, halves[::-1]):
+        plan = make(fit)
+        plain = replace(
+            contiguous(plan.num_layers, plan.num_experts, plan.world_size), ranks_per_node=plan.ranks_per_node
+        )
+        for name, one, tokens in (("fitted", plan, fit), ("held_out", plan, check), ("plain", plain, check)):
+            found = measure(one, tokens.loads_LE(), tokens.transitions_LEE())
+            rows[name].append([float(getattr(found, figure)) for figure in FIGURES])
+    means = {name: dict(zip(FIGURES, np.mean(both, 0).tolist(), strict=True)) for name, both in rows.items()}
+    noise = np.abs(np.subtract(*rows["plain"]))
+    return HeldOut(**means, noise=dict(zip(FIGURES, noise.tolist(), strict=True)))
+
+
 def measure(plan: ExpertPlan, loads_LE: np.ndarray, transitions_LEE: np.ndarray | None = None) -> Quality:
     """Figures of ``plan`` for these loads.
 
@@ -60,11 +114,18 @@ def measure(plan: ExpertPlan, loads_LE: np.ndarray, transitions_LEE: np.ndarray 
 
 
 def rank_loads(plan: ExpertPlan, loads_LE: np.ndarray) -> np.ndarray:
-    """Rows of each rank [L, W], an expert's rows in equal parts over its replicas; the running layer does no worse."""
+    """Rows of each rank [L, W] as the layer pours them when every rank sends an even part of each expert's rows."""
     loads_LE = checked_loads(loads_LE, plan.world_size)
     if loads_LE.shape != (plan.num_layers, plan.num_experts):
         raise ValueError(f"loads (shape {loads_LE.shape}) must be the plan's {(plan.num_layers, plan.num_experts)}")
-    return np.einsum("le,lwe->lw", loads_LE / plan.copies_LWE.sum(1), plan.holds_LWE)
+    found_LW = np.zeros((plan.num_layers, plan.world_size))
+    for layer, loads_E in enumerate(loads_LE):
+        table = ReplicaTable.of(plan, layer)
+        each_E = np.rint(loads_E / loads_E.sum() * _ROWS / plan.world_size).astype(np.int64)
+        counts_SE = np.tile(each_E, (plan.world_size, 1))
+        rows_W = table.pour(counts_SE).sum(0) + (counts_SE * table.local_WE).sum(1)
+        found_LW[layer] = rows_W / rows_W.sum() * loads_E.sum()
+    return found_LW
 
 
 def crossings_J(plan: ExpertPlan, transitions_LEE: np.ndarray, ranks: int = 1) -> np.ndarray:

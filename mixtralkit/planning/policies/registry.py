@@ -116,20 +116,19 @@ def _two_phase(given: Given, count: int | None, finetune_threshold: float | None
     return two_phase(profile, given.world_size, batch, given.trace.top_k, finetune_threshold, given.budget)
 
 
-def _affinity(given: Given, count: int | None, load_cap: float | None = None) -> ExpertPlan:
+def _affinity(given: Given, count: int | None, load_cap: float | None = None, bound: bool = True) -> ExpertPlan:
     given, transitions = given.with_extra(count), given.tokens("affinity").transitions_LEE()
     loads, world = given.loads_LE, given.world_size
-    return affinity(transitions, world, given.ranks_per_node, given.budget, loads, load_cap)
+    return affinity(transitions, world, given.ranks_per_node, given.budget, loads, load_cap, bound)
 
 
-def _even_affinity(given: Given, count: int | None) -> ExpertPlan:
-    return _affinity(given, count, _EVEN_CAP * least_cap(given.loads_LE, given.world_size))
+def _even_affinity(given: Given, count: int | None, bound: bool = True) -> ExpertPlan:
+    return _affinity(given, count, _EVEN_CAP * least_cap(given.loads_LE, given.world_size), bound)
 
 
 def _balanced(given: Given, count: int | None, num_groups: int | None = None) -> ExpertPlan:
-    many = given.with_extra(count)
-    plan = balanced(given.loads_LE, given.world_size, many.budget, given.ranks_per_node, num_groups)
-    return plan if count is None else _without_surplus(plan, given.loads_LE, count)
+    budget = given.with_extra(count).budget
+    return balanced(given.loads_LE, given.world_size, budget, given.ranks_per_node, num_groups, count)
 
 
 def _balanced_on_nodes(given: Given, count: int | None) -> ExpertPlan:
@@ -149,8 +148,8 @@ POLICIES: dict[str, tuple[Callable[..., ExpertPlan], tuple[str, ...]]] = {
     "hot_cold": (_hot_cold, _HOT),
     "hot_cold/node": (lambda given, count, **options: _hot_cold(given, count, **options, hot_per="node"), _HOT[2:]),
     "two_phase": (_two_phase, ("finetune_threshold",)),
-    "affinity": (_affinity, ("load_cap",)),
-    "affinity/even": (_even_affinity, ()),
+    "affinity": (_affinity, ("load_cap", "bound")),
+    "affinity/even": (_even_affinity, ("bound",)),
     "balanced": (_balanced, ("num_groups",)),
     "balanced/node": (_balanced_on_nodes, ()),
     "shadow": (_shadow, ("shadow_steps",)),
@@ -203,7 +202,7 @@ def candidate_names(given: Given, slots: int) -> list[str]:
         names += ["balanced+0"]
     names += [f"balanced+{extra}" for extra in extras]
     if differ and given.trace is not None and num_experts % world == 0:
-        names += ["affinity", "affinity/even"] + [f"affinity+{extra}" for extra in extras]
+        names += ["affinity+0", "affinity/even+0"] + [f"affinity+{extra}" for extra in extras]
     if differ:
         names += [f"two_phase+{extra}" for extra in [0, *extras]]
         names += [f"hot_cold+{hot}" for hot in doubling(most_hot(num_experts, world, slots)) if hot < num_experts]
@@ -222,32 +221,3 @@ def candidate_names(given: Given, slots: int) -> list[str]:
 def doubling(most: int) -> list[int]:
     """1, 2, 4 … and ``most``; nothing below 1."""
     return sorted({min(2**i, most) for i in range(most.bit_length() + 1)}) if most > 0 else []
-
-
-def _without_surplus(plan: ExpertPlan, loads_LE: np.ndarray, extra: int) -> ExpertPlan:
-    """``balanced`` with no more than ``extra`` slots a layer beyond one for each expert, over all ranks.
-
-    Where they do not divide by the ranks, each rank has the next whole number and the replicas too many are left out,
-    those first that leave the heaviest rank lightest; among equals of the rank that has most so far.
-    """
-    slots_LWS, held_W = plan.slots_LWS.copy(), np.zeros(plan.world_size)
-    for layer, loads_E in enumerate(loads_LE):
-        for _ in range(int((slots_LWS[layer] >= 0).sum()) - plan.num_experts - extra):
-            _leave_one_out(slots_LWS[layer], loads_E, held_W)
-        held_W += (slots_LWS[layer] >= 0).sum(1)
-    return replace(plan, slots_LWS=slots_LWS)
-
-
-def _leave_one_out(slots_WS: np.ndarray, loads_E: np.ndarray, held_W: np.ndarray) -> None:
-    """Empties the slot of a replicated expert whose loss leaves the lightest heaviest rank."""
-    copies_E = np.bincount(slots_WS[slots_WS >= 0], minlength=len(loads_E))
-
-    def price(place: tuple[int, int]) -> tuple[float, float]:
-        fewer_E = copies_E - (np.arange(len(loads_E)) == slots_WS[place])
-        each_E = np.append(loads_E / fewer_E, 0.0)  # the last for empty slots
-        rest_WS = slots_WS.copy()
-        rest_WS[place] = -1
-        return round(float(each_E[rest_WS].sum(1).max()), 9), -held_W[place[0]] - (slots_WS[place[0]] >= 0).sum()
-
-    spare = [tuple(place) for place in np.argwhere(slots_WS >= 0) if copies_E[slots_WS[tuple(place)]] > 1]
-    slots_WS[min(spare, key=price)] = -1

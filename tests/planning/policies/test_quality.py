@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from mixtralkit.planning.plan import ExpertPlan, contiguous, everywhere
+from mixtralkit.planning.policies.affinity import affinity
 from mixtralkit.planning.policies.hot_cold import hot_cold
-from mixtralkit.planning.policies.quality import crossings_J, measure, rank_loads
+from mixtralkit.planning.policies.quality import crossings_J, measure, measure_held_out, rank_loads
 from mixtralkit.planning.synthetic import RoutingProcess
 
 
@@ -49,11 +50,28 @@ def test_uniform_routing_crosses_as_uniform_says():
 def test_replicas_share_their_load():
     slots = np.array([[[0, 1], [0, 2]]])
     loads = rank_loads(ExpertPlan(slots, 3), np.array([[6, 1, 5]]))
-    assert loads.tolist() == [[4, 8]]
+    np.testing.assert_allclose(loads, [[4, 8]], rtol=1e-6)
     quality = measure(ExpertPlan(slots, 3), np.array([[6, 1, 5]]))
     assert quality.balancedness_mean_over_max == pytest.approx(6 / 8)
     assert quality.max_over_mean == pytest.approx(8 / 6)
     assert quality.crossings_per_token is None
+
+
+def test_loads_are_what_the_layer_pours():
+    """In equal shares the second rank would have 8.5; half of expert 1's rows may all go to the other."""
+    slots = np.array([[[0, 1], [1, 2], [3, -1]]])
+    loads = rank_loads(ExpertPlan(slots, 4), np.array([[3.0, 6, 6, 3]]))
+    np.testing.assert_allclose(loads, [[7, 8, 3]], atol=1e-5)  # the second keeps its own third of expert 1
+
+
+def test_small_traces_are_doubted():
+    trace = RoutingProcess.random(6, 8, concentration=np.inf, affinity=0.0, seed=1).trace(60, seed=2)
+    found = measure_held_out(lambda fit: affinity(fit.transitions_LEE(), 4, bound=False), trace)
+    assert found.fitted["crossings_per_token"] < found.held_out["crossings_per_token"]
+    assert any("crossings_per_token" in doubt and "record more tokens" in doubt for doubt in found.doubts())
+    real = RoutingProcess.random(6, 8, affinity=1.0, seed=1).trace(4000, sequence_length=40, seed=2)
+    sure = measure_held_out(lambda fit: affinity(fit.transitions_LEE(), 4, bound=False), real)
+    assert not any("crossings_per_token" in doubt for doubt in sure.doubts())
 
 
 def test_nothing_travels_when_everything_is_everywhere():

@@ -1,4 +1,4 @@
-"""What a way to run one MoE layer over the ranks has to offer, and the ways that are not ``MoELayer``'s."""
+"""What a variant of one MoE layer over the ranks has to offer, and the ones that are not ``MoELayer``'s."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from baselines import PaddedAllGather, loop_over_experts
 from layer_cases import Case, GivenGate
 from layer_counts import Counts, by_choices, by_rows, computed, to_all
 
-from mixtralkit.config import ParallelConfig
+from mixtralkit.config import MoEOptions, ParallelConfig
 from mixtralkit.fastmoe.backend import FastMoELayer
 from mixtralkit.layout import RankLayout
 from mixtralkit.moe.router import Routing
+from mixtralkit.moe.store import ExpertStore
 from mixtralkit.ops.gate import gate
+from mixtralkit.ops.hidden import Hidden
 from mixtralkit.planning.plan import contiguous
 
 Phase = tuple[str, Callable[[], object]]
@@ -25,9 +27,10 @@ class Unavailable(RuntimeError):
     """A variant cannot run here, on no rank; the text says why."""
 
 
-class Way(Protocol):
+class Variant(Protocol):
     """One variant on one case. Calls are numbered 0 … INPUT_SETS-1, a round; all ranks make the same ones."""
 
+    name: str  # of the dispatcher; the baseline's own where there is none
     captures: bool  # calls and phases may be held by CUDA graphs
 
     def call(self, number: int) -> object:
@@ -47,10 +50,10 @@ class Way(Protocol):
         """What a call moves and computes. Collective."""
 
 
-class _PlainWay:
-    """What ways without a plan of their own share: own rows in, own rows out, nothing dropped."""
+class _Baseline:
+    """What variants without a plan of their own share: own rows in, own rows out, nothing dropped."""
 
-    captures = False
+    name, captures = "none", False
 
     def __init__(self, case: Case) -> None:
         self.case, self.context = case, case.bench.context
@@ -77,7 +80,7 @@ class _PlainWay:
         return self.case.bench.weights[number % len(self.case.bench.weights)]
 
 
-class LoopWay(_PlainWay):
+class LoopBaseline(_Baseline):
     """All experts on every rank, one after the other."""
 
     def phases(self, number: int) -> list[Phase]:
@@ -91,7 +94,7 @@ class LoopWay(_PlainWay):
         return Counts(*by_rows(ranks_TK, self.context, 0, 0), size, at_home=size).over_ranks(self.context)
 
 
-class PaddedWay(_PlainWay):
+class PaddedBaseline(_Baseline):
     """Contiguous experts; every rank's rows go to every rank, the sums are added by an all-reduce."""
 
     def __init__(self, case: Case) -> None:
@@ -112,7 +115,7 @@ class PaddedWay(_PlainWay):
         return Counts(computed_W, to_all(self.context, size), experts_TK.numel()).over_ranks(self.context)
 
 
-class FastMoEWay(_PlainWay):
+class FastMoEBaseline(_Baseline):
     """The layer through the real library."""
 
     def __init__(self, case: Case) -> None:
@@ -120,9 +123,10 @@ class FastMoEWay(_PlainWay):
         bench = case.bench
         plan = contiguous(bench.config.n_layers, bench.config.num_experts, self.context.world_size)
         layout = RankLayout(bench.config, ParallelConfig("dp", "ep"), plan, self.context.rank)
-        self.layers = []
+        store = ExpertStore(layout, self.context, bench.dtype, layers=range(len(bench.weights)))
+        options, self.layers = MoEOptions(backend="fastmoe"), []
         for number, (w13_EGD, w2_EDF) in enumerate(bench.weights):
-            layer = FastMoELayer(number, layout, self.context, bench.dtype)
+            layer = FastMoELayer(number, self.context, store, options)
             layer.experts.w13.copy_(w13_EGD[self.mine])
             layer.experts.w2.copy_(w2_EDF[self.mine])
             layer.gate = GivenGate(case.routings, bench.config.num_experts_per_tok, bench.gate_ED)
@@ -131,7 +135,12 @@ class FastMoEWay(_PlainWay):
     def phases(self, number: int) -> list[Phase]:
         layer = self.layers[number % len(self.layers)]
         layer.gate.turn = number
-        return [("gate+permute+dispatch+experts+combine", lambda: layer(self.case.inputs[number])[0])]
+        return [
+            (
+                "gate+permute+dispatch+experts+combine",
+                lambda: layer(Hidden(None, self.case.inputs[number]))[0].normed_TD,
+            )
+        ]
 
     def counts(self, number: int) -> Counts:
         experts_TK, row = self.case.routings[number].experts_TK, self.case.inputs[number][0].nbytes

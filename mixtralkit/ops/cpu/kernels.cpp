@@ -1,0 +1,398 @@
+// Products with a weight matrix [outputs, K] as checkpoints store it, summed in float32. See docs/cpu.md.
+//
+// A result depends on its row and its weights alone, never on how many rows or threads there are: every path sums chunks
+// of CHUNK columns in the same order.
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "attention.h"
+#include "quantised.h"
+#include "vectors.h"
+
+// Rows of a tensor; `ld` numbers from row to row. `data` is null where there is none.
+struct mk_rows { int type; void* data; long ld; };
+
+// Matrices [slots, outputs, K]; distances in bytes. Types above F16 are in quantised.h.
+struct mk_weight {
+    int type;
+    long group;
+    const char* data;
+    long ld, slot;
+    const char* scales;
+    long scales_slot;
+    const char* zeros;
+    long zeros_slot;
+};
+
+namespace {
+
+constexpr long CHUNK = 1024;        // columns: 4 rows of weights and 3 of x in float32 fit the first cache
+constexpr long PART = CHUNK + 16;   // floats from row to row there, not in the same set of the cache
+constexpr long FEW = 24;            // rows up to which converting in registers beats converting into the first cache
+constexpr long BLOCK = 48;          // rows of x whose chunk stays in the second cache
+constexpr long AHEAD = 1024;        // bytes from what is read to what is asked for
+constexpr long FEW_PACKED = 8;      // rows up to which integers beat float32 beside weights of 8 and 4 bits
+constexpr long OUTPUTS = 32;        // of one piece of work
+
+enum Type { F32, BF16, F16, INT8, INT4 };
+
+struct Free { void operator()(void* p) const { free(p); } };
+using Floats = std::unique_ptr<float[], Free>;
+Floats floats(long count) { return Floats((float*)aligned_alloc(64, (std::max(count, 1L) * 4 + 63) / 64 * 64)); }
+long padded(long k) { return (k + 15) / 16 * 16 + (k >= CHUNK ? 16 : 0); }
+
+// Holds a vector in its register: compilers would rather read it from memory again for every use.
+inline void hold(vfloat& v) {
+#if defined(__AVX512F__)
+    asm("" : "+v"(v));
+#elif defined(__AVX__)
+    asm("" : "+x"(v));
+#endif
+}
+
+// NR outputs times MR rows, over n columns from k0 of one chunk: out[m][r] += x_m · w_r. FIRST of those that read these
+// weights, which are still in memory.
+template <int NR, int MR, bool FIRST, class T>
+inline void tile(const T* w, long ldw, const float* const* x, long k0, long n, float* const* out) {
+    constexpr int LINE = FIRST ? 64 / (VW * (int)sizeof(T)) : 1;  // vectors of a step
+    vfloat acc[MR][NR] = {};
+    long k = 0;
+    auto step = [&](long k) __attribute__((always_inline)) {
+        vfloat xv[MR];
+        for (int m = 0; m < MR; m++) hold(xv[m] = load(x[m] + k0 + k));
+        for (int r = 0; r < NR; r++) {
+            vfloat wv = load(w + r * ldw + k);
+            for (int m = 0; m < MR; m++) acc[m][r] = fma(xv[m], wv, acc[m][r]);
+        }
+    };
+    for (; LINE > 1 && k + LINE * VW <= n; k += LINE * VW) {
+        for (int r = 0; r < NR; r++) __builtin_prefetch((const char*)(w + r * ldw + k) + AHEAD);
+#pragma GCC unroll 8
+        for (int i = 0; i < LINE; i++) step(k + i * VW);
+    }
+    for (; k + VW <= n; k += VW) step(k);
+    if (k < n) {
+        float rest[VW] = {};
+        for (int r = 0; r < NR; r++) {
+            for (long i = k; i < n; i++) rest[i - k] = to_float(w[r * ldw + i]);
+            vfloat wv = load(rest);
+            for (int m = 0; m < MR; m++) acc[m][r] = fma(load(x[m] + k0 + k), wv, acc[m][r]);  // x is padded with zeros
+        }
+    }
+    for (int m = 0; m < MR; m++) {
+        float part[NR];
+        sums_of<NR>(acc[m], part);
+        for (int r = 0; r < NR; r++) out[m][r] += part[r];
+    }
+}
+
+#if defined(__AVX512F__)
+constexpr int MOST = 6;  // rows of a tile of 4 outputs, as many as there are registers for
+#else
+constexpr int MOST = 3;
+#endif
+
+template <int MR, bool FIRST, class T>
+inline void tile_of(int count, const T* w, long ldw, const float* const* x, long k0, long n, float* const* out) {
+    if (count == 4) return tile<4, MR, FIRST>(w, ldw, x, k0, n, out);
+    for (int r = 0; r < count; r++) {
+        float* at[MR];
+        for (int m = 0; m < MR; m++) at[m] = out[m] + r;
+        tile<1, MR, FIRST>(w + r * ldw, ldw, x, k0, n, at);
+    }
+}
+
+template <bool FIRST, class T>
+void tile_of(int rows, int count, const T* w, long ldw, const float* const* x, long k0, long n, float* const* out) {
+    switch (rows) {
+        case 1: return tile_of<1, FIRST>(count, w, ldw, x, k0, n, out);
+        case 2: return tile_of<2, FIRST>(count, w, ldw, x, k0, n, out);
+        case 3: return tile_of<3, FIRST>(count, w, ldw, x, k0, n, out);
+        case 4: return tile_of<std::min(4, MOST), FIRST>(count, w, ldw, x, k0, n, out);
+        case 5: return tile_of<std::min(5, MOST), FIRST>(count, w, ldw, x, k0, n, out);
+        default: return tile_of<MOST, FIRST>(count, w, ldw, x, k0, n, out);
+    }
+}
+
+// Rows of the tile that starts at m: as even as tiles of up to MOST can be.
+inline int tile_rows(long rows, long m) { long left = rows - m, tiles = (left + MOST - 1) / MOST; return (int)((left + tiles - 1) / tiles); }
+
+template <class T>
+void few(const T* w, long ldw, long outputs, long K, const float* const* x, long rows, float* const* out) {
+    float* at[FEW];
+    for (long o = 0; o < outputs; o += 4) {
+        int count = (int)std::min(4L, outputs - o);
+        for (long m = 0; m < rows; m++) std::fill_n(at[m] = out[m] + o, count, 0.f);
+        for (long k = 0; k < K; k += CHUNK) {
+            const T* from = w + o * ldw + k;
+            long n = std::min(CHUNK, K - k);
+            int step = tile_rows(rows, 0);
+            tile_of<true>(step, count, from, ldw, x, k, n, at);
+            for (long m = step; m < rows; m += step) tile_of<false>(step = tile_rows(rows, m), count, from, ldw, x + m, k, n, at + m);
+        }
+    }
+}
+
+template <class T>
+void to_floats(const T* w, long ldw, int rows, long n, float* to) {
+    for (int r = 0; r < rows; r++, w += ldw, to += PART) {
+        long k = 0;
+        for (; k + VW <= n; k += VW) store(to + k, load(w + k));
+        if (k < n) {
+            store(to + k, vfloat{});
+            for (; k < n; k++) to[k] = to_float(w[k]);
+        }
+    }
+}
+
+// `convert(o, count, k, n, part)` writes columns k … k + n of `count` outputs from o, `ahead(o, k)` is where they lie.
+template <class Convert, class Ahead>
+void many(Convert convert, Ahead ahead, long row_bytes, long bytes, long outputs, long K, const float* const* x, long rows,
+          float* const* out) {
+    alignas(64) float part[4 * PART];
+    float* at[MOST];
+    for (long m = 0; m < rows; m++) std::fill_n(out[m], outputs, 0.f);
+    for (long m0 = 0; m0 < rows; m0 += BLOCK) {
+        long m1 = std::min(rows, m0 + BLOCK), lines = (bytes / 64 * MOST + m1 - m0 - 1) / (m1 - m0);
+        for (long k = 0; k < K; k += CHUNK) {
+            long n = std::min(CHUNK, K - k), whole = (n + VW - 1) / VW * VW;
+            for (long o = 0; o < outputs; o += 4) {
+                int count = (int)std::min(4L, outputs - o), step;
+                convert(o, count, k, n, part);
+                const char* next = o + 8 <= outputs ? ahead(o + 4, k) : ahead(0, k + CHUNK);
+                for (long m = m0; m < m1; m += step, next += 64 * lines) {
+                    step = tile_rows(m1, m);
+                    for (int i = 0; i < step; i++) at[i] = out[m + i] + o;
+                    for (int i = 0; i < 4 * lines; i++) __builtin_prefetch(next + i % 4 * row_bytes + i / 4 * 64);
+                    tile_of<false>(step, count, part, PART, x + m, k, whole, at);
+                }
+            }
+        }
+    }
+}
+
+template <class T>
+void product(const T* w, long ld, long outputs, long K, const float* const* x, long rows, float* const* out) {
+    if (rows <= FEW) return few(w, ld / (long)sizeof(T), outputs, K, x, rows, out);
+    auto at = [=](long o, long k) { return (const char*)(w + k) + o * ld; };
+    auto convert = [=](long o, int count, long k, long n, float* to) {
+        to_floats((const T*)at(o, k), ld / (long)sizeof(T), count, n, to);
+    };
+    many(convert, at, ld, CHUNK * sizeof(T), outputs, K, x, rows, out);
+}
+
+bool is_packed(const mk_weight& w) { return w.type >= INT8; }
+long unit(const mk_weight& w) { return w.type == INT8 ? X_GROUP : std::max(64L, w.group); }  // of columns
+long columns(const mk_weight& w, long K) { return is_packed(w) ? (K + unit(w) - 1) / unit(w) * unit(w) : K; }
+
+// out[m][0 … outputs) = x_m · w_o for outputs `first` and the next ones of a slot. `narrow` is x in 16 bits, for few rows.
+void product(const mk_weight& w, long slot, long first, long outputs, long K, const float* const* x, const Narrow* narrow,
+             long rows, float* const* out) {
+    const char* from = w.data + slot * w.slot + first * w.ld;
+    if (w.type == F32) return product((const float*)from, w.ld, outputs, K, x, rows, out);
+    if (w.type == BF16) return product((const bf16*)from, w.ld, outputs, K, x, rows, out);
+    if (w.type == F16) return product((const f16*)from, w.ld, outputs, K, x, rows, out);
+    const uint8_t* zeros = w.zeros ? (const uint8_t*)w.zeros + slot * w.zeros_slot : nullptr;
+    Packed packed{w.data + slot * w.slot, w.ld, w.scales + slot * w.scales_slot, zeros, w.type == INT8 ? 0 : w.group};
+    long whole = columns(w, K);
+    if (rows <= FEW_PACKED) return few_packed(packed, first, outputs, whole, narrow, rows, out);
+    long per_byte = w.type == INT8 ? 1 : 2;
+    auto convert = [&](long o, int count, long k, long n, float* to) {
+        for (int r = 0; r < count; r++) unpack(packed, first + o + r, whole, k, n, to + r * PART);
+    };
+    auto at = [&](long o, long k) { return from + o * w.ld + k / per_byte; };
+    many(convert, at, w.ld, CHUNK / per_byte, outputs, whole, x, rows, out);
+}
+
+template <class T> void read_row(const T* from, long n, float* to) { for (long i = 0; i < n; i++) to[i] = to_float(from[i]); }
+void read_row(int type, const char* p, long at, long n, float* to) {
+    if (type == F32) read_row((const float*)p + at, n, to);
+    else if (type == BF16) read_row((const bf16*)p + at, n, to);
+    else read_row((const f16*)p + at, n, to);
+}
+template <class T> void write_row(const float* from, long n, T* to) { for (long i = 0; i < n; i++) from_float(from[i], to + i); }
+void write_row(int type, const float* from, long n, char* p, long at) {
+    if (type == F32) write_row(from, n, (float*)p + at);
+    else if (type == BF16) write_row(from, n, (bf16*)p + at);
+    else write_row(from, n, (f16*)p + at);
+}
+
+// Rows in float32, padded with zeros to what weights of K columns may want, and in 16 bits where those want that.
+struct Rows {
+    long count, K, whole, group;
+    Floats data, scales;
+    std::unique_ptr<int16_t[]> numbers;
+    std::vector<const float*> at;
+    std::vector<Narrow> narrow_at;
+
+    Rows(long count, long K, const mk_weight& w)
+        : count(count), K(K), whole(columns(w, K)), group(w.type == INT4 ? w.group : X_GROUP),
+          data(floats(count * padded(whole))), at(count), narrow_at(count) {
+        for (long m = 0; m < count; m++) at[m] = data.get() + m * padded(whole);
+        if (!is_packed(w)) return;
+        numbers.reset(new int16_t[count * whole]);
+        scales = floats(2 * count * (whole / group));
+    }
+    float* row(long m) { return (float*)at[m]; }
+    void finish(long m) {
+        std::fill(row(m) + K, row(m) + padded(whole), 0.f);
+        if (!numbers) return;
+        long groups = whole / group;
+        int16_t* to = numbers.get() + m * whole;
+        float* scale = scales.get() + 2 * m * groups;
+        narrow(row(m), K, whole, group, to, scale, scale + groups);
+        narrow_at[m] = {to, scale, scale + groups};
+    }
+};
+
+// y += residual, rounded and written to outputs `first` … of row m.
+void write(float* y, long m, long first, long n, const mk_rows& residual, const mk_rows& out) {
+    float other[OUTPUTS];
+    if (residual.data) {
+        read_row(residual.type, (const char*)residual.data, m * residual.ld + first, n, other);
+        for (long i = 0; i < n; i++) y[i] += other[i];
+    }
+    write_row(out.type, y, n, (char*)out.data, m * out.ld + first);
+}
+
+}  // namespace
+
+extern "C" {
+
+// out [M, O] = x [M, K] · wᵀ [+ residual [M, O]].
+void mk_linear(int threads, long M, long K, long O, const mk_rows* x, const mk_weight* w, const mk_rows* residual,
+               const mk_rows* out) {
+    Rows rows(M, K, *w);
+    long pieces = (O + OUTPUTS - 1) / OUTPUTS;
+#pragma omp parallel num_threads(threads)
+    {
+        Floats sums = floats(M * OUTPUTS);
+        std::vector<float*> at(M);
+        for (long m = 0; m < M; m++) at[m] = sums.get() + m * OUTPUTS;
+#pragma omp for
+        for (long m = 0; m < M; m++) {
+            read_row(x->type, (const char*)x->data, m * x->ld, K, rows.row(m));
+            rows.finish(m);
+        }
+#pragma omp for schedule(dynamic)
+        for (long piece = 0; piece < pieces; piece++) {
+            long first = piece * OUTPUTS, n = std::min(OUTPUTS, O - first);
+            product(*w, 0, first, n, K, rows.at.data(), rows.narrow_at.data(), M, at.data());
+            for (long m = 0; m < M; m++) write(at[m], m, first, n, *residual, *out);
+        }
+    }
+}
+
+// out [R, D] = Σ_k weights · w2 · (silu(w1 · x) * (w3 · x)) [+ residual]; w13 has w1 above w3 of each slot; a slot
+// below 0 adds nothing. Every expert that a row chose is read once; a row's choices add up in their order.
+void mk_expert_sum(int threads, long R, long D, long F, long S, long K, const mk_rows* x, const int64_t* slots,
+                   const float* weights, const mk_weight* w13, const mk_weight* w2, const mk_rows* residual,
+                   const mk_rows* out) {
+    std::vector<long> start(S + 1);  // choices of slot s are start[s] … start[s + 1], choice i is number place[i]
+    for (long i = 0; i < R * K; i++)
+        if (slots[i] >= 0) start[slots[i] + 1]++;
+    for (long s = 0; s < S; s++) start[s + 1] += start[s];
+    long N = start[S], most = 1;
+    std::vector<long> place(R * K, -1), next(start.begin(), start.end() - 1), touched;
+    for (long i = 0; i < R * K; i++)
+        if (slots[i] >= 0) place[i] = next[slots[i]]++;
+    for (long s = 0; s < S; s++)
+        if (start[s + 1] > start[s]) touched.push_back(s), most = std::max(most, start[s + 1] - start[s]);
+    Rows rows(R, D, *w13), hidden(N, F, *w2);  // hidden is silu(w1 · x) * (w3 · x) of every choice
+    std::vector<const float*> x_at(N);
+    std::vector<Narrow> narrow_at(N);
+    long pieces = (F + OUTPUTS - 1) / OUTPUTS, pieces2 = (D + OUTPUTS - 1) / OUTPUTS, experts = (long)touched.size();
+#pragma omp parallel num_threads(threads)
+    {
+        Floats sums = floats(std::max(2 * most, N) * OUTPUTS);
+        std::vector<float*> at(std::max(2 * most, N));
+        for (long m = 0; m < (long)at.size(); m++) at[m] = sums.get() + m * OUTPUTS;
+#pragma omp for
+        for (long m = 0; m < R; m++) {
+            read_row(x->type, (const char*)x->data, m * x->ld, D, rows.row(m));
+            rows.finish(m);
+        }
+#pragma omp for
+        for (long i = 0; i < R * K; i++)
+            if (place[i] >= 0) x_at[place[i]] = rows.at[i / K], narrow_at[place[i]] = rows.narrow_at[i / K];
+#pragma omp for schedule(dynamic)
+        for (long work = 0; work < experts * pieces; work++) {
+            long s = touched[work / pieces], first = work % pieces * OUTPUTS, n = std::min(OUTPUTS, F - first);
+            long i0 = start[s], count = start[s + 1] - i0;
+            product(*w13, s, first, n, D, &x_at[i0], &narrow_at[i0], count, &at[0]);
+            product(*w13, s, F + first, n, D, &x_at[i0], &narrow_at[i0], count, &at[count]);
+            for (long m = 0; m < count; m++) {
+                float* to = hidden.row(i0 + m) + first;
+                for (long i = 0; i < n; i += VW) {
+                    vfloat gate = load(at[m] + i), y = gate / (exponential(-gate) + 1.f) * load(at[count + m] + i);
+                    memcpy(to + i, &y, std::min<long>(VW, n - i) * 4);
+                }
+            }
+        }
+#pragma omp for
+        for (long n = 0; n < N; n++) hidden.finish(n);
+        float y[OUTPUTS];
+#pragma omp for schedule(dynamic)
+        for (long piece = 0; piece < pieces2; piece++) {
+            long first = piece * OUTPUTS, n = std::min(OUTPUTS, D - first);
+            for (long s : touched) {
+                long i0 = start[s], count = start[s + 1] - i0;
+                product(*w2, s, first, n, F, &hidden.at[i0], &hidden.narrow_at[i0], count, &at[i0]);
+            }
+            for (long m = 0; m < R; m++) {
+                std::fill_n(y, OUTPUTS, 0.f);
+                for (long k = m * K; k < (m + 1) * K; k++)
+                    for (long i = 0; place[k] >= 0 && i < n; i++) y[i] += weights[k] * at[place[k]][i];
+                write(y, m, first, n, *residual, *out);
+            }
+        }
+    }
+}
+
+// Softmax attention of T queries [H, C] to the keys of their slots up to their positions; slots below 0 give zeros.
+// Keys and values are [slots, J, positions, C], distances in numbers. `window` keys, its own included; 0 for all.
+void mk_attention(int threads, long T, long H, long J, long C, const mk_rows* q, int type, const void* keys,
+                  const void* values, long slot, long head, long position, const int64_t* slots,
+                  const int64_t* positions, long window, const mk_rows* out) {
+    long G = H / J, wide = (C + VW - 1) / VW * VW;
+#pragma omp parallel num_threads(threads)
+    {
+        Floats query = floats(G * wide), sums = floats(G * wide);
+#pragma omp for schedule(dynamic)
+        for (long item = 0; item < J * T; item++) {
+            long j = item / T, t = item % T;
+            std::fill_n(sums.get(), G * wide, 0.f);
+            if (slots[t] >= 0) {
+                std::fill_n(query.get(), G * wide, 0.f);
+                for (long g = 0; g < G; g++)
+                    read_row(q->type, (const char*)q->data, t * q->ld + (j * G + g) * C, C, query.get() + g * wide);
+                long first = window ? std::max(0L, positions[t] + 1 - window) : 0;
+                long from = slots[t] * slot + j * head;
+                if (type == F32) attend((const float*)keys + from, (const float*)values + from, position, first, positions[t], G, C, query.get(), sums.get());
+                else if (type == BF16) attend((const bf16*)keys + from, (const bf16*)values + from, position, first, positions[t], G, C, query.get(), sums.get());
+                else attend((const f16*)keys + from, (const f16*)values + from, position, first, positions[t], G, C, query.get(), sums.get());
+            }
+            for (long g = 0; g < G; g++)
+                write_row(out->type, sums.get() + g * wide, C, (char*)out->data, t * out->ld + (j * G + g) * C);
+        }
+    }
+}
+
+// Sum of `count` float32 numbers by all threads: what the memory gives at most.
+float mk_read(int threads, const float* x, long count) {
+    double total = 0;
+    long pieces = (count + 65535) / 65536;
+#pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(+ : total)
+    for (long piece = 0; piece < pieces; piece++) {
+        vfloat acc[8] = {};
+        long k = piece * 65536, end = std::min(count, k + 65536);
+        for (; k + 8 * VW <= end; k += 8 * VW)
+            for (int i = 0; i < 8; i++) acc[i] += load(x + k + i * VW);
+        for (int i = 0; i < 8; i++) { float one; sums_of<1>(acc + i, &one); total += one; }
+    }
+    return (float)total;
+}
+}
