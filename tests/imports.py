@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Collection
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@functools.cache
 def import_graph(folder: str) -> dict[str, set[str]]:
     """For each module below a folder of the repository the modules there that it imports.
 
