@@ -9,14 +9,14 @@ import torch
 from model_check import GREEDY
 from model_plans import make_plan, profiled_loads, trace_loads
 
+from mixtralkit.automatic import with_free_memory
 from mixtralkit.checkpoint import CheckpointReader, load_into
-from mixtralkit.config import ModelConfig
+from mixtralkit.config import EngineConfig, ModelConfig
 from mixtralkit.distributed import RankContext
-from mixtralkit.engine.generation import PREFILL_BUDGET, Engine
+from mixtralkit.engine.generation import Engine
 from mixtralkit.engine.requests import Request
 from mixtralkit.mixtral import choose_layout
 from mixtralkit.model.transformer import Transformer
-from mixtralkit.options import ModelOptions
 from mixtralkit.planning.policies.registry import needs_loads
 
 PROFILED, PROFILED_TOKENS = 64, 16  # sequences and new tokens that a plan is made from, without a trace
@@ -51,19 +51,18 @@ class Source:
     reader: CheckpointReader | None
     context: RankContext
     dtype: torch.dtype
-    running: ModelOptions
+    engine: EngineConfig
     seed: int
 
     def build(self, plan: str | None, loads_LE: np.ndarray | None) -> Transformer:
         """The model with its weights, its experts as the plan of this name says."""
-        running, context, options = self.running, self.context, self.running.moe()
-        automatic = running.automatic().resolved(context, self.dtype, PREFILL_BUDGET)
+        context = self.context
+        engine = with_free_memory(self.engine.but(plan=plan), context)
         with context.agreed():
-            placed = plan
             if plan not in (None, "auto"):
-                placed = make_plan(plan, self.config, context.world_size, loads_LE)
-            layout = choose_layout(self.config, context, running.attention, running.experts, placed, options, automatic)
-            model = Transformer(layout, context, self.dtype, options)
+                engine = engine.but(plan=make_plan(plan, self.config, context.world_size, loads_LE))
+            layout = choose_layout(self.config, context, engine)
+            model = Transformer(layout, context, self.dtype, engine.moe)
         if self.reader is None:
             model.initialize(self.seed)
         else:
@@ -75,9 +74,9 @@ class Source:
         """Loads [L, E] that plans need, and what they come from; None where no plan does."""
         if not any(needs_loads(plan) for plan in plans):
             return None, None
-        if self.running.trace is not None:
+        if self.engine.parallel.trace is not None:
             with self.context.agreed():
-                return trace_loads(self.running.trace, self.config), "trace"
+                return trace_loads(self.engine.parallel.trace, self.config), "trace"
         model, words = self.build("contiguous", None), RandomWords(self.config.vocab_size)
         count = min(PROFILED, self.config.max_batch_size)
         requests = random_requests(words, count, prompt_len, min(new_tokens, PROFILED_TOKENS), 1000 * self.seed)

@@ -13,6 +13,7 @@ from collections.abc import Sequence as Many
 
 import torch
 
+from mixtralkit.config import LimitOptions
 from mixtralkit.engine.batching import Batcher, Piece
 from mixtralkit.engine.decoding import DecodeSteps, Flight
 from mixtralkit.engine.plan_manager import PlanManager
@@ -23,9 +24,6 @@ from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.model.decode import Decoder
 from mixtralkit.model.step import StepBatch
 from mixtralkit.model.transformer import Observe, Transformer
-
-# Prompt tokens of a step: more of them make the experts' products little faster and the memory larger.
-PREFILL_BUDGET = 8192
 
 
 class Engine:
@@ -48,7 +46,7 @@ class Engine:
         self,
         model: Transformer,
         tokenizer: Tokenizer,
-        prefill_budget: int = PREFILL_BUDGET,
+        prefill_budget: int = LimitOptions.prefill_budget,
         observe: Observe | None = None,
         plan_manager: PlanManager | None = None,
         cuda_graphs: bool = True,
