@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from machine import describe_run
 
-from mixtralkit.cli import run_tool
+from mixtralkit.cli.run import run_tool
 from mixtralkit.config import parse_dtype
 from mixtralkit.distributed import RankContext
 from mixtralkit.ops.all_reduce import RowReducer, add_norm_reference

@@ -23,7 +23,7 @@ from machine import describe_run
 from model_bounds import decode_bytes
 from model_source import RandomWords, random_requests
 
-from mixtralkit.cli import run_tool
+from mixtralkit.cli.run import run_tool
 from mixtralkit.config import ModelConfig, MoEOptions, parse_dtype
 from mixtralkit.distributed import RankContext
 from mixtralkit.engine.generation import Engine

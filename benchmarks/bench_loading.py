@@ -35,7 +35,7 @@ import torch.multiprocessing as mp
 
 from mixtralkit.checkpoint import RankFiles, load_into, open_checkpoint, save_checkpoint
 from mixtralkit.checkpoint.loader import reading_threads
-from mixtralkit.cli import run_tool
+from mixtralkit.cli.run import run_tool
 from mixtralkit.config import ModelConfig, ParallelConfig
 from mixtralkit.distributed import RankContext
 from mixtralkit.layout import RankLayout, canonical_shapes

@@ -35,20 +35,20 @@ from peer_fields import peer_fields
 from profile_step import profiled
 
 from mixtralkit.checkpoint import open_checkpoint
-from mixtralkit.cli import run_tool, with_fields
-from mixtralkit.config import ModelConfig, parse_dtype
+from mixtralkit.cli.run import command, run_tool
+from mixtralkit.config import EngineConfig, ModelConfig, MoEOptions, ParallelOptions, parse_dtype, shipped
+from mixtralkit.config.engine import Dtype
 from mixtralkit.distributed import RankContext
 from mixtralkit.engine.generation import Engine
 from mixtralkit.engine.plan_manager import PlanManager
 from mixtralkit.engine.requests import Request
 from mixtralkit.model.transformer import Transformer
-from mixtralkit.options import ModelOptions
 from mixtralkit.planning.replicas import SMALL_BATCH_CHOICES
 
 
-@with_fields(running=ModelOptions)
+@command
 def bench_model(
-    model: Path = Path("configs/models/mixtral-8x7b.json"),
+    model: Path = Path("mixtral-8x7b"),
     random_weights: bool = False,
     ckpt: Path | None = None,
     batch: str = "1,8,64,256",
@@ -64,8 +64,11 @@ def bench_model(
     update_step: int = 64,
     seed: int = 0,
     output: Path | None = None,
+    dtype: Dtype | None = None,
+    device: str | None = None,
     *,
-    running: ModelOptions,
+    parallel: ParallelOptions,
+    moe: MoEOptions,
 ) -> None:
     """Times a whole model: decode = (time of all new tokens - time of 1) / (new tokens - 1), and prefill.
 
@@ -75,7 +78,7 @@ def bench_model(
     plans every update_step steps. Loads to plan by are those of --trace, or of random prompts that are run before.
 
     Args:
-        model: architecture, a params.json; not read with --ckpt.
+        model: architecture, a params.json or the name of one in configs/models; not read with --ckpt.
         random_weights: normal weights, made on the device.
         ckpt: folder of a checkpoint, instead of random weights.
         batch: numbers of sequences to decode, over all ranks, between commas.
@@ -91,6 +94,8 @@ def bench_model(
         update_step: steps between the plans of +managed.
         seed: of weights and prompts.
         output: file that takes the lines of JSON.
+        dtype: bfloat16, float16 or float32; left out, bfloat16 on a GPU and float32 on a CPU.
+        device: cpu or cuda; left out, cuda where there is one.
     """
     import_s = seconds_since_start()
     batches, prompts = _numbers("batch", batch), _prefills(prefill or "")
@@ -101,17 +106,18 @@ def bench_model(
         raise ValueError("give either --random_weights or --ckpt, for the weights")
     if ckpt is not None and layers is not None:
         raise ValueError("layers works with random weights only")
-    context = RankContext.start(running.device)
-    kind = parse_dtype(running.dtype or ("bfloat16" if context.device.type == "cuda" else "float32"))
+    context = RankContext.start(device)
+    kind = parse_dtype(dtype or ("bfloat16" if context.device.type == "cuda" else "float32"))
     reader = None if ckpt is None else open_checkpoint(ckpt)
-    config = ModelConfig.from_file(model) if reader is None else reader.config
+    config = ModelConfig.from_file(shipped("models", model)) if reader is None else reader.config
     if layers is not None:
         if not 1 <= layers <= config.n_layers:
             raise ValueError(f"layers ({layers}) must lie in 1 … {config.n_layers}")
         config = replace(config, n_layers=layers)
+    engine = EngineConfig.of(parallel=parallel, moe=moe, dtype=dtype)
     most = max(batches + [count for count, _ in prompts])
-    source = Source(config.with_limits(prompt_len + new_tokens, most), reader, context, kind, running, seed)
-    variants = [Variant()] if running.plan is None else [Variant.parse(name) for name in str(running.plan).split(",")]
+    source = Source(config.with_limits(prompt_len + new_tokens, most), reader, context, kind, engine, seed)
+    variants = [Variant()] if parallel.plan is None else [Variant.parse(name) for name in str(parallel.plan).split(",")]
     loads_LE, loads_from = source.loads(variants, prompt_len, new_tokens)
     common = {
         **describe_run(context),

@@ -21,7 +21,7 @@ from machine import describe_run
 from profile_step import profiled
 
 from lab.timing import times_ms
-from mixtralkit.cli import run_tool
+from mixtralkit.cli.run import run_tool
 from mixtralkit.config import ModelConfig, parse_dtype
 from mixtralkit.distributed import RankContext
 from mixtralkit.ops.experts import expert_sum, expert_sum_reference

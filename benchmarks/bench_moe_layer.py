@@ -27,7 +27,7 @@ from layer_variants import ALL, BASELINES, NAMED_ONLY, check_name, variant_of
 from machine import describe_run
 from plot_layer import Timeline, draw, require_matplotlib
 
-from mixtralkit.cli import run_tool
+from mixtralkit.cli.run import run_tool
 from mixtralkit.config import FasterOptions, ModelConfig, parse_dtype
 from mixtralkit.distributed import RankContext
 from mixtralkit.planning.hardware import Hardware
@@ -148,7 +148,7 @@ def _names(text: str) -> list[str]:
 
 
 def _faster(hardware: Path | None) -> FasterOptions:
-    options = FasterOptions.from_env()
+    options = FasterOptions.of()
     if hardware is None:
         return options
     figures = Hardware.load(hardware)

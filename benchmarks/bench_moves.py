@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from machine import describe_run
 
-from mixtralkit.cli import run_tool
+from mixtralkit.cli.run import run_tool
 from mixtralkit.config import ModelConfig, ParallelConfig, parse_dtype
 from mixtralkit.distributed import RankContext
 from mixtralkit.layout import RankLayout

@@ -26,8 +26,8 @@ from model_source import RandomWords
 from model_watch import Watch, manager_fields, ms, restore
 
 from mixtralkit.checkpoint import load_into, open_checkpoint
-from mixtralkit.cli import run_tool
-from mixtralkit.config import ModelConfig, MoEOptions, parse_dtype
+from mixtralkit.cli.run import run_tool
+from mixtralkit.config import EngineConfig, ModelConfig, MoEOptions, parse_dtype
 from mixtralkit.distributed import RankContext
 from mixtralkit.engine.generation import Engine
 from mixtralkit.engine.plan_judge import MoveJudge
@@ -106,7 +106,7 @@ def bench_plan_manager(
     limits, settings = (prompt_len + new_tokens, max_batch_size), (machine, update_step, slots_per_rank, margin, seed)
     lines = []
     for way in attention.split(","):
-        engine = source.build(context, kind, way, limits, MoEOptions.from_env(symmetric_rows=symmetric_rows))
+        engine = source.build(context, kind, way, limits, MoEOptions.of(symmetric_rows=symmetric_rows))
         bench = Bench(engine, source.requests(engine, prompts, prompt_len, new_tokens), *settings)
         for found in bench.compare(policies.split(","), repeats):
             lines.append({
@@ -147,7 +147,9 @@ class Source:
         config = reader.config if reader is not None else ModelConfig.from_file(self.model)
         if reader is None and self.layers is not None:
             config = replace(config, n_layers=self.layers)
-        layout = choose_layout(config.with_limits(*limits), context, attention, "ep", None, options)
+        layout = choose_layout(
+            config.with_limits(*limits), context, EngineConfig.of(attention=attention, experts="ep", moe=options)
+        )
         built = Transformer(layout, context, dtype, options)
         if reader is None:
             built.initialize(self.seed)

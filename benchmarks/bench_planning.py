@@ -17,7 +17,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mixtralkit.cli import run_tool
+from mixtralkit.cli.run import run_tool
 from mixtralkit.planning.policies.affinity import affinity
 from mixtralkit.planning.policies.affinity_replicas import crossings, with_replicas
 from mixtralkit.planning.policies.balanced import rebalance_experts

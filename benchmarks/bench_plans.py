@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mixtralkit.cli import run_tool
+from mixtralkit.cli.run import run_tool
 from mixtralkit.config import ModelConfig
 from mixtralkit.planning.cost import ModelShape, ShadowModel
 from mixtralkit.planning.hardware import Hardware

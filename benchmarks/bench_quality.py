@@ -22,9 +22,8 @@ from machine import describe_run
 from plot_quality import capacity_table, domain_table, draw
 from tqdm import tqdm
 
-from mixtralkit.checkpoint import open_checkpoint
-from mixtralkit.cli import run_tool
-from mixtralkit.config import MoEOptions
+from mixtralkit.cli.run import run_tool
+from mixtralkit.config import EngineConfig, MoEOptions
 from mixtralkit.distributed import RankContext
 from mixtralkit.engine.statistics import MoEStatistics
 from mixtralkit.engine.tokenizer import Tokenizer
@@ -81,9 +80,11 @@ class Exam:
     def take(self, name: str, plan: ExpertPlan) -> tuple[list[Measure], dict[str, float]]:
         """Scores on rank 0, and the shares of all choices that were dropped and rerouted. Collective."""
         mixtral = Mixtral.load(
-            open_checkpoint(self.model), Tokenizer.beside(self.model), self.context,
-            max(work.longest for work in self.works), self.max_batch_size, dtype="float32", attention="dp",
-            experts="ep", plan=plan, options=MoEOptions(),
+            EngineConfig.of(
+                model=self.model, max_seq_len=max(work.longest for work in self.works), dtype="float32",
+                max_batch_size=self.max_batch_size, attention="dp", experts="ep", plan=plan, moe=MoEOptions(),
+            ),
+            self.context,
         )  # fmt: skip
         statistics = MoEStatistics(mixtral.model)
         mixtral.engine.observe = statistics

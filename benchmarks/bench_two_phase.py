@@ -28,13 +28,11 @@ from layer_cases import GivenGate
 from machine import describe_run
 from plot_two_phase import draw
 
-from mixtralkit.checkpoint import open_checkpoint
-from mixtralkit.cli import run_tool
-from mixtralkit.config import FasterOptions, ModelConfig, MoEOptions, ParallelConfig
+from mixtralkit.cli.run import run_tool
+from mixtralkit.config import EngineConfig, FasterOptions, ModelConfig, MoEOptions, ParallelConfig
 from mixtralkit.distributed import RankContext
 from mixtralkit.engine.recorder import RoutingRecorder
 from mixtralkit.engine.statistics import PhaseStatistics
-from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.layout import RankLayout
 from mixtralkit.mixtral import Mixtral
 from mixtralkit.model.batch import ForwardBatch
@@ -257,8 +255,11 @@ def _recorded(context: RankContext, model: Path) -> RoutingTrace:
     code = [path.read_text(encoding="utf-8", errors="replace")[:800] for path in library]
     texts = [text for pair in zip(code, (t[:800] for t in topics.values()), strict=False) for text in pair if text]
     mixtral = Mixtral.load(
-        open_checkpoint(model), Tokenizer.beside(model), context, 1024, 16, dtype="float32",
-        attention="dp", options=MoEOptions(exchange="exact"),
+        EngineConfig.of(
+            model=model, max_seq_len=1024, max_batch_size=16, dtype="float32", attention="dp",
+            moe=MoEOptions(exchange="exact"),
+        ),
+        context,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         path = Path(context.broadcast_object(folder)) / "trace.npz"

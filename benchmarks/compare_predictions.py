@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from mixtralkit.cli import run_tool
+from mixtralkit.cli.run import run_tool
 from mixtralkit.config import ModelConfig, parse_dtype
 from mixtralkit.planning.cost import ModelShape
 from mixtralkit.planning.hardware import Hardware, nearest

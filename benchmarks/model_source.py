@@ -9,18 +9,17 @@ import torch
 from model_check import GREEDY
 from model_plans import Variant, make_plan, profiled_loads, trace_loads
 
-from mixtralkit.automatic import MACHINES, find_hardware
+from mixtralkit.automatic import find_hardware, with_free_memory
 from mixtralkit.checkpoint import CheckpointReader, load_into
-from mixtralkit.config import FasterOptions, ModelConfig
+from mixtralkit.config import EngineConfig, FasterOptions, ModelConfig, shipped
 from mixtralkit.distributed import RankContext
-from mixtralkit.engine.generation import PREFILL_BUDGET, Engine
+from mixtralkit.engine.generation import Engine
 from mixtralkit.engine.plan_judge import MoveJudge
 from mixtralkit.engine.plan_manager import PlanManager
 from mixtralkit.engine.plan_policies import make_policy
 from mixtralkit.engine.requests import Request
 from mixtralkit.mixtral import choose_layout
 from mixtralkit.model.transformer import Transformer
-from mixtralkit.options import ModelOptions
 from mixtralkit.planning.hardware import Hardware
 
 PROFILED, PROFILED_TOKENS = 64, 16  # sequences and new tokens that a plan is made from, without a trace
@@ -55,19 +54,19 @@ class Source:
     reader: CheckpointReader | None
     context: RankContext
     dtype: torch.dtype
-    running: ModelOptions
+    engine: EngineConfig
     seed: int
 
     def build(self, variant: Variant, loads_LE: np.ndarray | None) -> Transformer:
         """The model with its weights, its experts as the variant's plan says."""
-        running, context, options, placed = self.running, self.context, self.running.moe(), variant.plan
+        context, placed, options = self.context, variant.plan, self.engine.moe
         if "shadow" in variant.extras:
             options = replace(options, faster=self.faster(options.faster))
-        automatic = running.automatic().resolved(context, self.dtype, PREFILL_BUDGET)
+        engine = with_free_memory(self.engine.but(plan=placed), context)
         with context.agreed():
             if placed not in (None, "auto"):
-                placed = make_plan(placed, self.config, context.world_size, loads_LE)
-            layout = choose_layout(self.config, context, running.attention, running.experts, placed, options, automatic)
+                engine = engine.but(plan=make_plan(placed, self.config, context.world_size, loads_LE))
+            layout = choose_layout(self.config, context, engine)
         model = Transformer(replace(layout, plan=variant.cut(layout.plan)), context, self.dtype, options)
         if self.reader is None:
             model.initialize(self.seed)
@@ -78,14 +77,16 @@ class Source:
     def faster(self, options: FasterOptions) -> FasterOptions:
         """With shadows, chosen by the figures of ``--hardware`` where that is given."""
         options = replace(options, shadow=True)
-        if self.running.hardware is None:
+        if self.engine.parallel.hardware is None:
             return options
-        machine = Hardware.load(self.running.hardware)
+        machine = Hardware.load(shipped("hardware", self.engine.parallel.hardware))
         return replace(options, net_bandwidth=machine.inside.exchange.bandwidth, gpu_throughput=machine.peak_flops)
 
     def manager(self, model: Transformer, update_step: int) -> PlanManager:
         """Moves experts where ``balanced`` plans pay by the figures of ``--hardware`` or this device. Collective."""
-        machine = find_hardware(self.running.hardware, self.context) or Hardware.load(MACHINES / "cpu-2core.json")
+        machine = find_hardware(self.engine.parallel.hardware, self.context) or Hardware.load(
+            shipped("hardware", "cpu-2core")
+        )
         judge = MoveJudge.for_model(model, machine, update_step)
         return PlanManager(model, make_policy("balanced", model, judge), update_step, judge)
 
@@ -93,9 +94,9 @@ class Source:
         """Loads [L, E] that plans need, and what they come from; None where no plan does."""
         if not any(variant.needs_loads for variant in variants):
             return None, None
-        if self.running.trace is not None:
+        if self.engine.parallel.trace is not None:
             with self.context.agreed():
-                return trace_loads(self.running.trace, self.config), "trace"
+                return trace_loads(self.engine.parallel.trace, self.config), "trace"
         model, words = self.build(Variant("contiguous"), None), RandomWords(self.config.vocab_size)
         count = min(PROFILED, self.config.max_batch_size)
         requests = random_requests(words, count, prompt_len, min(new_tokens, PROFILED_TOKENS), 1000 * self.seed)

@@ -16,7 +16,10 @@ from pathlib import Path
 import torch
 
 from lab.tuning import KERNELS, Best, cases_of, sweep
-from mixtralkit.config import ModelConfig, ParallelConfig, parse_dtype
+from mixtralkit.cli.run import command
+from mixtralkit.config import ModelConfig, ParallelConfig, parse_dtype, shipped
+from mixtralkit.config.engine import Dtype
+from mixtralkit.config.options import Count, Natural, Positive
 from mixtralkit.distributed import RankContext
 from mixtralkit.json_file import load_json
 from mixtralkit.layout import RankLayout
@@ -24,18 +27,19 @@ from mixtralkit.ops.runtime import settings_file
 from mixtralkit.planning.plan import contiguous
 
 
+@command
 @torch.no_grad()
 def tune(
-    model: Path = Path("configs/models/mixtral-8x7b.json"),
+    model: Path = Path("mixtral-8x7b"),
     world_size: str = "1",
     rows: str = "1,2,4,8,16,32,64,128,256,512,1024,4096,16384",
     kernels: str = "all",
     output: Path | None = None,
-    minutes: float = 20.0,
-    max_seq_len: int | None = None,
-    context: int = 256,
-    dtype: str | None = None,
-    workers: int = 8,
+    minutes: Positive = 20.0,
+    max_seq_len: Count | None = None,
+    context: Count = 256,
+    dtype: Dtype | None = None,
+    workers: Natural = 8,
     device: str | None = None,
 ) -> None:
     """Sweeps each kernel's candidates on one GPU and writes the fastest, beside what the file already has.
@@ -43,7 +47,7 @@ def tune(
     python tools/tune_kernels.py --world_size 1,4 --minutes 5
 
     Args:
-        model: architecture, a params.json: its shapes are tuned.
+        model: architecture, a params.json or the name of one in configs/models: its shapes are tuned.
         world_size: numbers of ranks, between commas: shapes of a rank's part under tensor parallel. One GPU does.
         rows: numbers of rows, between commas; between two of them the upper one counts.
         kernels: names between commas, or all.
@@ -61,7 +65,7 @@ def tune(
     names = list(KERNELS) if kernels == "all" else kernels.split(",")
     if unknown := sorted(set(names) - set(KERNELS)):
         raise ValueError(f"kernels ({', '.join(unknown)}) must be among {', '.join(KERNELS)}")
-    config = ModelConfig.from_file(model).with_limits(max_seq_len, None)
+    config = ModelConfig.from_file(shipped("models", model)).with_limits(max_seq_len, None)
     layouts = [_share(config, world) for world in _numbers("world_size", world_size)]
     kind = parse_dtype(dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32"))
     cases = cases_of(names, layouts, _numbers("rows", rows), kind, context)
@@ -116,7 +120,7 @@ def _share(config: ModelConfig, world: int) -> RankLayout:
 
 
 @contextlib.contextmanager
-def _compilers(workers: int) -> Iterator[Executor | None]:
+def _compilers(workers: Natural) -> Iterator[Executor | None]:
     if workers < 1:
         yield None
         return

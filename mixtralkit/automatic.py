@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from mixtralkit.config import ModelConfig, MoEOptions, ParallelConfig
+from mixtralkit.config import EngineConfig, ModelConfig, ParallelConfig, parse_dtype, shipped
 from mixtralkit.distributed import RankContext
 from mixtralkit.planning.choose import Situation, candidates, choose, table
 from mixtralkit.planning.fused_cost import MOST_RANKS
@@ -19,72 +18,51 @@ from mixtralkit.planning.trace import RoutingTrace
 
 # Of the free memory, left for what is not predicted: buffers of NCCL and libraries, memory pools of graphs. Assumed.
 RESERVE_GB = 1.0
-MACHINES = Path(__file__).resolve().parents[1] / "configs" / "hardware"
 
 
-@dataclass(frozen=True)
-class Automatic:
-    """What the choice goes by.
-
-    Attributes:
-        hardware: file with the machine's figures; None for the one in ``configs/hardware`` with this device's name.
-        memory_gb: most 10⁹ bytes a rank may take; None, once ``resolved``, is the least free memory of the ranks' GPUs
-            less ``RESERVE_GB``, and no limit on CPUs.
-        trace: routing to plan by, a file; None takes all experts as equally likely.
-        explain: print every candidate on rank 0's stderr.
-        data_bytes, prefill_budget: of the run that is planned; ``resolved`` fills them in.
-    """
-
-    hardware: str | Path | None = None
-    memory_gb: float | None = None
-    trace: str | Path | None = None
-    explain: bool = False
-    data_bytes: int = 2
-    prefill_budget: int = 8192
-
-    def __post_init__(self) -> None:
-        if self.memory_gb is not None and not 0 < self.memory_gb < float("inf"):
-            raise ValueError(f"memory_gb ({self.memory_gb!r}) must be a number above 0")
-
-    def resolved(self, context: RankContext, dtype: torch.dtype, prefill_budget: int) -> Automatic:
-        """With what only the running ranks know. Collective, so that all of them choose alike."""
-        budget_gb = self.memory_gb
-        if budget_gb is None and context.device.type == "cuda":
-            free = min(context.all_gather_objects(torch.cuda.mem_get_info(context.device)[0]))
-            budget_gb = max(free / 1e9 - RESERVE_GB, 1e-9)
-        return replace(self, memory_gb=budget_gb, data_bytes=dtype.itemsize, prefill_budget=prefill_budget)
+def with_free_memory(config: EngineConfig, context: RankContext) -> EngineConfig:
+    """The same with a ``memory_gb``, where plan ``auto`` needs one that is left out: the least free memory of the
+    ranks' GPUs less ``RESERVE_GB``; on CPUs there is no limit. Collective, so that all ranks choose alike."""
+    asked = config.parallel
+    if str(asked.plan) != "auto" or asked.memory_gb is not None or context.device.type != "cuda":
+        return config
+    free = min(context.all_gather_objects(torch.cuda.mem_get_info(context.device)[0]))
+    return config.but(memory_gb=max(free / 1e9 - RESERVE_GB, 1e-9))
 
 
 def choose_automatically(
-    config: ModelConfig, context: RankContext, attention: str, experts: str, options: MoEOptions, automatic: Automatic
+    model: ModelConfig, context: RankContext, config: EngineConfig
 ) -> tuple[ParallelConfig, ExpertPlan] | None:
-    """The choice for ``config``'s sequences and tokens; None where no hardware file is for this device.
+    """The choice for ``model``'s sequences and tokens; None where no hardware file is for this device.
 
-    Every rank chooses by itself and all choose the same. ValueError where nothing fits ``automatic.memory_gb``.
+    Every rank chooses by itself and all choose the same. ValueError where nothing fits ``memory_gb``.
     """
-    hardware = find_hardware(automatic.hardware, context)
+    asked, moe, on_gpu = config.parallel, config.moe, context.device.type == "cuda"
+    hardware = find_hardware(asked.hardware, context)
     if hardware is None:
-        if automatic.explain and context.is_first:
+        if asked.explain and context.is_first:
             print("plan auto: no hardware file has figures of this device, so nothing is predicted", file=sys.stderr)
         return None
-    if attention == "auto" and (options.faster.schedule or options.copies_experts):
+    attention = asked.attention
+    if attention == "auto" and (moe.faster.schedule or moe.copies_experts):
         attention = "dp"  # these need rows that travel
-    wanted = context.device.type == "cuda" if options.symmetric_rows is None else options.symmetric_rows > 0
-    wanted = wanted and options.exchange != "exact" and options.backend == "mixtralkit" and not options.copies_experts
-    symmetric_rows = options.symmetric_rows if wanted and context.world_size <= MOST_RANKS else 0
+    wanted = on_gpu if moe.symmetric_rows is None else moe.symmetric_rows > 0
+    wanted = wanted and moe.exchange != "exact" and moe.backend == "mixtralkit" and not moe.copies_experts
+    dtype = parse_dtype(config.limits.dtype or ("bfloat16" if on_gpu else "float32"))
+    room = Room(
+        model.max_batch_size, model.max_seq_len, config.limits.prefill_budget,
+        moe.symmetric_rows if wanted and context.world_size <= MOST_RANKS else 0,
+        dtype.itemsize, moe.shadow_memory_gb if moe.copies_experts else 0.0,
+    )  # fmt: skip
     situation = Situation(
-        config, hardware, context.world_size,
-        Room(
-            config.max_batch_size, config.max_seq_len, automatic.prefill_budget, symmetric_rows,
-            automatic.data_bytes, options.shadow_memory_gb if options.copies_experts else 0.0,
-        ),
-        attention, experts, None if automatic.trace is None else RoutingTrace.load(automatic.trace, config.num_experts),
-        exchange=options.exchange,
+        model, hardware, context.world_size, room, attention, asked.experts,
+        None if asked.trace is None else RoutingTrace.load(asked.trace, model.num_experts),
+        exchange=moe.exchange,
     )  # fmt: skip
     found = candidates(situation)
-    chosen = choose(found, automatic.memory_gb)
-    if automatic.explain and context.is_first:
-        print(table(found, chosen, automatic.memory_gb), file=sys.stderr, flush=True)
+    chosen = choose(found, asked.memory_gb)
+    if asked.explain and context.is_first:
+        print(table(found, chosen, asked.memory_gb), file=sys.stderr, flush=True)
     return chosen.parallel, chosen.plan
 
 
@@ -94,12 +72,12 @@ def find_hardware(path: str | Path | None, context: RankContext) -> Hardware | N
     Nearest by the ranks that were measured.
     """
     if path is not None:
-        return Hardware.load(path)
+        return Hardware.load(shipped("hardware", path))
     if context.device.type != "cuda":
         return None
     gpu, needs_wires = torch.cuda.get_device_name(context.device), context.world_size > 1
     found = []
-    for known in sorted(MACHINES.glob("*.json")):
+    for known in sorted(shipped("hardware").glob("*.json")):
         hardware = Hardware.load(known)
         fused = hardware.fused
         if hardware.gpu == gpu and fused is not None and (not needs_wires or None not in (fused.sums, fused.exchange)):

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mixtralkit.config.ranks import environ_int
+
 
 class RankFailed(RuntimeError):
     """Another rank reported an error, so this one stops too."""
@@ -64,8 +66,7 @@ class RankContext:
         """
         environ = os.environ if environ is None else environ
         rank, world_size, local_rank = (
-            _environ_int(environ, name, default)
-            for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+            environ_int(environ, name, default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
         )
         torch_device = _choose_device(device, local_rank, world_size)
         if torch_device.type == "cuda":
@@ -73,7 +74,7 @@ class RankContext:
         if world_size == 1:
             return cls(rank=0, world_size=1, device=torch_device)
         if torch_device.type == "cpu" and "OMP_NUM_THREADS" not in environ:
-            torch.set_num_threads(threads_of_rank(_environ_int(environ, "LOCAL_WORLD_SIZE", world_size)))
+            torch.set_num_threads(threads_of_rank(environ_int(environ, "LOCAL_WORLD_SIZE", world_size)))
         owns = not dist.is_initialized()
         if owns:
             backend = "nccl" if torch_device.type == "cuda" else "gloo"
@@ -201,22 +202,10 @@ class RankContext:
                 raise RankFailed(f"rank {rank}: {report}")
 
 
-def rank_of(environ: Mapping[str, str] | None = None) -> int:
-    """The rank that the environment gives this process, before any group exists; 0 without ``torchrun``."""
-    return _environ_int(os.environ if environ is None else environ, "RANK", 0)
-
-
 def threads_of_rank(local_ranks: int) -> int:
     """This rank's share of the cores that its machine's ranks may use, at least one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // local_ranks)
-
-
-def _environ_int(environ: Mapping[str, str], name: str, default: int) -> int:
-    text = environ.get(name, str(default))
-    if not text.isdigit():
-        raise ValueError(f"{name} ({text!r}) must be a whole number")
-    return int(text)
 
 
 def _choose_device(device: str | None, local_rank: int, world_size: int) -> torch.device:

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from mixtralkit.automatic import Automatic, choose_automatically
+from mixtralkit.automatic import choose_automatically, with_free_memory
 from mixtralkit.checkpoint import CheckpointReader, load_into, open_checkpoint
-from mixtralkit.config import ModelConfig, MoEOptions, ParallelConfig, parse_dtype
+from mixtralkit.config import EngineConfig, LimitOptions, ModelConfig, ParallelConfig, SourceOptions, parse_dtype
 from mixtralkit.distributed import RankContext
 from mixtralkit.engine.chat import Message, encode_chat
-from mixtralkit.engine.generation import PREFILL_BUDGET, Engine, check_prefill_budget
+from mixtralkit.engine.generation import Engine
 from mixtralkit.engine.requests import Completion, Request, StreamEvent, echoed_texts
 from mixtralkit.engine.sampler import SamplingOptions
 from mixtralkit.engine.tokenizer import Tokenizer
@@ -28,17 +28,13 @@ class Mixtral:
     """A model with its tokenizer. Over several ranks every rank makes the same calls and gets the same answers."""
 
     def __init__(
-        self,
-        model: Transformer,
-        tokenizer: Tokenizer,
-        seed: int = 1,
-        prefill_budget: int = PREFILL_BUDGET,
-        cuda_graphs: bool = True,
+        self, model: Transformer, tokenizer: Tokenizer, limits: LimitOptions | None = None,
         weight_hash: str | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.model, self.tokenizer, self.weight_hash = model, tokenizer, weight_hash
-        self.engine = Engine(model, tokenizer, prefill_budget, cuda_graphs=cuda_graphs)
-        self.defaults = SamplingOptions(seed=seed)
+        limits = limits or LimitOptions()
+        self.engine = Engine(model, tokenizer, limits.prefill_budget, cuda_graphs=limits.cuda_graphs)
+        self.defaults = SamplingOptions(seed=limits.seed)
 
     @classmethod
     def build(
@@ -51,103 +47,56 @@ class Mixtral:
         model_parallel_size: int | None = None,
         seed: int = 1,
         *,
-        dtype: str | torch.dtype | None = None,
-        device: str | None = None,
-        attention: str = "auto",
-        experts: str = "auto",
-        plan: str | Path | ExpertPlan | None = None,
-        options: MoEOptions | None = None,
-        automatic: Automatic | None = None,
         context: RankContext | None = None,
         progress: bool = False,
-        prefill_budget: int = PREFILL_BUDGET,
-        cuda_graphs: bool = True,
-        format: str | None = None,
-        chat_template: str | Path | None = None,
-        stop_token_ids: Sequence[int] = (),
+        **options: Any,
     ) -> Mixtral:
-        """Loads a checkpoint of any format onto the ranks that ``torchrun`` started, or onto one.
+        """MixtralKit's call: ``load`` of these and any other options of ``EngineConfig`` by name (docs/options.md).
 
-        Args:
-            ckpt_dir: folder with the weights, see ``docs/checkpoints.md``.
-            tokenizer_path: sentencepiece model or ``tokenizer.json``; None for the one in ``ckpt_dir``.
-            max_seq_len: most tokens of a sequence, prompt and answer; None for the model's own.
-            max_batch_size: sequences that run at a time over all ranks; more of them wait.
-            num_gpus, model_parallel_size: the world size, for callers that state it; ``torchrun`` decides it.
-            seed: decides what is drawn at a temperature above 0.
-            dtype: ``"bfloat16"``, ``"float16"`` or ``"float32"``; None for bfloat16 on CUDA and float32 on a CPU.
-            device: ``"cpu"`` or ``"cuda"``; None for CUDA where there is one.
-            attention: ``"tp"``, ``"dp"`` or ``"auto"``: ``tp`` where the ranks divide the heads, else ``dp``; also
-                ``dp`` where FasterMoE's schedule or shadows, or two phases, are on: they need rows that travel.
-            experts: ``"tp"``, ``"ep"`` or ``"auto"``, which is ``ep``.
-            plan: which ranks hold which experts; None for each rank its even share. ``"auto"`` takes the plan that the
-                time model says is fastest of those that fit (docs/cost-model.md), and decides what ``attention`` and
-                ``experts`` leave open; where no figures of this device are known it is None.
-            options: how the MoE layer runs; None reads ``FMOE_FASTER_*`` for its schedule and shadows.
-            automatic: what plan ``"auto"`` goes by: figures of the machine, memory, routing.
-            context: the ranks, when the caller has started them.
-            progress: show a bar on stderr while weights load.
-            prefill_budget: most prompt tokens that a rank runs in one step.
-            cuda_graphs: capture decode steps as CUDA graphs, where the device has them.
-            format: which checkpoint to take where the folder holds several, as ``checkpoint.FORMATS`` calls them.
-            chat_template: jinja file that dialogs are written by; None for the folder's, or else Mistral's.
-            stop_token_ids: ids that end an answer, beside those that the folder's files say.
+        ``num_gpus`` and ``model_parallel_size`` are the number of ranks, for callers that state it; ``torchrun``
+        decides it.
         """
-        context = RankContext.start(device) if context is None else context
-        with context.agreed():
-            check_world_size(context.world_size, num_gpus=num_gpus, model_parallel_size=model_parallel_size)
-            reader = open_checkpoint(ckpt_dir, format)
-            tokenizer = Tokenizer.beside(
-                ckpt_dir, tokenizer_path, reader.config.vocab_size, chat_template, stop_token_ids or ()
-            )
-        return cls.load(
-            reader, tokenizer, context, max_seq_len, max_batch_size, seed,
-            dtype=dtype, attention=attention, experts=experts, plan=plan, options=options, automatic=automatic,
-            progress=progress, prefill_budget=prefill_budget, cuda_graphs=cuda_graphs,
+        config = EngineConfig.of(
+            model=ckpt_dir, tokenizer=tokenizer_path, max_seq_len=max_seq_len, max_batch_size=max_batch_size,
+            num_gpus=num_gpus if model_parallel_size is None else model_parallel_size, seed=seed, **options,
         )  # fmt: skip
+        return cls.load(config, context, progress=progress)
 
     @classmethod
     def load(
         cls,
-        reader: CheckpointReader,
-        tokenizer: Tokenizer,
-        context: RankContext,
-        max_seq_len: int | None = None,
-        max_batch_size: int = 8,
-        seed: int = 1,
-        *,
-        dtype: str | torch.dtype | None = None,
-        attention: str = "auto",
-        experts: str = "auto",
-        plan: str | Path | ExpertPlan | None = None,
-        options: MoEOptions | None = None,
-        automatic: Automatic | None = None,
+        config: EngineConfig,
+        context: RankContext | None = None,
+        source: tuple[CheckpointReader, Tokenizer] | None = None,
         progress: bool = False,
-        prefill_budget: int = PREFILL_BUDGET,
-        cuda_graphs: bool = True,
         hashes: bool = False,
     ) -> Mixtral:
-        """As ``build``, from a checkpoint and a tokenizer that are open already; with ``hashes`` all weights are hashed
-        while they are read (``weight_hash``)."""
+        """Loads a checkpoint of any format onto the ranks that ``torchrun`` started, or onto one.
+
+        Args:
+            config: every option.
+            context: the ranks, when the caller has started them.
+            source: ``open_source`` of the checkpoint, when the caller has opened it.
+            progress: show a bar on stderr while weights load.
+            hashes: hash all weights while they are read (``weight_hash``).
+        """
+        context = RankContext.start(config.limits.device) if context is None else context
         with context.agreed():
-            SamplingOptions(seed=seed)
-            check_prefill_budget(prefill_budget)
-            kind = choose_dtype(dtype, context.device)
-        automatic = (automatic or Automatic()).resolved(context, kind, prefill_budget)
+            check_world_size(context.world_size, config.limits.num_gpus)
+            reader, tokenizer = open_source(config.source) if source is None else source
+        config = with_free_memory(config, context)
         with context.agreed():
-            config = reader.config.with_limits(max_seq_len, max_batch_size)
-            tokenizer.check_vocabulary(config.vocab_size)
-            options = MoEOptions.from_env() if options is None else options
-            layout = choose_layout(config, context, attention, experts, plan, options, automatic)
-            model = Transformer(layout, context, kind, options)
+            architecture = reader.config.with_limits(config.cache.max_seq_len, config.limits.max_batch_size)
+            layout = choose_layout(architecture, context, config)
+            model = Transformer(layout, context, choose_dtype(config.limits.dtype, context.device), config.moe)
             model.allocate_cache()
         weight_hash = load_into(model.named_tensors(), layout, reader, context, progress, hashes=hashes)
-        return cls(model, tokenizer, seed, prefill_budget, cuda_graphs, weight_hash)
+        return cls(model, tokenizer, config.limits, weight_hash)
 
     @classmethod
     def from_parts(cls, model: Transformer, tokenizer: Tokenizer, seed: int = 1) -> Mixtral:
         """From a model that is already there."""
-        return cls(model, tokenizer, seed)
+        return cls(model, tokenizer, LimitOptions(seed=seed))
 
     def close(self) -> None:
         """Leaves the group of ranks, if building joined one."""
@@ -300,39 +249,36 @@ def encode_prompt(tokenizer: Tokenizer, id: int, prompt: str | Sequence[int] | S
     return tuple(prompt)
 
 
-def choose_layout(
-    config: ModelConfig,
-    context: RankContext,
-    attention: str = "auto",
-    experts: str = "auto",
-    plan: str | Path | ExpertPlan | None = None,
-    options: MoEOptions | None = None,
-    automatic: Automatic | None = None,
-) -> RankLayout:
-    """This rank's share of the model; ``"auto"`` as in ``Mixtral.build``, with ``automatic`` resolved."""
-    for name, value, ways in (
-        ("attention", attention, ("auto", "tp", "dp")),
-        ("experts", experts, ("auto", "tp", "ep")),
-    ):
-        if value not in ways:
-            raise ValueError(f"{name} ({value!r}) must be one of {', '.join(ways)}")
-    world, options = context.world_size, MoEOptions() if options is None else options
-    if isinstance(plan, str | Path) and str(plan) == "auto":
-        chosen = choose_automatically(config, context, attention, experts, options, automatic or Automatic())
+def open_source(source: SourceOptions) -> tuple[CheckpointReader, Tokenizer]:
+    """The checkpoint and its tokenizer, opened; ValueError where they do not fit each other."""
+    reader = open_checkpoint(source.model, source.format)
+    tokenizer = Tokenizer.beside(
+        source.model, source.tokenizer, reader.config.vocab_size, source.chat_template, source.stop_token_ids
+    )
+    tokenizer.check_vocabulary(reader.config.vocab_size)
+    return reader, tokenizer
+
+
+def choose_layout(model: ModelConfig, context: RankContext, config: EngineConfig | None = None) -> RankLayout:
+    """This rank's share of the model; plan ``auto`` takes what fits ``memory_gb``, see ``with_free_memory``."""
+    config = EngineConfig() if config is None else config
+    world, asked, plan = context.world_size, config.parallel, config.parallel.plan
+    if not isinstance(plan, ExpertPlan) and str(plan) == "auto":
+        chosen = choose_automatically(model, context, config)
         if chosen is not None:
-            return RankLayout(config, *chosen, context.rank)
+            return RankLayout(model, *chosen, context.rank)
         plan = None
+    attention = asked.attention
     if attention == "auto":
-        divides = config.n_heads % world == 0 and (config.n_kv_heads % world == 0 or world % config.n_kv_heads == 0)
-        rows_should_travel = options.faster.schedule or options.copies_experts
+        divides = model.n_heads % world == 0 and (model.n_kv_heads % world == 0 or world % model.n_kv_heads == 0)
+        rows_should_travel = config.moe.faster.schedule or config.moe.copies_experts
         attention = "tp" if divides and not rows_should_travel else "dp"
-    if experts == "auto":
-        experts = "ep"
     if plan is None:
-        plan = contiguous(config.n_layers, config.num_experts, world)
+        plan = contiguous(model.n_layers, model.num_experts, world)
     elif not isinstance(plan, ExpertPlan):
-        plan = load_plan(plan, num_experts=config.num_experts, world_size=world)
-    return RankLayout(config, ParallelConfig(attention, experts), plan, context.rank)
+        plan = load_plan(plan, num_experts=model.num_experts, world_size=world)
+    parallel = ParallelConfig(attention, "ep" if asked.experts == "auto" else asked.experts)
+    return RankLayout(model, parallel, plan, context.rank)
 
 
 def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
@@ -342,11 +288,10 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
     return parse_dtype(dtype)
 
 
-def check_world_size(world_size: int, **stated: int | None) -> None:
-    """ValueError that says how to start, where a stated number of ranks is not the real one."""
-    for name, value in stated.items():
-        if value is not None and value != world_size:
-            raise ValueError(
-                f"{name} ({value}) must equal the number of ranks ({world_size}); "
-                f"start with: torchrun --standalone --nproc_per_node={value} …"
-            )
+def check_world_size(world_size: int, num_gpus: int | None) -> None:
+    """ValueError that says how to start, where the stated number of ranks is not the real one."""
+    if num_gpus not in (None, world_size):
+        raise ValueError(
+            f"num_gpus ({num_gpus}) must equal the number of ranks ({world_size}); "
+            f"start with: torchrun --standalone --nproc_per_node={num_gpus} …"
+        )

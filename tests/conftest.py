@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import warnings
+from typing import NamedTuple
 
 import pytest
 import torch
+
+from mixtralkit.cli import COMMANDS
+from mixtralkit.cli.run import run_tool
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined, so before any import of one
@@ -16,3 +21,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+class Done(NamedTuple):
+    """How a command ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def command_line(capsys, monkeypatch):
+    """Runs a command of ``mixtralkit`` in this process, as its own would: the name and the words that follow it."""
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    def run(name: str, *words: object) -> Done:
+        monkeypatch.setattr(os, "_exit", leave)
+        monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+        capsys.readouterr()
+        with warnings.catch_warnings():
+            try:
+                run_tool(COMMANDS, None, {"m": "model", "t": "tokenizer"}, [name, *map(str, words)], "mixtralkit")
+                code = 0
+            except SystemExit as end:
+                code = end.code
+        return Done(code, *capsys.readouterr())
+
+    return run

@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from mixtralkit import Mixtral
-from mixtralkit.automatic import RESERVE_GB, Automatic, find_hardware
-from mixtralkit.config import FasterOptions, MoEOptions
+from mixtralkit.automatic import RESERVE_GB, find_hardware, with_free_memory
+from mixtralkit.config import EngineConfig, ParallelConfig
 from mixtralkit.distributed import RankContext
 from mixtralkit.mixtral import choose_layout
-from mixtralkit.options import ModelOptions
 from mixtralkit.planning.memory import Room, rank_memory
 from tests.configs import small_config
 from tests.ranks import RankError, run_ranks
@@ -22,19 +21,15 @@ ROOT = Path(__file__).resolve().parent.parent
 CKPTS, H200 = ROOT / "ckpts", ROOT / "configs" / "hardware" / "h200x4.json"
 
 
-def layout_for(world: int, automatic: Automatic, options: MoEOptions | None = None, **asked: str):
-    context = RankContext(world_size=world)
-    config = small_config().with_limits(64, 8)
-    options = MoEOptions(symmetric_rows=1) if options is None else options
-    return choose_layout(config, context, asked.get("attention", "auto"), asked.get("experts", "auto"), "auto",
-                         options, automatic)  # fmt: skip
+def layout_for(world: int, **asked: object):
+    engine = EngineConfig.of(plan="auto", symmetric_rows=1).but(**asked)
+    return choose_layout(small_config().with_limits(64, 8), RankContext(world_size=world), engine)
 
 
 def build(context: RankContext, memory_gb: float | None) -> tuple:
-    automatic = Automatic(H200, memory_gb, explain=True)
     mixtral = Mixtral.build(
-        CKPTS, max_seq_len=64, max_batch_size=4, context=context, plan="auto", options=MoEOptions(symmetric_rows=1),
-        automatic=automatic,
+        CKPTS, max_seq_len=64, max_batch_size=4, context=context, plan="auto", symmetric_rows=1, hardware="h200x4",
+        memory_gb=memory_gb, explain=True,
     )  # fmt: skip
     text = mixtral.text_completion(["In the beginning"], temperature=0, max_gen_len=6)[0]["generation"]
     layout = mixtral.model.layout
@@ -55,23 +50,23 @@ def test_a_budget_that_nothing_fits_is_refused_by_all_ranks():
 
 
 def test_the_budget_is_kept():
-    free = layout_for(2, Automatic(H200))
+    free = layout_for(2, hardware=H200)
     room = Room(8, 64, 8192, None)
     needs = rank_memory(free.config, free.parallel, free.plan, room).total
-    tight = layout_for(2, Automatic(H200, needs))
+    tight = layout_for(2, hardware=H200, memory_gb=needs)
     assert rank_memory(tight.config, tight.parallel, tight.plan, room).total <= needs
 
 
 def test_what_is_asked_for_is_kept():
-    assert layout_for(2, Automatic(H200), attention="dp", experts="ep").parallel.attention == "dp"
-    assert layout_for(2, Automatic(H200), experts="tp").parallel.experts == "tp"
-    schedule = MoEOptions(FasterOptions(schedule=True))
-    assert layout_for(2, Automatic(H200), schedule).parallel.attention == "dp", "the schedule needs rows that travel"
+    assert layout_for(2, hardware=H200, attention="dp", experts="ep").parallel.attention == "dp"
+    assert layout_for(2, hardware=H200, experts="tp").parallel.experts == "tp"
+    scheduled = layout_for(2, hardware=H200, faster_schedule=True, symmetric_rows=None)
+    assert scheduled.parallel.attention == "dp", "the schedule needs rows that travel"
 
 
 def test_without_figures_of_the_device_auto_is_as_without_a_plan():
     assert find_hardware(None, RankContext()) is None
-    layout = layout_for(2, Automatic())
+    layout = layout_for(2)
     assert (layout.parallel.attention, layout.parallel.experts, layout.plan.policy) == ("tp", "ep", "contiguous")
 
 
@@ -87,21 +82,29 @@ def test_a_file_for_this_gpu_is_found(monkeypatch):
 def test_the_budget_left_out_is_the_least_free_memory(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (70e9, 80e9))
     on_gpu = RankContext(device=torch.device("cuda", 0))
-    assert Automatic().resolved(on_gpu, torch.bfloat16, 100).memory_gb == 70 - RESERVE_GB
-    assert Automatic(memory_gb=40).resolved(on_gpu, torch.bfloat16, 100).memory_gb == 40
-    on_cpu = Automatic().resolved(RankContext(), torch.float32, 100)
-    assert (on_cpu.memory_gb, on_cpu.data_bytes, on_cpu.prefill_budget) == (None, 4, 100)
+    auto = EngineConfig.of(plan="auto")
+    assert with_free_memory(auto, on_gpu).parallel.memory_gb == 70 - RESERVE_GB
+    assert with_free_memory(auto.but(memory_gb=40.0), on_gpu).parallel.memory_gb == 40
+    assert with_free_memory(auto, RankContext()) == auto
+    assert with_free_memory(auto.but(plan=None), on_gpu).parallel.memory_gb is None
+
+
+def test_coherent_attention_needs_whole_experts():
+    assert layout_for(1, plan=None, attention="coherent").parallel == ParallelConfig("coherent", "ep")
+    for kind in (ParallelConfig, EngineConfig.of):
+        with pytest.raises(ValueError, match=r"experts \('tp'\) must be 'ep' with attention 'coherent'"):
+            kind(attention="coherent", experts="tp")
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"memory_gb": 0.0}, r"memory_gb \(0.0\) must be a number above 0"),
-        ({"dtype": "int3"}, r"dtype \(int3\)"),
+        ({"dtype": "int3"}, r"dtype \('int3'\)"),
         ({"symmetric_rows": -1}, r"symmetric_rows \(-1\)"),
         ({"exchange": "fast"}, r"exchange \('fast'\)"),
     ],
 )
 def test_wrong_options_are_named_before_anything_is_loaded(options, words):
     with pytest.raises(ValueError, match=words):
-        ModelOptions(**options)
+        EngineConfig.of(**options)

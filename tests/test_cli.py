@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -10,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from mixtralkit.cli import UsageError, _Tool, describe, with_fields
+from mixtralkit.cli.ending import describe
+from mixtralkit.cli.run import Tool, command
+from mixtralkit.cli.words import UsageError
+from mixtralkit.config.options import Count, NotNegative, Options
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -46,7 +50,7 @@ CALLS: list = []
 def run(*arguments: str):
     """What the command line calls."""
     CALLS.clear()
-    _Tool({"make": make, "other": other}, "make", {"m": "model"}, "tool").run(list(arguments))
+    Tool({"make": make, "other": other}, "make", {"m": "model"}, "tool").call(list(arguments))()
     return CALLS[0]
 
 
@@ -62,6 +66,7 @@ DEFAULTS = (Path("ckpts"), 3, 0.5, False, ())
         (["make", "-m=x", "--nofast", "a", "--ratio", "-1e-3"], ("a", Path("x"), 3, -0.001, False, ())),
         (["--text", "a", "--stop", "b", "-1", "--count=none"], ("a", Path("ckpts"), None, 0.5, False, ("b", "-1"))),
         (["--stop=b", "--stop=--c", "--fast", "true", "--text", "a"], ("a", Path("ckpts"), 3, 0.5, True, ("b", "--c"))),
+        (["make", "--fast", "a", "--no-fast", "-m", "-"], ("a", Path("-"), 3, 0.5, False, ())),
         (["other"], "other"),
     ],
 )
@@ -81,6 +86,9 @@ def test_text_stays_text(text):
         (["-x", "a"], "unknown option -x"),
         (["make"], "TEXT is missing"),
         (["make", "a", "b"], "unexpected argument 'b'"),
+        (["make", "a", "run"], "unexpected argument 'run'"),
+        (["make", "-", "a"], "unexpected argument '-'"),
+        (["make", "a", "--", "--trace"], "unknown option --"),
         (["nothing"], "unknown command 'nothing'; the commands are make, other"),
         (["make", "a", "--count"], "option --count needs a value"),
         (["make", "a", "--count", "--fast"], "option --count needs a value"),
@@ -97,7 +105,7 @@ def test_wrong_arguments_are_named(arguments, says):
 
 
 def test_help_lists_commands_and_options(capsys):
-    _Tool({"make": make, "other": other}, "make", {"m": "model"}, "tool").run(["--help"])
+    Tool({"make": make, "other": other}, "make", {"m": "model"}, "tool").call(["--help"])()
     text = capsys.readouterr().out
     for part in (
         "usage: tool COMMAND",
@@ -110,7 +118,7 @@ def test_help_lists_commands_and_options(capsys):
         "--stop TEXT …",
     ):
         assert part in text
-    _Tool({"make": make, "other": other}, "make", {}, "tool").run(["other", "-h"])
+    Tool({"make": make, "other": other}, "make", {}, "tool").call(["other", "-h"])()
     assert "Does something else." in capsys.readouterr().out
 
 
@@ -127,7 +135,7 @@ def test_errors_become_one_line():
 
 SCRIPT = """
 import sys
-from mixtralkit.cli import run_tool
+from mixtralkit.cli.run import run_tool
 def fail(kind: str) -> None:
     '''Fails.'''
     if kind == "pipe":
@@ -154,8 +162,38 @@ def test_another_rank_than_the_first_says_which_it_is():
     assert (done.returncode, done.stderr) == (1, "error: rank 1: bad value\n")
 
 
+def test_ctrl_c_while_modules_are_imported_is_one_sentence(tmp_path):
+    """Ctrl-C in the first seconds showed the traceback of whatever import was under way."""
+    (tmp_path / "slow.py").write_text("import time\nprint('here', flush=True)\ntime.sleep(60)\n")
+    program = "from mixtralkit.cli import COMMANDS, main; COMMANDS['generate'] = 'slow:f'; main()"
+    environ = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    child = subprocess.Popen(
+        [sys.executable, "-c", program, "generate"],
+        env=environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert child.stdout.readline() == "here\n"
+        child.send_signal(signal.SIGINT)
+        assert child.communicate(timeout=30)[1] == "error: interrupted\n"
+        assert child.returncode == 130
+    finally:
+        child.kill()
+
+
+def test_help_needs_no_torch():
+    """``mixtralkit --help`` answers at once."""
+    program = "import sys; from mixtralkit.cli import main; main(); assert 'torch' not in sys.modules"
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program, "--help"], env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "prepare-text  Writes OUTPUT/train" in done.stdout
+
+
 @dataclass(frozen=True)
-class Shared:
+class Shared(Options):
     """What several commands take.
 
     Attributes:
@@ -164,34 +202,55 @@ class Shared:
         rows: How many, or none.
     """
 
-    speed: float = 1.0
-    rows: int | None = 0
+    speed: NotNegative = 1.0
+    rows: Count | None = 5
 
 
-@with_fields(shared=Shared)
-def drive(where: str, *, shared: Shared, last: bool = False) -> None:
+@dataclass(frozen=True)
+class Other(Options):
+    """What one takes.
+
+    Attributes:
+        rows: The same option.
+    """
+
+    rows: Count | None = 5
+
+
+@command
+def drive(
+    where: str,
+    last: bool = False,
+    *,
+    shared: Shared,
+    other: Other,
+    own: Shared = Shared(speed=2.0),
+) -> None:
     """Drives.
 
     Args:
         where: The place.
     """
-    CALLS.append((where, shared, last))
+    CALLS.append((where, shared, other, own, last))
 
 
-def test_fields_of_a_dataclass_are_options_of_their_own(capsys):
-    tool = _Tool({"drive": drive}, None, {}, "tool")
+def test_options_of_groups_are_options_of_their_own(capsys):
+    tool = Tool({"drive": drive}, None, {}, "tool")
     CALLS.clear()
-    tool.run(["drive", "home", "--rows=none", "--last"])
-    tool.run(["drive", "home", "--speed", "2"])
+    tool.call(["drive", "home", "--rows=none", "--last"])()
+    tool.call(["drive", "home", "--speed", "3"])()
     drive("away", rows=3)
     assert [
-        ("home", Shared(rows=None), True),
-        ("home", Shared(speed=2.0), False),
-        ("away", Shared(rows=3), False),
+        ("home", Shared(rows=None), Other(rows=None), Shared(2.0, None), True),
+        ("home", Shared(speed=3.0), Other(), Shared(3.0), False),
+        ("away", Shared(rows=3), Other(3), Shared(2.0, 3), False),
     ] == CALLS
-    tool.run(["drive", "--help"])
+    tool.call(["drive", "--help"])()
     text = capsys.readouterr().out
-    assert text.index("--where") < text.index("--speed X") < text.index("--rows N") < text.index("--last")
+    assert text.index("--where") < text.index("--last") < text.index("What several") < text.index("--speed X")
     assert "How fast, in m/s. (default: 1.0)" in text
+    assert text.count("--rows N") == 1
     with pytest.raises(TypeError, match="colour"):
         drive("home", colour=1)
+    with pytest.raises(UsageError, match=r"rows \(0\) must be a whole number of at least 1"):
+        tool.call(["drive", "home", "--rows", "0"])

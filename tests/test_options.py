@@ -1,62 +1,84 @@
-"""The options of a model are those of every command that builds one."""
+"""Every option is declared once, and commands, Python and docs/options.md take it from there."""
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
-import inspect
-import sys
 from pathlib import Path
 
 import pytest
 
-from mixtralkit.config import MoEOptions
-from mixtralkit.options import ModelOptions
+from mixtralkit.cli import COMMANDS
+from mixtralkit.cli.options_page import page
+from mixtralkit.cli.run import find
+from mixtralkit.config import EngineConfig, FasterOptions, MoEOptions
+from mixtralkit.config.options import options_of
+from mixtralkit.engine.sampler import SamplingOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def load(path: str):
-    """The module of a script."""
-    sys.path.insert(0, str((ROOT / path).parent))
-    try:
-        return importlib.import_module(Path(path).stem)
-    finally:
-        sys.path.pop(0)
+def test_the_page_is_current():
+    assert (ROOT / "docs" / "options.md").read_text() == page(), "mixtralkit options > docs/options.md"
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "lm-eval"])
+def test_every_option_of_a_command_has_help(name):
+    for option in options_of(find(COMMANDS[name])):
+        assert option.help, f"{name}: {option.name}"
+
+
+@pytest.mark.parametrize("name", ["generate", "chat", "evaluate", "profile"])
+def test_every_command_that_runs_a_model_has_those_of_the_engine(name):
+    found = {option.name: option for option in options_of(find(COMMANDS[name]))}
+    changed = {"max_batch_size", "temperature"}  # other defaults
+    for option in [*options_of(EngineConfig), *options_of(SamplingOptions)]:
+        assert option.name in changed or found[option.name].default == option.default
+
+
+def test_options_and_groups_by_name():
+    engine = EngineConfig.of({}, model="a", faster_schedule=True, moe_backend="fastmoe", attention="dp")
+    assert (engine.source.model, engine.parallel.attention) == (Path("a"), "dp")
+    assert engine.moe == MoEOptions(FasterOptions(schedule=True), backend="fastmoe")
+    moe = MoEOptions(exchange="static", symmetric_rows=7)
+    assert EngineConfig.of({"FMOE_FASTER_SHADOW_ENABLE": "1"}, moe=moe).moe == moe
+    changed = engine.but(moe=moe, seed=3)
+    assert (changed.moe, changed.limits.seed, changed.source) == (moe, 3, engine.source)
+    with pytest.raises(TypeError, match="unknown options: colour"):
+        EngineConfig.of(colour=1)
+
+
+def test_what_is_left_out_is_the_environment_s():
+    environ = {"FMOE_FASTER_SHADOW_ENABLE": "ON", "FMOE_FASTER_GROUP_SIZE": "8", "FMOE_FASTER_GLBPLC_ALPHA": ""}
+    assert EngineConfig.of(environ).moe.faster == FasterOptions(shadow=True, group_size=8)
+    assert EngineConfig.of(environ, faster_shadow=False).moe.faster == FasterOptions(group_size=8)
+    assert MoEOptions() == MoEOptions.of({})
 
 
 @pytest.mark.parametrize(
-    ("path", "command"),
+    ("environ", "says"),
     [
-        ("tools/example.py", "generate"),
-        ("tools/example.py", "chat"),
-        ("tools/evaluate.py", "evaluate"),
-        ("tools/profile_experts.py", "profile"),
-        ("benchmarks/bench_model.py", "bench_model"),
+        ({"FMOE_FASTER_SHADOW_ENABLE": "yes"}, r"FMOE_FASTER_SHADOW_ENABLE \('yes'\) must be 1 or ON to enable"),
+        ({"FMOE_FASTER_GROUP_SIZE": "1.5"}, r"FMOE_FASTER_GROUP_SIZE \('1.5'\) must be a whole number of at least 1"),
+        ({"FMOE_FASTER_GLBPLC_NETBW": "inf"}, r"FMOE_FASTER_GLBPLC_NETBW \(inf\) must be a number above 0"),
     ],
 )
-def test_every_command_has_them(path, command):
-    function = getattr(load(path), command)
-    parameters = inspect.signature(function).parameters
-    for field in dataclasses.fields(ModelOptions):
-        assert parameters[field.name].default == field.default
-        assert f"\n    {field.name}: " in function.__doc__
+def test_a_wrong_variable_is_named(environ, says):
+    with pytest.raises(ValueError, match=says):
+        EngineConfig.of(environ)
 
 
-def test_the_harness_takes_them_too():
-    lm_eval = pytest.importorskip("mixtralkit.evaluation.lm_eval")
-    assert {field.name for field in dataclasses.fields(ModelOptions)} <= set(
-        inspect.signature(lm_eval.MixtralLM.build).parameters
-    )
-
-
-def test_they_become_options_of_the_layer_and_of_the_choice(monkeypatch):
-    monkeypatch.setenv("FMOE_FASTER_SHADOW_ENABLE", "1")
-    running = ModelOptions(symmetric_rows=7, exchange="static", faster_schedule=True, memory_gb=7.0, explain=True)
-    moe = running.moe()
-    assert (moe.symmetric_rows, moe.exchange, moe.faster.schedule, moe.faster.shadow) == (7, "static", True, True)
-    arguments = running.load_arguments()
-    assert arguments["options"] == moe
-    assert (arguments["automatic"].memory_gb, arguments["automatic"].explain) == (7.0, True)
-    monkeypatch.delenv("FMOE_FASTER_SHADOW_ENABLE")
-    assert ModelOptions().moe() == MoEOptions()
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"seed": True}, r"seed \(True\) must be a whole number of at least 0"),
+        ({"max_batch_size": 0}, r"max_batch_size \(0\) must be a whole number of at least 1"),
+        ({"cuda_graphs": 1}, r"cuda_graphs \(1\) must be true or false"),
+        ({"memory_gb": float("nan")}, r"memory_gb \(nan\) must be a number above 0"),
+        ({"attention": "pp"}, r"attention \('pp'\) must be 'auto', 'tp', 'dp' or 'coherent'"),
+        ({"dtype": "int3"}, r"dtype \('int3'\) must be one of float32"),
+        ({"finetune_threshold": 0.1}, r"finetune_threshold \(0.1\) needs dynamic 'two_phase'"),
+        ({"dynamic": "two_phase"}, "popularity must name a profile"),
+    ],
+)
+def test_wrong_values_are_named(given, says):
+    with pytest.raises(ValueError, match=says):
+        EngineConfig.of({}, **given)

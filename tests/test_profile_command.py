@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mixtralkit.cli import profile as tool
 from mixtralkit.planning.popularity import PathPopularity
 from mixtralkit.planning.synthetic import RoutingProcess
 from mixtralkit.planning.trace import RoutingTrace
@@ -22,14 +22,6 @@ TOOL = ROOT / "tools" / "profile_experts.py"
 
 
 @pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("profile_experts", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = make_checkpoint(tmp_path_factory.mktemp("checkpoint"), engine_config(max_seq_len=128))
     prompts = ["In the beginning", "def add(first, second):", "Who are you?"]
@@ -37,7 +29,7 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def test_on_two_ranks_as_on_one(tool, folder, tmp_path, capsys):
+def test_on_two_ranks_as_on_one(folder, tmp_path, capsys):
     one, two, plot = tmp_path / "one.npz", tmp_path / "two.npz", tmp_path / "loads.png"
     tool.profile(folder / "prompts.jsonl", one, model=folder, plot=plot, max_gen_len=5)
     lines = capsys.readouterr().out.splitlines()
@@ -57,13 +49,13 @@ def test_on_two_ranks_as_on_one(tool, folder, tmp_path, capsys):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_table_has_the_loads(tool):
+def test_table_has_the_loads():
     ids = np.array([[0, 1], [0, 2], [0, 1], [0, 3]])[:, None]
     line = tool.table(RoutingTrace(ids, 4)).splitlines()[1]
     assert line.split() == ["0", "50.0", "25.0", "12.5", "12.5", "2.00", "0.50", "1.75", "100.0%"]
 
 
-def test_popularity_of_a_trace(tool, tmp_path, capsys):
+def test_popularity_of_a_trace(tmp_path, capsys):
     process = RoutingProcess.random(4, 4, affinity=1.0, memory=2)
     process.trace(4000, top_k=1, sequence_length=100).save(tmp_path / "t.npz")
     tool.popularity(tmp_path / "t.npz", path_length=2, batch=50, output=tmp_path / "profile.npz")
@@ -74,7 +66,7 @@ def test_popularity_of_a_trace(tool, tmp_path, capsys):
     assert PathPopularity.load(tmp_path / "profile.npz").path_length == 2
 
 
-def test_a_trace_of_one_layer_has_no_paths(tool, tmp_path):
+def test_a_trace_of_one_layer_has_no_paths(tmp_path):
     RoutingProcess.random(1, 4).trace(100).save(tmp_path / "t.npz")
     with pytest.raises(ValueError, match="a trace of 1 layer has no paths to learn from"):
         tool.popularity(tmp_path / "t.npz")

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from mixtralkit.checkpoint import open_checkpoint
-from mixtralkit.config import FasterOptions, MoEOptions
+from mixtralkit.config import EngineConfig, FasterOptions, MoEOptions
 from mixtralkit.distributed import RankContext
-from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.mixtral import Mixtral
 from mixtralkit.planning.plan import ExpertPlan, contiguous, everywhere
 from tests.moe.layers import random_plan
@@ -73,8 +72,11 @@ def _text(context: RankContext, ways: list[Way]) -> list[list[list[int]]]:
     for way in ways:
         options = MoEOptions(FasterOptions(way.schedule, way.shadow, **EAGER), way.exchange, way.symmetric_rows)
         mixtral = Mixtral.load(
-            open_checkpoint(CKPTS), Tokenizer(CKPTS / "tokenizer.model"), context, 64, way.batch, dtype="float32",
-            attention=way.attention, experts=way.experts, plan=way.expert_plan(context.world_size), options=options,
+            EngineConfig.of(
+                model=CKPTS, max_seq_len=64, max_batch_size=way.batch, dtype="float32", attention=way.attention,
+                experts=way.experts, plan=way.expert_plan(context.world_size), moe=options,
+            ),
+            context,
         )  # fmt: skip
         done = mixtral.complete(PROMPTS, NEW_TOKENS, temperature=0)
         found.append([completion.tokens for completion in done])

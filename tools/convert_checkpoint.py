@@ -1,58 +1,6 @@
-"""Converts a checkpoint of any known format to any other that can hold the model."""
+"""Converts a checkpoint: `python tools/convert_checkpoint.py SOURCE TARGET --format hf`."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
-from mixtralkit.checkpoint import RankFiles, open_checkpoint, save_checkpoint
-from mixtralkit.cli import run_tool
-from mixtralkit.config import ParallelConfig
-from mixtralkit.planning.plan import ExpertPlan
-
-
-def convert(
-    source: Path,
-    target: Path,
-    format: str = "mistral",
-    shards: int | None = None,
-    dtype: str | None = None,
-    world_size: int | None = None,
-    attention: str = "tp",
-    experts: str = "ep",
-    plan: Path | None = None,
-    overwrite: bool = False,
-    source_format: str | None = None,
-) -> None:
-    """Reads the checkpoint in SOURCE, whichever format it has, and writes it to the folder TARGET.
-
-    Args:
-        source: folder with the checkpoint; what it holds is found by looking.
-        target: folder to write to; made if needed.
-        format: mistral (one consolidated.00.pth), mistral-safetensors, mistral-split (byte splits), mistral-stacked
-            (the eight-file release), mistral-shards (fairscale's cut), mistral-expert-shards (whole experts per
-            shard), hf, hf-packed (all experts of a layer in one tensor) or mixtralkit (rank-ready).
-        shards: number of files, for the formats that have several.
-        dtype: float32, bfloat16 or float16; as stored when not given.
-        world_size: ranks to cut for (format mixtralkit); that of the plan, or 1.
-        attention: tp or dp (format mixtralkit).
-        experts: tp or ep (format mixtralkit).
-        plan: plan.json with the experts of each rank (format mixtralkit).
-        overwrite: replaces a checkpoint that TARGET holds.
-        source_format: which checkpoint to read where SOURCE holds several; named as format.
-    """
-    with open_checkpoint(source, source_format) as reader:
-        loaded = None if plan is None else ExpertPlan.load(plan)
-        ranks = RankFiles(
-            world_size=world_size or (loaded.world_size if loaded else 1),
-            parallel=ParallelConfig(attention, experts),
-            plan=loaded,
-        )
-        print(f"{source}: {reader.kind}, {reader.file_bytes:,} bytes")
-        files = save_checkpoint(
-            target, reader.config, reader, format, shards, dtype, ranks, overwrite=overwrite, progress=True
-        )
-    print(f"{target}: {format}, {sum(path.stat().st_size for path in files):,} bytes in {len(files)} files")
-
+from mixtralkit.cli import main
 
 if __name__ == "__main__":
-    run_tool(convert)
+    main("convert")

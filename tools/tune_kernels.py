@@ -1,7 +1,6 @@
-"""Finds the fastest settings of the kernels on this GPU: see ``lab/tune_kernels.py``."""
+"""Finds the fastest settings of the kernels on this GPU: `python tools/tune_kernels.py --minutes 5`."""
 
-from lab.tune_kernels import tune
-from mixtralkit.cli import run_tool
+from mixtralkit.cli import main
 
 if __name__ == "__main__":
-    run_tool(tune)
+    main("tune")

@@ -168,7 +168,7 @@ def _disk_error(folder: Path, error: OSError) -> OSError:
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
-    return next(name for name, known in DTYPES.items() if known == dtype)
+    return next(name for name in DTYPES if parse_dtype(name) == dtype)
 
 
 def _write_all(partial: Path, files: Mapping[str, Mapping[str, Stored]], writer: _FileWriter, progress: bool) -> None:

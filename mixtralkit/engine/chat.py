@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from mixtralkit.distributed import rank_of
+from mixtralkit.config.ranks import rank_of
 from mixtralkit.engine.tokenizer import Tokenizer
 
 Message = Mapping[str, str]

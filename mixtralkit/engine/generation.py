@@ -13,6 +13,7 @@ from collections.abc import Sequence as Many
 
 import torch
 
+from mixtralkit.config import LimitOptions
 from mixtralkit.engine.batching import Batcher, Piece
 from mixtralkit.engine.decoding import DecodeSteps, Flight
 from mixtralkit.engine.plan_manager import PlanManager
@@ -24,9 +25,6 @@ from mixtralkit.model.batch import ForwardBatch
 from mixtralkit.model.transformer import Observe, Transformer
 from mixtralkit.moe.layer import MoEReport
 from mixtralkit.ops.counting import count_keys
-
-# Prompt tokens of a step: more of them make the experts' products little faster and the memory larger.
-PREFILL_BUDGET = 8192
 
 
 class Engine:
@@ -49,7 +47,7 @@ class Engine:
         self,
         model: Transformer,
         tokenizer: Tokenizer,
-        prefill_budget: int = PREFILL_BUDGET,
+        prefill_budget: int = LimitOptions.prefill_budget,
         observe: Observe | None = None,
         plan_manager: PlanManager | None = None,
         cuda_graphs: bool = True,

@@ -3,46 +3,35 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 
+from mixtralkit.config.options import Natural, NotNegative, Options, Rule
 from mixtralkit.distributed import RankContext
 from mixtralkit.ops.sampling import best_token, merge_best
 
 
 @dataclass(frozen=True)
-class SamplingOptions:
-    """How a request's tokens are drawn; ``temperature`` 0 takes the likeliest.
+class SamplingOptions(Options):
+    """How tokens are drawn.
 
-    ``top_k`` likeliest tokens are kept (0 keeps all), of these the fewest that hold ``top_p`` of their probability,
-    of these the ones with at least ``min_p`` of the likeliest one's probability.
+    Attributes:
+        temperature: 0 takes the likeliest token each time; higher is more varied.
+        top_p: Draw from the likeliest tokens that together have this probability, of those that top_k keeps.
+        top_k: Draw from this many likeliest tokens; 0 is all.
+        min_p: Draw from tokens with at least this share of the likeliest one's probability.
+        seed: Decides what is drawn; the same seed gives the same text.
     """
 
-    temperature: float = 0.6
-    top_p: float = 0.9
-    top_k: int = 0
-    min_p: float = 0.0
-    seed: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("temperature", "top_p", "min_p"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise ValueError(f"{name} ({value!r}) must be a number")
-        for name in ("top_k", "seed"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name} ({value!r}) must be a whole number of at least 0")
-        if self.temperature < 0:
-            raise ValueError(f"temperature ({self.temperature}) must be at least 0")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p ({self.top_p}) must lie in (0, 1]")
-        if not 0 <= self.min_p < 1:
-            raise ValueError(f"min_p ({self.min_p}) must lie in [0, 1)")
+    temperature: NotNegative = 0.6
+    top_p: Annotated[float, Rule("in (0, 1]", lambda value: 0 < value <= 1)] = 0.9
+    top_k: Natural = 0
+    min_p: Annotated[float, Rule("in [0, 1)", lambda value: 0 <= value < 1)] = 0.0
+    seed: Natural = 1
 
 
 def uniform(seed: int, request_id: int, position: int) -> float:

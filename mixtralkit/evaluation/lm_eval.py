@@ -1,10 +1,7 @@
 """lm-evaluation-harness with Mixtral as its model ``mixtralkit``, on one rank or several.
 
-The harness finds a model only where something has registered it, and importing this module does. So it has its own
-command, with all options of the harness's ``lm_eval``:
-
-    python -m mixtralkit.evaluation.lm_eval --model mixtralkit --model_args ckpt_dir=ckpts --tasks arc_easy
-    torchrun --standalone --nproc_per_node=4 -m mixtralkit.evaluation.lm_eval --model mixtralkit …
+The harness finds a model only where something has registered it, and importing this module does. So there is a command,
+``mixtralkit lm-eval``, with all options of the harness's ``lm_eval``.
 
 Under ``torchrun`` each rank runs the harness with all requests, and the model's calls are collective. Towards the
 harness every rank is the only one, so that it gives no rank a share of the requests.
@@ -19,7 +16,6 @@ import logging
 import math
 import os
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,20 +30,18 @@ try:
     from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 except ImportError as error:
-    sentence = f"lm-evaluation-harness is missing ({error}); install it with: pip install 'mixtralkit[eval]'"
-    if __name__ == "__main__":
-        sys.exit(f"error: {sentence}")
-    raise ImportError(sentence) from error
+    raise ImportError(
+        f"lm-evaluation-harness is missing ({error}); install it with: pip install 'mixtralkit[eval]'"
+    ) from error
 
-from mixtralkit.checkpoint import open_checkpoint
-from mixtralkit.cli import run_tool, with_fields
-from mixtralkit.distributed import RankContext, rank_of
+from mixtralkit.config import EngineConfig
+from mixtralkit.config.options import options_of
+from mixtralkit.config.ranks import rank_of
+from mixtralkit.distributed import RankContext
 from mixtralkit.engine.chat import check_dialog
 from mixtralkit.engine.requests import Request
-from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.evaluation.likelihood import Pair, loglikelihoods, token_logprobs
-from mixtralkit.mixtral import Mixtral
-from mixtralkit.options import ModelOptions
+from mixtralkit.mixtral import Mixtral, open_source
 from mixtralkit.version import __version__
 
 if TYPE_CHECKING:
@@ -91,7 +85,6 @@ class MixtralLM(TemplateLM):
         self._special = re.compile(f"({'|'.join(map(re.escape, self._special_ids))})")
 
     @classmethod
-    @with_fields(running=ModelOptions)
     def build(
         cls,
         ckpt_dir: str | Path,
@@ -99,25 +92,25 @@ class MixtralLM(TemplateLM):
         max_length: int | None = None,
         batch_size: int | str = DEFAULT_BATCH,
         max_batch_size: int | None = None,
-        seed: int = 1,
         add_bos_token: bool = True,
-        *,
-        running: ModelOptions,
+        **options: Any,
     ) -> MixtralLM:
         """Loads a checkpoint onto the ranks that ``torchrun`` started, or onto one: what ``--model_args`` may say.
 
         Args:
-            ckpt_dir, tokenizer_path, seed: as for ``Mixtral.build``.
+            ckpt_dir, tokenizer_path: as for ``Mixtral.build``.
             max_length: see the class; None for the model's own ``max_seq_len``. Sizes the KV cache.
             batch_size: sequences that run at a time, over all ranks; ``"auto"`` for ``max_batch_size``, or else 8.
+            options: the others of ``EngineConfig``, by name.
         """
         batch = _batch(batch_size, max_batch_size)
-        context = RankContext.start(running.device)
+        config = EngineConfig.of(model=ckpt_dir, tokenizer=tokenizer_path, max_batch_size=batch, **options)
+        context = RankContext.start(config.limits.device)
         with context.agreed():
-            reader = open_checkpoint(ckpt_dir)
-            tokenizer = Tokenizer.beside(ckpt_dir, tokenizer_path, reader.config.vocab_size)
-            max_length = _whole_number("max_length", reader.config.max_seq_len if max_length is None else max_length)
-        mixtral = Mixtral.load(reader, tokenizer, context, max_length + 1, batch, seed, **running.load_arguments())
+            source = open_source(config.source)
+            longest = source[0].config.max_seq_len
+            max_length = _whole_number("max_length", longest if max_length is None else max_length)
+        mixtral = Mixtral.load(config.but(max_seq_len=max_length + 1), context, source)
         atexit.register(mixtral.close)  # the harness has no call for it
         return cls(mixtral, max_length, add_bos_token)
 
@@ -135,7 +128,9 @@ class MixtralLM(TemplateLM):
         The harness's own default for ``--device``, ``cuda:0``, stands for any: each rank takes its GPU where there is
         one.
         """
-        known = inspect.signature(cls.build).parameters
+        own = [name for name in inspect.signature(cls.build).parameters if name != "options"]
+        replaced = {"model", "tokenizer", "max_seq_len"}
+        known = [*own, *(o.name for o in options_of(EngineConfig) if o.name not in replaced.union(own))]
         for name in arg_dict:
             if name not in known:
                 raise ValueError(f"model_args: unknown name {name!r}; the names are {', '.join(known)}")
@@ -321,7 +316,7 @@ def _batch(batch_size: int | str, max_batch_size: int | None) -> int:
     return _whole_number("batch_size", int(text) if text.isdigit() else batch_size)
 
 
-def _harness() -> None:
+def harness() -> None:
     """The harness's command line. Ranks other than 0 say nothing, but for the error that ends one."""
     if rank_of() == 0:
         return cli_evaluate()
@@ -329,9 +324,6 @@ def _harness() -> None:
         return cli_evaluate()
 
 
-# By name, so that this module may be a command and an import in one process.
+# By name, so that the harness imports it when it is asked for.
 if "mixtralkit" not in model_registry:
     model_registry.register("mixtralkit", target="mixtralkit.evaluation.lm_eval:MixtralLM")
-
-if __name__ == "__main__":
-    run_tool(_harness, argv=())

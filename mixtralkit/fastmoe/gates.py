@@ -250,7 +250,7 @@ class FasterGate(NaiveGate):
     ) -> None:
         """``topology`` of None is read from ``FMOE_TOPO_*``."""
         super().__init__(d_model, num_expert, world_size, top_k, gate_bias)
-        self.topology = TopologyOptions.from_env() if topology is None else topology
+        self.topology = TopologyOptions.of() if topology is None else topology
         per_node = self.topology.gpus_per_node
         smallest = num_expert * (world_size % per_node or min(per_node, world_size))
         if smallest < top_k:

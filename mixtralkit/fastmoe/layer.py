@@ -77,7 +77,7 @@ class FMoE(nn.Module):
         if isinstance(self.gate, BaseGate):
             self.gate.bind(self.context)
         self.gate_hook, self.mask, self.mask_dict = gate_hook, mask, mask_dict
-        self.faster = FasterOptions.from_env() if faster is None else faster
+        self.faster = FasterOptions.of() if faster is None else faster
 
     def forward(self, moe_inp: torch.Tensor) -> torch.Tensor:
         """Rows [*, D] to rows [*, width of the experts' output]. Collective over both groups."""

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import torch
 
+from mixtralkit.config import shipped
+
 CPU_TYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of the compiled kernels' numbers
 AMX_ROWS = 32  # from which torch's bfloat16 product is taken where the processor multiplies matrices
-TUNED = Path(__file__).resolve().parents[2] / "configs" / "kernels"
+TUNED = shipped("kernels")
 
 
 def runs_triton(x: torch.Tensor, *others: torch.Tensor) -> bool:

@@ -4,51 +4,50 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mixtralkit.config.options import Count, Natural, NotNegative, Options, Positive
+
 
 @dataclass(frozen=True)
-class TrainSettings:
+class TrainSettings(Options):
     """One run's numbers.
 
     Attributes:
-        steps: optimizer steps; None when ``minutes`` decides.
-        minutes: wall-clock time of the training steps; their number is fixed once their speed is known.
-        batch_tokens: tokens a step, of all ranks together; a multiple of ``seq_len``.
-        seq_len: tokens of one sequence.
-        lr: peak learning rate; linear warm-up over ``warmup`` steps, then a cosine to a fiftieth.
-        aux_loss: weight of the load-balance loss.
-        clip: largest gradient norm; 0 does not clip.
-        mix_power: domains are drawn in proportion to tokens ** mix_power.
-        zero: split optimizer states over the ranks.
-        log_every, save_every: steps; save_every 0 saves at the end only.
+        steps: Optimizer steps; 1000 when neither steps nor minutes is given.
+        minutes: Time to train for, instead of steps; their number is fixed once their speed is known.
+        batch_tokens: Tokens a step, of all ranks together; a multiple of seq_len.
+        seq_len: Tokens of a sequence.
+        lr: Peak learning rate.
+        warmup: Steps of a linear rise to the peak; a cosine to a fiftieth of it follows.
+        weight_decay: AdamW's, of matrices.
+        aux_loss: Weight of the load-balance loss.
+        clip: Largest norm of the gradient; 0 does not clip.
+        mix_power: Domains are drawn in proportion to tokens ** mix_power; 1 is as they come, 0 evenly.
+        seed: Of weights and batches.
+        zero: Split optimizer states over the ranks (torch's ZeroRedundancyOptimizer).
+        log_every: Steps between reports.
+        save_every: Steps between saves of the state; 0 saves at the end only.
     """
 
-    steps: int | None = 1000
-    minutes: float | None = None
-    batch_tokens: int = 65536
-    seq_len: int = 1024
-    lr: float = 3e-3
-    warmup: int = 200
-    weight_decay: float = 0.1
-    aux_loss: float = 0.01
-    clip: float = 1.0
+    steps: Count | None = None
+    minutes: Positive | None = None
+    batch_tokens: Count = 65536
+    seq_len: Count = 1024
+    lr: Positive = 3e-3
+    warmup: Natural = 200
+    weight_decay: NotNegative = 0.1
+    aux_loss: NotNegative = 0.01
+    clip: NotNegative = 1.0
     mix_power: float = 0.6
-    seed: int = 1
+    seed: Natural = 1
     zero: bool = False
-    log_every: int = 20
-    save_every: int = 0
+    log_every: Count = 20
+    save_every: Natural = 0
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        if self.steps is None and self.minutes is None:
+            object.__setattr__(self, "steps", 1000)
         if (self.steps is None) == (self.minutes is None):
             raise ValueError(f"steps ({self.steps}) or minutes ({self.minutes}) must be given, not both")
-        for name in ("batch_tokens", "seq_len", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
-        for name in ("weight_decay", "aux_loss", "clip", "save_every", "warmup"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 0")
-        for name in ("steps", "minutes", "lr"):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} ({getattr(self, name)}) must be above 0")
         if self.batch_tokens % self.seq_len:
             raise ValueError(f"batch_tokens ({self.batch_tokens}) must be a multiple of seq_len ({self.seq_len})")
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -264,24 +262,16 @@ def test_tensors_that_do_not_fit_are_not_written(tmp_path: Path) -> None:
         save_checkpoint(tmp_path, CONFIG, tensors)
 
 
-def _convert(*arguments: object) -> subprocess.CompletedProcess[str]:
-    root = Path(__file__).parents[2]
-    return subprocess.run(
-        [sys.executable, root / "tools" / "convert_checkpoint.py", *map(str, arguments)],
-        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(root)},
-    )  # fmt: skip
-
-
-def test_the_tool_converts(tmp_path: Path) -> None:
+def test_the_command_converts(tmp_path: Path, command_line) -> None:
     write_one_file(tmp_path, CONFIG, random_tensors(CONFIG))
-    done = _convert(tmp_path, tmp_path / "hf", "--format", "hf", "--shards", 2, "--dtype", "float32")
+    done = command_line("convert", tmp_path, tmp_path / "hf", "--format", "hf", "--shards", 2, "--dtype", "float32")
     assert done.returncode == 0, done.stderr
     with open_checkpoint(tmp_path / "hf") as reader:
         for name, tensor in random_tensors(CONFIG).items():
             assert torch.equal(reader.read(name), tensor.float())
 
 
-def test_the_tool_fails_in_one_sentence(tmp_path: Path) -> None:
-    done = _convert(tmp_path / "nowhere", tmp_path / "target")
+def test_the_command_fails_in_one_sentence(tmp_path: Path, command_line) -> None:
+    done = command_line("convert", tmp_path / "nowhere", tmp_path / "target")
     assert done.returncode == 1
     assert done.stderr.strip() == f"error: {tmp_path}/nowhere: no such folder"

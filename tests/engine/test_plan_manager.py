@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mixtralkit.checkpoint import open_checkpoint
-from mixtralkit.config import FasterOptions, MoEOptions
+from mixtralkit.config import EngineConfig, FasterOptions, MoEOptions
 from mixtralkit.distributed import RankContext, RankFailed
 from mixtralkit.engine.plan_judge import MoveJudge
 from mixtralkit.engine.plan_manager import PlanManager, nearest_ranks, nearest_slots, with_layer
@@ -93,8 +93,11 @@ def _load(context: RankContext, way: Way) -> Mixtral:
     reader = open_checkpoint(CKPTS)
     plan = replace(contiguous(reader.config.n_layers, 8, context.world_size), ranks_per_node=way.nodes)
     return Mixtral.load(
-        reader, Tokenizer(CKPTS / "tokenizer.model"), context, 64, way.batch, dtype="float32",
-        attention=way.attention, experts="ep", plan=plan, options=way.options(),
+        EngineConfig.of(
+            model=CKPTS, max_seq_len=64, max_batch_size=way.batch, dtype="float32", attention=way.attention,
+            experts="ep", plan=plan, moe=way.options(),
+        ),
+        context,
     )  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from mixtralkit.cli.evaluate import evaluate
 from tests.engine.parts import engine_config, make_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,15 +22,6 @@ TOOL = ROOT / "tools" / "evaluate.py"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("checkpoint"), engine_config(max_seq_len=128))
-
-
-@pytest.fixture(scope="module")
-def tool():
-    """The tool as a module, so that its functions can be called without a new process."""
-    spec = importlib.util.spec_from_file_location("evaluate_tool", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +40,9 @@ def prompts(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, tool, folder, prompts) -> Path:
+def whole(tmp_path_factory, folder, prompts) -> Path:
     output = tmp_path_factory.mktemp("run") / "whole"
-    tool.evaluate(prompts, folder, output=output, max_gen_len=4)
+    evaluate(prompts, model=folder, output=output, max_gen_len=4)
     return output
 
 
@@ -114,10 +105,10 @@ def test_a_killed_run_goes_on_to_the_same_files(folder, prompts, whole, tmp_path
         assert (output / name).read_bytes() == (whole / name).read_bytes()
 
 
-def test_the_table_is_that_of_the_summary_and_needs_no_output(tool, folder, prompts, whole, capsys):
-    tool.evaluate(prompts, folder, max_gen_len=4)
+def test_the_table_is_that_of_the_summary_and_needs_no_output(folder, prompts, whole, capsys):
+    evaluate(prompts, model=folder, max_gen_len=4)
     first = capsys.readouterr().out
-    tool.evaluate(prompts, folder, output=whole, max_gen_len=4)
+    evaluate(prompts, model=folder, output=whole, max_gen_len=4)
     captured = capsys.readouterr()
     assert captured.out == first
     assert "already has 15 of 15 results" in captured.err
@@ -126,10 +117,10 @@ def test_the_table_is_that_of_the_summary_and_needs_no_output(tool, folder, prom
     assert first.splitlines()[-1] == "texts in windows of 128 tokens, at least 64 of them context"
 
 
-def test_compare_prints_and_writes_the_differences(tool, folder, prompts, whole, tmp_path, capsys):
-    tool.evaluate(prompts, folder, output=tmp_path / "shorter", max_gen_len=1)
+def test_compare_prints_and_writes_the_differences(folder, prompts, whole, tmp_path, capsys):
+    evaluate(prompts, model=folder, output=tmp_path / "shorter", max_gen_len=1)
     capsys.readouterr()
-    tool.evaluate(compare=(whole, tmp_path / "shorter"), output=tmp_path / "difference.json")
+    evaluate(compare=(whole, tmp_path / "shorter"), output=tmp_path / "difference.json")
     out = capsys.readouterr().out
     assert "mcnemar" in out
     assert "permutation" in out
@@ -175,7 +166,7 @@ def test_a_capacity_drops_rows_and_makes_another_run(folder, prompts, tmp_path):
         ({"compare": (Path("a"), Path("b")), "output": Path("c")}, r"output \(c\) must be a .json file"),
     ],
 )
-def test_bad_input_is_one_sentence(tool, folder, prompts, options, says):
+def test_bad_input_is_one_sentence(folder, prompts, options, says):
     with pytest.raises(ValueError, match=says) as caught:
-        tool.evaluate(**{"prompts": prompts, "model": folder, **options})
+        evaluate(**{"prompts": prompts, "model": folder, **options})
     assert "\n" not in str(caught.value)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-import runpy
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -291,7 +289,7 @@ def test_automatic_batches_and_the_command_line_s_numbers(model):
 def test_the_command_runs_the_harness_on_two_ranks_and_prints_once(alone, tmp_path):
     line = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-        "-m", "mixtralkit.evaluation.lm_eval", "--model", "mixtralkit",
+        "-m", "mixtralkit", "lm-eval", "--model", "mixtralkit",
         "--model_args", f"ckpt_dir=ckpts,experts=ep,attention=dp,max_length={WINDOW}", "--batch_size", "4",
         "--include_path", str(TASKS), "--tasks", NAMES[0], "--output_path", str(tmp_path),
     ]  # fmt: skip
@@ -303,26 +301,19 @@ def test_the_command_runs_the_harness_on_two_ranks_and_prints_once(alone, tmp_pa
     assert len(list(tmp_path.rglob("results_*.json"))) == 1
 
 
-def test_the_command_says_what_is_wrong_in_one_sentence(monkeypatch, capsys):
-    def leave(code: int) -> None:
-        raise SystemExit(code)
-
-    monkeypatch.setattr(os, "_exit", leave)
+def test_the_command_says_what_is_wrong_in_one_sentence(command_line, monkeypatch):
+    monkeypatch.setattr(sys, "argv", sys.argv)
     line = ["--model", "mixtralkit", "--model_args", "ckpt_dir=nowhere", "--tasks", NAMES[0]]
-    monkeypatch.setattr(sys, "argv", ["lm_eval", *line, "--include_path", str(TASKS)])
-    with pytest.raises(SystemExit) as end, warnings.catch_warnings(action="ignore"):
-        runpy.run_module("mixtralkit.evaluation.lm_eval", run_name="__main__")
-    assert end.value.code == 1
-    (said,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("error")]
+    done = command_line("lm-eval", *line, "--include_path", TASKS)
+    assert done.returncode == 1
+    (said,) = [text for text in done.stderr.splitlines() if text.startswith("error")]
     assert said.startswith("error: nowhere")
 
 
-def test_a_missing_harness_is_one_sentence():
-    program = (
-        "import runpy, sys; sys.modules['lm_eval'] = None; "
-        "runpy.run_module('mixtralkit.evaluation.lm_eval', run_name='__main__')"
-    )
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+def test_a_missing_harness_is_one_sentence(command_line, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "mixtralkit.evaluation.lm_eval", raising=False)
+    done = command_line("lm-eval", "--help")
     assert done.returncode == 1
     assert done.stderr.startswith("error: lm-evaluation-harness is missing")
     assert len(done.stderr.splitlines()) == 1

@@ -227,11 +227,11 @@ def test_topology_gate_caps_the_rows_that_leave_the_node():
 
 def test_topology_is_read_from_the_environment():
     environ = {"FMOE_TOPO_GPUS_PER_NODE": "4", "FMOE_TOPO_OUTGOING_FRACTION": "0.5"}
-    assert TopologyOptions.from_env(environ) == TopologyOptions(4, 0.5)
-    assert TopologyOptions.from_env({}) == TopologyOptions(8, 0.14)
+    assert TopologyOptions.of(environ) == TopologyOptions(4, 0.5)
+    assert TopologyOptions.of({}) == TopologyOptions(8, 0.14)
     for name, value in (("FMOE_TOPO_GPUS_PER_NODE", "0"), ("FMOE_TOPO_OUTGOING_FRACTION", "1.5")):
         with pytest.raises(ValueError, match=name):
-            TopologyOptions.from_env({name: value})
+            TopologyOptions.of({name: value})
 
 
 def test_bad_gates_are_refused():

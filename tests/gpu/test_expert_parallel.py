@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from mixtralkit import Mixtral
-from mixtralkit.checkpoint import open_checkpoint
-from mixtralkit.config import MoEOptions
+from mixtralkit.config import EngineConfig, MoEOptions
 from mixtralkit.distributed import RankContext
 from mixtralkit.engine.decoding import DecodeSteps
-from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.planning.plan import ExpertPlan, contiguous
 from tests.gpu.ranks import RANKS, SHARED, run_on_gpus
 from tests.gpu.steps import counted_steps
@@ -52,9 +49,11 @@ PLANS = {"contiguous": lambda: contiguous(LAYERS, EXPERTS, RANKS), "hot_cold": h
 def load(context: RankContext, plan: str, batch: int, dtype: str = "float32", options=None, graphs=True) -> Mixtral:
     torch.backends.cuda.matmul.allow_tf32 = False
     return Mixtral.load(
-        open_checkpoint(CKPTS), Tokenizer(Path(CKPTS, "tokenizer.model")), context, 256, batch, dtype=dtype,
-        attention="dp", experts="ep", plan=PLANS[plan](), options=options or MoEOptions(symmetric_rows=None),
-        cuda_graphs=graphs,
+        EngineConfig.of(
+            model=CKPTS, max_seq_len=256, max_batch_size=batch, dtype=dtype, attention="dp", experts="ep",
+            plan=PLANS[plan](), moe=options or MoEOptions(), cuda_graphs=graphs,
+        ),
+        context,
     )  # fmt: skip
 
 

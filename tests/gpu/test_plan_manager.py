@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from mixtralkit import Mixtral
-from mixtralkit.checkpoint import open_checkpoint
-from mixtralkit.config import MoEOptions
+from mixtralkit.config import EngineConfig, MoEOptions
 from mixtralkit.distributed import RankContext
 from mixtralkit.engine.plan_manager import PlanManager
 from mixtralkit.engine.requests import Completion
-from mixtralkit.engine.tokenizer import Tokenizer
 from tests.engine.test_plan_manager import AnyPlan, AsManySlots
 from tests.gpu.ranks import RANKS, SHARED, run_on_gpus
 from tests.gpu.test_engine import CKPTS, PROMPTS, told
@@ -30,8 +26,11 @@ def _answers(mixtral: Mixtral) -> list[Completion]:
 def _moving(context: RankContext, attention: str, kind: type[AnyPlan]) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     mixtral = Mixtral.load(
-        open_checkpoint(CKPTS), Tokenizer(Path(CKPTS, "tokenizer.model")), context, 256, 2 * RANKS, dtype="float32",
-        attention=attention, experts="ep", options=MoEOptions(symmetric_rows=None),
+        EngineConfig.of(
+            model=CKPTS, max_seq_len=256, max_batch_size=2 * RANKS, dtype="float32", attention=attention,
+            experts="ep", moe=MoEOptions(),
+        ),
+        context,
     )  # fmt: skip
     wanted = told(_answers(mixtral))
     manager = PlanManager(mixtral.model, kind().on(RANKS), update_step=10)

@@ -75,6 +75,6 @@ def test_cpus_do_not_reach_each_others_gpus():
 
 
 def test_the_switch_is_read_as_the_others_are():
-    assert FasterOptions.from_env({"FMOE_FASTER_SCHEDULE_FORCE": "ON"}).schedule_force
+    assert FasterOptions.of({"FMOE_FASTER_SCHEDULE_FORCE": "ON"}).schedule_force
     with pytest.raises(ValueError, match="FMOE_FASTER_SCHEDULE_FORCE"):
-        FasterOptions.from_env({"FMOE_FASTER_SCHEDULE_FORCE": "perhaps"})
+        FasterOptions.of({"FMOE_FASTER_SCHEDULE_FORCE": "perhaps"})

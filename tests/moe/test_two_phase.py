@@ -12,12 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mixtralkit.checkpoint import open_checkpoint
-from mixtralkit.config import FasterOptions, MoEOptions
+from mixtralkit.config import EngineConfig, FasterOptions, MoEOptions
 from mixtralkit.distributed import RankContext
 from mixtralkit.engine.recorder import RoutingRecorder
 from mixtralkit.engine.statistics import MoEStatistics
-from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.mixtral import Mixtral
 from mixtralkit.moe.layer import MoELayer, MoEReport, StepRows
 from mixtralkit.moe.reference import moe_reference
@@ -344,8 +342,10 @@ PROMPTS = ["In the beginning", "def read(path):\n", "NAME\n       tar -", "The f
 
 def _mixtral(context: RankContext, attention: str, options: MoEOptions) -> Mixtral:
     return Mixtral.load(
-        open_checkpoint(CKPTS), Tokenizer(CKPTS / "tokenizer.model"), context, 64, 8, dtype="float32",
-        attention=attention, experts="ep", options=options,
+        EngineConfig.of(
+            model=CKPTS, max_seq_len=64, dtype="float32", attention=attention, experts="ep", moe=options
+        ),
+        context,
     )  # fmt: skip
 
 

@@ -25,11 +25,11 @@ def _run(*words: object, timeout_s: float = 60) -> subprocess.CompletedProcess:
     )
 
 
-def test_plans_side_by_side(tmp_path):
+def test_plans_side_by_side(tmp_path, command_line):
     sample_routing(np.arange(1.0, 17).reshape(2, 8), 100, 2).save(tmp_path / "trace.npz")
     everywhere(2, 8, 4).save(tmp_path / "all.json")
-    done = _run(
-        ROOT / "tools" / "simulate.py", tmp_path / "trace.npz", "--plan", "contiguous", tmp_path / "all.json",
+    done = command_line(
+        "simulate", tmp_path / "trace.npz", "--plan", "contiguous", tmp_path / "all.json",
         "--dispatcher", "exact", "split_width", "--world_size", 4, "--batch", 8, "--plot", tmp_path / "it.png",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -52,9 +52,9 @@ def test_plans_side_by_side(tmp_path):
         (("--world_size", 4, "--dispatcher", "pp"), "dispatcher ('pp') must be one of local, "),
     ],
 )
-def test_bad_options_end_with_one_sentence(tmp_path, words, sentence):
+def test_bad_options_end_with_one_sentence(tmp_path, command_line, words, sentence):
     sample_routing(np.ones((1, 8)), 8, 2).save(tmp_path / "trace.npz")
-    done = _run(ROOT / "tools" / "simulate.py", tmp_path / "trace.npz", *words)
+    done = command_line("simulate", tmp_path / "trace.npz", *words)
     assert done.returncode == 1
     assert sentence in done.stderr
     assert len(done.stderr.splitlines()) == 1

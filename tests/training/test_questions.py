@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import math
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mixtralkit.cli.prompt_sets import OPEN, prompt_sets
 from mixtralkit.training.corpus import Document, load_corpus, write_documents
 from mixtralkit.training.questions import CHOICES, Sizes, answers, continuations, exchanges, passages
 from mixtralkit.training.tokens import TokenSet
@@ -124,14 +124,6 @@ def test_exchanges_are_in_the_template():
     assert all(record["text"].startswith("[INST] ") and " [/INST] " in record["text"] for record in records)
 
 
-@pytest.fixture
-def tool():
-    spec = importlib.util.spec_from_file_location("make_prompt_sets", ROOT / "tools" / "make_prompt_sets.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def _prepare(folder: Path) -> None:
     """What tools/prepare_text.py leaves, of made-up text that ``chat_pairs`` can read."""
     pages = {
@@ -155,14 +147,14 @@ def _prepare(folder: Path) -> None:
     TokenSet.encode(load_corpus([folder]), tokenizer).save(folder / "tokens.npz")
 
 
-def test_the_command_asks_only_about_open_held_out_documents(tool, tmp_path):
+def test_the_command_asks_only_about_open_held_out_documents(tmp_path):
     _prepare(tmp_path)
-    tool.make_prompt_sets(tmp_path, output=tmp_path / "sets", questions=5, texts=2)
+    prompt_sets(tmp_path, output=tmp_path / "sets", questions=5, texts=2)
     records = [json.loads(line) for line in (tmp_path / "sets" / "heldout.jsonl").read_text().splitlines()]
     assert {record["source"] for record in records} == {
         "scripture/Test 1", "python/ast.py", "docs/a.rst", "man/rsa.1ssl", "dialogue",
     }  # fmt: skip
-    heldout = "".join((tmp_path / "heldout" / f"{d}.jsonl").read_text() for d in tool.OPEN)
+    heldout = "".join((tmp_path / "heldout" / f"{d}.jsonl").read_text() for d in OPEN)
     for record in records:
         if record["source"] != "dialogue":
             right = record["text"] if "text" in record else record["prompt"] + record["choices"][record["answer"]]
@@ -170,16 +162,16 @@ def test_the_command_asks_only_about_open_held_out_documents(tool, tmp_path):
     counts = json.loads((tmp_path / "sets" / "token-counts.json").read_text())["counts"]
     assert sum(counts) == sum(map(len, TokenSet.load(tmp_path / "tokens.npz").train.values()))
     again = tmp_path / "again"
-    tool.make_prompt_sets(tmp_path, output=again, questions=5, texts=2)
+    prompt_sets(tmp_path, output=again, questions=5, texts=2)
     assert (again / "heldout.jsonl").read_bytes() == (tmp_path / "sets" / "heldout.jsonl").read_bytes()
 
 
-def test_the_command_names_the_domains_that_are_missing(tool, tmp_path):
+def test_the_command_names_the_domains_that_are_missing(tmp_path):
     _prepare(tmp_path)
     for part in ("train", "heldout"):
         (tmp_path / part / "man.jsonl").unlink()
     with pytest.raises(ValueError, match="has no domain man;"):
-        tool.make_prompt_sets(tmp_path, output=tmp_path / "sets")
+        prompt_sets(tmp_path, output=tmp_path / "sets")
     assert not (tmp_path / "sets").exists()
 
 

@@ -1,10 +1,7 @@
 """tools/train_tiny.py as a person runs it."""
 
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,12 +17,6 @@ from tests.training.samples import small_config, small_corpus
 ROOT = Path(__file__).parents[2]
 
 
-def run_tool(*options: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / "tools/train_tiny.py", *map(str, options), "--device", "cpu"]
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environ)
-
-
 @pytest.fixture
 def files(tmp_path):
     """A text with bytes that are not UTF-8, another text, and a small architecture."""
@@ -37,11 +28,11 @@ def files(tmp_path):
     return tmp_path
 
 
-def test_text_to_checkpoint_and_on(files):
+def test_text_to_checkpoint_and_on(files, command_line):
     out = files / "out"
     size = ("--config", files / "small.json", "--batch_tokens", 512, "--seq_len", 32, "--warmup", 3)
     text = ("--text", files / "prose", files / "code.py", "--vocab_size", 340, "--heldout_percent", 10)
-    first = run_tool(out, *text, *size, "--steps", 12, "--log_dir", files / "board")
+    first = command_line("train", "--device", "cpu", out, *text, *size, "--steps", 12, "--log_dir", files / "board")
     assert first.returncode == 0, first.stderr
     assert "bits/byte" in first.stdout
     assert list((files / "board").glob("events*"))
@@ -51,7 +42,9 @@ def test_text_to_checkpoint_and_on(files):
     assert (out / "checkpoint" / "tokenizer.model").exists()
     assert check_checkpoint(out / "checkpoint")
 
-    more = run_tool(out, "--tokens", out / "tokens.npz", *size, "--steps", 20, "--resume")
+    more = command_line(
+        "train", "--device", "cpu", out, "--tokens", out / "tokens.npz", *size, "--steps", 20, "--resume"
+    )
     assert more.returncode == 0, more.stderr
     assert json.loads((out / "report.json").read_text())["steps"] == 20
 
@@ -76,8 +69,8 @@ def check_checkpoint(folder: Path) -> bool:
         (("--text", "x", "--seq_len", 100), "must be a multiple of seq_len"),
     ],
 )
-def test_bad_options_are_one_sentence(tmp_path, options, words):
-    done = run_tool(tmp_path / "out", *options)
+def test_bad_options_are_one_sentence(tmp_path, command_line, options, words):
+    done = command_line("train", "--device", "cpu", tmp_path / "out", *options)
     assert done.returncode == 1
     assert words in done.stderr
     assert "Traceback" not in done.stderr

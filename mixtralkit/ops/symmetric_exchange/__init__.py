@@ -19,9 +19,9 @@ from mixtralkit.ops.symmetric_exchange.reference import (
     combine_reference,
     dispatch_reference,
 )
-from mixtralkit.ops.symmetric_exchange.types import EMPTY, ArrivedRows, ExchangeMemory, ExpertPlaces, Norm
+from mixtralkit.ops.symmetric_exchange.types import EMPTY, ArrivedRows, ExchangeMemory, Norm
 
-__all__ = ["MOST_RANKS", "ArrivedRows", "ExchangeMemory", "ExpertPlaces", "SymmetricExchange"]
+__all__ = ["MOST_RANKS", "ArrivedRows", "ExchangeMemory", "SymmetricExchange"]
 
 MOST_RANKS = 8
 
@@ -67,7 +67,7 @@ class SymmetricExchange:
         x_TD: torch.Tensor,
         experts_TK: torch.Tensor,
         weights_TK: torch.Tensor,
-        places_EC: torch.Tensor | ExpertPlaces,
+        places_EC: torch.Tensor,
         rows: int,
         valid_T: torch.Tensor | None = None,
         stays: bool = False,
@@ -84,8 +84,6 @@ class SymmetricExchange:
             stays: rows stay where they are computed: ``combine_at_owner`` follows, not ``combine``. Then row t is the
                 same row on every rank, and valid on one of them.
         """
-        if isinstance(places_EC, ExpertPlaces):
-            places_EC = places_EC.places_EC
         if not max(1, len(x_TD)) <= rows <= self.max_rows:
             raise ValueError(f"rows ({rows}) must be at least 1 and this rank's {len(x_TD)}, at most {self.max_rows}")
         if self.memory is None:

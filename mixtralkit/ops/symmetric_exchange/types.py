@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from mixtralkit.distributed import SymmetricMemory
@@ -13,35 +11,6 @@ from mixtralkit.distributed import SymmetricMemory
 EMPTY = -1  # a choice's word that has not arrived; no choice is sent so
 SLOT_BITS = 16  # of a place: rank · 2^16 + slot
 Norm = tuple[torch.Tensor, float]  # (weight_D, eps)
-
-
-@dataclass(frozen=True)
-class ExpertPlaces:
-    """Who computes what: ``places_EC`` (int32) is rank · 2^16 + slot of expert e for rows t with t mod C = c.
-
-    At home where ``rank`` holds the expert; else its replicas take turns by row, in rank order, and C is such that all
-    turns of all experts fit.
-    """
-
-    places_EC: torch.Tensor
-
-    @classmethod
-    def of(cls, slots_WE: np.ndarray, rank: int, device: torch.device) -> ExpertPlaces:
-        """Of one layer; slots_WE: int slot of each expert on each rank, -1 where it is not held."""
-        holders = [
-            [rank] if slots_WE[rank, e] >= 0 else np.flatnonzero(slots_WE[:, e] >= 0) for e in range(slots_WE.shape[1])
-        ]
-        turns = math.lcm(*(len(ranks) for ranks in holders))
-        chosen_EC = np.array([[ranks[turn % len(ranks)] for turn in range(turns)] for ranks in holders])
-        slots_EC = slots_WE[chosen_EC, np.arange(len(holders))[:, None]]
-        return cls(torch.tensor((chosen_EC << SLOT_BITS) + slots_EC, dtype=torch.int32, device=device))
-
-    def look_up(self, experts_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """int64 (ranks_TK, slots_TK) of the choices, both -1 where ``experts_TK`` is."""
-        turn_T = torch.arange(len(experts_TK), device=experts_TK.device) % self.places_EC.shape[1]
-        places_TK = self.places_EC[experts_TK.clamp(min=0), turn_T[:, None]].long().masked_fill(experts_TK < 0, -1)
-        slots_TK = (places_TK & (2**SLOT_BITS - 1)).masked_fill(experts_TK < 0, -1)
-        return places_TK >> SLOT_BITS, slots_TK
 
 
 @dataclass(frozen=True)

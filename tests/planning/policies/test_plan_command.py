@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from mixtralkit.cli.plan import plan as plan_experts
 from mixtralkit.planning.formats import load_plan
 from mixtralkit.planning.synthetic import RoutingProcess
 
@@ -21,9 +19,6 @@ KEYS = {
     "policy", "crossings_per_token", "uniform_crossings_per_token", "balancedness_mean_over_max", "max_over_mean",
     "memory_gb_per_rank", "seconds",
 }  # fmt: skip
-
-
-plan_experts = runpy.run_path(str(ROOT / "tools" / "plan_experts.py"))["plan_experts"]
 
 
 def figures_of(text: str) -> dict[str, object]:
@@ -81,7 +76,7 @@ def test_loads_of_sglang_and_a_picture(tmp_path, capsys):
         ({"memory_gb": 1.0}, "it lacks 1.82 GB"),
         ({"policy": "affinity", "world_size": 3}, r"must be a multiple of world_size \(3\)"),
         ({"format": "xml"}, r"format \('xml'\) must be one of mixtralkit"),
-        ({"world_size": 0}, r"world_size \(0\) must be at least 1"),
+        ({"world_size": 0}, r"world_size \(0\) must be a whole number of at least 1"),
         ({"policy": "hot_cold", "hot_per": "node"}, "needs ranks_per_node"),
     ],
 )
@@ -92,11 +87,9 @@ def test_bad_options_are_one_sentence(trace, tmp_path, options, sentence):
     assert not (tmp_path / "plan.json").exists()
 
 
-def test_a_bad_trace_ends_the_command_with_one_sentence(tmp_path):
+def test_a_bad_trace_ends_the_command_with_one_sentence(tmp_path, command_line):
     np.save(tmp_path / "ids.npy", np.full((4, 2, 2), [0, 8], np.int16))
-    command = [sys.executable, ROOT / "tools" / "plan_experts.py", tmp_path / "ids.npy", "--num_experts", "8"]
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environ, cwd=tmp_path)
+    done = command_line("plan", tmp_path / "ids.npy", "--num_experts", 8, "--output", tmp_path / "plan.json")
     assert done.returncode == 1
     assert "takes expert 8, outside 0 … 7" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

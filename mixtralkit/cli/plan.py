@@ -1,0 +1,197 @@
+"""``mixtralkit plan``: which ranks hold which experts, from a routing trace."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from mixtralkit.cli.run import command
+from mixtralkit.config import ModelConfig, parse_dtype, shipped
+from mixtralkit.config.engine import Dtype
+from mixtralkit.config.options import Count, Natural, Options, Positive, Share
+from mixtralkit.planning.cost import ModelShape
+from mixtralkit.planning.formats import save_plan
+from mixtralkit.planning.hardware import Hardware
+from mixtralkit.planning.plan import ExpertPlan
+from mixtralkit.planning.plan_plot import plot_plan
+from mixtralkit.planning.policies.auto import auto_for
+from mixtralkit.planning.policies.inputs import Budget
+from mixtralkit.planning.policies.quality import measure, measure_held_out
+from mixtralkit.planning.policies.registry import POLICIES, Given, make_plan
+from mixtralkit.planning.replay import Execution
+from mixtralkit.planning.trace import load_routing
+
+FORMATS = {"mixtralkit": "plan", "sglang": "sglang", "tensorrt_llm": "tensorrt", "vllm": "vllm", "exflow": "exflow"}
+
+
+@dataclass(frozen=True)
+class PlanRequest(Options):
+    """What is planned for.
+
+    Attributes:
+        world_size: Ranks.
+        ranks_per_node: Ranks of one machine; all ranks are on one without it.
+        memory_gb: Most memory for expert weights on each rank, in 10^9 bytes, all layers together.
+        slots_per_rank: Most experts on each rank in each layer; without this and memory_gb no replicas are made,
+            except what hot_experts asks for.
+        num_experts: Experts of the model, for a trace that does not say.
+        model: params.json or config.json with the sizes of the model, or the name of one in configs/models.
+        dtype: Of the weights.
+        hardware: Machine for shadow and auto, a file or the name of one in configs/hardware.
+        batch: shadow and auto: tokens of a step on each rank.
+        dispatcher: auto: how the plan will run: exact, static, two_stage, coherent, replicated or symmetric.
+    """
+
+    world_size: Count = 4
+    ranks_per_node: Count | None = None
+    memory_gb: Positive | None = None
+    slots_per_rank: Count | None = None
+    num_experts: Count | None = None
+    model: Path = Path("mixtral-8x7b")
+    dtype: Dtype = "bfloat16"
+    hardware: Path = Path("h200")
+    batch: Count = 64
+    dispatcher: str = "exact"
+
+
+@dataclass(frozen=True)
+class PolicyOptions(Options):
+    """What one policy alone is told.
+
+    Attributes:
+        hot_experts: hot_cold: experts of each layer on every rank; without it as many as the budget allows.
+        cold: hot_cold: placement of the other experts.
+        hot_per: hot_cold: a copy of each hot expert on every rank, or on one rank of every node.
+        cold_capacity_factor: hot_cold: rows that a cold expert takes, as a multiple of its even share; exact without.
+        cold_token_percent: hot_cold: part (0, 1] of that capacity which is sent.
+        overflow: hot_cold: what becomes of rows over the capacity.
+        cut_order: hot_cold: which rows these are; weight keeps the heaviest choices, arrival the first.
+        load_cap: affinity: most load of a rank in a layer, as a multiple of the mean.
+        num_groups: balanced: groups of experts that stay on one node each (hierarchical); global without it.
+        finetune_threshold: two_phase: total-variation distance above which a layer is corrected; Lina's rule without.
+        shadow_steps: shadow: steps over which sending the weights is paid.
+    """
+
+    hot_experts: Natural | None = None
+    cold: Literal["balanced", "contiguous"] = "balanced"
+    hot_per: Literal["rank", "node"] = "rank"
+    cold_capacity_factor: Positive | None = None
+    cold_token_percent: float = 1.0
+    overflow: Literal["drop", "reroute"] = "drop"
+    cut_order: Literal["weight", "arrival"] = "weight"
+    load_cap: Positive | None = None
+    num_groups: Count | None = None
+    finetune_threshold: Share | None = None
+    shadow_steps: Positive = 1.0
+
+
+@command
+def plan(
+    trace: Path,
+    policy: str = "auto",
+    output: Path = Path("plan.json"),
+    format: str = "mixtralkit",
+    plot: Path | None = None,
+    *,
+    request: PlanRequest,
+    only: PolicyOptions,
+) -> None:
+    """Plans which ranks hold which experts, writes the plan, and prints its figures; the last line is JSON.
+
+    Figures are those of the trace that the plan was made from, and those of a plan of half of it on the other half.
+
+    Args:
+        trace: Routing trace (.npz, .npy), or SGLang's recorded loads (.pt).
+        policy: contiguous, hot_cold, two_phase, affinity, balanced, shadow, everywhere or auto, or a plan by name as
+            balanced+4 or hot_cold/node+2 (docs/planning.md).
+        output: File for the plan.
+        format: mixtralkit, sglang, tensorrt_llm, vllm or exflow.
+        plot: File for a picture of loads and crossings, layer by layer.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format ({format!r}) must be one of {', '.join(FORMATS)}")
+    if policy != "auto" and policy.partition("+")[0] not in POLICIES:
+        raise ValueError(f"policy ({policy!r}) must be one of {', '.join([*POLICIES, 'auto'])}")
+    given = replace(_read(trace, request), options=asdict(only))
+    started = time.perf_counter()
+    execution = Execution(request.dispatcher, request.batch)
+    made = auto_for(given, execution) if policy == "auto" else make_plan(policy, given)
+    seconds = time.perf_counter() - started
+    given.budget.require(int(made.holds_LWE.sum(2).max()), made.num_layers, f"policy {policy}")
+    save_plan(made, output, FORMATS[format])
+    if plot is not None:
+        plot_plan(made, given.loads_LE, given.trace and given.trace.transitions_LEE(), plot)
+    ranks = request.world_size
+    print(f"{output}: {made.policy}, {made.num_layers} layers, {made.num_experts} experts on {ranks} ranks")
+    _print_notes(made)
+    print(json.dumps(_figures(made, given, seconds) | _held_out(made.meta.get("chosen", policy), given)))
+
+
+def _read(path: Path, request: PlanRequest) -> Given:
+    trace, loads_LE = load_routing(path, request.num_experts)
+    model = ModelConfig.from_file(shipped("models", request.model))
+    shape = ModelShape.of(model, parse_dtype(request.dtype).itemsize)
+    shape = replace(shape, num_experts=loads_LE.shape[1], top_k=shape.top_k if trace is None else trace.top_k)
+    budget = Budget(request.slots_per_rank, request.memory_gb, shape.expert_bytes)
+    budget.slots(*loads_LE.shape, request.world_size)
+    hardware = Hardware.load(shipped("hardware", request.hardware))
+    rows = request.batch * request.world_size * shape.top_k
+    return Given(loads_LE, request.world_size, trace, request.ranks_per_node, budget, shape, hardware, rows)
+
+
+def _figures(plan: ExpertPlan, given: Given, seconds: float) -> dict[str, object]:
+    quality = measure(plan, given.loads_LE, given.trace and given.trace.transitions_LEE())
+    return {
+        "policy": plan.policy,
+        "crossings_per_token": quality.crossings_per_token,
+        "uniform_crossings_per_token": quality.uniform_crossings_per_token,
+        "node_crossings_per_token": quality.node_crossings_per_token,
+        "balancedness_mean_over_max": quality.balancedness_mean_over_max,
+        "max_over_mean": quality.max_over_mean,
+        "memory_gb_per_rank": quality.memory_gb_per_rank(plan.num_layers, given.shape.expert_bytes),
+        "seconds": seconds,
+    }
+
+
+def _held_out(policy: str, given: Given) -> dict[str, object]:
+    """The policy on halves of the trace, one against the other; prints what is doubtful."""
+    if given.trace is None or given.trace.num_tokens < 4 or given.world_size == 1:
+        return {}
+    given = replace(given, options=given.options | {"bound": False})
+    found = measure_held_out(
+        lambda fit: make_plan(policy, replace(given, trace=fit, loads_LE=fit.loads_LE())), given.trace
+    )
+    for name in found.held_out:
+        print(
+            f"{name}, planned from half of the tokens: {found.fitted[name]:.3f} on these, "
+            f"{found.held_out[name]:.3f} on the others, contiguous {found.plain[name]:.3f}"
+        )
+    for doubt in found.doubts():
+        print(f"warning: {doubt}")
+    return {"fitted_half": found.fitted, "held_out_half": found.held_out, "contiguous_half": found.plain}
+
+
+def _print_notes(plan: ExpertPlan) -> None:
+    """What a policy has to say beside its plan."""
+    meta = plan.meta
+    if plan.policy == "auto":
+        print(
+            f"chosen: {meta['chosen']}, expected {meta['expected_step_s'] * 1e3:.3f} ms a step on other tokens, "
+            f"{meta['fitted_step_s'] * 1e3:.3f} on its own, "
+            f"of {meta['batch']} tokens a rank on {meta['hardware']} ({meta['dispatcher']})"
+        )
+        for name, step_s in sorted(meta["candidates_step_s"].items(), key=lambda item: item[1]):
+            print(f"  {step_s * 1e3:9.3f} ms  {name}")
+    elif plan.policy == "affinity":
+        print(
+            f"{'exact' if meta['exact'] else 'not proven to be the best'}; no placement without replicas has fewer "
+            f"than {meta['crossings_bound']:.3f} crossings a token ({meta['bound'].rpartition(': ')[2]})"
+        )
+    elif plan.policy == "two_phase" and meta:
+        print(
+            f"estimates right in {meta['estimates_right']:.0%} of the layers, corrected in {meta['corrected']:.0%}, "
+            f"mean distance {meta['mean_distance']:.3f}"
+        )

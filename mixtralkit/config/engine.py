@@ -1,0 +1,211 @@
+"""Every option of an engine, in frozen groups; the only reader of ``FMOE_*`` environment variables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from mixtralkit.config.model import DTYPES
+from mixtralkit.config.options import (
+    Called,
+    Count,
+    Natural,
+    Options,
+    Positive,
+    Rule,
+    Share,
+    Variable,
+)  # fmt: skip
+
+Dtype = Annotated[str, Rule(f"one of {', '.join(DTYPES)}", lambda dtype: str(dtype).removeprefix("torch.") in DTYPES)]
+
+
+@dataclass(frozen=True)
+class SourceOptions(Options):
+    """Where the model comes from.
+
+    Attributes:
+        model: Folder with the checkpoint, of any format that docs/checkpoints.md lists.
+        tokenizer: Sentencepiece model or tokenizer.json; left out, the one in the model's folder.
+        format: Which checkpoint to take where the folder holds several, as convert calls them.
+        chat_template: Jinja file that dialogs are written by; left out, the folder's, or else Mistral's.
+        stop_token_ids: Ids that end an answer, beside those that the folder's files say.
+    """
+
+    model: Path = Path("ckpts")
+    tokenizer: Path | None = None
+    format: str | None = None
+    chat_template: Path | None = None
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class ParallelOptions(Options):
+    """How the model is spread over the ranks.
+
+    Attributes:
+        attention: tp splits heads over the ranks, dp the sequences; coherent is dp with every sequence's context on
+            every rank; auto takes tp where the ranks divide the heads and faster_schedule, faster_shadow and dynamic
+            are off.
+        experts: ep gives each rank whole experts, tp a part of each; auto takes ep.
+        plan: plan.json that says which ranks hold which experts; left out, each rank has its even share. auto takes the
+            plan, and what attention and experts leave open, that are predicted to be fastest and fit the memory
+            (docs/cost-model.md).
+        hardware: The machine's speeds, by which plan auto chooses and update_step moves experts: a file, or the name of
+            one in configs/hardware; left out, plan auto takes the file of this GPU, update_step h200 or, on a CPU,
+            cpu-2core.
+        memory_gb: Most memory that plan auto may take on each rank, in 10^9 bytes; left out, what the GPUs have free,
+            less one.
+        trace: Routing trace that plan auto goes by; left out, it takes all experts as equally likely.
+        explain: Print what plan auto predicted, for every layout and plan.
+    """
+
+    attention: Literal["auto", "tp", "dp", "coherent"] = "auto"
+    experts: Literal["auto", "tp", "ep"] = "auto"
+    plan: Path | None = None  # in Python also an ExpertPlan
+    hardware: Path | None = None
+    memory_gb: Positive | None = None
+    trace: Path | None = None
+    explain: bool = False
+
+    def check(self) -> None:
+        if self.attention == "coherent" and self.experts == "tp":
+            raise ValueError("experts ('tp') must be 'ep' with attention 'coherent': rows go to experts")
+
+
+@dataclass(frozen=True)
+class FasterOptions(Options):
+    """FasterMoE's switches, and the figures of its shadow model.
+
+    Attributes:
+        schedule: FasterMoE's smart schedule; it turns itself off between GPUs that reach each other's memory, where it
+            never paid (docs/smart-schedule.md).
+        shadow: FasterMoE's shadowing (docs/shadowing.md).
+        group_size: Ranks of a group of the schedule.
+        net_bandwidth: Of the network, in bytes/s, for the shadow model.
+        gpu_throughput: In FLOP/s, for the shadow model.
+        alpha: Expert hidden width / d_model, for the shadow model; left out, the model's.
+        d_model: Width of a row, for the shadow model; left out, the model's.
+        schedule_force: Keep the schedule between such GPUs too.
+    """
+
+    prefix = "faster_"
+
+    schedule: Annotated[bool, Variable("FMOE_FASTER_SCHEDULE_ENABLE")] = False
+    shadow: Annotated[bool, Variable("FMOE_FASTER_SHADOW_ENABLE")] = False
+    group_size: Annotated[Count, Variable("FMOE_FASTER_GROUP_SIZE")] = 4
+    net_bandwidth: Annotated[Positive, Variable("FMOE_FASTER_GLBPLC_NETBW")] = 6.25e9
+    gpu_throughput: Annotated[Positive, Variable("FMOE_FASTER_GLBPLC_GPUTP")] = 11.5e12
+    alpha: Annotated[Positive | None, Variable("FMOE_FASTER_GLBPLC_ALPHA")] = None
+    d_model: Annotated[Count | None, Variable("FMOE_FASTER_GLBPLC_DMODEL")] = None
+    schedule_force: Annotated[bool, Variable("FMOE_FASTER_SCHEDULE_FORCE")] = False
+
+
+@dataclass(frozen=True)
+class TopologyOptions(Options):
+    """What FastMoE's topology-aware gate knows of the machine.
+
+    Attributes:
+        gpus_per_node: Ranks that share a fast network.
+        outgoing_fraction: Most of a rank's rows that leave it.
+    """
+
+    gpus_per_node: Annotated[Count, Variable("FMOE_TOPO_GPUS_PER_NODE")] = 8
+    outgoing_fraction: Annotated[Share, Variable("FMOE_TOPO_OUTGOING_FRACTION")] = 0.14
+
+
+@dataclass(frozen=True)
+class MoEOptions(Options):
+    """How the MoE layer runs a plan. None of it changes what is computed.
+
+    Attributes:
+        exchange: How rows travel to experts: exact sends just what there is; static keeps room for every row of every
+            rank, so that no shape depends on the routing; auto is static for decoding and exact otherwise.
+        symmetric_rows: Most rows of a rank that travel through the GPUs' memory instead of by collectives, at least as
+            many as a decode step has; it takes memory for 2 · ranks rows for each. Left out, as many as a decode step
+            has on GPUs, and on CPUs 0, which turns this off (docs/expert-parallel.md).
+        shadow_memory_gb: Most memory for copies of other ranks' experts on each rank, in 10^9 bytes, with
+            faster_shadow or dynamic.
+        backend: mixtralkit, or fastmoe for the real library (docs/fastmoe.md).
+        dynamic: two_phase copies experts for the next layer while a layer computes (docs/two-phase.md); or none.
+        popularity: Profile that two_phase estimates from; the command popularity makes one.
+        finetune_threshold: Distance of estimated and real loads above which two_phase corrects; left out, it corrects
+            where other experts are popular than estimated.
+    """
+
+    faster: FasterOptions = field(default_factory=FasterOptions)
+    exchange: Literal["auto", "exact", "static"] = "auto"
+    symmetric_rows: Natural | None = None
+    shadow_memory_gb: Positive = 4.0
+    backend: Annotated[Literal["mixtralkit", "fastmoe"], Called("moe_backend")] = "mixtralkit"
+    dynamic: Literal["none", "two_phase"] = "none"
+    popularity: Path | None = None
+    finetune_threshold: Share | None = None
+
+    @property
+    def copies_experts(self) -> bool:
+        """Whether experts are copied to other ranks while the model runs."""
+        return self.faster.shadow or self.dynamic == "two_phase"
+
+    def check(self) -> None:
+        if self.dynamic == "none":
+            for name in ("popularity", "finetune_threshold"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} ({getattr(self, name)}) needs dynamic 'two_phase'")
+        elif self.popularity is None:
+            raise ValueError(
+                "popularity must name a profile with dynamic 'two_phase'; "
+                "mixtralkit popularity TRACE --output FILE makes one"
+            )
+        elif self.backend == "fastmoe":
+            raise ValueError("dynamic ('two_phase') needs moe_backend 'mixtralkit'")
+
+
+@dataclass(frozen=True)
+class CacheOptions(Options):
+    """Keys and values.
+
+    Attributes:
+        max_seq_len: Most tokens of a sequence, prompt and answer; left out, what the model can or the command needs.
+    """
+
+    max_seq_len: Count | None = None
+
+
+@dataclass(frozen=True)
+class LimitOptions(Options):
+    """How much runs at a time, on what, in which numbers.
+
+    Attributes:
+        max_batch_size: Sequences that run at a time, over all ranks; more of them wait.
+        prefill_budget: Most prompt tokens that a rank runs in one step; more take more memory.
+        cuda_graphs: Capture decode steps as CUDA graphs, where the device has them.
+        seed: Decides what is drawn at a temperature above 0; the same seed gives the same text.
+        dtype: bfloat16, float16 or float32; left out, bfloat16 on a GPU and float32 on a CPU.
+        device: cpu or cuda; left out, cuda where there is one.
+        num_gpus: The number of ranks, for scripts that state it; torchrun decides it.
+    """
+
+    max_batch_size: Count = 8
+    prefill_budget: Count = 8192
+    cuda_graphs: bool = True
+    seed: Natural = 1
+    dtype: Dtype | None = None
+    device: str | None = None
+    num_gpus: Count | None = None
+
+
+@dataclass(frozen=True)
+class EngineConfig(Options):
+    """Every option of an engine.
+
+    ``EngineConfig.of(model="ckpts", attention="dp", moe=MoEOptions(exchange="static"))`` takes options by name, and
+    whole groups; ``.but(max_seq_len=1024)`` changes some.
+    """
+
+    source: SourceOptions = field(default_factory=SourceOptions)
+    parallel: ParallelOptions = field(default_factory=ParallelOptions)
+    moe: MoEOptions = field(default_factory=MoEOptions)
+    cache: CacheOptions = field(default_factory=CacheOptions)
+    limits: LimitOptions = field(default_factory=LimitOptions)
