@@ -24,6 +24,7 @@ from mixtralkit.distributed import RankContext
 from mixtralkit.layout import RankLayout
 from mixtralkit.moe.layer import MoELayer
 from mixtralkit.moe.transfers import MoveReport, open_links
+from mixtralkit.ops.hidden import Hidden
 from mixtralkit.planning.plan import ExpertPlan, contiguous
 
 
@@ -59,7 +60,7 @@ def bench_moves(
     torch.set_grad_enabled(False)
     plans = _plans(num_experts, world)
     layout = RankLayout(config, ParallelConfig("dp", "ep"), plans["contiguous"], context.rank)
-    layer = MoELayer(0, layout, context, parse_dtype(dtype or ("bfloat16" if on_gpu else "float32")))
+    layer = MoELayer.alone(layout, context, parse_dtype(dtype or ("bfloat16" if on_gpu else "float32")))
     _fill(layer)
     open_links(context)
     results = _measure(layer, plans, rounds)
@@ -94,34 +95,38 @@ def _plans(num_experts: int, world: int) -> dict[str, ExpertPlan]:
 def _fill(layer: MoELayer) -> None:
     """Weights that depend on the expert alone, so that every plan gives the same results."""
     layer.gate.weight.normal_(0, 1, generator=torch.Generator(layer.context.device).manual_seed(99))
-    for slot, expert in enumerate(layer.layout.experts(0)):
+    for slot, expert in enumerate(layer.store.layout.experts(0)):
         generator = torch.Generator(layer.context.device).manual_seed(expert)
-        layer.experts.w13[slot].normal_(0, layer.layout.config.dim**-0.5, generator=generator)
-        layer.experts.w2[slot].normal_(0, layer.layout.config.hidden_dim**-0.5, generator=generator)
+        layer.experts.w13[slot].normal_(0, layer.store.layout.config.dim**-0.5, generator=generator)
+        layer.experts.w2[slot].normal_(0, layer.store.layout.config.hidden_dim**-0.5, generator=generator)
 
 
 def _measure(layer: MoELayer, plans: dict[str, ExpertPlan], rounds: int) -> list[dict]:
     context, names = layer.context, list(plans)
     generator = torch.Generator(context.device).manual_seed(context.rank)
-    x_TD = torch.randn(32, layer.layout.config.dim, device=context.device, generator=generator).to(
+    x_TD = torch.randn(32, layer.store.layout.config.dim, device=context.device, generator=generator).to(
         layer.gate.weight.dtype
     )
-    expected = layer(x_TD)[0]
-    ways = list(zip(names, names[1:] + names[:1], strict=True))
-    times: dict[tuple[str, str], list[float]] = {way: [] for way in ways}
+    expected_TD = _rows(layer, x_TD)
+    moves = list(zip(names, names[1:] + names[:1], strict=True))
+    times: dict[tuple[str, str], list[float]] = {move: [] for move in moves}
     moved: dict[tuple[str, str], MoveReport] = {}
     for number in range(rounds + 1):
-        for way in ways:
-            ms, moved[way] = _timed(layer, plans[way[1]])
+        for move in moves:
+            ms, moved[move] = _timed(layer, plans[move[1]])
             if number:
-                times[way].append(ms)
+                times[move].append(ms)
             with context.agreed():
-                torch.testing.assert_close(layer(x_TD)[0], expected, rtol=2e-2, atol=2e-2)
+                torch.testing.assert_close(_rows(layer, x_TD), expected_TD, rtol=2e-2, atol=2e-2)
     return [
-        {"from": way[0], "to": way[1], "experts": len(moved[way].transfers), "mb": moved[way].bytes_moved / 1e6,
-         "ms": round(median(times[way]), 4), "ms_of_rounds": [round(ms, 4) for ms in times[way]]}
-        for way in ways
+        {"from": move[0], "to": move[1], "experts": len(moved[move].transfers), "mb": moved[move].bytes_moved / 1e6,
+         "ms": round(median(times[move]), 4), "ms_of_rounds": [round(ms, 4) for ms in times[move]]}
+        for move in moves
     ]  # fmt: skip
+
+
+def _rows(layer: MoELayer, x_TD: torch.Tensor) -> torch.Tensor:
+    return layer(Hidden(None, x_TD))[0].normed_TD
 
 
 def _timed(layer: MoELayer, plan: ExpertPlan) -> tuple[float, MoveReport]:
@@ -129,7 +134,7 @@ def _timed(layer: MoELayer, plan: ExpertPlan) -> tuple[float, MoveReport]:
     layer.context.barrier()
     _synchronize(layer)
     start = time.perf_counter()
-    report = layer.adopt(replace(layer.layout, plan=plan))
+    report = layer.store.adopt(0, replace(layer.store.layout, plan=plan))
     _synchronize(layer)
     return max(layer.context.all_gather_objects(1e3 * (time.perf_counter() - start))), report
 

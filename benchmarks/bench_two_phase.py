@@ -6,7 +6,7 @@
 A stack of MoE layers replays routing traces, a batch a step: one that the model in ckpts/ writes while it reads parts
 of Python's library and its documentation, and a synthetic one whose sequences keep to a topic. Half of each trace's
 sequences make the popularity profile, the other half runs. What the phases decide is the same on any machine. Times of
-a step are medians of the slowest rank, the ways that are compared taking turns.
+a step are medians of the slowest rank, the settings that are compared taking turns.
 """
 
 from __future__ import annotations
@@ -36,10 +36,14 @@ from mixtralkit.engine.statistics import PhaseStatistics
 from mixtralkit.layout import RankLayout
 from mixtralkit.mixtral import Mixtral
 from mixtralkit.model.batch import ForwardBatch
-from mixtralkit.moe.layer import MoELayer, MoEReport
+from mixtralkit.moe.dispatch import Dispatchers
+from mixtralkit.moe.layer import MoELayer, MoEReport, StepRows
 from mixtralkit.moe.router import Routing
-from mixtralkit.moe.shadow import ShadowCache
+from mixtralkit.moe.shadow import Shadows
+from mixtralkit.moe.store import ExpertStore
 from mixtralkit.moe.two_phase import TwoPhase
+from mixtralkit.ops.counting import count_keys
+from mixtralkit.ops.hidden import Hidden
 from mixtralkit.planning.hardware import Hardware
 from mixtralkit.planning.plan import contiguous
 from mixtralkit.planning.popularity import LONGEST_PATH, PathPopularity
@@ -76,14 +80,17 @@ class Stack:
 
     def run(self, setting: Setting, batches: list[list[Routing]], x_TD: torch.Tensor) -> dict[str, object]:
         """Every batch once; figures per step, by the second half of the steps where they are times."""
-        layers, phases = self._layers(setting, batches)
+        layers, shadows, phases = self._layers(setting, batches)
         statistics, seconds, moved = PhaseStatistics(self), [], 0
         for step in range(len(batches)):
             for layer in layers:
                 layer.gate.turn = step
             self.context.barrier()
             start = time.perf_counter()
-            reports = list(_through(layers, phases, x_TD))
+            flight = None if phases is None else phases.begin()
+            reports = [layer(Hidden(None, x_TD), StepRows(flight=flight))[1] for layer in layers]
+            if setting.kind == "shadow":
+                shadows.between_steps(self._counts_LE(reports))
             if x_TD.is_cuda:
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
@@ -97,31 +104,27 @@ class Stack:
             found |= {"path_length": setting.popularity.path_length, "threshold": setting.threshold}
         return found
 
-    def _layers(self, setting: Setting, batches: list[list[Routing]]) -> tuple[list[MoELayer], TwoPhase | None]:
-        config, cache = self.config, None
-        if setting.kind != "none":
-            expert_gb = 3 * config.dim * config.hidden_dim * self.dtype.itemsize / 1e9
-            most = config.n_layers * config.num_experts
-            budget = (self.places + 0.5) * expert_gb
-            cache = ShadowCache(self.context, config.dim, config.hidden_dim, self.dtype, budget, most)
-        layers = []
+    def _counts_LE(self, reports: list[MoEReport]) -> np.ndarray:
+        """Choices of each expert by the rows of all ranks."""
+        counts = [count_keys(report.routing.experts_TK, self.config.num_experts) for report in reports]
+        return self.context.all_reduce(torch.stack(counts)).cpu().numpy()
+
+    def _layers(
+        self, setting: Setting, batches: list[list[Routing]]
+    ) -> tuple[list[MoELayer], Shadows | None, TwoPhase | None]:
+        config, room = self.config, 0 if setting.kind == "none" else self.places
+        store = ExpertStore(self.layout, self.context, self.dtype, room)
+        shadows = Shadows(store, self.faster) if room else None
+        options = MoEOptions(self.faster, "exact")
+        dispatchers, layers = Dispatchers.create(self.layout, self.context, options), []
         for number in range(config.n_layers):
-            options = MoEOptions(self.faster, "exact")
-            layer = MoELayer(number, self.layout, self.context, self.dtype, options, shadow_cache=cache)
+            layer = MoELayer(number, self.context, store, dispatchers, options, shadows)
             for weights in (layer.experts.w13, layer.experts.w2):
                 weights.normal_(0, weights.shape[-1] ** -0.5)
             layer.gate = GivenGate([routings[number] for routings in batches], config.num_experts_per_tok)
             layers.append(layer)
-        if setting.kind != "two_phase":
-            return layers, None
-        return layers, TwoPhase(layers, setting.popularity, self.context, setting.threshold)
-
-
-def _through(layers: list[MoELayer], phases: TwoPhase | None, x_TD: torch.Tensor) -> Iterator[MoEReport]:
-    flight = None if phases is None else phases.begin()
-    for layer in layers:
-        _, report = layer(x_TD, None, flight)
-        yield report
+        phases = TwoPhase(shadows, setting.popularity, setting.threshold) if setting.kind == "two_phase" else None
+        return layers, shadows, phases
 
 
 def _sums(statistics: PhaseStatistics, steps: int) -> dict[str, float]:
@@ -158,7 +161,7 @@ def bench_two_phase(
     Args:
         rows: tokens of each rank in a step.
         steps: batches of a run, at most; as many as the trace has.
-        repeats: runs of each of the ways that are timed against one another.
+        repeats: runs of each of the settings that are timed against one another.
         dim: width of the layers that are timed.
         hidden: width of their experts.
         places: copies that a rank has room for, over all layers.

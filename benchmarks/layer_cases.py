@@ -155,10 +155,12 @@ class Bench:
 
     @cached_property
     def symmetric(self) -> SymmetricExchange:
-        """The exchange through memory that all ranks reach. Collective when first asked for."""
+        """The exchange through memory that all ranks reach, with room for the rows of all of them on each, as coherent
+        steps need. Collective when first asked for."""
         return SymmetricExchange.create(
-            self.context, self.max_rows, self.config.dim, self.config.num_experts_per_tok, self.dtype
-        )
+            self.context, self.max_rows * self.context.world_size, self.config.dim,
+            self.config.num_experts_per_tok, self.dtype,
+        )  # fmt: skip
 
     @cached_property
     def sums(self) -> RowReducer:

@@ -142,19 +142,24 @@ class LayerVariant:
         parallel = ParallelConfig(setting.attention, setting.experts)
         self.layout = RankLayout(bench.config, parallel, setting.plan_for(case), bench.context.rank)
         self.inputs, self.routings = case.inputs, case.routings
-        if setting.attention == "tp":
+        coherent, rank = setting.attention == "coherent", bench.context.rank
+        symmetric = self._symmetric(setting.exchange == "exact" or setting.schedule) is not None
+        if setting.attention == "tp" or (coherent and symmetric):  # every rank has a place for each row
             self.inputs = [_of_all_ranks(case, x_TD) for x_TD in case.inputs]
             self.routings = [Routing(*(_of_all_ranks(case, t) for t in vars(r).values())) for r in case.routings]
-        ids_T = case.rows * bench.context.rank + torch.arange(case.rows, device=bench.context.device)
-        self.ids_T = ids_T if setting.attention == "coherent" else None
+        number_R = torch.arange(case.rows * world, device=bench.context.device)
+        is_own_R = number_R // case.rows == rank
+        self.ids_T = number_R[is_own_R] if coherent and not symmetric else None
+        self.valid_T = is_own_R.long() - 1 if coherent and symmetric else None
         self.rule = CapacityRule.of(self.layout.plan) if setting.experts == "ep" else None
         self.none = torch.zeros((), dtype=torch.int64, device=bench.context.device)
         self.norm = (torch.ones_like(self.inputs[0][0]), 1e-5)
         self.layers, shadows = self._make_layers(INPUT_SETS if setting.two_phase else len(bench.weights))
-        self.name = self.layers[0].dispatchers.name(True, self.ids_T is not None)
+        self.name = self.layers[0].dispatchers.name(True, coherent)
         self.dispatcher = self.layers[0].dispatchers.by_name[self.name]
-        self.captures = self.name in IN_GRAPHS and not (setting.schedule or setting.two_phase)
-        self.rows = StepRows(len(self.inputs[0]), decode=self.ids_T is not None)
+        still = self.name in IN_GRAPHS or self.valid_T is not None
+        self.captures = still and not (setting.schedule or setting.two_phase)
+        self.rows = StepRows(len(self.inputs[0]), decode=coherent)
         self.phases_ahead = self._two_phase(shadows) if setting.two_phase else None
         self._flight = None
         if setting.shadow:
@@ -215,8 +220,9 @@ class LayerVariant:
         layer.gate.turn = number
         if self.phases_ahead is not None and number == 0:
             self._flight = self.phases_ahead.begin()
-        stream_TD = None if self.ids_T is not None else torch.zeros_like(x_TD)
-        return layer, Hidden(stream_TD, x_TD, self.norm, self.ids_T), replace(self.rows, flight=self._flight)
+        stream_TD = None if self.rows.decode else torch.zeros_like(x_TD)
+        hidden = Hidden(stream_TD, x_TD, self.norm, self.ids_T, self.valid_T)
+        return layer, hidden, replace(self.rows, flight=self._flight)
 
     def call(self, number: int) -> Hidden:
         layer, hidden, rows = self._at(number)
@@ -258,6 +264,9 @@ class LayerVariant:
 
     def finished(self, result: Hidden, number: int) -> torch.Tensor:
         rows, rank = self.case.rows, self.context.rank
+        if result.valid_T is not None:
+            whole_RD = result.normed_TD.masked_fill((result.valid_T < 0)[:, None], 0)
+            return self.context.all_reduce(whole_RD)[rows * rank : rows * (rank + 1)]
         if result.ids_T is not None:
             whole_RD = result.normed_TD.new_zeros(rows * self.context.world_size, self.inputs[0].shape[1])
             whole_RD = self.context.all_reduce(whole_RD.index_copy_(0, result.ids_T, result.normed_TD))

@@ -233,7 +233,7 @@ def brute_force(
                 for expert in experts_K:
                     holders = [w for w in range(ranks) if slots_WE[w][expert] >= 0]
                     assert rank in holders or len(holders) == 1 or turns
-                    to = rank if rank in holders else holders[row % len(holders)]
+                    to = rank if rank in holders else holders[(row + rank) % len(holders)]
                     goes.add(to)
                     first = to if first is None else first
                     computed_CW[-1][to] += 1

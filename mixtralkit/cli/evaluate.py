@@ -65,6 +65,7 @@ def evaluate(
     text_context: int | None = None,
     stop: tuple[str, ...] = (),
     moe_report: bool = False,
+    overwrite: bool = False,
     *,
     sampling: SamplingOptions = SamplingOptions(temperature=0.0),
     engine: EngineConfig = EngineConfig(limits=LimitOptions(max_batch_size=16)),
@@ -86,6 +87,7 @@ def evaluate(
             window.
         stop: Texts that end a generation, beside a record's own.
         moe_report: Print what each layer routed, dropped, sent and shadowed at the end.
+        overwrite: Replace the run of another model, set or setting that the output folder holds.
     """
     if compare:
         if rank_of() == 0:
@@ -121,7 +123,7 @@ def evaluate(
         facts = fingerprint(reader.config, files, tokenizer, records, asdict(options), dtype, max_seq_len, placed)
         if routing_report is not None and context.is_first:
             check_report(routing_report)
-    with Results(context, records, output, facts) as results:
+    with Results(context, records, output, facts, overwrite) as results:
         if context.is_first and results.done:
             print(f"{output} already has {results.done} of {len(records)} results", file=sys.stderr)
         if not results.is_complete or results.needs_weights or routing_report is not None:

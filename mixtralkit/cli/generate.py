@@ -27,6 +27,7 @@ def generate(
     output: Path | None = None,
     max_gen_len: Count = 128,
     stop: tuple[str, ...] = (),
+    overwrite: bool = False,
     *,
     sampling: SamplingOptions,
     engine: EngineConfig,
@@ -41,6 +42,7 @@ def generate(
         output: Write results to this .jsonl, in the order of the prompts; a file that a stopped run left is continued.
         max_gen_len: Most tokens to generate for each prompt.
         stop: Texts that end an answer.
+        overwrite: Replace the output where it is another run's or no run's.
     """
     context = RankContext.start(engine.limits.device)
     with context.agreed():
@@ -52,7 +54,7 @@ def generate(
         dtype = str(choose_dtype(engine.limits.dtype, context.device)).removeprefix("torch.")
         files = [path for part in source[0].found.files for path in part]
         facts = fingerprint(source[0].config, files, source[1], records, answering, dtype, engine.cache.max_seq_len)
-    results = _Results(context, records, output, facts)
+    results = _Results(context, records, output, facts, overwrite)
     mixtral = Mixtral.load(engine, context, source, is_watched(context), hashes=results.needs_weights)
     results.confirm(mixtral)
     mixtral.engine.plan_manager = manager = updates.manager(mixtral, engine.parallel.hardware)
@@ -74,7 +76,12 @@ class _Results:
     """Prints finished answers, or writes them to the output file, in the order of the prompts; rank 0 does."""
 
     def __init__(
-        self, context: RankContext, records: list[PromptRecord], output: Path | None, facts: dict[str, Any]
+        self,
+        context: RankContext,
+        records: list[PromptRecord],
+        output: Path | None,
+        facts: dict[str, Any],
+        overwrite: bool = False,
     ) -> None:
         self._context, self._records = context, records
         self._held: dict[int, Completion] = {}
@@ -82,7 +89,7 @@ class _Results:
         self._record: RunRecord | None = None
         with context.agreed():
             if output is not None and context.is_first:
-                self._record = claim_output(output, facts)
+                self._record = claim_output(output, facts, overwrite)
                 self._writer = ResultsWriter(output, records)
         wanted = self._record is not None and self._record.needs_weights
         done = self._writer.done if self._writer else 0

@@ -13,7 +13,7 @@ gradients return (``lend``). See docs/shadowing.md.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,6 +33,8 @@ from mixtralkit.planning.replicas import ReplicaTable
 
 if TYPE_CHECKING:
     from mixtralkit.moe.two_phase import PhaseReport
+
+RESIDENT_STEPS = 64  # over which a copy that stays pays for its way
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class Shadows:
             "data_bytes": store.dtype.itemsize,
         }
         self.inference, self.training = ShadowModel.for_inference(**figures), ShadowModel.for_training(**figures)
+        self.resident = replace(self.inference, broadcast_bandwidth=RESIDENT_STEPS * self.inference.net_bandwidth)
         self._gains: dict[tuple[int, int], float | None] = {}
         self._moved: dict[int, list[int]] = {}
 
@@ -106,7 +109,7 @@ class Shadows:
         for layer, counts_E in zip(self.store.layers, counts_LE, strict=True):
             loads_E = counts_E / self.replicas_E(layer)
             self.refresh(layer, loads_E)
-            if self.bring(layer, loads_E):
+            if self.bring(layer, loads_E, model=self.resident):
                 self.store.publish(layer)
 
     def refresh(self, layer: int, loads_E: np.ndarray) -> None:
@@ -118,7 +121,7 @@ class Shadows:
 
     def bring(
         self, layer: int, loads_E: np.ndarray, hidden_s: float = 0.0, send: Send | None = None,
-        in_use: int | None = None,
+        in_use: int | None = None, model: ShadowModel | None = None,
     ) -> list[int]:  # fmt: skip
         """Chooses by these loads, for each replica of an expert, and copies what is missing; the experts that move.
 
@@ -128,9 +131,10 @@ class Shadows:
             hidden_s: as in ``choose_shadows``.
             send: as in ``ExpertStore.fetch``.
             in_use: a layer whose copies stay.
+            model: decides; None is that of a copy for one step.
         """
         here = self.everywhere(layer) | self.store.copied(layer)
-        chosen = choose_shadows(loads_E.tolist(), self.inference, here, self.store.room, hidden_s)
+        chosen = choose_shadows(loads_E.tolist(), model or self.inference, here, self.store.room, hidden_s)
         gain_E = self._gains_of(loads_E)
         return [e for e in chosen if e not in here and self._fetch(layer, e, gain_E[e], send, in_use)]
 
