@@ -1,4 +1,4 @@
-"""One MoE layer's kernels on one GPU: gate and experts, beside the plain twin (sorted rows and ``grouped_mm``).
+"""One MoE layer's kernels on one GPU: gate and experts, beside the reference (sorted rows and ``grouped_mm``).
 
     python benchmarks/bench_moe_kernels.py --tokens 1,8,64,256,1024,4096,16384
 

@@ -1,4 +1,4 @@
-"""One MoE layer over the ranks: every way to place experts and to move rows, on the same rows and the same routing.
+"""One MoE layer over the ranks: every placement of experts and dispatcher of rows, on the same routing.
 
     torchrun --standalone --nproc_per_node=4 benchmarks/bench_moe_layer.py --tokens 1,16,64,256 \\
         --routing uniform,skew:0.5,trace:FILE --plot timeline.png

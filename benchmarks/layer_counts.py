@@ -24,7 +24,7 @@ class Counts:
         choices, at_home, dropped: int, all of them; those computed where they were because the expert is replicated
             there; those over a capacity.
         weight_bytes: of experts that moved, received by each rank but the owner.
-        shadowed: experts computed at home by a copy.
+        shadowed: experts that are local thanks to a copy.
     """
 
     computed_W: torch.Tensor

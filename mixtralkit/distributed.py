@@ -147,7 +147,7 @@ class RankContext:
         self.all_gather_objects(None)
 
     def symmetric_memory(self, shape: tuple[int, ...], dtype: torch.dtype, fill: float) -> SymmetricMemory | None:
-        """Memory that the kernels of every rank can write, filled with ``fill``; None where GPUs have no way there.
+        """Memory that the kernels of every rank can write, filled with ``fill``; None where GPUs do not reach it.
 
         Collective, and every rank gets memory or none does. Takes torch's symmetric memory without multicast.
         """

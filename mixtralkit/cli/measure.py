@@ -115,7 +115,7 @@ def _with_fused(
 ) -> Hardware:
     """The figures with those of this project's kernels."""
     sizes = Sizes(dim=shape[1], hidden=shape[0], dtype=dtype)
-    if not on_gpu:  # a CPU is slow, and runs the twins
+    if not on_gpu:  # a CPU is slow, and runs the references
         few = (1, 16, 64)
         sizes = replace(sizes, rows=few, expert_rows=few, symmetric_rows=few, sequences=4, length=64)
     return replace(figures, fused=measure_fused(context, figures.memory_bandwidth, sizes, Clock(context).say))

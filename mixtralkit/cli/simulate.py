@@ -71,9 +71,9 @@ def simulate(
         expert_plan = _load_plan(name, routing, world_size, ranks_per_node)
         if ranks_per_node is not None:
             expert_plan = replace(expert_plan, ranks_per_node=ranks_per_node)
-        for way in dispatcher:
-            execution = Execution(way, batch, chunks, context, span)
-            label = _label(name, way, results)
+        for kind in dispatcher:
+            execution = Execution(kind, batch, chunks, context, span)
+            label = _label(name, kind, results)
             results[label] = simulator.simulate(expert_plan, routing, shape, machine, execution)
     print(_totals(results))
     print(_by_layer(results))

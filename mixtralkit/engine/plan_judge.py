@@ -73,26 +73,26 @@ class MoveJudge:
         return float(before.step_s - after.step_s)
 
     def move_s(self, now: ExpertPlan, wish: ExpertPlan) -> float:
-        """Predicted seconds of the move: the busiest rank's bytes on the slower network, and what is copied at home.
+        """Predicted seconds of the move: the busiest rank's bytes on the slower network, and what is copied on a rank.
 
         That is what comes where weights stay in place, and what stays where they do not.
         """
         model = TimeModel(self.shape, self.hardware, now.world_size, now.ranks_per_node)
         now_WE, wish_WE = now.holds_LWE[0], wish.holds_LWE[0]
-        ways = transfers(now_WE, wish_WE, now.ranks_per_node)
+        moves = transfers(now_WE, wish_WE, now.ranks_per_node)
         copied_WE = wish_WE & (~now_WE if stays_in_place(now_WE, wish_WE) else now_WE)
         copied_s = 2 * copied_WE.sum(1).max() * self.shape.expert_bytes / self.hardware.memory_bandwidth
-        return copied_s + float(model.exchange_s(*self._bytes(ways, now), messages=1))
+        return copied_s + float(model.exchange_s(*self._bytes(moves, now), messages=1))
 
-    def _bytes(self, ways: tuple[Transfer, ...], now: ExpertPlan) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    def _bytes(self, moves: tuple[Transfer, ...], now: ExpertPlan) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """For each network, inside nodes and across, bytes that leave and reach each rank."""
         per_node = now.ranks_per_node or now.world_size
         networks = len(self.hardware.networks(now.world_size, now.ranks_per_node))
         out_NW, into_NW = np.zeros((2, networks, now.world_size))
-        for way in ways:
-            network = int(way.source // per_node != way.target // per_node)
-            out_NW[network, way.source] += self.shape.expert_bytes
-            into_NW[network, way.target] += self.shape.expert_bytes
+        for move in moves:
+            network = int(move.source // per_node != move.target // per_node)
+            out_NW[network, move.source] += self.shape.expert_bytes
+            into_NW[network, move.target] += self.shape.expert_bytes
         return list(out_NW), list(into_NW)
 
     def execution(self, tokens: int) -> Execution:

@@ -1,4 +1,4 @@
-"""Grouped-query attention: projections of this rank's heads, and the two ways to attend (cached, fresh)."""
+"""Grouped-query attention: projections of this rank's heads, and what they attend to (a cache, or themselves)."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ from mixtralkit.planning.replicas import ReplicaTable
 if TYPE_CHECKING:
     from mixtralkit.moe.two_phase import PhaseReport
 
-RESIDENT_STEPS = 64  # over which a copy that stays pays for its way
+RESIDENT_STEPS = 64  # over which a copy that stays pays for its broadcast
 
 
 @dataclass(frozen=True)

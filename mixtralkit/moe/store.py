@@ -181,14 +181,14 @@ class ExpertStore:
         self._check_fits(layout, layer)
         self.drop([key for key in self.copies if key[0] == layer])
         old_WE, new_WE = self.layout.plan.slot_of_LWE[layer], layout.plan.slot_of_LWE[layer]
-        ways = transfers(old_WE, new_WE, layout.plan.ranks_per_node)
+        moves = transfers(old_WE, new_WE, layout.plan.ranks_per_node)
         in_place, experts = stays_in_place(old_WE, new_WE), self.experts[layer]
-        targets = move_experts((experts.w13, experts.w2), old_WE, new_WE, ways, in_place, self.context)
+        targets = move_experts((experts.w13, experts.w2), old_WE, new_WE, moves, in_place, self.context)
         self.layout = layout
         if not in_place:
             self._relocate(layer, targets)
         self.relocations += self.tables[layer].update(self.replicas(layer)) or not in_place
-        return MoveReport(ways, len(ways) * self.expert_bytes, in_place)
+        return MoveReport(moves, len(moves) * self.expert_bytes, in_place)
 
     def _check_fits(self, layout: RankLayout, layer: int) -> None:
         old, new = self.layout.plan, layout.plan

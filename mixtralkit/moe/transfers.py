@@ -76,7 +76,7 @@ def move_experts(
     parameters: Sequence[torch.Tensor],
     old_WE: np.ndarray,
     new_WE: np.ndarray,
-    ways: Sequence[Transfer],
+    moves: Sequence[Transfer],
     in_place: bool,
     context: RankContext,
 ) -> list[torch.Tensor]:
@@ -87,7 +87,7 @@ def move_experts(
 
     Args:
         old_WE, new_WE: slot of each expert on each rank, -1 where it is not held.
-        ways: ``transfers(old_WE, new_WE)``.
+        moves: ``transfers(old_WE, new_WE)``.
 
     Raises:
         RankFailed: another rank had no memory for it. Then no rank's weights have changed.
@@ -103,12 +103,12 @@ def move_experts(
         for expert in fresh:
             if old_E[expert] >= 0:
                 target[place[expert]].copy_(weights[old_E[expert]])
-    for way in ways:
+    for move in moves:
         for weights, target in zip(parameters, targets, strict=True):
-            if way.source == context.rank:
-                operations.append(_operation(dist.isend, weights[old_E[way.expert]], way.target, context))
-            elif way.target == context.rank:
-                operations.append(_operation(dist.irecv, target[place[way.expert]], way.source, context))
+            if move.source == context.rank:
+                operations.append(_operation(dist.isend, weights[old_E[move.expert]], move.target, context))
+            elif move.target == context.rank:
+                operations.append(_operation(dist.irecv, target[place[move.expert]], move.source, context))
     for work in dist.batch_isend_irecv(operations) if operations else ():
         work.wait()
     if in_place:
@@ -128,8 +128,8 @@ def open_links(context: RankContext) -> None:
         work.wait()
 
 
-def _operation(kind, weights: torch.Tensor, peer: int, context: RankContext) -> dist.P2POp:
-    return dist.P2POp(kind, weights, group=context.group, group_peer=peer)
+def _operation(kind, weights: torch.Tensor, other: int, context: RankContext) -> dist.P2POp:
+    return dist.P2POp(kind, weights, group=context.group, group_peer=other)
 
 
 def _holds(table_WE: np.ndarray) -> np.ndarray:

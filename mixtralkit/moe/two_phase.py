@@ -192,7 +192,7 @@ class Flight:
 
 
 class TwoPhase:
-    """What the steps of a model share: the chances of every path, the rule for corrections, the way weights move."""
+    """What the steps of a model share: the chances of every path, the rule for corrections, the means to move."""
 
     def __init__(self, shadows: Shadows, popularity: PathPopularity, threshold: float | None = None) -> None:
         """``threshold`` is ``MoEOptions.finetune_threshold``."""
@@ -230,7 +230,7 @@ class TwoPhase:
         return self._tables[layer][paths_T].double().sum(0)
 
     def move(self) -> Move:
-        """A way for weights to travel, beside the rest."""
+        """A new move of weights, beside the rest."""
         return Move(self._group, self._stream)
 
     def now(self) -> Moment:

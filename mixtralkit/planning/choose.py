@@ -1,4 +1,4 @@
-"""The fastest way to spread a model that fits: dispatchers and plans side by side, by the time model and by memory."""
+"""The fastest layout and plan that fit: dispatchers and plans side by side, by the time model and by memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SAMPLED_TOKENS, _MOST_STEPS = 512, 8
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to spread a model.
+    """One layout of a model and its plan.
 
     Attributes:
         name: of the plan.
@@ -105,7 +105,7 @@ def candidates(situation: Situation) -> list[Candidate]:
     )  # fmt: skip
     names = candidate_names(given, config.num_experts) if world > 1 else ["contiguous"]
     found: list[Candidate] = []
-    for parallel, of_these in _ways(situation, names):
+    for parallel, of_these in _layouts(situation, names):
         execution = Execution(
             situation.dispatcher(parallel), step_tokens=room.batch, exchange_rows=room.symmetric_rows or None,
             context=room.max_seq_len // 2 if situation.context is None else situation.context,
@@ -119,22 +119,22 @@ def candidates(situation: Situation) -> list[Candidate]:
     return found
 
 
-def _ways(situation: Situation, names: Sequence[str]) -> list[tuple[ParallelConfig, list[str]]]:
+def _layouts(situation: Situation, names: Sequence[str]) -> list[tuple[ParallelConfig, list[str]]]:
     """The layouts asked for that the model's heads and experts can be divided by, and the plans to try under each."""
     config, world = situation.config, situation.world_size
     heads_divide = config.n_heads % world == 0 and (config.n_kv_heads % world == 0 or world % config.n_kv_heads == 0)
-    ways = []
+    layouts = []
     if heads_divide and config.hidden_dim >= world:
-        ways.append((ParallelConfig("tp", "tp"), ["contiguous"]))
+        layouts.append((ParallelConfig("tp", "tp"), ["contiguous"]))
     if world > 1:
         if heads_divide:
-            few = [name for name in names if name == "contiguous" or name.startswith("balanced")]
-            ways.append((ParallelConfig("tp", "ep"), few))
-        ways.append((ParallelConfig("dp", "ep"), list(names)))
+            plans = [name for name in names if name == "contiguous" or name.startswith("balanced")]
+            layouts.append((ParallelConfig("tp", "ep"), plans))
+        layouts.append((ParallelConfig("dp", "ep"), list(names)))
     asked = situation.attention, situation.experts
     return [
-        (parallel, few)
-        for parallel, few in ways
+        (parallel, plans)
+        for parallel, plans in layouts
         if all(a in ("auto", own) for a, own in zip(asked, (parallel.attention, parallel.experts), strict=True))
     ]
 

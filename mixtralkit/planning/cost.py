@@ -162,7 +162,7 @@ class TimeModel:
         return [0.0] * 5
 
     def symmetric_exchange_s(self, out_W: np.ndarray, into_W: np.ndarray) -> np.ndarray:
-        """Rows to the ranks that compute them and sums back, bytes [..., W] of one of the two ways, on one node."""
+        """Rows to the ranks that compute them and sums back, bytes [..., W] one way of the two, on one node."""
         if len(self._networks) > 1:
             raise ValueError("dispatcher 'symmetric' needs all ranks on one node")
         return 2 * self.exchange_s([out_W], [into_W])
@@ -333,7 +333,7 @@ def choose_shadows(
     most: int | None = None,
     hidden_s: float = 0.0,
 ) -> tuple[int, ...]:
-    """Experts to compute at home on every rank in this step, by falling load.
+    """Experts for every rank to compute for its own rows in this step, by falling load.
 
     Experts are taken in falling order of load, the lower id first among equals, and shadowed while the predicted time
     falls. Those without rows are never taken.

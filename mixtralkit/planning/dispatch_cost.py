@@ -64,7 +64,7 @@ class Replicated(DispatchCost):
     rows_everywhere = splits_attention = True
 
     def run(self, replay, layer, table, experts_TK):
-        ranks_TK = replay.in_turn(table, experts_TK, np.zeros_like(replay.home_T), replay.place_T, replay.tokens_S)
+        ranks_TK = replay.in_turn(table, experts_TK, np.zeros_like(replay.owner_T), replay.place_T, replay.tokens_S)
         experts_S = replay.experts_s(replay.step_T, replay.steps, ranks_TK, experts_TK)
         return ranks_TK, (np.zeros(replay.steps), experts_S, replay.sum_everywhere_s(layer))
 
@@ -74,7 +74,7 @@ class Static(DispatchCost):
 
     def run(self, replay, layer, table, experts_TK):
         model, room_S = replay.model, replay.rows_SW().max(1)
-        ranks_TK = replay.in_turn(table, experts_TK, replay.home_T, replay.row_T, room_S * replay.world)
+        ranks_TK = replay.in_turn(table, experts_TK, replay.owner_T, replay.row_T, room_S * replay.world)
         out_S = room_S * (model.shape.row_bytes + model.shape.packed_bytes)
         back_S = room_S * model.shape.row_bytes
         replay.add_links(layer, (1 - np.eye(replay.world)) * (out_S + back_S).sum())
@@ -93,9 +93,9 @@ class Symmetric(DispatchCost):
 
     def run(self, replay, layer, table, experts_TK):
         rows_S = replay.rows_SW().max(1)
-        ranks_TK = replay.in_turn(table, experts_TK, replay.home_T, replay.row_T, rows_S * replay.world)
-        home_T1, row_bytes = replay.home_T[:, None], float(replay.model.shape.row_bytes)
-        row_N, from_N, to_N = pairs(once_per_member(ranks_TK) & (ranks_TK != home_T1), home_T1, ranks_TK)
+        ranks_TK = replay.in_turn(table, experts_TK, replay.owner_T, replay.row_T, rows_S * replay.world)
+        owner_T1, row_bytes = replay.owner_T[:, None], float(replay.model.shape.row_bytes)
+        row_N, from_N, to_N = pairs(once_per_member(ranks_TK) & (ranks_TK != owner_T1), owner_T1, ranks_TK)
         counts_WW = np.bincount(from_N * replay.world + to_N, minlength=replay.world**2).reshape(replay.world, -1)
         replay.add_links(layer, (counts_WW + counts_WW.T) * row_bytes)
         step_N = replay.step_T[row_N]
@@ -113,8 +113,8 @@ class Exact(DispatchCost):
     id_bytes = 0  # of a row's number, which travels where rows do not come back
 
     def run(self, replay, layer, table, experts_TK):
-        ranks_TK = table.ranks_poured(experts_TK, replay.home_T, replay.group_T, replay.groups)
-        replay.away_L[layer] = ((ranks_TK >= 0) & (ranks_TK != replay.home_T[:, None])).sum()
+        ranks_TK = table.ranks_poured(experts_TK, replay.owner_T, replay.group_T, replay.groups)
+        replay.away_L[layer] = ((ranks_TK >= 0) & (ranks_TK != replay.owner_T[:, None])).sum()
         shape, model, choice = replay.model.shape, replay.model, table.has_choice
         stages = self.stages(replay, ranks_TK)
         kernels = model.kernels.dispatch + choice * model.kernels.replicas
@@ -130,8 +130,8 @@ class Exact(DispatchCost):
 
     def stages(self, replay: Replay, ranks_TK: np.ndarray) -> list[Pairs]:
         """For each exchange on the way out: every row that travels, and from which rank to which."""
-        home_T1 = replay.home_T[:, None]
-        return [pairs(once_per_member(ranks_TK) & (ranks_TK != home_T1), home_T1, ranks_TK)]
+        owner_T1 = replay.owner_T[:, None]
+        return [pairs(once_per_member(ranks_TK) & (ranks_TK != owner_T1), owner_T1, ranks_TK)]
 
     def after(self, replay: Replay, ranks_TK: np.ndarray, dispatch_G: np.ndarray, stages: list[Pairs]):
         """Seconds of the way out, and the pairs of the way back: the same, the other way round."""
@@ -142,12 +142,12 @@ class TwoStage(Exact):
     """Once across nodes, then inside the node."""
 
     def stages(self, replay, ranks_TK):
-        home_T1, per_node = replay.home_T[:, None], replay.per_node
+        owner_T1, per_node = replay.owner_T[:, None], replay.per_node
         nodes_TK = np.where(ranks_TK < 0, -1, ranks_TK // per_node)
-        holder_TK = nodes_TK * per_node + home_T1 % per_node
-        across_TK = once_per_member(nodes_TK) & (nodes_TK != home_T1 // per_node)
+        holder_TK = nodes_TK * per_node + owner_T1 % per_node
+        across_TK = once_per_member(nodes_TK) & (nodes_TK != owner_T1 // per_node)
         inside_TK = once_per_member(ranks_TK) & (ranks_TK != holder_TK)
-        return [pairs(across_TK, home_T1, holder_TK), pairs(inside_TK, holder_TK, ranks_TK)]
+        return [pairs(across_TK, owner_T1, holder_TK), pairs(inside_TK, holder_TK, ranks_TK)]
 
 
 class Coherent(Exact):
@@ -157,15 +157,15 @@ class Coherent(Exact):
     id_bytes = 4
 
     def stages(self, replay, ranks_TK):
-        home_T1 = replay.home_T[:, None]
-        members_TK = np.concatenate([ranks_TK, first_kept(ranks_TK, replay.home_T)[:, None]], 1)
-        return [pairs(once_per_member(members_TK) & (members_TK != home_T1), home_T1, members_TK)]
+        owner_T1 = replay.owner_T[:, None]
+        members_TK = np.concatenate([ranks_TK, first_kept(ranks_TK, replay.owner_T)[:, None]], 1)
+        return [pairs(once_per_member(members_TK) & (members_TK != owner_T1), owner_T1, members_TK)]
 
     def after(self, replay, ranks_TK, dispatch_G, stages):
         dispatch_G = dispatch_G + replay.model.all_gather_s(0.0) + replay.model.hardware.sync_s  # is any row split?
-        replay.home_T = first_kept(ranks_TK, replay.home_T)
-        home_T1 = replay.home_T[:, None]
-        return dispatch_G, [pairs(once_per_member(ranks_TK) & (ranks_TK != home_T1), ranks_TK, home_T1)]
+        replay.owner_T = first_kept(ranks_TK, replay.owner_T)
+        owner_T1 = replay.owner_T[:, None]
+        return dispatch_G, [pairs(once_per_member(ranks_TK) & (ranks_TK != owner_T1), ranks_TK, owner_T1)]
 
 
 DISPATCH_COSTS: dict[str, DispatchCost] = {

@@ -1,4 +1,4 @@
-"""The dispatchers by name: how rows find their experts, and which way a run takes.
+"""The dispatchers by name: how rows find their experts, and which one runs.
 
 The layer, the simulator, the plan judge, memory and benchmarks all ask ``choose_dispatcher``, so that what is
 predicted is what runs. ``mixtralkit.moe.dispatch`` has the code behind each name.

@@ -87,7 +87,7 @@ class FusedTimeModel(TimeModel):
         return np.where(alike > 0, _on_wire(self._fused.sums, alike), 0.0)
 
     def symmetric_exchange_s(self, out_W: np.ndarray, into_W: np.ndarray) -> np.ndarray:
-        """Rows to the ranks that compute them and sums back, through memory: bytes [..., W] of one of the two ways."""
+        """Rows to the ranks that compute them and sums back, through memory: bytes [..., W] one way of the two."""
         if self._fused.exchange is None:
             raise ValueError(
                 f"fused.exchange of hardware {self.hardware.name} (null) must be given for dispatcher 'symmetric'"

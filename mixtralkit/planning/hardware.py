@@ -75,7 +75,7 @@ class FusedKernels:
         attention_flops: FLOP/s of the attention of prompts, turning and storing keys included.
         members: ranks that ``sums`` and ``exchange`` were measured among; null where there was one rank.
         sums: rows of so many bytes summed over the ranks, with the residual and the norm that follow.
-        exchange: rows to their experts and back, by the bytes that the busiest rank sends or gets on one of these ways.
+        exchange: rows to their experts and back, by the bytes that the busiest rank sends or gets one way of the two.
     """
 
     memory_bandwidth: float

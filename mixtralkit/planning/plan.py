@@ -112,7 +112,7 @@ class ExpertPlan:
 
     @cached_property
     def hot_LE(self) -> np.ndarray:
-        """True where every rank holds expert e in layer l: its rows are computed at home and never sent."""
+        """True where every rank holds expert e in layer l: its rows are local and never sent."""
         return self.holds_LWE.all(axis=1)
 
     @cached_property

@@ -81,8 +81,8 @@ class Replay:
         self.step_T, place_T = np.divmod(index_T, in_step)
         self.steps = int(self.step_T[-1]) + 1
         self.tokens_S = np.bincount(self.step_T)
-        self.home_T = place_T * self.world // self.tokens_S[self.step_T]
-        key_T = self.step_T * self.world + self.home_T
+        self.owner_T = place_T * self.world // self.tokens_S[self.step_T]
+        key_T = self.step_T * self.world + self.owner_T
         rows_G = np.bincount(key_T, minlength=self.steps * self.world)
         self.row_T = index_T - (rows_G.cumsum() - rows_G)[key_T]
         short_T, longer_T = np.divmod(rows_G[key_T], chunks)
@@ -95,7 +95,7 @@ class Replay:
         """Leaves the last row of every prompt, and the last of a step."""
         place_T = self.place_T
         last_T = ((place_T + 1) % self.execution.span == 0) | (place_T + 1 == self.tokens_S[self.step_T])
-        for name in ("kept_T", "step_T", "home_T", "row_T", "group_T"):
+        for name in ("kept_T", "step_T", "owner_T", "row_T", "group_T"):
             setattr(self, name, getattr(self, name)[last_T])
         if self.lead_T is not None:
             self.lead_T = self.lead_T[last_T]
@@ -130,7 +130,7 @@ class Replay:
 
     def rows_SW(self) -> np.ndarray:
         """Rows of each step that are each rank's own."""
-        return self.per_rank(self.step_T, self.home_T, self.steps)
+        return self.per_rank(self.step_T, self.owner_T, self.steps)
 
     def _tokens_SW(self) -> np.ndarray:
         """Rows of each step that each rank has in attention and gate."""
@@ -146,7 +146,7 @@ class Replay:
         if self.dispatch.rows_everywhere:
             local_SE, place_T = np.tile(table.local_WE[0], (self.steps, 1)), self.step_T
         else:
-            local_SE, place_T = np.tile(table.local_WE, (self.steps, 1)), self.step_T * self.world + self.home_T
+            local_SE, place_T = np.tile(table.local_WE, (self.steps, 1)), self.step_T * self.world + self.owner_T
         weights_TK = None if weights is None else weights[self.kept_T, layer]
         experts_TK, self.dropped_L[layer], self.rerouted_L[layer] = cut_trace(
             self.plan, local_SE, experts_TK, weights_TK, place_T
@@ -156,7 +156,7 @@ class Replay:
     def in_turn(
         self, table: ReplicaTable, experts_TK: np.ndarray, sender_T: np.ndarray, row_T: np.ndarray, rows_S: np.ndarray
     ) -> np.ndarray:
-        """Rank of each choice where nothing is counted: by turns, in steps of few rows (of all ranks) by one holder."""
+        """Rank of each choice where nothing is counted: by turns, in small batches (of all ranks) by one holder."""
         shape = experts_TK.shape
         sender_TK, row_TK = (np.broadcast_to(x[:, None], shape) for x in (sender_T, row_T))
         small_S = rows_S * shape[1] <= self.execution.small_choices * self.plan.num_experts
@@ -193,7 +193,7 @@ class Replay:
     def ends_s(self) -> float:
         """Seconds outside the layers, summed over steps."""
         coherent, shape = self.execution.dispatcher == "coherent", self.model.shape
-        tokens_SW = self.per_rank(self.step_T, self.home_T, self.steps)
+        tokens_SW = self.per_rank(self.step_T, self.owner_T, self.steps)
         if self._split > 1 or coherent:  # every rank has the last rows of all
             tokens_SW = self.tokens_S[:, None]
         span = self.execution.span if len(self.kept_T) == self.trace.num_tokens else 1
@@ -244,7 +244,7 @@ class Replay:
             kept_TK = ranks_TK >= 0
             steps_TK = np.broadcast_to(self.step_T[:, None], ranks_TK.shape)
             loads_SW = self.per_rank(steps_TK[kept_TK], ranks_TK[kept_TK], self.steps)
-            self._count_crossings(first_kept(ranks_TK, self.home_T))
+            self._count_crossings(first_kept(ranks_TK, self.owner_T))
         self.loads_LSW.append(loads_SW)
         self.rows_LW[layer] = loads_SW.sum(0)
 

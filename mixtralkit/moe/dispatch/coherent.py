@@ -1,6 +1,6 @@
 """Context-coherent routing: rows stay where their experts are, one exchange a layer (ExFlow, §4.1).
 
-Every rank holds every sequence's context, so a row may be attended on any rank and need not travel home. It moves to
+Every rank holds every sequence's context, so a row may be attended on any rank and need not travel back. It moves to
 the rank of its heaviest choice. A row whose choices lie on several ranks still needs their parts: those, and only
 those, cross in a second exchange, which is left out when no row of any rank is split. With top-1 none ever is.
 """

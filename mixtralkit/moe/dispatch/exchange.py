@@ -63,7 +63,7 @@ class TravellingRows:
 
 @dataclass(frozen=True)
 class ExchangeHandle:
-    """What brings the sums of an exchange home.
+    """What brings the sums of an exchange back.
 
     Attributes:
         send, receive: rows sent to and received from each member.
