@@ -327,7 +327,7 @@ def test_a_timeline_has_every_phase_of_every_rank():
         assert len(ranks) == 2
         assert min(marks[0][1] for marks in ranks) == 0
         for marks in ranks:
-            assert [name for name, _, _ in marks] == ["gate", "permute", "dispatch", "experts", "combine"]
+            assert [name for name, _, _ in marks] == ["gate", "permute+dispatch", "experts", "combine"]
             for (_, start, end), (_, following, _) in itertools.pairwise(marks):
                 assert start <= end == following
 
