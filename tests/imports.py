@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import functools
+from collections.abc import Collection
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@functools.cache
 def import_graph(folder: str) -> dict[str, set[str]]:
     """For each module below a folder of the repository the modules there that it imports.
 
@@ -16,8 +19,7 @@ def import_graph(folder: str) -> dict[str, set[str]]:
     paths = {_name(path): path for path in sorted((ROOT / folder).rglob("*.py"))}
     graph = {}
     for name, path in paths.items():
-        found = _imported(ast.parse(path.read_text(encoding="utf-8")))
-        graph[name] = {module for module in found if module in paths} - {name}
+        graph[name] = _imported(ast.parse(path.read_text(encoding="utf-8")), paths.keys()) - {name}
     return graph
 
 
@@ -43,7 +45,7 @@ def _name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def _imported(tree: ast.AST) -> set[str]:
+def _imported(tree: ast.AST, modules: Collection[str]) -> set[str]:
     found: set[str] = set()
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
@@ -51,8 +53,8 @@ def _imported(tree: ast.AST) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):  # a name may be a module or stand in one
-            submodules = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= {node.module or ""} | submodules
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {name if name in modules else node.module or "" for name in names}
         else:
-            found |= _imported(node)
-    return found
+            found |= _imported(node, modules)
+    return found & set(modules)
