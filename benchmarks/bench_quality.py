@@ -29,7 +29,8 @@ from mixtralkit.engine.statistics import MoEStatistics
 from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.evaluation import compare
 from mixtralkit.evaluation.prompt_sets import PromptRecord, read_prompts
-from mixtralkit.evaluation.run import FORMAT, Results, run
+from mixtralkit.evaluation.run import Results, run
+from mixtralkit.evaluation.run_record import FORMAT
 from mixtralkit.evaluation.scoring import score_choices, score_text
 from mixtralkit.evaluation.summary import Measure, Row, summarise
 from mixtralkit.evaluation.work import AnswerOptions, Work, make_works
