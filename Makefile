@@ -21,8 +21,8 @@ format: $(VENV)/ready
 	$(BIN)/ruff format .
 
 bench: $(VENV)/ready
-	$(BIN)/torchrun --standalone --nproc_per_node=4 benchmarks/bench_moe_layer.py
-	$(BIN)/python benchmarks/bench_loading.py --size_gb 1
+	$(BIN)/torchrun --standalone --nproc_per_node=4 -m benchmarks.layer.bench_moe_layer
+	$(BIN)/python -m benchmarks.model.bench_loading --size_gb 1
 
 # torch first, in the version of constraints.txt: fairscale is built against it, without a build environment of its own
 # that would fetch another torch.

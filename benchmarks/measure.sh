@@ -12,7 +12,7 @@ machine=configs/hardware/${MACHINE:-h200x2}.json
 cd "$(dirname "$0")/.." && mkdir -p "$out" || exit 1
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
 export TORCH_SYMM_MEM_DISABLE_MULTICAST=1  # some hosts have none, and nothing here uses it
-model="benchmarks/bench_model.py --random_weights --batch 1,8,64,256 --prompt_len 128 --new_tokens 256 --prefill 8x2048"
+model="-m benchmarks.model.bench_model --random_weights --batch 1,8,64,256 --prompt_len 128 --new_tokens 256 --prefill 8x2048"
 failed=0
 
 run() {  # NAME COMMAND…
@@ -27,10 +27,10 @@ run() {  # NAME COMMAND…
 
 if [ "$gpus" = 1 ]; then
     run model python $model
-    run moe-kernels python benchmarks/bench_moe_kernels.py --routing uniform,skew:0.5
+    run moe-kernels python -m benchmarks.layer.bench_moe_kernels --routing uniform,skew:0.5
 else
     ranks="torchrun --standalone --nproc_per_node=$gpus"
-    run moe-layer $ranks benchmarks/bench_moe_layer.py --tokens 1024,256,16 --routing uniform,skew:0.5 --repeats 7 \
+    run moe-layer $ranks -m benchmarks.layer.bench_moe_layer --tokens 1024,256,16 --routing uniform,skew:0.5 --repeats 7 \
         --hardware "$machine" --variants contiguous,hot_cold,hot_cold+capacity0.5,hot_cold+capacity0.5+reroute,balanced,everywhere,shadow,two_phase,coherent,tensor_parallel,tensor_parallel+gathered,contiguous+exact,contiguous+schedule
     run model-dp $ranks $model --attention dp --experts ep --repeats 2 --hardware "$machine" \
         --plan contiguous,contiguous+shadow,contiguous+managed,hot_cold,hot_cold+capacity0.5,balanced+2,everywhere

@@ -1,10 +1,9 @@
-"""benchmarks/bench_model.py: its lines, its bounds, and a check that notices when the answers are wrong."""
+"""benchmarks/model/bench_model.py: its lines, its bounds, and a check that notices when the answers are wrong."""
 
 from __future__ import annotations
 
 import functools
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +12,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.common import profile_step
+from benchmarks.layer import bench_moe_kernels
+from benchmarks.model import bench_model as bench
+from benchmarks.model import bounds as model_bounds
+from benchmarks.model import check as model_check
+from benchmarks.model.peer_fields import peer_fields
 from mixtralkit.config import ModelConfig, ParallelConfig
 from mixtralkit.distributed import RankContext
 from mixtralkit.layout import RankLayout
@@ -25,14 +30,7 @@ from tests.engine.parts import make_model
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import bench_model as bench  # noqa: E402
-import bench_moe_kernels  # noqa: E402
-import model_bounds  # noqa: E402
-import model_check  # noqa: E402
-import profile_step  # noqa: E402
-from peer_fields import peer_fields  # noqa: E402
 
 MIXTRAL = ROOT / "configs" / "models" / "mixtral-8x7b.json"
 

@@ -1,13 +1,13 @@
-"""benchmarks/bench_plan_manager.py: its lines, its prompts, the ways side by side."""
+"""benchmarks/model/bench_plan_manager.py: its lines, its prompts, the ways side by side."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks.model import bench_plan_manager as bench
 from mixtralkit.config import MoEOptions
 from mixtralkit.distributed import RankContext
 from mixtralkit.planning.hardware import Hardware
@@ -15,9 +15,7 @@ from tests.configs import small_config
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import bench_plan_manager as bench  # noqa: E402
 
 SMALL = {"prompts": 6, "prompt_len": 5, "new_tokens": 9, "max_batch_size": 3, "update_step": 4, "repeats": 1}
 

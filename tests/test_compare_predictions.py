@@ -1,24 +1,20 @@
-"""benchmarks/compare_predictions.py: the time model is near what bench_model.py measured; what it reads and says."""
+"""benchmarks/plans/compare_predictions.py: the time model is near what was measured; what it reads and says."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks.plans import compare_predictions as comparison
+from mixtralkit.config import ModelConfig
+from mixtralkit.planning.choose import Situation, candidates, choose
+from mixtralkit.planning.cost import ModelShape
+from mixtralkit.planning.hardware import Hardware
+from mixtralkit.planning.memory import Room
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import compare_predictions as comparison  # noqa: E402
-
-from mixtralkit.config import ModelConfig  # noqa: E402
-from mixtralkit.planning.choose import Situation, candidates, choose  # noqa: E402
-from mixtralkit.planning.cost import ModelShape  # noqa: E402
-from mixtralkit.planning.hardware import Hardware  # noqa: E402
-from mixtralkit.planning.memory import Room  # noqa: E402
-
 RESULTS = tuple(
     ROOT / "benchmarks" / "results" / f"{name}.json"
     for name in ("model-h200", "model-tp4-h200x4", "model-plans-h200x2")

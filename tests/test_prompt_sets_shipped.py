@@ -1,16 +1,17 @@
 """configs/prompts: what the held-out set promises, and that the shipped model beats chance and a unigram model on it.
 
-Also benchmarks/bench_quality.py: a capacity cuts rows and costs quality, and the page shows the figures of its result.
+Also benchmarks/plans/bench_quality.py: a capacity cuts rows and costs quality, the page shows its figures.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks.plans import bench_quality as bench
+from benchmarks.plans import plot_quality
 from mixtralkit.checkpoint import open_checkpoint
 from mixtralkit.distributed import RankContext
 from mixtralkit.engine.tokenizer import Tokenizer
@@ -22,10 +23,7 @@ from mixtralkit.training.unigram import Unigram
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import bench_quality as bench  # noqa: E402
-import plot_quality  # noqa: E402
 
 PROMPTS = ROOT / "configs" / "prompts"
 HELDOUT = PROMPTS / "heldout.jsonl"

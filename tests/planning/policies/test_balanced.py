@@ -37,7 +37,7 @@ def random_case(case: int) -> tuple[np.ndarray, int, int, int, int]:
 
 @pytest.mark.parametrize("case", range(30))
 def test_poured_never_heavier_than_eplb_and_never_twice_on_a_rank(case):
-    """benchmarks/bench_planning.py does the same for 2,000 matrices."""
+    """benchmarks/plans/bench_planning.py does the same for 2,000 matrices."""
     loads_LE, replicas, groups, nodes, gpus = random_case(case)
     ours = rebalance_experts(loads_LE, replicas, groups, nodes, gpus)[0].reshape(len(loads_LE), gpus, -1).tolist()
     for loads_E, of_layer in zip(loads_LE, ours, strict=True):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import runpy
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks.plans.bench_plans import bench_plans
 from mixtralkit.cli.plan import plan as plan_experts
 from mixtralkit.planning.formats import load_plan
 from mixtralkit.planning.synthetic import RoutingProcess
@@ -99,7 +99,6 @@ def test_a_bad_trace_ends_the_command_with_one_sentence(tmp_path, command_line):
 def test_bench_plans_measures_on_another_trace(trace, tmp_path, capsys):
     other = tmp_path / "other.npz"
     RoutingProcess.random(4, 8, affinity=1.0, seed=3).trace(300, sequence_length=50, seed=2).save(other)
-    bench_plans = runpy.run_path(str(ROOT / "benchmarks" / "bench_plans.py"))["bench_plans"]
     bench_plans(trace, check=other, world_sizes=(4,), batches=(64,))
     found = {row["policy"]: row for row in figures_of(capsys.readouterr().out)["rows"]}
     assert found["everywhere"]["crossings"] == 0

@@ -1,7 +1,7 @@
 """A load whose domain shifts half way, with and without a plan manager: what moves, how long steps wait, same tokens.
 
-    torchrun --standalone --nproc_per_node=2 benchmarks/bench_plan_manager.py
-    torchrun --standalone --nproc_per_node=4 benchmarks/bench_plan_manager.py --model configs/models/mixtral-8x7b.json
+    torchrun --standalone --nproc_per_node=2 -m benchmarks.model.bench_plan_manager
+    torchrun --standalone --nproc_per_node=4 -m benchmarks.model.bench_plan_manager --model mixtral-8x7b
 
 Prints one line of JSON a way, a table on stderr. The ways take turns, and each line is its run of median tokens/s.
 docs/plan-manager.md says what the fields mean.
@@ -21,10 +21,10 @@ from statistics import median
 
 import numpy as np
 import torch
-from machine import describe_run
-from model_source import RandomWords
-from model_watch import Watch, manager_fields, ms, restore
 
+from benchmarks.common.machine import describe_run
+from benchmarks.model.source import RandomWords
+from benchmarks.model.watch import Watch, manager_fields, ms, restore
 from mixtralkit.checkpoint import load_into, open_checkpoint
 from mixtralkit.cli.run import run_tool
 from mixtralkit.config import EngineConfig, ModelConfig, MoEOptions, parse_dtype
@@ -42,7 +42,7 @@ from mixtralkit.model.transformer import Transformer
 from mixtralkit.planning.hardware import Hardware
 from mixtralkit.planning.plan import ExpertPlan
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MACHINES = ROOT / "configs" / "hardware"
 GREEDY = SamplingOptions(temperature=0)
 NEVER = 2**62  # steps of a window that does not end

@@ -1,6 +1,6 @@
 """One MoE layer's kernels on one GPU: gate and experts, beside the reference (sorted rows and ``grouped_mm``).
 
-    python benchmarks/bench_moe_kernels.py --tokens 1,8,64,256,1024,4096,16384
+    python -m benchmarks.layer.bench_moe_kernels --tokens 1,8,64,256,1024,4096,16384
 
 Prints one line of JSON a measurement on stdout, a table on stderr. Every result is compared with float32 first.
 """
@@ -16,10 +16,10 @@ from statistics import median
 
 import torch
 import torch.nn.functional as F
-from ceilings import Ceilings
-from machine import describe_run
-from profile_step import profiled
 
+from benchmarks.common.ceilings import Ceilings
+from benchmarks.common.machine import describe_run
+from benchmarks.common.profile_step import profiled
 from lab.timing import times_ms
 from mixtralkit.cli.run import run_tool
 from mixtralkit.config import ModelConfig, parse_dtype

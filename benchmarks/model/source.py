@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from model_check import GREEDY
-from model_plans import Variant, make_plan, profiled_loads, trace_loads
 
+from benchmarks.model.check import GREEDY
+from benchmarks.model.variants import Variant, make_plan, profiled_loads, trace_loads
 from mixtralkit.automatic import find_hardware, with_free_memory
 from mixtralkit.checkpoint import CheckpointReader, load_into
 from mixtralkit.config import EngineConfig, FasterOptions, ModelConfig, shipped

@@ -1,6 +1,6 @@
 """One MoE layer over the ranks: every placement of experts and dispatcher of rows, on the same routing.
 
-    torchrun --standalone --nproc_per_node=4 benchmarks/bench_moe_layer.py --tokens 1,16,64,256 \\
+    torchrun --standalone --nproc_per_node=4 -m benchmarks.layer.bench_moe_layer --tokens 1,16,64,256 \\
         --routing uniform,skew:0.5,trace:FILE --plot timeline.png
 
 Runs on CPUs (gloo) and GPUs (NCCL). Prints one line of JSON a measurement on stdout, a table on stderr. Times are
@@ -17,16 +17,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from baselines import loop_over_experts
-from ceilings import Ceilings
-from layer_baselines import Unavailable, Variant
-from layer_cases import INPUT_SETS, Bench, Case, RoutingKind
-from layer_counts import summary
-from layer_timing import phases_ms, slowest, timeline, whole_ms
-from layer_variants import ALL, BASELINES, NAMED_ONLY, check_name, variant_of
-from machine import describe_run
-from plot_layer import Timeline, draw, require_matplotlib
 
+from benchmarks.common.ceilings import Ceilings
+from benchmarks.common.machine import describe_run
+from benchmarks.layer.baselines import Unavailable, Variant, loop_over_experts
+from benchmarks.layer.cases import INPUT_SETS, Bench, Case, RoutingKind
+from benchmarks.layer.counts import summary
+from benchmarks.layer.plot import Timeline, draw, require_matplotlib
+from benchmarks.layer.timing import phases_ms, slowest, timeline, whole_ms
+from benchmarks.layer.variants import ALL, BASELINES, NAMED_ONLY, check_name, variant_of
 from mixtralkit.cli.run import run_tool
 from mixtralkit.config import FasterOptions, ModelConfig, parse_dtype
 from mixtralkit.distributed import RankContext

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from layer_timing import Marks
+from benchmarks.layer.timing import Marks
 
 COLOURS = {
     "gate": "#7f7f7f",

@@ -1,4 +1,4 @@
-"""How good and how fast the planners are: ``python benchmarks/bench_planning.py poured|size|affinity|replicas``.
+"""How good and how fast the planners are: ``python -m benchmarks.plans.bench_planning poured|size|affinity|replicas``.
 
 ``poured`` holds ``balanced`` against EPLB on random loads, both poured as the layer pours; ``size`` times it for models
 of many experts; ``affinity`` takes files of pair weights (``W`` [layers - 1, E, E], ``world``, ``better`` [layers, E] a
@@ -8,14 +8,11 @@ placement to beat); ``replicas`` the same files with more slots. The last line o
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mixtralkit.cli.run import run_tool
 from mixtralkit.planning.policies.affinity import affinity

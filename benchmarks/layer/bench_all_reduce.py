@@ -1,6 +1,6 @@
 """Sums of rows over the ranks with residual and norm, as tensor parallel needs twice a layer: ours, torch's, NCCL's.
 
-    torchrun --standalone --nproc_per_node=4 benchmarks/bench_all_reduce.py --tokens 1,8,16,64,256,16384
+    torchrun --standalone --nproc_per_node=4 -m benchmarks.layer.bench_all_reduce --tokens 1,8,16,64,256,16384
 
 Each measurement is a CUDA graph of a chain of calls: a product makes this rank's part of the rows out of the last
 call's normalised rows, and the part is summed over the ranks, added to the residual and normalised. The time of a
@@ -18,8 +18,8 @@ from statistics import median
 
 import torch
 import torch.distributed as dist
-from machine import describe_run
 
+from benchmarks.common.machine import describe_run
 from mixtralkit.cli.run import run_tool
 from mixtralkit.config import parse_dtype
 from mixtralkit.distributed import RankContext

@@ -1,6 +1,6 @@
 """The time model against what was measured: predicted and measured milliseconds, and their differences.
 
-    python benchmarks/compare_predictions.py benchmarks/results/model-h200.json \
+    python -m benchmarks.plans.compare_predictions benchmarks/results/model-h200.json \
         benchmarks/results/moe-layer-h200x2.json --plot scatter.png
 
 Whole models are lines of bench_model.py, layers alone those of bench_moe_layer.py. Predictions take what a line says
@@ -27,7 +27,7 @@ from mixtralkit.planning.policies.registry import named_plan
 from mixtralkit.planning.replay import PHASES, Execution
 from mixtralkit.planning.simulate import sample_routing, simulate
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 MACHINES = tuple(CONFIGS / "hardware" / f"{name}.json" for name in ("h200x2", "h200x4"))
 MODELS, LAYERS = ("decode", "prefill"), ("moe_layer_over_ranks",)
 # What bench_moe_layer.py adds to a plan's name, and the dispatcher of such a layer's steps.

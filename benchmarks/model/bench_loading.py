@@ -1,7 +1,7 @@
 """How fast a checkpoint loads, how much of the file is read and how much memory that takes.
 
-    python benchmarks/bench_loading.py                          # 4 gloo ranks
-    python benchmarks/bench_loading.py --device cuda --ranks 1  # onto GPUs, a rank each
+    python -m benchmarks.model.bench_loading                          # 4 gloo ranks
+    python -m benchmarks.model.bench_loading --device cuda --ranks 1  # onto GPUs, a rank each
 
 Writes a checkpoint of random weights with Mixtral's proportions, loads it on all ranks for some layouts, cold (pages
 evicted) and warm, and deletes it. In the same run the same processes plainly read the file with as many threads, each

@@ -1,4 +1,6 @@
-"""Which policy is worth what on routing it has not seen: ``python benchmarks/bench_plans.py TRACE [--check OTHER]``.
+"""Which policy is worth what on routing it has not seen.
+
+    python -m benchmarks.plans.bench_plans TRACE [--check OTHER]
 
 Every policy plans from one trace and is measured on another: a second file, or the half that was held out. Times are
 predicted (``docs/cost-model.md``), crossings and balance counted.
@@ -28,7 +30,7 @@ from mixtralkit.planning.replay import Execution
 from mixtralkit.planning.simulate import simulate
 from mixtralkit.planning.trace import RoutingTrace
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SHADOW_STEPS = 1000
 HEADS = (
     "ranks", "policy", "GB a rank", "crossings, fit", "crossings", "mean/max, fit", "mean/max", "max/mean",

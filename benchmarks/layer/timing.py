@@ -14,9 +14,9 @@ from statistics import median
 
 import numpy as np
 import torch
-from layer_baselines import Phase, Unavailable, Variant
-from layer_cases import INPUT_SETS
 
+from benchmarks.layer.baselines import Phase, Unavailable, Variant
+from benchmarks.layer.cases import INPUT_SETS
 from lab.timing import GRAPH_MS
 from mixtralkit.distributed import RankContext
 

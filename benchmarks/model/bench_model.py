@@ -1,9 +1,9 @@
 """A whole Mixtral through the engine that users run: decode, prefill, memory, start.
 
-    python benchmarks/bench_model.py --model configs/models/mixtral-8x7b.json --random_weights --batch 1,8,64,256 \
+    python -m benchmarks.model.bench_model --random_weights --batch 1,8,64,256 \
         --prompt_len 128 --new_tokens 256 --prefill 8x2048
-    torchrun --standalone --nproc_per_node=4 benchmarks/bench_model.py … --attention tp --experts tp
-    torchrun --standalone --nproc_per_node=4 benchmarks/bench_model.py … --attention dp --experts ep \
+    torchrun --standalone --nproc_per_node=4 -m benchmarks.model.bench_model … --attention tp --experts tp
+    torchrun --standalone --nproc_per_node=4 -m benchmarks.model.bench_model … --attention dp --experts ep \
         --plan contiguous,balanced+2,everywhere,contiguous+shadow,contiguous+managed,hot_cold+capacity0.5
 
 Prints one line of JSON a measurement on stdout, a table on stderr. docs/performance.md says what the fields mean.
@@ -24,16 +24,16 @@ from pathlib import Path
 from statistics import mean, median
 
 import torch
-from ceilings import Ceilings
-from machine import describe_run
-from model_bounds import choice_shares, computed_experts, decode_bytes, expected_experts, prefill_operations
-from model_check import TOLERANCE, check
-from model_plans import Variant, dispatchers_of, memory_by_rank, plan_fields
-from model_source import RandomWords, Source, random_requests
-from model_watch import Watch, manager_fields, restore
-from peer_fields import peer_fields
-from profile_step import profiled
 
+from benchmarks.common.ceilings import Ceilings
+from benchmarks.common.machine import describe_run
+from benchmarks.common.profile_step import profiled
+from benchmarks.model.bounds import choice_shares, computed_experts, decode_bytes, expected_experts, prefill_operations
+from benchmarks.model.check import TOLERANCE, check
+from benchmarks.model.peer_fields import peer_fields
+from benchmarks.model.source import RandomWords, Source, random_requests
+from benchmarks.model.variants import Variant, dispatchers_of, memory_by_rank, plan_fields
+from benchmarks.model.watch import Watch, manager_fields, restore
 from mixtralkit.checkpoint import open_checkpoint
 from mixtralkit.cli.run import command, run_tool
 from mixtralkit.config import EngineConfig, ModelConfig, MoEOptions, ParallelOptions, parse_dtype, shipped

@@ -55,7 +55,7 @@ def _memory_rates(device: torch.device) -> tuple[float, float]:
     target = torch.empty_like(source)
     reads = [source.sum]
     if runs_triton(source):
-        from read_triton import programs, read
+        from benchmarks.common.read_triton import programs, read
 
         words = source.view(torch.int32)
         sums = words.new_empty(programs(words))

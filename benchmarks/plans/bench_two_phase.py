@@ -1,7 +1,7 @@
 """Two-phase scheduling over path lengths and thresholds, against no copies and copies by real counts (shadows).
 
-    torchrun --standalone --nproc_per_node=2 benchmarks/bench_two_phase.py --output FILE [--plots FOLDER]
-    python benchmarks/bench_two_phase.py draw FILE --plots FOLDER
+    torchrun --standalone --nproc_per_node=2 -m benchmarks.plans.bench_two_phase --output FILE [--plots FOLDER]
+    python -m benchmarks.plans.bench_two_phase draw FILE --plots FOLDER
 
 A stack of MoE layers replays routing traces, a batch a step: one that the model in ckpts/ writes while it reads parts
 of Python's library and its documentation, and a synthetic one whose sequences keep to a topic. Half of each trace's
@@ -24,10 +24,10 @@ from statistics import median
 
 import numpy as np
 import torch
-from layer_cases import GivenGate
-from machine import describe_run
-from plot_two_phase import draw
 
+from benchmarks.common.machine import describe_run
+from benchmarks.layer.cases import GivenGate
+from benchmarks.plans.plot_two_phase import draw
 from mixtralkit.cli.run import run_tool
 from mixtralkit.config import EngineConfig, FasterOptions, ModelConfig, MoEOptions, ParallelConfig
 from mixtralkit.distributed import RankContext
@@ -50,7 +50,7 @@ from mixtralkit.planning.popularity import LONGEST_PATH, PathPopularity
 from mixtralkit.planning.synthetic import RoutingProcess
 from mixtralkit.planning.trace import RoutingTrace
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 THRESHOLDS = (None, 0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
 TIMED_LENGTH = 3  # Lina's, at which two phases are timed against the others
 

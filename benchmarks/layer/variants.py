@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import torch
-from layer_baselines import FastMoEBaseline, LoopBaseline, PaddedBaseline, Phase, Unavailable, Variant
-from layer_cases import INPUT_SETS, Case, GivenGate
-from layer_counts import Counts, computing_ranks, traffic
 
+from benchmarks.layer.baselines import FastMoEBaseline, LoopBaseline, PaddedBaseline, Phase, Unavailable, Variant
+from benchmarks.layer.cases import INPUT_SETS, Case, GivenGate
+from benchmarks.layer.counts import Counts, computing_ranks, traffic
 from mixtralkit.config import MoEOptions, ParallelConfig
 from mixtralkit.layout import RankLayout
 from mixtralkit.moe.capacity import CutRouting

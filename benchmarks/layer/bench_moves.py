@@ -1,6 +1,6 @@
 """How long one MoE layer stands still while its experts move to another plan.
 
-    torchrun --standalone --nproc_per_node=4 benchmarks/bench_moves.py
+    torchrun --standalone --nproc_per_node=4 -m benchmarks.layer.bench_moves
 
 Goes round a ring of plans and times each move on the slowest rank; the first round connects the ranks and is left out.
 Every move is followed by a check that the layer still computes what it did.
@@ -16,8 +16,8 @@ from statistics import median
 
 import numpy as np
 import torch
-from machine import describe_run
 
+from benchmarks.common.machine import describe_run
 from mixtralkit.cli.run import run_tool
 from mixtralkit.config import ModelConfig, ParallelConfig, parse_dtype
 from mixtralkit.distributed import RankContext

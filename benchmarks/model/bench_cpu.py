@@ -1,7 +1,8 @@
 """Our engine on a CPU beside llama.cpp: both in one process, a few tokens each in turn, since machines change speed.
 
     pip install 'mixtralkit[bench]'
-    python benchmarks/bench_cpu.py --folder /tmp/models --layers 2 --batch 1,4,16,64 --prompts 64,512 --threads 1,2
+    python -m benchmarks.model.bench_cpu --folder /tmp/models --layers 2 --batch 1,4,16,64 \
+        --prompts 64,512 --threads 1,2
 
 Prints one line of JSON a measurement on stdout, a table on stderr. ``ratio`` is our rate by llama.cpp's, the median of
 the turns, and ``quartiles`` those of the turns. docs/cpu.md has the figures.
@@ -18,11 +19,11 @@ from pathlib import Path
 from statistics import median, quantiles
 
 import torch
-from llama_cpp import FORMATS, LlamaCpp, fill, write_model
-from machine import describe_run
-from model_bounds import decode_bytes
-from model_source import RandomWords, random_requests
 
+from benchmarks.common.machine import describe_run
+from benchmarks.model.bounds import decode_bytes
+from benchmarks.model.llama_cpp import FORMATS, LlamaCpp, fill, write_model
+from benchmarks.model.source import RandomWords, random_requests
 from mixtralkit.cli.run import run_tool
 from mixtralkit.config import ModelConfig, MoEOptions, parse_dtype
 from mixtralkit.distributed import RankContext

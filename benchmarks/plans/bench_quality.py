@@ -1,7 +1,7 @@
 """What a capacity costs: scores and cut rows over cold capacities, ways to overflow, and orders of the cut.
 
-    torchrun --standalone --nproc_per_node=2 benchmarks/bench_quality.py --output FILE [--plot PNG]
-    python benchmarks/bench_quality.py show FILE [--plot PNG]
+    torchrun --standalone --nproc_per_node=2 -m benchmarks.plans.bench_quality --output FILE [--plot PNG]
+    python -m benchmarks.plans.bench_quality show FILE [--plot PNG]
 
 The model in ckpts/ answers the held-out set in configs/prompts/ in float32, attention dp and experts ep, with hot
 experts on every rank. Every run is compared with the one without a capacity, record by record. A unigram model of the
@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import describe_run
-from plot_quality import capacity_table, domain_table, draw
 from tqdm import tqdm
 
+from benchmarks.common.machine import describe_run
+from benchmarks.plans.plot_quality import capacity_table, domain_table, draw
 from mixtralkit.cli.run import run_tool
 from mixtralkit.config import EngineConfig, MoEOptions
 from mixtralkit.distributed import RankContext
@@ -29,7 +29,8 @@ from mixtralkit.engine.statistics import MoEStatistics
 from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.evaluation import compare
 from mixtralkit.evaluation.prompt_sets import PromptRecord, read_prompts
-from mixtralkit.evaluation.run import FORMAT, Results, run
+from mixtralkit.evaluation.run import Results, run
+from mixtralkit.evaluation.run_record import FORMAT
 from mixtralkit.evaluation.scoring import score_choices, score_text
 from mixtralkit.evaluation.summary import Measure, Row, summarise
 from mixtralkit.evaluation.work import AnswerOptions, Work, make_works
@@ -38,7 +39,7 @@ from mixtralkit.planning.plan import CUT_ORDERS, OVERFLOWS, ExpertPlan, contiguo
 from mixtralkit.planning.policies.hot_cold import hot_cold
 from mixtralkit.training.unigram import Unigram
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ROOT / "configs" / "prompts"
 METRICS = ("accuracy", "bits_per_byte")
 

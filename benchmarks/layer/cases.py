@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from ceilings import Ceilings
 from torch import nn
 
+from benchmarks.common.ceilings import Ceilings
 from mixtralkit.config import FasterOptions, ModelConfig
 from mixtralkit.distributed import RankContext
 from mixtralkit.moe.router import Routing
