@@ -63,7 +63,8 @@ class Transformer(nn.Module):
         self.sums = self._take_sums()
         self.dispatchers = Dispatchers.create(layout, context, options, self.sums, self._take_symmetric_memory())
         self.store = ExpertStore(layout, context, dtype, shadow_room(layout, context, dtype, options))
-        self.shadows = Shadows(self.store, options.faster) if self.store.room else None
+        one_holder = self.dispatchers.name(True, True) in ("symmetric", "static")
+        self.shadows = Shadows(self.store, options.faster, one_holder) if self.store.room else None
         self.two_phase = TwoPhase.for_model(self.shadows, config, options)
         self.layers = nn.ModuleList(
             Block(layer, layout, context, dtype, self._feed_forward(layer)) for layer in range(config.n_layers)

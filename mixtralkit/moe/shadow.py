@@ -29,7 +29,7 @@ from mixtralkit.moe.store import ExpertStore, Send
 from mixtralkit.moe.table import LayerTable
 from mixtralkit.ops.counting import count_keys
 from mixtralkit.planning.cost import ShadowModel, choose_shadows
-from mixtralkit.planning.replicas import ReplicaTable
+from mixtralkit.planning.replicas import ReplicaTable, is_small
 
 if TYPE_CHECKING:
     from mixtralkit.moe.two_phase import PhaseReport
@@ -80,9 +80,10 @@ class Shadows:
     as the one after it. A copy that was hinted and has not run yet has the most.
     """
 
-    def __init__(self, store: ExpertStore, options: FasterOptions) -> None:
+    def __init__(self, store: ExpertStore, options: FasterOptions, one_holder: bool = False) -> None:
+        """``one_holder``: small batches compute an expert at one of its holders, so that copies are no use to them."""
         config = store.layout.config
-        self.store, self.context = store, store.context
+        self.store, self.context, self.one_holder = store, store.context, one_holder
         figures = {
             "d_model": config.dim if options.d_model is None else options.d_model,
             "alpha": config.hidden_dim / config.dim if options.alpha is None else options.alpha,
@@ -109,7 +110,8 @@ class Shadows:
         for layer, counts_E in zip(self.store.layers, counts_LE, strict=True):
             loads_E = counts_E / self.replicas_E(layer)
             self.refresh(layer, loads_E)
-            if self.bring(layer, loads_E, model=self.resident):
+            is_of_use = not (self.one_holder and is_small(int(counts_E.sum()), 1, len(counts_E)))
+            if is_of_use and self.bring(layer, loads_E, model=self.resident):
                 self.store.publish(layer)
 
     def refresh(self, layer: int, loads_E: np.ndarray) -> None:

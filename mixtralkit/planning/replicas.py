@@ -18,7 +18,7 @@ from scipy.optimize import linear_sum_assignment
 
 from mixtralkit.planning.plan import ExpertPlan
 
-SMALL_BATCH_CHOICES = 64  # of an expert in the mean, up to which a step's time is reading experts (H200, Mixtral-8x7B)
+SMALL_BATCH_CHOICES = 128  # of an expert in the mean, up to which reading experts takes the time (H200, Mixtral-8x7B)
 TURNS = 64  # of a table: replicas take turns by row, rows 64 apart alike, whatever the number of replicas
 _POURS = 4  # rounds in which every group is poured, before chains
 _MOST_EXACT_RANKS = 512  # beyond, pouring is not finished by chains: they take too long

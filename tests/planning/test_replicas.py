@@ -36,8 +36,8 @@ def test_plans_without_and_with_all_replicas(world):
 
 
 def test_few_rows():
-    assert is_small(256, 2, 8)
-    assert not is_small(257, 2, 8)
+    assert is_small(512, 2, 8)
+    assert not is_small(513, 2, 8)
 
 
 def holders_of(table: ReplicaTable, expert: int, sender: int) -> list[int]:
