@@ -164,7 +164,8 @@ class DecodeSteps:
         self._draws = False
         layers, experts = model.params.n_layers, model.params.num_experts
         self._first_key_L11 = torch.arange(layers, device=self.context.device)[:, None, None] * experts
-        self._counts_choices = counts_choices or model.counted_shadows is not None
+        self.counts_choices = counts_choices
+        self._counts = counts_choices or model.counted_shadows is not None
 
     def launch(
         self, sequences: list[Sequence], unread: bool, wish: bool | None = None, may_capture: bool = True
@@ -244,7 +245,7 @@ class DecodeSteps:
     def _step(self, of: _Rows, rows: int, draws: bool) -> _Answers:
         model = self.model
         batch = ForwardBatch.of_rows(of.tokens_B[:rows], of.positions_B[:rows], of.slots_B[:rows], rows)
-        batch = replace(batch, observed=self._counts_choices)
+        batch = replace(batch, observed=self._counts)
         hidden, reports = model.hidden(model.attend_to(batch, self.cache))
         part_BV = model.logits(hidden)
         if draws:
@@ -255,7 +256,7 @@ class DecodeSteps:
         of.tokens_B[:rows].copy_(tokens_B)
         of.logprobs_B[:rows].copy_(logprobs_B)
         of.positions_B[:rows].add_(of.advance_B[:rows])
-        counts_LE = self._counted(reports, of.slots_B[:rows]) if self._counts_choices else None
+        counts_LE = self._counted(reports, of.slots_B[:rows]) if self._counts else None
         packed = of.packed
         if model.counted_shadows is not None:  # what the ranks counted travels with what they sampled
             packed = torch.cat([packed, counts_LE.flatten().view(torch.uint8)])

@@ -122,9 +122,10 @@ class Engine:
                 return
 
     def _decode_steps(self) -> DecodeSteps:
-        """Steps for the model's cache as it is now. Collective when they are made."""
-        if self._steps is None or self._steps.cache is not self.model.cache:
-            self._steps = DecodeSteps(self.model, self.model.cache, self.cuda_graphs, self.plan_manager is not None)
+        """Steps for the model's cache and plan manager as they are now. Collective when they are made."""
+        cache, counts, steps = self.model.cache, self.plan_manager is not None, self._steps
+        if steps is None or steps.cache is not cache or steps.counts_choices != counts:
+            self._steps = DecodeSteps(self.model, cache, self.cuda_graphs, counts)
         return self._steps
 
     def _run_ahead(

@@ -347,3 +347,12 @@ def test_the_command_says_what_became_of_its_plans(tmp_path):
     wrong = run(1, *options, "--update_step", 4, "--policy", "best")
     assert wrong.returncode == 1
     assert "policy ('best') must be one of contiguous, hot_cold" in wrong.stderr
+
+
+def test_a_manager_may_come_after_a_run(tmp_path):
+    """Steps made without one did not count choices, and the manager's first step failed."""
+    mixtral = Mixtral.from_parts(small_model(RankContext()), make_tokenizer(tmp_path))
+    wanted = mixtral.complete([[1, 5, 7]], 6, temperature=0)[0].tokens
+    mixtral.engine.plan_manager = PlanManager(mixtral.model, AnyPlan().on(1), update_step=2)
+    assert mixtral.complete([[1, 5, 7]], 6, temperature=0)[0].tokens == wanted
+    assert mixtral.engine.plan_manager.statistics.launched_steps > 0

@@ -20,7 +20,7 @@ GRAPHS = (
     "contiguous", "contiguous+static", "hot_cold", "hot_cold+capacity0.5", "hot_cold+capacity0.5+reroute", "everywhere",
     "shadow", "tensor_parallel",
 )  # fmt: skip
-EAGER = ("contiguous+exact", "hot_cold+schedule", "two_phase", "hot_cold+coherent", "loop_over_experts")
+EAGER = ("contiguous+exact", "hot_cold+schedule", "two_phase", "loop_over_experts")
 
 
 def _run(context: RankContext, output: Path, graphs: bool) -> None:

@@ -12,11 +12,9 @@ import pytest
 import torch
 
 from mixtralkit import Mixtral
-from mixtralkit.checkpoint import open_checkpoint
-from mixtralkit.config import FasterOptions, MoEOptions
+from mixtralkit.config import EngineConfig, FasterOptions, MoEOptions
 from mixtralkit.distributed import RankContext
 from mixtralkit.engine.plan_manager import PlanManager
-from mixtralkit.engine.tokenizer import Tokenizer
 from tests.engine.test_plan_manager import AsManySlots
 from tests.gpu.ranks import RANKS, SHARED, run_on_gpus
 from tests.gpu.steps import counted_steps
@@ -42,8 +40,11 @@ def load(context: RankContext, name: str, graphs: bool) -> Mixtral:
     torch.backends.cuda.matmul.allow_tf32 = False
     plan, options = VARIANTS[name]
     mixtral = Mixtral.load(
-        open_checkpoint(CKPTS), Tokenizer(Path(CKPTS, "tokenizer.model")), context, 256, 2 * RANKS, dtype="float32",
-        attention="dp", experts="ep", plan=plan, options=options, cuda_graphs=graphs,
+        EngineConfig.of(
+            model=Path(CKPTS), max_seq_len=256, max_batch_size=2 * RANKS, dtype="float32", attention="dp", experts="ep",
+            plan=plan, moe=options, cuda_graphs=graphs,
+        ),
+        context,
     )  # fmt: skip
     if name == "managed":
         mixtral.engine.plan_manager = PlanManager(mixtral.model, AsManySlots().on(RANKS), update_step=8)
