@@ -76,7 +76,7 @@ def test_lines(architecture, tmp_path, capsys):
     assert prefill["sglang"]["input_throughput"] == pytest.approx(prefill["tokens_per_s"], rel=1e-2)
 
 
-PLANS = "contiguous,hot_cold,balanced+2,balanced+4,balanced+8,everywhere"
+PLANS = "contiguous,hot_cold+1,balanced+2,balanced+4,balanced+8,everywhere"
 
 
 def run_plans(context: RankContext, folder: str, **options) -> list[dict]:
@@ -119,7 +119,7 @@ def test_what_is_written_behind_a_plan(architecture):
     decodes = [line for line in lines if line["measurement"] == "decode"]
     extras = [["shadow"], ["capacity0.5"], ["capacity0.5", "reroute"], ["managed"]]
     assert [line["with"] for line in decodes] == extras
-    assert [line["plan"]["name"] for line in decodes] == ["contiguous", "hot_cold+1", "hot_cold", "contiguous"]
+    assert [line["plan"]["name"] for line in decodes] == ["contiguous", "hot_cold+1", "hot_cold+1", "contiguous"]
     assert len([line for line in lines if line["measurement"] == "check"]) == 2, "not where choices are dropped"
     assert all(line["dispatchers"] == {"prefill": "symmetric", "decode": "symmetric"} for line in decodes)
     assert all(line["steps"] == {"plain": 1, "launched": 8} for line in decodes)

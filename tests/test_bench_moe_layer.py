@@ -253,6 +253,7 @@ def test_counts_are_those_of_brute_force(small_choices):
         "contiguous+symmetric": (row, row, 8 * rows * TOP_K),
         "contiguous+static": (0, 0, rows * (packed + row)),
         "coherent": (packed + 4, row, 0),
+        "coherent+symmetric": (row, row, 8 * rows * TOP_K),
         "hot_cold": (packed, row, 0),
         "hot_cold+coherent": (packed + 4, row, 0),
         "balanced+symmetric": (row, row, 8 * rows * TOP_K),

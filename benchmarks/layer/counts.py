@@ -77,6 +77,9 @@ def traffic(
         case "symmetric":
             computed_W, bytes_WW = by_rows(ranks_TK, context, row, row)
             return computed_W, bytes_WW + to_all(context, 8 * ranks_TK.numel())  # a word for each choice, to every rank
+        case "coherent+symmetric":
+            bytes_WW = _bytes_of_moves(ranks_TK, context, row, row)
+            return computed(ranks_TK, world), bytes_WW + to_all(context, 8 * ranks_TK.numel())
         case "coherent":
             return computed(ranks_TK, world), _bytes_of_moves(ranks_TK, context, packed + 4, row)  # and its number
         case "gathered":  # the rows, their experts and weights; then a ring's sum of all ranks' rows

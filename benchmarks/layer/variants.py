@@ -173,8 +173,9 @@ class LayerVariant:
         options = MoEOptions(faster, "exact" if exact else "static" if setting.exchange == "static" else "auto")
         room = shadow_room(self.layout, self.context, bench.dtype, options)
         store = ExpertStore(self.layout, self.context, bench.dtype, room, range(count))
-        shadows = Shadows(store, options.faster) if room else None
         dispatchers = Dispatchers.create(self.layout, self.context, options, self._sums(), self._symmetric(exact))
+        one_holder = dispatchers.name(True, False) in ("symmetric", "static")
+        shadows = Shadows(store, options.faster, one_holder) if room else None
         layers = []
         for number in range(count):
             layer = MoELayer(number, self.context, store, dispatchers, options, shadows)
@@ -289,16 +290,19 @@ class LayerVariant:
         layer, hidden, rows = self._at(number)
         report: MoEReport = layer(hidden, rows, self.norm)[1]
         cut, context, table = self._cut(layer, self.routings[number]), self.context, layer.table
-        size = cut.experts_TK.numel()
+        name = self.name if self.valid_T is None else "coherent+symmetric"
         parts = [cut.take(rows_N) for rows_N in torch.arange(len(hidden)).tensor_split(self._chunks)]
-        ranks_TK = torch.cat([computing_ranks(self.name, part, table, self.case.rows) for part in parts])
-        moved = traffic(self.name, ranks_TK, context, self.inputs[number][0].nbytes)
+        ranks_TK = torch.cat([computing_ranks(name, part, table, self.case.rows) for part in parts])
+        experts_TK = self.routings[number].experts_TK
+        if self.valid_T is not None:  # of the places those with this rank's rows
+            ranks_TK, experts_TK = ranks_TK[self.valid_T >= 0], experts_TK[self.valid_T >= 0]
+        moved = traffic(name, ranks_TK, context, self.inputs[number][0].nbytes)
         copies_E = torch.from_numpy((table.replicas.slots_WE >= 0).sum(0)).to(context.device)
-        at_home_TK = (ranks_TK == context.rank) & (copies_E > 1)[self.routings[number].experts_TK]
+        at_home_TK = (ranks_TK == context.rank) & (copies_E > 1)[experts_TK]
         shadows = report.shadows
         return Counts(
-            *moved, size, int(at_home_TK.sum()), int(cut.dropped), 0 if shadows is None else shadows.bytes_broadcast,
-            () if shadows is None else shadows.experts,
+            *moved, ranks_TK.numel(), int(at_home_TK.sum()), int(cut.dropped),
+            0 if shadows is None else shadows.bytes_broadcast, () if shadows is None else shadows.experts,
         ).over_ranks(context)  # fmt: skip
 
     def _counts_of_parts(self) -> Counts:
