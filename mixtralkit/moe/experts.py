@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -35,6 +37,9 @@ class Experts(nn.Module):
         trains = torch.is_grad_enabled() and self.w13.requires_grad
         if self.storage is None or trains:
             return run_experts(rows, self.w13, self.w2)
+        if rows.likely_rows is not None and len(self.w13):  # settings are for rows a slot, and copies have few or none
+            likely_rows = rows.likely_rows * len(self.storage[2]) // len(self.w13)
+            rows = replace(rows, likely_rows=likely_rows)
         return run_experts(rows, *self.storage)
 
 

@@ -123,7 +123,7 @@ def test_building_names_what_does_not_fit(folder, tmp_path):
         Mixtral.build(folder, num_gpus=4)
     with pytest.raises(ValueError, match="attention \\('pp'\\)"):
         Mixtral.build(folder, attention="pp")
-    with pytest.raises(ValueError, match="dtype \\(int8\\)"):
+    with pytest.raises(ValueError, match="dtype \\('int8'\\)"):
         Mixtral.build(folder, dtype="int8")
     with pytest.raises(ValueError, match="missing"):
         Mixtral.build(tmp_path / "missing")

@@ -157,7 +157,7 @@ def test_a_capacity_drops_rows_and_makes_another_run(folder, prompts, tmp_path):
         ({"max_seq_len": 8}, r"set.jsonl, line \d+: .* max_seq_len \(8\)"),
         ({"window": 200}, r"window \(200\) must be at most max_seq_len \(128\)"),
         ({"window": 8, "text_context": 8}, r"context \(8\) must lie in 1 … 7"),
-        ({"dtype": "int4"}, r"dtype \(int4\)"),
+        ({"dtype": "int4"}, r"dtype \('int4'\)"),
         ({"cold_capacity_factor": -1.0}, r"cold_capacity_factor \(-1.0\)"),
         ({"overflow": "keep"}, r"overflow \('keep'\)"),
         ({"num_gpus": 4}, r"num_gpus \(4\) must equal"),
