@@ -15,6 +15,7 @@ from mixtralkit import Mixtral
 from mixtralkit.config import EngineConfig, FasterOptions, MoEOptions
 from mixtralkit.distributed import RankContext
 from mixtralkit.engine.plan_manager import PlanManager
+from mixtralkit.planning import replicas
 from tests.engine.test_plan_manager import AsManySlots
 from tests.gpu.ranks import RANKS, SHARED, run_on_gpus
 from tests.gpu.steps import counted_steps
@@ -75,7 +76,7 @@ def _same_text(context: RankContext, name: str) -> None:
         assert ahead.engine.plan_manager.statistics.layers_relocated == 0
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "static" or not SHARED])  # its sums need NCCL
 def test_graphs_give_the_text_of_their_kernels(name):
     run_on_gpus(_same_text, name)
 
