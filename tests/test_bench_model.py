@@ -97,7 +97,7 @@ def test_plans_on_two_ranks(architecture):
     lines = run_ranks(functools.partial(run_plans, **options), 2, str(architecture.parent), timeout_s=120)[0]
     assert lines[0]["measurement"] == "ceilings", "a profile ran first, so the start is not the process's"
     timed = [line for line in lines if line["measurement"] in ("decode", "prefill")]
-    assert [line["plan"]["name"] for line in timed[::3]] == PLANS.split(",")
+    assert [line["plan"]["name"] for line in timed[::3]] == PLANS.replace("hot_cold,", "hot_cold+1,").split(",")
     assert [line["plan"]["extra_slots"] for line in timed[::3]] == [0, 1, 2, 4, 8, 8]
     assert [line["plan"]["policy"] for line in timed[2::3]][:3] == ["contiguous", "hot_cold", "balanced"]
     for line in timed:
@@ -119,7 +119,7 @@ def test_what_is_written_behind_a_plan(architecture):
     decodes = [line for line in lines if line["measurement"] == "decode"]
     extras = [["shadow"], ["capacity0.5"], ["capacity0.5", "reroute"], ["managed"]]
     assert [line["with"] for line in decodes] == extras
-    assert [line["plan"]["name"] for line in decodes] == ["contiguous", "hot_cold+1", "hot_cold", "contiguous"]
+    assert [line["plan"]["name"] for line in decodes] == ["contiguous", "hot_cold+1", "hot_cold+1", "contiguous"]
     assert len([line for line in lines if line["measurement"] == "check"]) == 2, "not where choices are dropped"
     assert all(line["dispatchers"] == {"prefill": "symmetric", "decode": "symmetric"} for line in decodes)
     assert all(line["steps"] == {"plain": 1, "launched": 8} for line in decodes)

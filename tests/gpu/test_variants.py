@@ -15,6 +15,7 @@ from mixtralkit import Mixtral
 from mixtralkit.config import EngineConfig, FasterOptions, MoEOptions
 from mixtralkit.distributed import RankContext
 from mixtralkit.engine.plan_manager import PlanManager
+from mixtralkit.planning import replicas
 from tests.engine.test_plan_manager import AsManySlots
 from tests.gpu.ranks import RANKS, SHARED, run_on_gpus
 from tests.gpu.steps import counted_steps
