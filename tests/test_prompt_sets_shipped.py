@@ -109,7 +109,7 @@ def _cut(context: RankContext, folder: Path) -> list[tuple[float, dict[str, floa
     placements = {"hot/cold": bench.hot_cold(loads_LE, context.world_size, 2)}
     settings = [
         bench.Setting("hot/cold"),
-        bench.Setting("hot/cold", 1e9),
+        bench.Setting("hot/cold", 1e6),
         bench.Setting("hot/cold", 0.25),
         bench.Setting("hot/cold", 0.25, "reroute"),
         bench.Setting("hot/cold", 0.25, "drop", "arrival"),

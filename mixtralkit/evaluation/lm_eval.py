@@ -242,8 +242,8 @@ class MixtralLM(TemplateLM):
         with tqdm(total=len(asked), unit="answer", disable=not is_shown) as bar:
             for event in self.mixtral.engine.run(questions):
                 if event.completion is not None:
-                    answers[event.id] = event.completion.text
-                    self.cache_hook.add_partial("generate_until", requests[event.id].args, event.completion.text)
+                    answers[event.id] = _until(event.completion.text, requests[event.id])
+                    self.cache_hook.add_partial("generate_until", requests[event.id].args, answers[event.id])
                     bar.update()
         return answers
 
@@ -252,7 +252,7 @@ class MixtralLM(TemplateLM):
         text, given = request.args
         options = dict(normalize_gen_kwargs(given, DEFAULT_GENERATED))
         length, sampled = options.pop("max_gen_toks"), options.pop("do_sample")
-        stop = [*filter(None, options.pop("until")), self._end]
+        stop = [text for text in (*filter(None, options.pop("until")), self._end) if not text.startswith(" ")]
         for name, value in options.items():
             if name not in SAMPLING and (name, value) != ("num_beams", 1):
                 raise ValueError(f"{_place(request)}: generation option {name} ({value!r}) is none of {SAMPLING}")
@@ -327,3 +327,11 @@ def harness() -> None:
 # By name, so that the harness imports it when it is asked for.
 if "mixtralkit" not in model_registry:
     model_registry.register("mixtralkit", target="mixtralkit.evaluation.lm_eval:MixtralLM")
+
+
+def _until(text: str, request: Instance) -> str:
+    """The answer up to stop texts that begin with a space. The harness looks for them in an answer without the space in
+    front of its first word, so they do not end generation here."""
+    for stop in normalize_gen_kwargs(request.args[1], DEFAULT_GENERATED)["until"]:
+        text = text.split(stop)[0] if stop.startswith(" ") else text
+    return text
