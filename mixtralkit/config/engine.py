@@ -122,9 +122,9 @@ class MoEOptions(Options):
     Attributes:
         exchange: How rows travel to experts: exact sends just what there is; static keeps room for every row of every
             rank, so that no shape depends on the routing; auto is static for decoding and exact otherwise.
-        symmetric_rows: Most rows of a rank that travel through the GPUs' memory instead of by collectives, at least as
-            many as a decode step has; it takes memory for 2 · ranks rows for each. Left out, as many as a decode step
-            has on GPUs, and on CPUs 0, which turns this off (docs/expert-parallel.md).
+        symmetric_rows: Rows of a rank for which the GPUs' memory has room, at least as many as a decode step has; larger
+            steps go in pieces. It takes memory for 2 · ranks rows for each. Left out, 8192 on GPUs, and on CPUs 0,
+            which turns this off (docs/expert-parallel.md).
         shadow_memory_gb: Most memory for copies of other ranks' experts on each rank, in 10^9 bytes, with
             faster_shadow or dynamic.
         backend: mixtralkit, or fastmoe for the real library (docs/fastmoe.md).
