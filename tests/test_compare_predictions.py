@@ -17,9 +17,9 @@ from mixtralkit.planning.memory import Room
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = tuple(
     ROOT / "benchmarks" / "results" / f"{name}.json"
-    for name in ("model-h200", "model-tp4-h200x4", "model-plans-h200x2")
+    for name in ("fitted/model-h200", "model-tp4-h200x4", "fitted/model-plans-h200x2")
 )
-LAYERS = ROOT / "benchmarks" / "results" / "moe-layer-h200x2.json"
+LAYERS = ROOT / "benchmarks" / "results" / "fitted" / "moe-layer-h200x2.json"
 PLANS = RESULTS[2]
 
 
