@@ -1,7 +1,6 @@
 """The time model against what was measured: predicted and measured milliseconds, and their differences.
 
-    python -m benchmarks.plans.compare_predictions benchmarks/results/model-h200.json \
-        benchmarks/results/fitted/moe-layer-h200x2.json --plot scatter.png
+    python -m benchmarks.plans.compare_predictions benchmarks/results/fitted/*.json --plot scatter.png
 
 Whole models are lines of bench_model.py, layers alone those of bench_moe_layer.py. Predictions take what a line says
 of model, ranks, dispatcher, plan, rows and routing, and nothing that it measured: unless its routing is skewed, every

@@ -121,8 +121,8 @@ class MoEOptions(Options):
 
     Attributes:
         exchange: How rows travel to experts: exact sends just what there is; static keeps room for every row of every
-            rank, so that no shape depends on the routing; auto is static for decoding and exact otherwise.
-        symmetric_rows: Rows of a rank for which the GPUs' memory has room, at least as many as a decode step has; larger
+            rank, so that no shape depends on the routing; auto is as docs/expert-parallel.md says.
+        symmetric_rows: Rows of a rank for which the GPUs' memory has room, no fewer than a decode step has; larger
             steps go in pieces. It takes memory for 2 · ranks rows for each. Left out, 8192 on GPUs, and on CPUs 0,
             which turns this off (docs/expert-parallel.md).
         shadow_memory_gb: Most memory for copies of other ranks' experts on each rank, in 10^9 bytes, with
