@@ -9,7 +9,7 @@ from mixtralkit.cli.running import UpdateOptions
 from mixtralkit.config import EngineConfig, LimitOptions, ServerOptions
 from mixtralkit.config.ranks import rank_of
 from mixtralkit.distributed import RankContext
-from mixtralkit.engine.engine import Engine
+from mixtralkit.engine.generation import Engine
 from mixtralkit.mixtral import Mixtral
 
 

@@ -21,6 +21,7 @@ from mixtralkit.server.asking import Asked
 from mixtralkit.server.engine_thread import Answers
 from mixtralkit.server.errors import ApiError, json_response, of_validation
 from mixtralkit.server.guard import Guard
+from mixtralkit.server.live import live
 from mixtralkit.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from mixtralkit.server.service import Service
 from mixtralkit.server.stream import ClientLeft, EventStream, left
@@ -63,6 +64,11 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     async def metrics() -> Response:
         """For Prometheus."""
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/live", tags=["page"], response_model=dict[str, Any])
+    async def live_state() -> Response:
+        """What the page shows, as JSON."""
+        return json_response(live(service))
 
     @app.get("/v1/models", response_model=protocol.ModelList, tags=["OpenAI"])
     async def models() -> Response:

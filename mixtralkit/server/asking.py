@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mixtralkit.engine.chat import encode_chat
-from mixtralkit.engine.engine import Engine
+from mixtralkit.engine.generation import Engine
 from mixtralkit.engine.requests import Request
 from mixtralkit.engine.sampler import SamplingOptions
 from mixtralkit.engine.tokenizer import Tokenizer
@@ -133,8 +133,8 @@ class Asking:
         most = self.max_seq_len
         if prompt + max(length, 0) > most:
             raise bad(
-                f"This model's maximum context length is {most} tokens. However, you requested {prompt + length} tokens "
-                f"({prompt} in the prompt, {length} in {name}).", name if prompt < most else None,
+                f"This model's maximum context length is {most} tokens. However, you requested {prompt + length} "
+                f"tokens ({prompt} in the prompt, {length} in {name}).", name if prompt < most else None,
                 "context_length_exceeded",
             )  # fmt: skip
 

@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
-from mixtralkit.engine.engine import Engine, EngineSnapshot
+from mixtralkit.engine.generation import Engine, EngineSnapshot
 from mixtralkit.engine.requests import Abort, Request, StreamEvent
 from mixtralkit.server.errors import ApiError
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import os.path
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -67,13 +67,19 @@ def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     kind, alike = errors[0]["type"], [i for i, place in enumerate(places) if place[:1] == places[0][:1]]
     if kind == "json_invalid":
         return bad(f"the body is not JSON: {errors[0]['ctx']['error']}", code="invalid_json")
-    name = ".".join(os.path.commonprefix([places[i] for i in alike])) or "body"
+    name = ".".join(_common([places[i] for i in alike])) or "body"
     if len(alike) == 1 and kind == "extra_forbidden":
         return bad(f"unknown field {name!r}; what is not supported is refused", name, "unknown_field")
     if len(alike) == 1 and kind == "missing":
         return bad(f"{name} is missing", name, "missing_field")
     said = " or ".join(dict.fromkeys(errors[i]["msg"] for i in alike[:6]))
     return bad(f"{name}: {said}", name)
+
+
+def _common(places: Sequence[Sequence[str]]) -> list[str]:
+    """What all of them begin with."""
+    columns = zip(*places, strict=False)
+    return [column[0] for column in itertools.takewhile(lambda column: len(set(column)) == 1, columns)]
 
 
 def _place(error: Mapping[str, Any]) -> list[str]:

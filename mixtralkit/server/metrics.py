@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from mixtralkit.engine.engine import EngineSnapshot
+from mixtralkit.engine.generation import EngineSnapshot
 from mixtralkit.engine.requests import Completion
 
 if TYPE_CHECKING:

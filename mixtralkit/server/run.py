@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import uvicorn
 
 from mixtralkit.config import ServerOptions
-from mixtralkit.engine.engine import Engine
+from mixtralkit.engine.generation import Engine
 from mixtralkit.server.app import make_app
 from mixtralkit.server.ranks import RankWatch
 from mixtralkit.server.service import Service

@@ -12,11 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, TypeVar
 
 from mixtralkit.config import ServerOptions
-from mixtralkit.engine.engine import Engine
+from mixtralkit.engine.generation import Engine
 from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.server.asking import Asked, Asking
 from mixtralkit.server.engine_thread import Answers, EngineThread
 from mixtralkit.server.errors import ApiError, bad
+from mixtralkit.server.live import Loads
 from mixtralkit.server.metrics import Metrics
 
 T = TypeVar("T")
@@ -24,6 +25,7 @@ State = Literal["loading", "ready", "draining", "ended", "failed"]
 _LAST_WORDS_S = 1.0  # in which open streams are told that they end
 _DEADLINE_S = 5.0  # after which a server that cannot go on ends whatever still runs
 _TICK_S = 0.25
+_LOOK_S = 1.0
 
 
 class Service:
@@ -41,6 +43,7 @@ class Service:
         self.metrics = Metrics(self)
         self.ended = asyncio.Event()  # when the process may leave
         self.asking: Asking | None = None
+        self.loads = Loads(0, 0)
         self._text_work = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="text")
         self.thread = EngineThread(load, self._ready, self._end)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -123,8 +126,10 @@ class Service:
     def _ready(self, engine: Engine) -> None:
         options = self.options
         self.asking = Asking(engine, engine.tokenizer, options.max_prompts, options.max_n, self.thread.next_id)
+        self.loads = Loads(engine.model.params.n_layers, engine.model.params.num_experts)
         if self.state == "loading":
             self.state = "ready"
+            self._spawn(self._look())
 
     def _end(self, error: BaseException | None) -> None:
         if error is not None:
@@ -156,6 +161,12 @@ class Service:
             since = None if snapshot is None else snapshot.busy_since
             if since is not None and asyncio.get_running_loop().time() - since > self.options.step_timeout_s:
                 self.fail(RuntimeError(f"a step has run for more than {self.options.step_timeout_s:g} s"))
+
+    async def _look(self) -> None:
+        """Takes the experts' loads, which may wait for the device."""
+        while self.state in ("ready", "draining"):
+            await asyncio.sleep(_LOOK_S)
+            self.loads.take(await self.off_loop(self.engine.expert_rows))
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.ensure_future(work)

@@ -11,10 +11,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import numpy as np
 
 from mixtralkit.config import ServerOptions
 from mixtralkit.distributed import RankContext
-from mixtralkit.engine.engine import EngineSnapshot
+from mixtralkit.engine.generation import EngineSnapshot
 from mixtralkit.engine.requests import Abort, Completion, Request, StreamEvent, Token
 from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.server.app import make_app
@@ -28,8 +29,9 @@ class Slots:
     def __init__(self, slots: int = 2, max_seq_len: int = 64) -> None:
         self.tokenizer = Tokenizer(CKPTS / "tokenizer.model")
         self.context = RankContext()
-        self.model = SimpleNamespace(params=SimpleNamespace(
-            vocab_size=self.tokenizer.n_words, max_seq_len=max_seq_len, max_batch_size=slots))  # fmt: skip
+        shape = {"n_layers": 2, "num_experts": 4, "vocab_size": self.tokenizer.n_words}
+        params = SimpleNamespace(max_seq_len=max_seq_len, max_batch_size=slots, **shape)
+        self.model = SimpleNamespace(params=params)
         self.steps = threading.Semaphore(0)
         self.runs_freely = True
         self.fault: Exception | None = None
@@ -41,11 +43,13 @@ class Slots:
     def check(self, request: Request) -> None:
         """Takes all."""
 
+    def expert_rows(self) -> np.ndarray:
+        """None took any."""
+        return np.zeros((2, 4), np.int64)
+
     def snapshot(self) -> EngineSnapshot:
         """Of what runs and waits; the rest is nought."""
-        zeros = {name: 0 for name in EngineSnapshot.__dataclass_fields__}
-        return EngineSnapshot(**{**zeros, "busy_since": None, "running": len(self.running),
-                                 "waiting": len(self.waiting), "pages": 8})  # fmt: skip
+        return EngineSnapshot(running=len(self.running), waiting=len(self.waiting), pages=8)
 
     def serve(self, arrivals: Any) -> Iterator[list[StreamEvent]]:
         """As the real one."""

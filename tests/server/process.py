@@ -95,7 +95,9 @@ class Server:
     def metric(self, name: str) -> float:
         """A metric's value."""
         text = httpx.get(f"{self.url}/metrics", timeout=60).text
-        return sum(float(line.split()[-1]) for line in text.splitlines() if re.match(rf"{re.escape(name)}(\{{| )", line))
+        return sum(
+            float(line.split()[-1]) for line in text.splitlines() if re.match(rf"{re.escape(name)}(\{{| )", line)
+        )
 
     def _read(self) -> None:
         for line in self.process.stderr:

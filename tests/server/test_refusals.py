@@ -75,7 +75,10 @@ def test_a_completion_is_refused(body, param, says):
         ([], "at least 1 item"),
         ([{"role": "user"}], "messages.0.content is missing"),
         ([{"role": "robot", "content": "a"}], "'robot' found using 'role' does not match"),
-        ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "messages.0.content: Input should be a valid string or"),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
+            "messages.0.content: Input should be a valid string or",
+        ),
         ([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], "message 1 has role 'user'"),
         ([{"role": "system", "content": "a"}], "must be the user's"),
         ([{"role": "user", "content": ""}], "message 0 (user) is empty"),
@@ -96,7 +99,10 @@ def test_the_context_is_counted_to_the_token():
     assert "65 tokens (60 in the prompt, 5 in max_tokens)" in error["message"]
 
     async def ask(service, client):
-        return [await client.post(COMPLETIONS, json={"prompt": p, "max_tokens": m}) for p, m in ((ids, 4), (ids + [5] * 4, 0))]
+        return [
+            await client.post(COMPLETIONS, json={"prompt": p, "max_tokens": m})
+            for p, m in ((ids, 4), (ids + [5] * 4, 0))
+        ]
 
     assert [answer.status_code for answer in run(ask)] == [200, 200]
 
@@ -113,7 +119,11 @@ def test_paths_and_methods():
 
     found = run(ask)
     assert [answer.status_code for answer in found] == [404, 405, 404]
-    assert [answer.json()["error"]["code"] for answer in found] == ["not_found", "method_not_allowed", "model_not_found"]
+    assert [answer.json()["error"]["code"] for answer in found] == [
+        "not_found",
+        "method_not_allowed",
+        "model_not_found",
+    ]
 
 
 def test_a_body_that_is_too_large():
