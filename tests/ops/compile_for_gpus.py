@@ -106,12 +106,12 @@ def rest(rows: int, width: int = 4096, heads: int = 32, kv_heads: int = 8) -> No
         linear_small(
             x_TD, torch.empty(outputs, width, dtype=BF16), norm, settings=default_settings(rows, outputs, width)
         )
-    cache = torch.empty(min(rows, 256), kv_heads, 384, 128, dtype=BF16)
+    cache = (*torch.empty(2, min(rows, 256), kv_heads, 128, 128, dtype=BF16), torch.zeros(rows, 3, dtype=torch.int32))
     place = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64), torch.empty(384, 64, 2)
-    qkv_TP = torch.empty(rows, (heads + 2 * kv_heads) * 128, dtype=BF16)
-    launch_decode_attention(qkv_TP, cache, cache, *place, heads)
-    q_THC = launch_rotate_and_store(qkv_TP, cache, cache, *place, heads)
-    launch_ragged_attention(q_THC, cache, cache, torch.zeros(1, 4, dtype=torch.int32), rows)
+    qkv_TQ = torch.empty(rows, (heads + 2 * kv_heads) * 128, dtype=BF16)
+    launch_decode_attention(qkv_TQ, *cache, *place, heads)
+    q_THC = launch_rotate_and_store(qkv_TQ, *cache, *place, heads)
+    launch_ragged_attention(q_THC, *cache, torch.zeros(1, 4, dtype=torch.int32), rows)
 
 
 def exchange(stays: bool, rows: int = 16, ranks: int = 4, width: int = 4096) -> None:
