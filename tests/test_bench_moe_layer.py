@@ -74,9 +74,7 @@ def trace(tmp_path) -> Path:
 
 def test_every_variant_on_two_ranks(tmp_path):
     output = tmp_path / "lines.json"
-    (lines, table), others = run_ranks(
-        run_bench, 2, {"tokens": "5", "routing": "skew:0.5", "output": output}
-    )
+    (lines, table), others = run_ranks(run_bench, 2, {"tokens": "5", "routing": "skew:0.5", "output": output})
     assert others == ([], "")
     assert [json.loads(line) for line in output.read_text().splitlines()] == lines
     names = [*layer_variants.ALL, "loop_over_experts", "padded_all_gather"]
