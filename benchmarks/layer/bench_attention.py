@@ -158,8 +158,8 @@ def bench_attention(
         times = times_ms(inputs.calls(), context.device, repeats)
         results.append(_result(case, error, times, ceilings, dtype))
         print(_line(results[-1]), file=sys.stderr, flush=True)
-    summary = {**describe_run(context), "heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM,
-               "dtype": str(dtype).removeprefix("torch."), "ceilings": ceilings.rounded(), "results": results}  # fmt: skip
+    shape = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "dtype": str(dtype).removeprefix("torch.")}
+    summary = {**describe_run(context), **shape, "ceilings": ceilings.rounded(), "results": results}
     if output is not None:
         output.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(summary))
