@@ -100,7 +100,7 @@ class Mixtral:
             architecture = reader.config.with_limits(config.cache.max_seq_len, config.limits.max_batch_size)
             layout = choose_layout(architecture, context, config)
             model = Transformer(layout, context, choose_dtype(config.limits.dtype, context.device), config.moe)
-            model.allocate_cache()
+            model.allocate_cache(config.cache.page_size, pages_of(config, layout))
         weight_hash = load_into(model.named_tensors(), layout, reader, context, progress, hashes=hashes)
         return cls(model, tokenizer, config.limits, weight_hash, config.cache.prefix_reuse)
 
@@ -294,6 +294,14 @@ def choose_layout(model: ModelConfig, context: RankContext, config: EngineConfig
         plan = load_plan(plan, num_experts=model.num_experts, world_size=world)
     parallel = ParallelConfig(attention, "ep" if asked.experts == "auto" else asked.experts)
     return RankLayout(model, parallel, plan, context.rank)
+
+
+def pages_of(config: EngineConfig, layout: RankLayout) -> int | None:
+    """Pages of a rank's cache by ``cache_tokens``; None for as many as its sequences can need."""
+    if config.cache.cache_tokens is None:
+        return None
+    ranks = layout.plan.world_size if layout.parallel.attention == "dp" else 1
+    return max(1, config.cache.cache_tokens // (ranks * config.cache.page_size))
 
 
 def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:

@@ -247,7 +247,7 @@ class Engine:
         return run
 
     def _close(self, run: _Run) -> None:
-        """Of a run that nobody reads any more; a generator may be thrown away in the middle of a turn, by any thread."""
+        """Of a run that nobody reads any more; a generator may be thrown away amid a turn, by any thread."""
         self._runs.pop(run.number, None)
         self._closing.append(run)
         if self._turn.acquire(blocking=False):
@@ -288,6 +288,7 @@ class Engine:
             self._fail(error)
             raise
         finally:
+            self._busy_since = None
             with self._turn:
                 self._driver = None
                 self._turn.notify_all()
