@@ -174,15 +174,12 @@ class CacheOptions(Options):
         cache_tokens: Most tokens in the cache, over all ranks; sequences wait for room, or are computed again later,
             where they outgrow it. Left out, max_batch_size sequences of max_seq_len.
         prefix_reuse: What is in the cache of earlier prompts that began alike is not computed again.
+        page_size: Tokens of a page. A sequence takes memory page by page.
     """
 
     max_seq_len: Count | None = None
     cache_tokens: Count | None = None
     prefix_reuse: bool = True
-        page_size: Tokens of a page. A sequence takes memory page by page.
-    """
-
-    max_seq_len: Count | None = None
     page_size: PageSize = 128
 
 
