@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from unittest.mock import patch
 
 from mixtralkit.distributed import RankContext
-from mixtralkit.engine.decoding import DecodeSteps
 from mixtralkit.engine.plan_manager import PlanManager, with_layer
+from mixtralkit.engine.runner import Runner
 from mixtralkit.model.transformer import Transformer
 from mixtralkit.planning.plan import ExpertPlan
 
@@ -23,7 +23,7 @@ class Watch:
 
     @contextmanager
     def on(self) -> Iterator[None]:
-        step, launch = Transformer.step, DecodeSteps.launch
+        step, launch = Transformer.step, Runner.launch
 
         def watched_step(*args):
             self.starts.append(time.perf_counter())
@@ -36,7 +36,7 @@ class Watch:
             self.kinds.append("graph" if flight.replayed else "launched")
             return flight
 
-        with patch.object(Transformer, "step", watched_step), patch.object(DecodeSteps, "launch", watched_launch):
+        with patch.object(Transformer, "step", watched_step), patch.object(Runner, "launch", watched_launch):
             yield
 
 
