@@ -9,6 +9,7 @@ from mixtralkit.cli.running import UpdateOptions
 from mixtralkit.config import EngineConfig, LimitOptions, ServerOptions
 from mixtralkit.config.ranks import rank_of
 from mixtralkit.distributed import RankContext
+from mixtralkit.engine.expert_rows import ExpertRows
 from mixtralkit.engine.generation import Engine
 from mixtralkit.mixtral import Mixtral
 
@@ -31,6 +32,9 @@ def serve(
 
     def load() -> tuple[Engine, Callable[[], None]]:
         mixtral = Mixtral.load(engine, RankContext.start(engine.limits.device))
+        if server.expert_load:
+            shape = mixtral.model.params
+            mixtral.engine.expert_rows = ExpertRows(shape.n_layers, shape.num_experts, mixtral.model.context.device)
         mixtral.engine.plan_manager = updates.manager(mixtral, engine.parallel.hardware)
         return mixtral.engine, mixtral.close
 

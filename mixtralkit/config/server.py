@@ -27,6 +27,8 @@ class ServerOptions(Options):
         drain_s: Seconds that running answers have after SIGTERM; torchrun itself leaves 30.
         rank_timeout_s: Seconds after which a rank that says nothing is taken for dead.
         step_timeout_s: Seconds after which a step that does not end is taken for stuck; kernels may be built in one.
+        expert_load: Count which experts rows choose, for the page and the metrics; prompts pay for it in the last
+            layer, where otherwise only their last rows are computed.
     """
 
     host: str = "127.0.0.1"
@@ -40,3 +42,4 @@ class ServerOptions(Options):
     drain_s: NotNegative = 25.0
     rank_timeout_s: Positive = 5.0
     step_timeout_s: Positive = 600.0
+    expert_load: bool = True

@@ -116,14 +116,14 @@ class CompletionWriter(Writer):
             yield self._choice(index, delta, tokens, event.finish_reason)
 
     def choice(self, index: int, completion: Completion) -> dict[str, Any]:
-        c = completion
-        tops = c.top_logprobs or [()] * len(c.tokens)
-        told = [Told(*values) for values in zip(c.tokens, c.token_texts, c.logprobs, tops, strict=True)]
-        text = "".join(c.token_texts)
+        c, text, told = completion, "".join(completion.token_texts), []
+        tells = self.body.logprobs is not None
+        if tells:
+            tops = c.top_logprobs or [()] * len(c.tokens)
+            told = [Told(*values) for values in zip(c.tokens, c.token_texts, c.logprobs, tops, strict=True)]
         if self.body.echo:
             prompt = self._prompts[index // self.asked.n]
-            text = prompt.text + text
-            told = prompt.told(c) + told
+            text, told = prompt.text + text, (prompt.told(c) if tells else []) + told
         return self._choice(index, text, told, c.finish_reason)
 
     def _choice(self, index: int, text: str, told: Sequence[Told], reason: str | None) -> dict[str, Any]:

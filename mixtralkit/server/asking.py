@@ -62,7 +62,8 @@ class Asking:
             )
         ids = [self._ids(prompt, i, len(prompts)) for i, prompt in enumerate(prompts)]
         length = _COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-        wants = {"top_logprobs": body.logprobs or 0, "prompt_logprobs": bool(body.echo) and body.logprobs is not None}
+        told = bool(body.echo) and body.logprobs is not None
+        wants = {"logprobs": True, "top_logprobs": body.logprobs or 0, "prompt_logprobs": told}
         return self._asked(body, ids, length, "max_tokens", wants)
 
     def chat(self, body: ChatRequest) -> Asked:
@@ -77,7 +78,7 @@ class Asking:
         ids = self.dialog(body.messages, body.tools)
         room = self.max_seq_len - len(ids)
         name, length = next(iter(given.items()), ("max_tokens", max(room, 1)))
-        return self._asked(body, [ids], length, name, {"top_logprobs": body.top_logprobs or 0})
+        return self._asked(body, [ids], length, name, {"logprobs": True, "top_logprobs": body.top_logprobs or 0})
 
     def text(self, text: str, add_bos: bool = True) -> tuple[int, ...]:
         """Token ids of a text in which special tokens may stand by name, behind exactly one begin token."""
@@ -117,7 +118,7 @@ class Asking:
         more = {
             **wants, "stop": (stop,) if isinstance(stop, str) else tuple(stop or ()),
             "stop_token_ids": tuple(body.stop_token_ids or ()),
-            "ignore_eos": bool(body.ignore_eos), "min_tokens": body.min_tokens or 0,
+            "ignore_eos": bool(body.ignore_eos),
         }  # fmt: skip
         requests = tuple(
             Request(self.new_id(), ids, length, sampling, draw_id=i, **more) for ids in prompts for i in range(n)
@@ -171,7 +172,7 @@ def refuse_unsupported(body: AnyRequest) -> None:
     for name in _NEUTRAL:
         if name not in _SAMPLING and asked_for(body, name) is not None:
             raise unsupported(name)
-    for name in ("ignore_eos", "min_tokens", "routed_experts"):
+    for name in ("min_tokens", "routed_experts"):
         if getattr(body, name):
             raise unsupported(name)
     if body.response_format is not None and body.response_format.type != "text":

@@ -21,7 +21,7 @@ from mixtralkit.config.ranks import main_address
 from mixtralkit.distributed import RankContext
 
 _BEATS = 10  # within the time after which a rank is taken for dead
-_ALIVE, _GOODBYE = b".", b"!"
+_GOODBYE = "goodbye"
 _JOIN_S = 60.0
 
 
@@ -34,6 +34,8 @@ class _Peer:
     pid: int
     link: socket.socket
     heard_s: float = field(default_factory=time.monotonic)
+    said: str = ""  # what of its last line has come
+    last_line: str = ""
 
 
 class RankWatch:
@@ -41,17 +43,22 @@ class RankWatch:
 
     Args:
         on_dead: called once, in the watch's thread, with one sentence.
+        says: a line that goes with each beat, which must not wait for anything.
     """
 
-    def __init__(self, rank: int, peers: list[_Peer], timeout_s: float, on_dead: Callable[[str], None]) -> None:
-        self.rank, self._timeout_s, self._on_dead = rank, timeout_s, on_dead
+    def __init__(
+        self, peers: list[_Peer], timeout_s: float, on_dead: Callable[[str], None], says: Callable[[], str]
+    ) -> None:
+        self._timeout_s, self._on_dead, self._says = timeout_s, on_dead, says
         self._peers = {peer.link: peer for peer in peers}
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ranks", daemon=True)
         self._thread.start()
 
     @classmethod
-    def start(cls, context: RankContext, timeout_s: float, on_dead: Callable[[str], None]) -> RankWatch | None:
+    def start(
+        cls, context: RankContext, timeout_s: float, on_dead: Callable[[str], None], says: Callable[[], str] = str
+    ) -> RankWatch | None:
         """Connects the ranks; None for a single one. Collective."""
         if context.world_size == 1:
             return None
@@ -73,7 +80,12 @@ class RankWatch:
                 link.sendall(f"{token} {context.rank} {os.getpid()} {own}\n".encode())
                 host, pid = _line(link).split()
                 peers = [_Peer(0, host, int(pid), link)]
-        return cls(context.rank, peers, timeout_s, on_dead)
+        return cls(peers, timeout_s, on_dead, says)
+
+    @property
+    def lines(self) -> list[str]:
+        """The last that each other rank said."""
+        return [peer.last_line for peer in list(self._peers.values())]
 
     def stop(self) -> None:
         """Says goodbye."""
@@ -81,44 +93,47 @@ class RankWatch:
         self._thread.join()
 
     def _run(self) -> None:
-        own = socket.gethostname()
         for link in self._peers:
-            link.setblocking(False)
-        while not self._stopping.wait(0) and self._peers:
-            ready, _, _ = select.select(list(self._peers), [], [], self._timeout_s / _BEATS)
+            link.settimeout(self._timeout_s)
+        beat_s, beaten_s = self._timeout_s / _BEATS, 0.0
+        while not self._stopping.is_set() and self._peers:
+            ready, _, _ = select.select(list(self._peers), [], [], beat_s)
+            for link in ready:
+                if not self._hear(self._peers[link]):
+                    self._on_dead(f"rank {self._peers[link].rank} ended (killed or crashed)")
+                    return
+                if self._peers[link].last_line == _GOODBYE:
+                    del self._peers[link]
             now = time.monotonic()
-            for peer in list(self._peers.values()):
-                said = self._hear(peer) if peer.link in ready else None
-                if said == b"":
-                    self._on_dead(f"rank {peer.rank} ended (killed or crashed)")
-                    return
-                if said:
-                    peer.heard_s = now
-                    if said.endswith(_GOODBYE):
-                        del self._peers[peer.link]
-                        continue
-                if now - peer.heard_s > self._timeout_s:
-                    if peer.host == own:
-                        with contextlib.suppress(OSError):
-                            os.kill(peer.pid, signal.SIGKILL)
-                    self._on_dead(f"rank {peer.rank} has said nothing for {self._timeout_s:g} s")
-                    return
-                with contextlib.suppress(OSError):  # heard of when it is next listened to
-                    peer.link.send(_ALIVE)
-            # a rank that writes much wakes nobody more often than that
-            self._stopping.wait(self._timeout_s / _BEATS / 2)
+            silent = next((peer for peer in self._peers.values() if now - peer.heard_s > self._timeout_s), None)
+            if silent is not None:
+                if silent.host == socket.gethostname():
+                    with contextlib.suppress(OSError):
+                        os.kill(silent.pid, signal.SIGKILL)
+                self._on_dead(f"rank {silent.rank} has said nothing for {self._timeout_s:g} s")
+                return
+            if now - beaten_s >= beat_s:
+                self._say(self._says())
+                beaten_s = now
+        self._say(_GOODBYE)
         for link in self._peers:
-            with contextlib.suppress(OSError):
-                link.send(_GOODBYE)
             link.close()
 
-    def _hear(self, peer: _Peer) -> bytes | None:
+    def _say(self, line: str) -> None:
+        for link in self._peers:
+            with contextlib.suppress(OSError):  # heard of when it is next listened to
+                link.sendall(f"{line}\n".encode())
+
+    def _hear(self, peer: _Peer) -> bool:
+        """Takes what a rank says; whether it is still there."""
         try:
-            return peer.link.recv(4096)
-        except BlockingIOError:
-            return None
+            data = peer.link.recv(1 << 16)
         except OSError:
-            return b""
+            return False
+        *lines, peer.said = (peer.said + data.decode()).split("\n")
+        if lines:
+            peer.heard_s, peer.last_line = time.monotonic(), lines[-1]
+        return data != b""
 
 
 def _accept(listener: socket.socket, token: str, count: int) -> list[_Peer]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import uvicorn
 
 from mixtralkit.config import ServerOptions
@@ -41,7 +43,13 @@ def serve_other(options: ServerOptions, load: Load) -> None:
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, signal.SIG_IGN)  # rank 0 says when
     engine, close = load()
-    watch = RankWatch.start(engine.context, options.rank_timeout_s, _leave)
+
+    def rows() -> str:
+        if engine.expert_rows is None or engine.model.ranks_with_own_sequences == 1:
+            return ""  # rank 0 has the same rows
+        return json.dumps(engine.expert_rows.read().tolist())
+
+    watch = RankWatch.start(engine.context, options.rank_timeout_s, _leave, rows)
     for _ in engine.serve(None):
         pass
     if watch is not None:
@@ -61,6 +69,8 @@ async def _serve(name: str, options: ServerOptions, load: Load, listener: socket
                 loop.call_soon_threadsafe(service.fail, RuntimeError(sentence))
 
         watch = RankWatch.start(context, options.rank_timeout_s, dead)
+        if watch is not None:
+            service.others_rows = lambda: [np.array(json.loads(line)) for line in watch.lines if line.startswith("[")]
 
         def end() -> None:
             if watch is not None:

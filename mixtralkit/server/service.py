@@ -7,9 +7,11 @@ import functools
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, TypeVar
+
+import numpy as np
 
 from mixtralkit.config import ServerOptions
 from mixtralkit.engine.generation import Engine
@@ -44,6 +46,7 @@ class Service:
         self.ended = asyncio.Event()  # when the process may leave
         self.asking: Asking | None = None
         self.loads = Loads(0, 0)
+        self.others_rows: Callable[[], Iterable[np.ndarray]] = tuple  # of ranks with sequences of their own
         self._text_work = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="text")
         self.thread = EngineThread(load, self._ready, self._end)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -163,10 +166,12 @@ class Service:
                 self.fail(RuntimeError(f"a step has run for more than {self.options.step_timeout_s:g} s"))
 
     async def _look(self) -> None:
-        """Takes the experts' loads, which may wait for the device."""
+        """Takes the experts' loads."""
         while self.state in ("ready", "draining"):
             await asyncio.sleep(_LOOK_S)
-            self.loads.take(await self.off_loop(self.engine.expert_rows))
+            own = self.engine.expert_rows
+            if own is not None:
+                self.loads.take(own.read() + sum(self.others_rows()))
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.ensure_future(work)

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
-import numpy as np
 
 from mixtralkit.config import ServerOptions
 from mixtralkit.distributed import RankContext
@@ -32,6 +31,7 @@ class Slots:
         shape = {"n_layers": 2, "num_experts": 4, "vocab_size": self.tokenizer.n_words}
         params = SimpleNamespace(max_seq_len=max_seq_len, max_batch_size=slots, **shape)
         self.model = SimpleNamespace(params=params)
+        self.expert_rows = self.plan_manager = None
         self.steps = threading.Semaphore(0)
         self.runs_freely = True
         self.fault: Exception | None = None
@@ -42,10 +42,6 @@ class Slots:
 
     def check(self, request: Request) -> None:
         """Takes all."""
-
-    def expert_rows(self) -> np.ndarray:
-        """None took any."""
-        return np.zeros((2, 4), np.int64)
 
     def snapshot(self) -> EngineSnapshot:
         """Of what runs and waits; the rest is nought."""
