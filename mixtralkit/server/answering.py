@@ -121,6 +121,7 @@ class CompletionWriter(Writer):
         if tells:
             tops = c.top_logprobs or [()] * len(c.tokens)
             told = [Told(*values) for values in zip(c.tokens, c.token_texts, c.logprobs, tops, strict=True)]
+            told += ended_by(c)
         if self.body.echo:
             prompt = self._prompts[index // self.asked.n]
             text, told = prompt.text + text, (prompt.told(c) if tells else []) + told
@@ -132,15 +133,16 @@ class CompletionWriter(Writer):
 
     def _with_space(self, index: int, event: StreamEvent) -> tuple[str, list[Told]]:
         """An event's text and tokens, the answer's first word with the space that the engine takes from it."""
-        told = [told_of(token) for token in event.tokens]
-        if self._begun[index] or not (event.text or event.finish_reason or told):
-            return event.text, told
+        if self._begun[index]:
+            ended = [] if event.completion is None else ended_by(event.completion)
+            return event.text, [told_of(token) for token in event.tokens] + ended
         held = self._held[index]
         held.append(event)
         told = [told_of(token) for event in held for token in event.tokens]
         if event.completion is not None:
             texts = event.completion.token_texts
-            return "".join(texts), [Told(t.id, text, t.logprob, t.top) for t, text in zip(told, texts, strict=True)]
+            told = [Told(t.id, text, t.logprob, t.top) for t, text in zip(told, texts, strict=True)]
+            return "".join(texts), told + ended_by(event.completion)
         if not event.text:  # a space alone is told with what follows
             return "", []
         self._begun[index] = True
@@ -212,6 +214,11 @@ class ChatWriter(Writer):
     def _delta(self, index: int, delta: dict[str, Any], told: Sequence[Told], reason: str | None) -> dict[str, Any]:
         logprobs = self._shapes.chat(told) if self.body.logprobs and told else None
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+
+def ended_by(completion: Completion) -> list[Told]:
+    """The end token, which has no text but a log-probability; nothing where none ended the answer."""
+    return [] if completion.end is None else [told_of(completion.end)]
 
 
 def told_of(token: Token) -> Told:
