@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from mixtralkit.distributed import RankContext, RankFailed
+from mixtralkit.engine.control import Control
 from mixtralkit.engine.generation import Engine
 from mixtralkit.engine.requests import Abort, Completion, Request
 from mixtralkit.engine.sampler import SamplingOptions
@@ -448,3 +449,26 @@ def test_no_rank_waits_for_one_that_died(folder, who):
         run_ranks(_rank_dies, 2, folder, who, timeout_s=100)
     assert "did not end" not in str(caught.value)
     assert "exit code" in str(caught.value)
+
+
+class _Endless:
+    """A step on a device that waits for a rank that is gone."""
+
+    is_running = True
+
+
+def _device_waits(context: RankContext) -> str:
+    import os
+
+    control = Control(context)
+    if not context.is_first:
+        os._exit(3)
+    with pytest.raises(RankFailed, match="rank 1 has gone"):
+        control.wait_for(_Endless())
+    os._exit(7)
+
+
+def test_rank_0_does_not_wait_for_the_device_of_a_rank_that_died():
+    with pytest.raises(RankError) as caught:
+        run_ranks(_device_waits, 2, timeout_s=100)
+    assert "did not end" not in str(caught.value)
