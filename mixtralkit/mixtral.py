@@ -212,8 +212,9 @@ class Mixtral:
         return self.engine.run(requests, should_stop)
 
     def generate_many(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        """Whole answers as they end, to any number of requests (``request``), which are taken as there is room."""
-        return (event.completion for event in self.engine.run(iter(requests)) if event.completion is not None)
+        """Whole answers as they end, to any number of requests (``request``); of an iterator they are taken as there is
+        room."""
+        return (event.completion for event in self.engine.run(requests) if event.completion is not None)
 
     def complete(
         self,

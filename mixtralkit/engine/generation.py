@@ -319,6 +319,7 @@ class Engine:
 
     def _advance(self) -> None:
         """One turn."""
+        self._all_know = False
         self._prepare()
         if not self.context.is_first:
             self._follow(self._control.receive())
@@ -388,7 +389,7 @@ class Engine:
         if flights and flights[-1][0].batch is not None and self.observe is not None:
             flight = flights[-1][0]
             own = self.context.rank if len(message.surplus) > 1 else 0
-            step = self._runner.observed(flight, message.surplus[own])
+            step = self._runner.observed(flight, message.surplus[own] if message.surplus else ())
             flights[-1] = (replace(flight, batch=None), flights[-1][1])
             if step is not None:
                 self.observe(*step)
@@ -420,6 +421,7 @@ class Engine:
         """Gives the oldest step's values to their sequences. Waits for the step."""
         flight, planned = self._flights[0]
         message.takes = True
+        self._control.wait_for(flight)
         values = [flight.values(owner) for owner in range(len(planned.sampled))]
         now = time.monotonic()
         self._step_s = now - (self._taken_at or now)
