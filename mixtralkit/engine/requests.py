@@ -84,8 +84,8 @@ class Completion:
     prompt's tokens, 0.0 for the first, which nothing predicts; None unless asked for. ``finish_reason`` is
     ``"stop"`` (end token or stop string), ``"length"``, ``"interrupted"``, ``"aborted"`` or ``"error"``.
     ``token_texts`` are what each token adds to an answer that goes on from its prompt; joined they are ``text``, but
-    for the space that its first word loses. ``end_token`` is the one that ended it, None where none did; ``end`` tells its
-    log-probability too.
+    for the space that its first word loses. ``end_token`` is the one that ended it, None where none did; ``end`` tells
+    its log-probability too.
     ``top_logprobs`` and ``prompt_top_logprobs`` are the likeliest tokens at each place, None unless asked for.
     ``cached_tokens`` of the prompt had not to be computed.
     """
@@ -231,9 +231,7 @@ class Answer:
         self.deltas.append(delta)
         return StreamEvent(self.request.id, delta, tokens=self._newly_told() if self.request.logprobs else ())
 
-    def finish(
-        self, reason: str, delta: str = "", end: Token | None = None, error: str | None = None
-    ) -> StreamEvent:
+    def finish(self, reason: str, delta: str = "", end: Token | None = None, error: str | None = None) -> StreamEvent:
         """The last event, with whatever text was held back."""
         if not self._stops.stopped:
             rest = self._stream.finish()

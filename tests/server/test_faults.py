@@ -28,6 +28,11 @@ def stream(server: Server, **asked: object):
     return httpx.stream("POST", f"{server.url}/v1/completions", json={**LONG, "stream": True, **asked}, timeout=120)
 
 
+def _head(length: int) -> bytes:
+    fields = ("Host: x", "Content-Type: application/json", f"Content-Length: {length}")
+    return "\r\n".join(["POST /v1/completions HTTP/1.1", *fields, "", ""]).encode()
+
+
 def test_a_client_that_leaves_frees_its_pages(server):
     idle(server)
     with stream(server) as answer:
@@ -52,11 +57,11 @@ def test_two_hundred_leave_at_every_phase(server):
     idle(server)
     body = json.dumps({**LONG, "prompt": "a b c " * 200, "max_tokens": 300, "stream": True}).encode()
     host, port = server.url.removeprefix("http://").split(":")
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = _head(len(body))
 
     def leave(i: int) -> None:
         with socket.create_connection((host, int(port)), timeout=60) as link:
-            link.sendall(head.encode() + body[: len(body) // 2 if i % 4 == 0 else None])
+            link.sendall(head + body[: len(body) // 2 if i % 4 == 0 else None])
             if i % 4 == 2:
                 time.sleep(i / 200)
             elif i % 4 == 3:
@@ -77,8 +82,7 @@ def test_a_slow_reader_blocks_nobody(server):
     link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     link.connect((host, int(port)))
     with link:
-        link.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-                     + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)  # fmt: skip
+        link.sendall(_head(len(body)) + body)
         until(lambda: server.metric("vllm:num_requests_running") == 4, 60)
         other = httpx.post(f"{server.url}/v1/completions", json={"prompt": "a", "max_tokens": 4}, timeout=60)
         assert other.status_code == 200

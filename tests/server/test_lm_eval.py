@@ -53,13 +53,17 @@ def without_space(name: str) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_local_completions(server):
-    """Likelihoods by ``echo`` and ``logprobs``; the harness's own window is two tokens larger than the adapter's."""
+    """Likelihoods by ``echo`` and ``logprobs``; the harness's own window is two tokens larger than the adapter's.
+
+    The seventh answer begins with a stop text, space and all, which ends a completion at once.
+    """
     names = [name for name in NAMES if name != ANSWER]
     found, wanted = over_http(server, "local-completions", names, WINDOW + 2), in_process(names)
     found["answers"][ANSWER] = wanted["answers"][ANSWER] = []
     assert_alike(found, wanted, 2e-4)
     task = without_space(ANSWER)
-    found, wanted = over_http(server, "local-completions", [task], WINDOW + 1), in_process([task])
+    found = over_http(server, "local-completions", [task], WINDOW + 1, limit=6)
+    wanted = in_process([task], limit=6)
     assert found["answers"] == wanted["answers"]
     assert found["metrics"] == wanted["metrics"]
     assert 0 < wanted["metrics"][ANSWER]["exact_match,none"] < 1
@@ -67,7 +71,7 @@ def test_local_completions(server):
 
 @pytest.mark.slow
 def test_local_chat_completions(server):
-    options = {"apply_chat_template": True, "limit": 6}  # the seventh is cut by the adapter alone
+    options = {"apply_chat_template": True, "limit": 6}  # the adapter cuts the seventh, which is too long
     found = over_http(server, "local-chat-completions", [ANSWER], WINDOW + 1, **options)
     wanted = in_process([ANSWER], **options)
     assert found == wanted
