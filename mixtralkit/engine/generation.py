@@ -142,8 +142,11 @@ class Engine:
             prompt_tokens=self._prompted, generation_tokens=self._generated, step_s=self._step_s,
             busy_since=self._busy_since,
         )  # fmt: skip
-        if scheduler is None:
-            return totals
+        if scheduler is None:  # before the first step
+            cache, owners = self.model.cache, self.model.ranks_with_own_sequences
+            if cache is None:
+                return totals
+            return replace(totals, pages=owners * cache.pages, page_size=cache.page_size)
         pools = [owner.pool for owner in scheduler.owners]
         pages, free = sum(pool.pages for pool in pools), sum(pool.free for pool in pools)
         return replace(

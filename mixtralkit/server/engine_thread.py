@@ -20,8 +20,9 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
-from mixtralkit.engine.generation import Engine, EngineSnapshot
+from mixtralkit.engine.generation import Engine
 from mixtralkit.engine.requests import Abort, Request, StreamEvent
+from mixtralkit.engine.runs import EngineSnapshot
 from mixtralkit.server.errors import ApiError
 
 _POLL_S = 1.0  # the engine tells the other ranks so often that it lives

@@ -7,11 +7,13 @@ from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from mixtralkit.engine.generation import EngineSnapshot
 from mixtralkit.engine.requests import Completion
+from mixtralkit.engine.runs import EngineSnapshot
+from mixtralkit.server.live import live
 
 if TYPE_CHECKING:
     from mixtralkit.server.service import Service
@@ -116,6 +118,30 @@ class _State:
                    (*_LABELS, *info), (*values, str(s.page_size), str(s.pages)), 1.0)  # fmt: skip
         yield _one(GaugeMetricFamily, "mixtralkit:step_seconds", "Time of the last step.", _LABELS, values, s.step_s)
         yield _one(CounterMetricFamily, "mixtralkit:steps", "Steps of the model.", _LABELS, values, s.steps)
+        yield from self._experts(values)
+
+    def _experts(self, values: tuple[str, ...]) -> Iterator[Metric]:
+        """Who was chosen, what the plan in force makes of it, and how it changed."""
+        seen, loads = live(self._service), self._service.loads.total_LE
+        choices = CounterMetricFamily("mixtralkit:expert_choices", "Rows that chose an expert.",
+                                      labels=(*_LABELS, "layer", "expert"))  # fmt: skip
+        for (layer, expert), count in np.ndenumerate(loads):
+            choices.add_metric((*values, str(layer), str(expert)), int(count))
+        yield choices
+        ranks = GaugeMetricFamily("mixtralkit:rank_load", "Share of the last seconds' rows that a rank computes.",
+                                  labels=(*_LABELS, "rank"))  # fmt: skip
+        for rank, share in enumerate(seen["ranks"]["shares"]):
+            ranks.add_metric((*values, str(rank)), share)
+        yield ranks
+        plan, even = seen["plan"], seen["ranks"]["balancedness"]
+        for family, name, text, value in (
+            (GaugeMetricFamily, "balancedness", "Mean load of the ranks by the busiest's; 1 is even.", even or 0.0),
+            (GaugeMetricFamily, "plan_version", "New plans that were adopted.", plan["version"]),
+            (CounterMetricFamily, "experts_moved", "Experts that crossed from rank to rank.", plan["experts_moved"]),
+            (GaugeMetricFamily, "plan_longest_pause_seconds", "Longest time between two steps for a new plan.",
+             plan["longest_pause_ms"] / 1e3),
+        ):  # fmt: skip
+            yield _one(family, f"mixtralkit:{name}", text, _LABELS, values, value)
 
 
 def _one(family: Any, name: str, text: str, labels: tuple[str, ...], values: tuple[str, ...], value: float) -> Metric:

@@ -14,8 +14,8 @@ import httpx
 
 from mixtralkit.config import ServerOptions
 from mixtralkit.distributed import RankContext
-from mixtralkit.engine.generation import EngineSnapshot
 from mixtralkit.engine.requests import Abort, Completion, Request, StreamEvent, Token
+from mixtralkit.engine.runs import EngineSnapshot
 from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.server.app import make_app
 from mixtralkit.server.service import Service
