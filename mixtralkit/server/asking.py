@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,15 +10,24 @@ from typing import Any
 
 from mixtralkit.engine.chat import encode_chat
 from mixtralkit.engine.generation import Engine
+from mixtralkit.engine.grammar import ANY_OBJECT
 from mixtralkit.engine.requests import Request
 from mixtralkit.engine.sampler import SamplingOptions
 from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.server.errors import ApiError, bad
-from mixtralkit.server.protocol import AnyRequest, ChatRequest, CompletionRequest, Content, Message, TextPart, Tool
+from mixtralkit.server.protocol import (
+    AnyRequest,
+    ChatRequest,
+    CompletionRequest,
+    Content,
+    Message,
+    ResponseFormat,
+    TextPart,
+    Tool,
+)
 
 _COMPLETION_TOKENS = 16  # OpenAI's, where a completion does not say
-_NEUTRAL = {"presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1, "logit_bias": {}}
-_SAMPLING = SamplingOptions.__dataclass_fields__.keys()
+_ANSWERS = ("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias")  # as SamplingOptions
 
 
 @dataclass(frozen=True)
@@ -118,16 +128,17 @@ class Asking:
         more = {
             **wants, "stop": (stop,) if isinstance(stop, str) else tuple(stop or ()),
             "stop_token_ids": tuple(body.stop_token_ids or ()),
-            "ignore_eos": bool(body.ignore_eos),
+            "ignore_eos": bool(body.ignore_eos), "min_tokens": body.min_tokens or 0,
+            "json_schema": schema_of(body.response_format),
         }  # fmt: skip
-        requests = tuple(
-            Request(self.new_id(), ids, length, sampling, draw_id=i, **more) for ids in prompts for i in range(n)
-        )
-        for request in requests[::n]:
-            try:
+        try:
+            requests = tuple(
+                Request(self.new_id(), ids, length, sampling, draw_id=i, **more) for ids in prompts for i in range(n)
+            )
+            for request in requests[::n]:
                 self.engine.check(request)
-            except ValueError as error:
-                raise bad(str(error)) from None
+        except ValueError as error:
+            raise bad(str(error)) from None
         return Asked(requests, n)
 
     def _check_length(self, prompt: int, length: int, name: str) -> None:
@@ -153,7 +164,7 @@ def sampling_of(body: AnyRequest) -> SamplingOptions:
         "top_p": 1.0 if body.top_p is None else max(body.top_p, 1e-9),  # 0 leaves the likeliest
         "top_k": max(body.top_k or 0, 0),
         "min_p": body.min_p or 0.0,
-        **{name: value for name in _NEUTRAL if (value := asked_for(body, name)) is not None},
+        **{name: value for name in _ANSWERS if (value := getattr(body, name)) is not None},
     }
     try:
         return SamplingOptions(seed=seed, **given)
@@ -161,22 +172,21 @@ def sampling_of(body: AnyRequest) -> SamplingOptions:
         raise bad(str(error)) from None
 
 
-def asked_for(body: AnyRequest, name: str) -> Any:
-    """An option's value where it is given and changes something, else None."""
-    value = getattr(body, name)
-    return None if value == _NEUTRAL[name] else value
+def schema_of(wanted: ResponseFormat | None) -> str | None:
+    """The JSON schema that an answer is to fit; None for any text."""
+    if wanted is None or wanted.type == "text":
+        return None
+    if wanted.type == "json_object":
+        return ANY_OBJECT
+    if wanted.json_schema is None or wanted.json_schema.schema_ is None:
+        raise bad("response_format.json_schema.schema is missing", "response_format", "missing_field")
+    return json.dumps(wanted.json_schema.schema_)
 
 
 def refuse_unsupported(body: AnyRequest) -> None:
     """ApiError for what the engine cannot do, by name."""
-    for name in _NEUTRAL:
-        if name not in _SAMPLING and asked_for(body, name) is not None:
-            raise unsupported(name)
-    for name in ("min_tokens", "routed_experts"):
-        if getattr(body, name):
-            raise unsupported(name)
-    if body.response_format is not None and body.response_format.type != "text":
-        raise unsupported("response_format")
+    if body.routed_experts:
+        raise unsupported("routed_experts")
     if body.stream_options is not None and not body.stream:
         raise bad("stream_options needs stream to be true", "stream_options")
 
