@@ -12,6 +12,7 @@ from unittest.mock import patch
 
 import numpy as np
 
+from mixtralkit.engine.control import Control
 from mixtralkit.engine.generation import Engine
 from mixtralkit.engine.requests import Request
 from mixtralkit.engine.runner import Flight
@@ -103,7 +104,7 @@ def run(engine: Engine, requests: list[Request], starts: list[float] | None = No
 @contextmanager
 def watched(record: Record) -> Iterator[None]:
     """Measures the host's part of each turn."""
-    advance, wait, poll = Engine._advance, Flight.wait, Load.poll
+    advance, wait, wait_for, poll = Engine._advance, Flight.wait, Control.wait_for, Load.poll
     waited = [0.0]
 
     def timed_wait(*args):
@@ -120,6 +121,7 @@ def watched(record: Record) -> Iterator[None]:
     with (
         patch.object(Engine, "_advance", timed),
         patch.object(Flight, "wait", lambda flight: timed_wait(wait, flight)),
+        patch.object(Control, "wait_for", lambda control, flight: timed_wait(wait_for, control, flight)),
         patch.object(Load, "poll", lambda load, is_idle: timed_wait(poll, load, is_idle)),
     ):
         yield

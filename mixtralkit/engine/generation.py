@@ -417,6 +417,7 @@ class Engine:
         """Gives the oldest step's values to their sequences. Waits for the step."""
         flight, planned = self._flights[0]
         message.takes = True
+        self._control.wait_for(flight)
         values = [flight.values(owner) for owner in range(len(planned.sampled))]
         now = time.monotonic()
         self._step_s = now - (self._taken_at or now)

@@ -176,8 +176,7 @@ class Scheduler:
 
     def plan(self) -> Planned | None:
         """The next step; None where there is nothing to compute before more is known."""
-        self.step += 1
-        made = _Making(self.step, len(self.owners))
+        made = _Making(self.step + 1, len(self.owners))
         # as long as more sequences wait for their first token than decode, the steps are theirs
         decoding = sum(not s.prefilling for s in self.running)
         begin = len(self.waiting) + sum(s.prefilling for s in self.running)
@@ -192,8 +191,8 @@ class Scheduler:
         self._admit(made, budgets)
         if not any(made.decodes) and not any(made.chunks):
             assert not any(made.tables)
-            self.step -= 1
             return None
+        self.step += 1
         return self._planned(made)
 
     def _decodes(self, owner: _Owner, made: _Making) -> bool:
@@ -251,7 +250,7 @@ class Scheduler:
             if sequence.unread:  # its last token is not known yet
                 break
             found = [self._places_on(owner, sequence, made, budgets) for owner in self.owners]
-            if any(known and known[-1].step == self.step for _, known in filter(None, found)):
+            if any(known and known[-1].step == made.step for _, known in filter(None, found)):
                 held_back.append(self.waiting.popleft())
                 continue
             places = [(left, -number) for number, place in enumerate(found) if place for left in (place[0],)]
@@ -323,7 +322,7 @@ class Scheduler:
             made.ending.append(sequence)
             sequence.stops = True
         sequence.computed, sequence.prefilling = stop, stop < answer.length
-        self._know(sequence, stop, self.step)
+        self._know(sequence, stop, made.step)
         return stop - start
 
     def _extend(
@@ -385,6 +384,8 @@ class _Making:
     """A plan that is being made; lists by owner."""
 
     def __init__(self, step: int, owners: int) -> None:
+        self.step = step
+
         def lists() -> list[list]:
             return [[] for _ in range(owners)]
 
