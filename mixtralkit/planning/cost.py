@@ -108,10 +108,11 @@ class TimeModel:
     def experts_s(self, rows_WE: np.ndarray, split: int = 1) -> np.ndarray:
         """All experts of each rank, one after the other: rows [..., W, E] → seconds [..., W]."""
         rows_WE = np.asarray(rows_WE)
-        return self.experts_start_s(rows_WE.max(-1, initial=0)) + self.expert_s(rows_WE, split).sum(-1)
+        mean_rows_W = rows_WE.sum(-1) / np.maximum((rows_WE > 0).sum(-1), 1)
+        return self.experts_start_s(mean_rows_W) + self.expert_s(rows_WE, split).sum(-1)
 
-    def experts_start_s(self, most_rows: np.ndarray | float) -> np.ndarray | float:
-        """What a layer's experts take beside their products; ``most_rows`` are those of the busiest expert."""
+    def experts_start_s(self, mean_rows: np.ndarray | float) -> np.ndarray | float:
+        """What a rank's experts take beside their products; ``mean_rows`` are those of an expert that has any."""
         return self.launches_s(self.kernels.experts)
 
     def gate_s(self, tokens_W: np.ndarray) -> np.ndarray:

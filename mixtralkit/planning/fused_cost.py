@@ -39,9 +39,9 @@ class FusedTimeModel(TimeModel):
         _, per_weight_s = _product(self._fused.experts, rows)
         return per_weight_s * 3 * self.shape.dim * self.shape.hidden / split * self._size_of_numbers
 
-    def experts_start_s(self, most_rows: np.ndarray | float) -> np.ndarray | float:
+    def experts_start_s(self, mean_rows: np.ndarray | float) -> np.ndarray | float:
         """Sorting, and the beginning and end of the two products; nothing on a rank that no row reaches."""
-        start_s, _ = _product(self._fused.experts, most_rows)
+        start_s, _ = _product(self._fused.experts, mean_rows)
         return start_s
 
     def gate_s(self, tokens_W: np.ndarray) -> np.ndarray:
