@@ -146,12 +146,9 @@ def compare(line: dict[str, Any], hardware: Hardware) -> Compared:
 def compare_layer(line: dict[str, Any], hardware: Hardware) -> Compared:
     """Predicts the time of one layer, without its attention."""
     ranks, dispatcher = line["ranks"], dispatcher_of(line)
-    shape = ModelShape(
-        line["dim"], line["hidden"], line["num_experts"], line["top_k"], heads=1, kv_heads=1, head_dim=1, vocab=1,
-        data_bytes=parse_dtype(line["dtype"]).itemsize,
-    )  # fmt: skip
+    shape = shape_of_layer(line)
     loads_LE = loads_of(line["routing"], shape)
-    plan = named_plan(_plan_of_layer(line), loads_LE, ranks)
+    plan = named_plan(plan_of_layer(line), loads_LE, ranks)
     execution = Execution(dispatcher)
     tokens = line["tokens_per_rank"] * ranks
     samples = [sample_routing(loads_LE, tokens, shape.top_k, seed) for seed in range(LAYER_SAMPLES)]
@@ -161,6 +158,14 @@ def compare_layer(line: dict[str, Any], hardware: Hardware) -> Compared:
     place = (line["variant"], f"{line['routing']}, {line['tokens_per_rank']}")
     group = f"{ranks} ranks, layer, {dispatcher}"
     return Compared(describe(line), group, dispatcher, line["ms"], 1e3 * float(seconds), place)
+
+
+def shape_of_layer(line: dict[str, Any]) -> ModelShape:
+    """Sizes of a line's layer; it has next to no attention."""
+    return ModelShape(
+        line["dim"], line["hidden"], line["num_experts"], line["top_k"], heads=1, kv_heads=1, head_dim=1, vocab=1,
+        data_bytes=parse_dtype(line["dtype"]).itemsize,
+    )  # fmt: skip
 
 
 def loads_of(routing: str, shape: ModelShape) -> np.ndarray:
@@ -174,7 +179,7 @@ def loads_of(routing: str, shape: ModelShape) -> np.ndarray:
     return loads_LE
 
 
-def _plan_of_layer(line: dict[str, Any]) -> str:
+def plan_of_layer(line: dict[str, Any]) -> str:
     """Name of the plan; bench_moe_layer.py's balanced one has a slot a rank more than the experts need."""
     plan = line["variant"].partition("+")[0]
     if plan == "balanced":

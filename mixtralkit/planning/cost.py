@@ -62,11 +62,15 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class KernelCounts:
-    """Kernels of a layer's steps, as the operations of ``MoELayer`` in plain torch are counted."""
+    """Kernels of a layer's steps, as the operations of ``MoELayer`` in plain torch are counted.
+
+    ``dispatch`` is of counted rows, ``replicas`` more where those are poured, ``static`` of rows in fixed shapes.
+    """
 
     attention: int = 30
     gate: int = 10
     dispatch: int = 60
+    static: int = 17
     replicas: int = 20
     experts: int = 25
     combine: int = 5
@@ -175,6 +179,10 @@ class TimeModel:
     def launches_s(self, kernels: int) -> float:
         """So many kernels that have nothing to do."""
         return kernels * self.hardware.launch_s
+
+    def captured_s(self, kernels: int) -> float:
+        """So many small kernels of a step that a graph holds; plain torch launches it like any other."""
+        return self.launches_s(kernels)
 
     def exchange_s(self, out_NW: Sequence[np.ndarray], into_NW: Sequence[np.ndarray], messages: int = 1) -> np.ndarray:
         """Rows between ranks: over before the busiest rank's busier direction is, on the slower of the networks.

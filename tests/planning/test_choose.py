@@ -89,7 +89,8 @@ def test_the_fastest_that_fits(batch, memory_gb):
     chosen = choose(found, memory_gb)
     fitting = [one for one in found if memory_gb is None or one.memory.total <= memory_gb]
     assert chosen in fitting
-    assert chosen.step_ms == min(one.step_ms for one in fitting)
+    alike = [one for one in fitting if one.step_ms <= 1.01 * min(other.step_ms for other in fitting)]
+    assert chosen.memory.total == min(one.memory.total for one in alike)
     text = table(found, chosen, memory_gb)
     assert len(text.splitlines()) == len(found) + 2
     assert text.count("  chosen") == 1
