@@ -247,16 +247,18 @@ def table_of_groups(compared: Sequence[Compared]) -> str:
 
 def draw(compared: Sequence[Compared], path: Path) -> None:
     """Predicted against measured times, both logarithmic, with the lines of 25% above and below."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 6), layout="constrained")
     axes = figure.subplots()
+    axes.set_prop_cycle(color=colormaps["tab20"].colors[::2] + colormaps["tab20"].colors[1::2])
     times = [value for one in compared for value in (one.measured_ms, one.predicted_ms)]
     ends = np.array([min(times) / 1.5, max(times) * 1.5])
     axes.fill_between(ends, ends * 0.75, ends * 1.25, color="0.92", label="within 25%")
     axes.plot(ends, ends, color="0.6", linewidth=1)
     groups = sorted({one.group for one in compared})
-    for marker, group in zip("osD^v<>Px*" * len(groups), groups, strict=False):
+    for marker, group in zip("osD^v<>Px*hp" * len(groups), groups, strict=False):
         times_ms = [(one.measured_ms, one.predicted_ms) for one in compared if one.group == group]
         axes.scatter(*zip(*times_ms, strict=True), s=28, marker=marker, label=group)
     axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel="measured, ms", ylabel="predicted, ms")
