@@ -240,10 +240,12 @@ def test_options_of_groups_are_options_of_their_own(capsys):
     tool.call(["drive", "home", "--rows=none", "--last"])()
     tool.call(["drive", "home", "--speed", "3"])()
     drive("away", rows=3)
+    drive("away", shared=Shared(speed=4.0), rows=3)
     assert [
         ("home", Shared(rows=None), Other(rows=None), Shared(2.0, None), True),
         ("home", Shared(speed=3.0), Other(), Shared(3.0), False),
         ("away", Shared(rows=3), Other(3), Shared(2.0, 3), False),
+        ("away", Shared(4.0, rows=3), Other(3), Shared(2.0, 3), False),
     ] == CALLS
     tool.call(["drive", "--help"])()
     text = capsys.readouterr().out
