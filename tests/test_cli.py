@@ -13,6 +13,7 @@ import pytest
 
 from mixtralkit.cli.ending import describe
 from mixtralkit.cli.run import Tool, command
+from mixtralkit.cli.running import UpdateOptions
 from mixtralkit.cli.words import UsageError
 from mixtralkit.config.options import Count, NotNegative, Options
 
@@ -232,6 +233,14 @@ def drive(
         where: The place.
     """
     CALLS.append((where, shared, other, own, last))
+
+
+@pytest.mark.parametrize("given", [{"policy": "hot_cold"}, {"slots_per_rank": 3}, {"hot_experts": 0}])
+def test_options_of_new_plans_need_the_steps_between_them(given):
+    """They were ignored."""
+    with pytest.raises(ValueError, match=rf"{next(iter(given))} \(.*\) needs update_step"):
+        UpdateOptions(**given)
+    assert UpdateOptions(update_step=4, **given)
 
 
 def test_options_of_groups_are_options_of_their_own(capsys):
