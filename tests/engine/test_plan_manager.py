@@ -304,7 +304,7 @@ def test_replicas_need_slots():
     model = _plan_only(contiguous(2, 8, 4))
     make = partial(make_policy, model=model, judge=MoveJudge.for_model(model, MACHINE, 64))
     assert make("balanced")(SKEWED, 64).holds_LWE.sum() == 8
-    assert make("hot_cold", hot_experts=2)(SKEWED, 64).hot_LE[0].tolist() == [True] * 2 + [False] * 6
+    assert make("hot_cold", hot_experts=2)(SKEWED, 64).holds_LWE[0].all(0).tolist() == [True] * 2 + [False] * 6
     with pytest.raises(ValueError, match="affinity"):
         make("affinity")
     with pytest.raises(ValueError, match=r"slots_per_rank \(1\) must be at least 2"):
