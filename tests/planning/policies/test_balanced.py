@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.plans import eplb
 from mixtralkit.planning.policies.balanced import balanced, rebalance_experts
 from mixtralkit.planning.policies.inputs import Budget
 from mixtralkit.planning.policies.poured import pour
 from mixtralkit.planning.policies.quality import measure
 from mixtralkit.planning.replicas import pour_batches
-from tests.planning.policies import eplb
 
 
 def peak_as_run(on_gpus: list[list[int]], loads: np.ndarray) -> float:
