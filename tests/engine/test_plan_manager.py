@@ -137,7 +137,7 @@ def test_moving_experts_changes_no_token(world_size, tmp_path):
     PathPopularity.fit(trace, 2).save(profile)
     ways = [way for way in WAYS if way.nodes != world_size]
     ways += [Way(exchange="exact", popularity=profile), Way(popularity=profile, batch=2)]
-    results = run_ranks(_text, world_size, ways, timeout_s=900)
+    results = run_ranks(_text, world_size, ways, timeout_s=280)
     for place, way in enumerate(ways):
         answers, statistics, _ = results[0][place]
         assert answers == _alone(), way

@@ -131,7 +131,7 @@ def test_without_symmetric_memory_decode_takes_static_shapes_and_is_slower():
     plain = candidates(situation(attention="dp", room=room))
     graph = candidates(situation(attention="dp"))
     assert {one.dispatcher for one in plain} == {"static"}
-    assert all(slow.step_ms > fast.step_ms for slow, fast in zip(plain, graph, strict=True))
+    assert all(slow.step_ms > 2 * fast.step_ms for slow, fast in zip(plain, graph, strict=True))
 
 
 def test_a_trace_is_planned_by():
