@@ -264,6 +264,8 @@ class LayerVariant:
 
         def combine() -> None:
             s.out = dispatcher.combine(s.y_RD, s.handle, self.norm)
+            if rows.flight is not None:
+                rows.flight.ahead(layer.layer)
 
         def chunks() -> None:
             cut, count = self._cut(layer, s.routing), self._chunks
