@@ -32,7 +32,7 @@ from mixtralkit.engine.requests import Request
 from mixtralkit.mixtral import choose_layout
 from mixtralkit.model.transformer import Transformer
 
-CASES = ("single", "fixed", "uniform", "poisson", "prefix")
+CASES = ("single", "fixed", "mixed", "uniform", "poisson", "prefix")
 
 
 @command
@@ -66,7 +66,7 @@ def bench_throughput(
     Args:
         model: architecture, a params.json or the name of one in configs/models.
         random_weights: normal weights, made on the device; there are no others.
-        cases: which, between commas: single, fixed, uniform, poisson, prefix.
+        cases: which, between commas: single, fixed, mixed, uniform, poisson, prefix.
         sequences: that run at a time, and requests of the case fixed.
         prompt_len: of single and fixed.
         new_tokens: of single and fixed.
@@ -112,6 +112,8 @@ def bench_throughput(
         bench.single(prompt_len, new_tokens)
     if "fixed" in wanted:
         bench.fixed(sequences, prompt_len, new_tokens)
+    if "mixed" in wanted:
+        bench.mixed(max(1, sequences - 8), min(mixed_budget, most - 8))
     if "uniform" in wanted or "poisson" in wanted:
         rate = bench.uniform(requests, shortest, longest, sequences)
         if "poisson" in wanted:
@@ -193,6 +195,23 @@ class Bench:
                       "serve": serve_fields(record)})  # fmt: skip
             self.goal("fixed, output tokens/s", record.output_per_s, 5300, True)
             self.goal("host ms a step", host_ms, 1.0, False)
+
+    def mixed(self, count: int, chunk: int) -> None:
+        """A step of decodes and a chunk of a prompt, against the two one after the other."""
+        prompts = self.prompts([32] * count + [chunk] * 8)
+        together = self.run(self.requests(prompts, [64] * count + [1] * 8))
+        chunks = [self.run(self.requests(self.prompts([chunk]), [1])) for _ in range(4)]
+        if together is None:
+            return
+        full = [step for step in together.steps if step[1] == count]
+        both = [s for kind, _, tokens, s in full if kind == "mixed" and tokens == chunk]
+        decode = [s for kind, _, tokens, s in full if not tokens]
+        alone = [record.first_s[0] for record in chunks[1:]]
+        if both and decode:
+            parts = median(decode) + median(alone)
+            self.say({"measurement": "mixed", "decodes": count, "chunk": chunk, "decode_ms": 1e3 * median(decode),
+                      "chunk_ms": 1e3 * median(alone), "both_ms": 1e3 * median(both)})  # fmt: skip
+            self.goal("mixed step, of its two parts", median(both) / parts, 1.1, False)
 
     def uniform(self, count: int, shortest: int, longest: int, sequences: int) -> float:
         """Lengths drawn evenly, all at once, against fixed batches of the mean length; requests/s of the first."""

@@ -58,13 +58,15 @@ class Load:
 @dataclass
 class Record:
     """What a load gave: times of every request's tokens, from its coming (s), and the number of running sequences at
-    each step; ``host_s`` is what rank 0's host did in each turn but wait for the device."""
+    each step; ``host_s`` is what rank 0's host did in each turn but wait for the device; ``steps`` are kind, rows that
+    decode, prompt tokens and seconds since the step before of each."""
 
     requests: list[Request]
     duration_s: float = 0.0
     tokens_s: dict[int, list[float]] = field(default_factory=dict)
     running: list[int] = field(default_factory=list)
     host_s: list[float] = field(default_factory=list)
+    steps: list[tuple[str, int, int, float]] = field(default_factory=list)
 
     @property
     def gaps_s(self) -> list[float]:
@@ -104,7 +106,8 @@ def run(engine: Engine, requests: list[Request], starts: list[float] | None = No
 @contextmanager
 def watched(record: Record) -> Iterator[None]:
     """Measures the host's part of each turn."""
-    advance, wait, wait_for, poll = Engine._advance, Flight.wait, Control.wait_for, Load.poll
+    advance, take = Engine._advance, Engine._take
+    wait, wait_for, poll = Flight.wait, Control.wait_for, Load.poll
     waited = [0.0]
 
     def timed_wait(*args):
@@ -118,8 +121,16 @@ def watched(record: Record) -> Iterator[None]:
         advance(engine)
         record.host_s.append(time.perf_counter() - started - waited[0])
 
+    def noted(engine, message):
+        flight, planned = engine._flights[0]
+        take(engine, message)
+        chunks = sum(len(chunk.ids) for own in flight.plan.chunks for chunk in own)
+        decodes = sum(len(own) for own in planned.slots) - sum(len(own) for own in flight.plan.chunks)
+        record.steps.append((flight.kind, decodes, chunks, engine._step_s))
+
     with (
         patch.object(Engine, "_advance", timed),
+        patch.object(Engine, "_take", noted),
         patch.object(Flight, "wait", lambda flight: timed_wait(wait, flight)),
         patch.object(Control, "wait_for", lambda control, flight: timed_wait(wait_for, control, flight)),
         patch.object(Load, "poll", lambda load, is_idle: timed_wait(poll, load, is_idle)),

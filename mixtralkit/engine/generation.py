@@ -16,8 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Many
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from dataclasses import replace
 
 from mixtralkit.config import CacheOptions, LimitOptions
 from mixtralkit.distributed import RankFailed
@@ -26,76 +25,11 @@ from mixtralkit.engine.grammar import Grammars
 from mixtralkit.engine.plan_manager import PlanManager
 from mixtralkit.engine.requests import Abort, Answer, Completion, Request, StreamEvent, Top, check_prompt
 from mixtralkit.engine.runner import Flight, Runner
+from mixtralkit.engine.runs import Arrivals, EngineSnapshot, Run
 from mixtralkit.engine.scheduler import Planned, Scheduler, Sequence
 from mixtralkit.engine.step_plan import Message, News
 from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.model.transformer import Observe, Transformer
-
-
-class Arrivals(Protocol):
-    """Where a serving engine's requests come from."""
-
-    def poll(self, wait: bool) -> list[Request | Abort] | None:
-        """What has come since, in order; None for good once nothing comes any more.
-
-        Asked on rank 0 before each step. With ``wait``, for there is nothing to do, it may block, but no longer than
-        about a second, for the other ranks must hear that this one lives.
-        """
-
-
-@dataclass(frozen=True)
-class EngineSnapshot:
-    """What an engine does, for metrics.
-
-    Attributes:
-        running, waiting: sequences with a slot, and without.
-        pages, pages_used, page_size: the cache's pages over all ranks, those that sequences hold, and their positions.
-        pages_reusable: free ones that hold a known beginning.
-        prefix_queries, prefix_hits: prompt tokens looked up, and those of them that were known.
-        preemptions: sequences that lost their pages to others and began again.
-        prompt_tokens, generation_tokens: prompt tokens of requests that began, and tokens sampled.
-        steps: launched so far; step_s: seconds between the last two that were taken.
-        busy_since: ``time.monotonic()`` when the turn at hand began; None between turns and while nothing is to do.
-    """
-
-    running: int = 0
-    waiting: int = 0
-    pages: int = 0
-    pages_used: int = 0
-    page_size: int = 0
-    pages_reusable: int = 0
-    prefix_queries: int = 0
-    prefix_hits: int = 0
-    preemptions: int = 0
-    prompt_tokens: int = 0
-    generation_tokens: int = 0
-    steps: int = 0
-    step_s: float = 0.0
-    busy_since: float | None = None
-
-
-@dataclass(eq=False)
-class _Run:
-    """One call's requests and what came of them.
-
-    ``answers`` are those that have begun and not ended, by key. ``requests`` are still to come; where they are a list,
-    all come at once. ``arrivals`` are those of a serving engine, whose events tell errors instead of raising them.
-    """
-
-    number: int
-    requests: Iterator[Request] | None = None
-    is_lazy: bool = False
-    should_stop: Callable[[], bool] | None = None
-    arrivals: Arrivals | None = None
-    serves: bool = False
-    numbers_from: int = 0
-    thread: int = field(default_factory=threading.get_ident)
-    sequences: dict[int, Sequence | Answer] = field(default_factory=dict)
-    events: deque[StreamEvent] = field(default_factory=deque)
-    stops: bool = False
-    exhausted: bool = False
-    ended: bool = False
-    error: Exception | None = None
 
 
 class Engine:
@@ -137,9 +71,9 @@ class Engine:
         self._grammars = Grammars(tokenizer, model.params.vocab_size)
         self._driver: int | None = None  # the thread that makes a turn
         self._all_know = False  # that a turn has failed
-        self._runs: dict[int, _Run] = {}
-        self._run_of: dict[int, _Run] = {}  # by key of a sequence; of ranks that follow
-        self._closing: deque[_Run] = deque()
+        self._runs: dict[int, Run] = {}
+        self._run_of: dict[int, Run] = {}  # by key of a sequence; of ranks that follow
+        self._closing: deque[Run] = deque()
         self._next_run = self._next_key = self._next_number = 0
         self._prompted = self._generated = 0
         self._step_s = 0.0
@@ -179,7 +113,7 @@ class Engine:
         Rank 0 asks ``arrivals``; the others give None, follow, and get no events. What fails in one request is the
         ``error`` of its last event.
         """
-        run = self._open(_Run(0, arrivals=arrivals, serves=True))
+        run = self._open(Run(0, arrivals=arrivals, serves=True))
         try:
             while not run.ended:
                 if events := self._next_events(run):
@@ -235,14 +169,14 @@ class Engine:
     def _events(
         self, requests: Iterable[Request], is_lazy: bool, should_stop: Callable[[], bool] | None
     ) -> Iterator[StreamEvent]:
-        run = self._open(_Run(0, iter(requests), is_lazy, should_stop))
+        run = self._open(Run(0, iter(requests), is_lazy, should_stop))
         try:
             while not run.ended:
                 yield from self._next_events(run)
         finally:
             self._close(run)
 
-    def _open(self, run: _Run) -> _Run:
+    def _open(self, run: Run) -> Run:
         if self.context.world_size > 1 and any(other.thread != run.thread for other in self._runs.values()):
             raise RuntimeError("another thread has a run of this model open: over several ranks one thread may run it")
         with self._turn:
@@ -251,7 +185,7 @@ class Engine:
             self._runs[run.number] = run
         return run
 
-    def _close(self, run: _Run) -> None:
+    def _close(self, run: Run) -> None:
         """Of a run that nobody reads any more; a generator may be thrown away amid a turn, by any thread."""
         self._runs.pop(run.number, None)
         self._closing.append(run)
@@ -276,7 +210,7 @@ class Engine:
                 if self.context.is_first:
                     self._scheduler.step_ended()
 
-    def _next_events(self, run: _Run) -> list[StreamEvent]:
+    def _next_events(self, run: Run) -> list[StreamEvent]:
         """The run's events after at least one turn of the loop, which another thread may make."""
         me = threading.get_ident()
         with self._turn:
@@ -299,7 +233,7 @@ class Engine:
                 self._turn.notify_all()
         return self._drained(run)
 
-    def _drained(self, run: _Run) -> list[StreamEvent]:
+    def _drained(self, run: Run) -> list[StreamEvent]:
         events = []
         while run.events:
             events.append(run.events.popleft())
@@ -319,6 +253,7 @@ class Engine:
 
     def _advance(self) -> None:
         """One turn."""
+        self._all_know = False
         self._prepare()
         if not self.context.is_first:
             self._follow(self._control.receive())
@@ -387,7 +322,7 @@ class Engine:
         if flights and flights[-1][0].batch is not None and self.observe is not None:
             flight = flights[-1][0]
             own = self.context.rank if len(message.surplus) > 1 else 0
-            step = self._runner.observed(flight, message.surplus[own])
+            step = self._runner.observed(flight, message.surplus[own] if message.surplus else ())
             flights[-1] = (replace(flight, batch=None), flights[-1][1])
             if step is not None:
                 self.observe(*step)
@@ -485,7 +420,7 @@ class Engine:
         else:
             self._lose_run(sequence.run, error, news)
 
-    def _lose_run(self, run: _Run, error: Exception, news: News) -> None:
+    def _lose_run(self, run: Run, error: Exception, news: News) -> None:
         run.error = error
         self._runs.pop(run.number, None)
         for sequence in list(run.sequences.values()):
@@ -497,11 +432,11 @@ class Engine:
         del sequence.run.sequences[sequence.key]
         self._scheduler.leave(sequence)
 
-    def _tells(self, run: _Run) -> bool:
+    def _tells(self, run: Run) -> bool:
         """Whether other ranks make the run's events too."""
         return self.context.world_size > 1 and not run.serves
 
-    def _ask(self, run: _Run, news: News) -> None:
+    def _ask(self, run: Run, news: News) -> None:
         """Takes the requests that have come."""
         if run.arrivals is not None:
             self._poll(run, news)
@@ -523,7 +458,7 @@ class Engine:
         except Exception as error:
             self._lose_run(run, error, news)
 
-    def _poll(self, run: _Run, news: News) -> None:
+    def _poll(self, run: Run, news: News) -> None:
         """Takes what has come to a serving engine; waits for it where there is nothing to do."""
         if run.exhausted:
             return
@@ -546,7 +481,7 @@ class Engine:
             except Exception as error:
                 run.events.append(_last_event(Answer(one, 0, self.tokenizer), "error", str(error)))
 
-    def _begin(self, run: _Run, request: Request) -> Sequence:
+    def _begin(self, run: Run, request: Request) -> Sequence:
         number = run.numbers_from + request.id
         sequence = Sequence(self._next_key, self._answer(request), number, run)
         if request.json_schema is not None:
@@ -565,7 +500,7 @@ class Engine:
         longest = min(self.model.params.max_seq_len, cache.pages * cache.page_size)
         return Answer(request, min(request.max_gen_len, longest - len(request.prompt)), self.tokenizer)
 
-    def _interrupt(self, run: _Run, news: News) -> None:
+    def _interrupt(self, run: Run, news: News) -> None:
         """Ends what is left of a run that is to stop, when the tokens in flight have come."""
         if run.stops:
             for sequence in list(run.sequences.values()):

@@ -169,6 +169,18 @@ def test_a_prompt_that_is_wholly_known_gives_the_same_text_and_logprobs(tokenize
         assert told(engine.complete([request])[0]) == told(first)
 
 
+def test_one_prompt_gives_one_text_in_all_slots_beside_others_and_after_them(tokenizer):
+    engine = Engine(small(RankContext(), slots=8), tokenizer)
+    request = Request(0, (*COMMON, 9), 14, GREEDY)
+    wanted = told(alone(tokenizer, [request])[0])
+    same = [replace(request, id=i) for i in range(8)]
+    assert [told(done) for done in engine.complete(same)] == [wanted] * 8
+    mixed = [replace(one, id=10 + one.id) for one in many_requests(12, seed=2)]
+    beside = {done.id: done for done in engine.complete([*mixed[:6], request, *mixed[6:]])}
+    assert told(beside[0]) == wanted
+    assert told(engine.complete([request])[0]) == wanted
+
+
 def test_a_dialog_goes_on_from_its_own_answer(tokenizer, model):
     engine = Engine(model, tokenizer)
     engine.forget_prefixes()
