@@ -229,3 +229,37 @@ def test_what_is_not_supported_is_refused_by_name(client):
     with pytest.raises(openai.BadRequestError) as error:
         client.completions.create(model="ckpts", prompt="a", suffix="b")
     assert "suffix" in error.value.message
+
+
+def test_penalties_biases_and_least_lengths(client):
+    plain = complete(client, max_tokens=40).choices[0].text
+    assert complete(client, max_tokens=40, frequency_penalty=2.0).choices[0].text != plain
+    words = Tokenizer(CKPTS / "tokenizer.model")
+    favoured = words.encode("the", bos=False)[0]
+    biased = complete(client, max_tokens=5, logit_bias={str(favoured): 100})
+    assert biased.choices[0].text.split() == ["the"] * 5
+    with pytest.raises(openai.BadRequestError, match="logit_bias"):
+        complete(client, logit_bias={"99999": 1})
+    ends = {"stop_token_ids": [favoured], "logit_bias": {str(favoured): 100}, "max_tokens": 6}
+    assert complete(client, **ends).usage.completion_tokens == 1
+    assert complete(client, **ends, min_tokens=3).usage.completion_tokens == 4
+
+
+def test_answers_that_fit_a_schema(client):
+    schema = {"type": "object", "properties": {"name": {"enum": ["tar", "cat"]}, "old": {"type": "boolean"}},
+              "required": ["name", "old"], "additionalProperties": False}  # fmt: skip
+    asked = {"model": "ckpts", "messages": [{"role": "user", "content": "Which command?"}], "max_tokens": 60}
+    wanted = {"type": "json_schema", "json_schema": {"name": "command", "schema": schema}}
+    whole = client.chat.completions.create(**asked, response_format=wanted, n=3, seed=1)
+    for choice in whole.choices:
+        found = json.loads(choice.message.content)
+        assert found["name"] in ("tar", "cat")
+        assert isinstance(found["old"], bool)
+        assert choice.finish_reason == "stop"
+    parts = client.chat.completions.create(**asked, response_format=wanted, seed=1, stream=True)
+    assert "".join(part.choices[0].delta.content or "" for part in parts) == whole.choices[0].message.content
+    some = client.chat.completions.create(**asked, response_format={"type": "json_object"}, temperature=0)
+    assert some.choices[0].message.content.startswith("{")
+    with pytest.raises(openai.BadRequestError, match="json_schema"):
+        broken = {"name": "x", "schema": {"type": "colour"}}
+        client.chat.completions.create(**asked, response_format={"type": "json_schema", "json_schema": broken})
