@@ -62,11 +62,15 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class KernelCounts:
-    """Kernels of a layer's steps, as the operations of ``MoELayer`` in plain torch are counted."""
+    """Kernels of a layer's steps, as the operations of ``MoELayer`` in plain torch are counted.
+
+    ``dispatch`` is of counted rows, ``replicas`` more where those are poured, ``static`` of rows in fixed shapes.
+    """
 
     attention: int = 30
     gate: int = 10
     dispatch: int = 60
+    static: int = 17
     replicas: int = 20
     experts: int = 25
     combine: int = 5
@@ -108,10 +112,11 @@ class TimeModel:
     def experts_s(self, rows_WE: np.ndarray, split: int = 1) -> np.ndarray:
         """All experts of each rank, one after the other: rows [..., W, E] → seconds [..., W]."""
         rows_WE = np.asarray(rows_WE)
-        return self.experts_start_s(rows_WE.max(-1, initial=0)) + self.expert_s(rows_WE, split).sum(-1)
+        mean_rows_W = rows_WE.sum(-1) / np.maximum((rows_WE > 0).sum(-1), 1)
+        return self.experts_start_s(mean_rows_W) + self.expert_s(rows_WE, split).sum(-1)
 
-    def experts_start_s(self, most_rows: np.ndarray | float) -> np.ndarray | float:
-        """What a layer's experts take beside their products; ``most_rows`` are those of the busiest expert."""
+    def experts_start_s(self, mean_rows: np.ndarray | float) -> np.ndarray | float:
+        """What a rank's experts take beside their products; ``mean_rows`` are those of an expert that has any."""
         return self.launches_s(self.kernels.experts)
 
     def gate_s(self, tokens_W: np.ndarray) -> np.ndarray:
@@ -175,6 +180,10 @@ class TimeModel:
         """So many kernels that have nothing to do."""
         return kernels * self.hardware.launch_s
 
+    def captured_s(self, kernels: int) -> float:
+        """So many small kernels of a step that a graph holds; plain torch launches it like any other."""
+        return self.launches_s(kernels)
+
     def exchange_s(self, out_NW: Sequence[np.ndarray], into_NW: Sequence[np.ndarray], messages: int = 1) -> np.ndarray:
         """Rows between ranks: over before the busiest rank's busier direction is, on the slower of the networks.
 
@@ -191,7 +200,9 @@ class TimeModel:
 
     def all_reduce_s(self, size: np.ndarray | float) -> np.ndarray | float:
         """The sum over all ranks of ``size`` bytes, as a ring: 2·(W-1)/W of them leave each rank."""
-        return self._collective_s("all_reduce", size * ring_share(self.world_size))
+        slowest = min(network.all_reduce.bandwidth for network, _ in self._networks)
+        latencies = [network.latency_s("all_reduce", members) for network, members in self._networks]
+        return size * ring_share(self.world_size) / slowest + sum(latencies)
 
     def all_gather_s(self, size: np.ndarray | float) -> np.ndarray | float:
         """Every rank's ``size`` bytes to every other, straight."""
@@ -202,14 +213,6 @@ class TimeModel:
         ]
         latencies = [network.latency_s("exchange", members) for network, members in self._networks]
         return np.maximum.reduce(seconds) + max(latencies)
-
-    def broadcast_s(self, size: np.ndarray | float) -> np.ndarray | float:
-        """``size`` bytes of one rank to all."""
-        return self._collective_s("broadcast", size * (self.world_size > 1))
-
-    def _collective_s(self, kind: str, size: np.ndarray | float) -> np.ndarray | float:
-        slowest = min(getattr(network, kind).bandwidth for network, _ in self._networks)
-        return size / slowest + sum(network.latency_s(kind, members) for network, members in self._networks)
 
     @property
     def _networks(self):
@@ -314,16 +317,6 @@ class ShadowModel:
         """Seconds that the weights of an expert take to every rank."""
         weights = self.matrices * self.alpha * self.d_model**2
         return weights * self.data_bytes / (self.broadcast_bandwidth or self.net_bandwidth)
-
-    @property
-    def break_even_rows(self) -> float:
-        """Rows by which the busiest expert must lead the next for its shadow to pay in one step."""
-        return self.s_per_shadow / self.s_per_row
-
-    @property
-    def break_even_rows_on_the_wire(self) -> float:
-        """The same with compute for free: m·α·H / exchanges, whatever the bandwidth."""
-        return self.s_per_shadow / self.exchange_s_per_row
 
 
 def choose_shadows(
