@@ -260,6 +260,6 @@ def test_answers_that_fit_a_schema(client):
     assert "".join(part.choices[0].delta.content or "" for part in parts) == whole.choices[0].message.content
     some = client.chat.completions.create(**asked, response_format={"type": "json_object"}, temperature=0)
     assert some.choices[0].message.content.startswith("{")
+    broken = {"name": "x", "schema": {"type": "colour"}}
     with pytest.raises(openai.BadRequestError, match="json_schema"):
-        broken = {"name": "x", "schema": {"type": "colour"}}
         client.chat.completions.create(**asked, response_format={"type": "json_schema", "json_schema": broken})
