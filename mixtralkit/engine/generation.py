@@ -115,7 +115,7 @@ class Engine:
         """
         run = self._open(Run(0, arrivals=arrivals, serves=True))
         try:
-            while not run.ended:
+            while not run.ended or run.events:
                 if events := self._next_events(run):
                     yield events
         finally:
@@ -171,7 +171,7 @@ class Engine:
     ) -> Iterator[StreamEvent]:
         run = self._open(Run(0, iter(requests), is_lazy, should_stop))
         try:
-            while not run.ended:
+            while not run.ended or run.events:
                 yield from self._next_events(run)
         finally:
             self._close(run)

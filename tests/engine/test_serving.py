@@ -144,14 +144,14 @@ def _over_ranks(context: RankContext, folder: Path, attention: str, experts: str
 )
 def test_several_ranks_give_the_same(folder, tokenizer, world_size, attention, experts):
     wanted = {id: told(one) for id, one in alone(tokenizer, many_requests(16)).items()}
-    answers = run_ranks(_over_ranks, world_size, folder, attention, experts, 6 if attention == "tp" else 5)
+    answers = run_ranks(_over_ranks, world_size, folder, attention, experts, 5)
     for rank, (live, lazy, both, _) in enumerate(answers):
         assert live == ({} if rank else wanted)
         assert lazy == wanted
         assert both == wanted
     used, preemptions = answers[0][3]
     assert used == 0
-    assert preemptions > 0 or world_size == 4
+    assert preemptions > 0 or (attention, world_size) == ("dp", 4)  # which has one slot a rank
 
 
 def test_a_prompt_that_is_wholly_known_gives_the_same_text_and_logprobs(tokenizer, model):
