@@ -17,6 +17,7 @@ from mixtralkit.distributed import RankContext
 from mixtralkit.engine.requests import Abort, Completion, Request, StreamEvent, Token
 from mixtralkit.engine.runs import EngineSnapshot
 from mixtralkit.engine.tokenizer import Tokenizer
+from mixtralkit.planning.plan import contiguous
 from mixtralkit.server.app import make_app
 from mixtralkit.server.service import Service
 from tests.server.process import CKPTS
@@ -30,7 +31,7 @@ class Slots:
         self.context = RankContext()
         shape = {"n_layers": 2, "num_experts": 4, "vocab_size": self.tokenizer.n_words}
         params = SimpleNamespace(max_seq_len=max_seq_len, max_batch_size=slots, **shape)
-        self.model = SimpleNamespace(params=params)
+        self.model = SimpleNamespace(params=params, layout=SimpleNamespace(plan=contiguous(2, 4, 1)))
         self.expert_rows = self.plan_manager = None
         self.steps = threading.Semaphore(0)
         self.runs_freely = True
