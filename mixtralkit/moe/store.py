@@ -26,7 +26,7 @@ from mixtralkit.moe.table import LayerTable
 from mixtralkit.moe.transfers import MoveReport, move_experts, stays_in_place, transfers
 from mixtralkit.planning.replicas import ReplicaTable
 
-Send = Callable[[torch.Tensor, int], None]  # a tensor of the given rank to all, into the same tensor there
+Send = Callable[[torch.Tensor, int], None]  # bytes of the given rank to all, into the same tensor there
 
 
 @dataclass(frozen=True)
@@ -67,18 +67,29 @@ class ExpertStore:
     @property
     def expert_bytes(self) -> int:
         """Weights of one expert, or of this rank's part of its hidden width."""
-        config = self.layout.config
-        return 3 * config.dim * (self.layout.hidden[1] - self.layout.hidden[0]) * self.dtype.itemsize
+        return self.layout.weights.expert_bytes(*self._columns, self.dtype.itemsize)
 
-    def _empty(self, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
-        dim, hidden = self.layout.config.dim, self.layout.hidden[1] - self.layout.hidden[0]
-        like = {"dtype": self.dtype, "device": self.context.device}
-        return torch.empty(slots, 2 * hidden, dim, **like), torch.empty(slots, dim, hidden, **like)
+    @property
+    def _columns(self) -> tuple[int, int]:
+        """Of w13 and of w2."""
+        return self.layout.config.dim, self.layout.hidden[1] - self.layout.hidden[0]
+
+    def _empty(self, slots: int) -> tuple[torch.Tensor, ...]:
+        """Memory for the parts of w13, then of w2."""
+        (dim, hidden), weights = self._columns, self.layout.weights
+        shapes = [(part, weights.shape(part, hidden, dim, 2)) for part in weights.parts]
+        shapes += [(part, weights.shape(part, dim, hidden)) for part in weights.parts]
+        dtypes = [self.dtype if part.dtype is None else getattr(torch, part.dtype) for part, _ in shapes]
+        return tuple(
+            torch.empty(slots, *shape, dtype=dtype, device=self.context.device)
+            for (_, shape), dtype in zip(shapes, dtypes, strict=True)
+        )
 
     def _allocate(self) -> None:
         """Memory of every layer by itself, or one for all where copies need places that any layer can name."""
         slots_L = [len(self.layout.experts(layer)) for layer in self.layers]
         storage = self._empty(sum(slots_L) + self.room) if self.room else None
+        self._storage = storage
         first = 0
         for layer, slots in zip(self.layers, slots_L, strict=True):
             own, storage_S = self._empty(slots) if storage is None else None, None
@@ -86,7 +97,8 @@ class ExpertStore:
                 own = tuple(weights[first : first + slots] for weights in storage)
                 storage_S = self._own_places(slots)
                 storage_S += first
-            self.experts[layer] = Experts(*own, None if storage is None else (*storage, storage_S))
+            stored = None if storage is None else (storage, storage_S)
+            self.experts[layer] = Experts(own, stored, self.layout.weights, self._columns)
             self.tables[layer] = LayerTable(self.replicas(layer), self.context, self.room > 0)
             first += slots
         self._places = list(range(first, first + self.room))
@@ -140,9 +152,9 @@ class ExpertStore:
         numbers = {copy.number for (of, _), copy in self.copies.items() if of == layer}
         owner, slot = self.owner(layer, expert)
         experts = self.experts[layer]
-        for storage, own in zip(experts.storage, (experts.w13, experts.w2), strict=False):
+        for storage, own in zip(self._storage, experts.tensors, strict=True):
             target = own[slot] if owner == self.context.rank else storage[place]
-            (send or self._broadcast)(target, owner)
+            (send or self._broadcast)(target.view(torch.uint8), owner)
         number = next(n for n in range(self._most_copies) if n not in numbers)
         self.copies[layer, expert] = Copy(place, number)
 
@@ -183,7 +195,7 @@ class ExpertStore:
         old_WE, new_WE = self.layout.plan.slot_of_LWE[layer], layout.plan.slot_of_LWE[layer]
         moves = transfers(old_WE, new_WE, layout.plan.ranks_per_node)
         in_place, experts = stays_in_place(old_WE, new_WE), self.experts[layer]
-        targets = move_experts((experts.w13, experts.w2), old_WE, new_WE, moves, in_place, self.context)
+        targets = move_experts(experts.tensors, old_WE, new_WE, moves, in_place, self.context)
         self.layout = layout
         if not in_place:
             self._relocate(layer, targets)
@@ -194,7 +206,7 @@ class ExpertStore:
         old, new = self.layout.plan, layout.plan
         if layout.parallel.experts != "ep":
             raise ValueError(f"experts ({layout.parallel.experts!r}) must be 'ep' for a new plan between steps")
-        if self.experts[layer].w13.requires_grad:
+        if self.experts[layer].tensors[0].requires_grad:
             raise ValueError("a new plan between steps needs weights that do not train")
         ranks = [(plan.world_size, plan.ranks_per_node) for plan in (old, new)]
         if replace(layout, plan=old) != self.layout or ranks[0] != ranks[1]:
@@ -203,18 +215,19 @@ class ExpertStore:
     def _relocate(self, layer: int, targets: Sequence[torch.Tensor]) -> None:
         """New memory for the layer, or for all where they share one."""
         if not self.room:
-            for weights, target in zip((self.experts[layer].w13, self.experts[layer].w2), targets, strict=True):
+            for weights, target in zip(self.experts[layer].tensors, targets, strict=True):
                 weights.data = target
             return
-        old = {of: (experts.w13.data, experts.w2.data) for of, experts in self.experts.items()} | {layer: targets}
+        old = {of: [w.data for w in experts.tensors] for of, experts in self.experts.items()} | {layer: targets}
         self.drop(list(self.copies))
         slots = [len(old[of][0]) for of in self.layers]
         storage, first = self._empty(sum(slots) + self.room), 0
+        self._storage = storage
         for of, count in zip(self.layers, slots, strict=True):
             experts = self.experts[of]
-            for weights, memory, values in zip((experts.w13, experts.w2), storage, old[of], strict=True):
+            for weights, memory, values in zip(experts.tensors, storage, old[of], strict=True):
                 weights.data = memory[first : first + count].copy_(values)
             storage_S = self._own_places(count) + first
-            experts.storage = (*storage, storage_S)
+            experts.store_in(storage, storage_S)
             first += count
         self._places = list(range(first, first + self.room))

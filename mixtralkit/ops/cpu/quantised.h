@@ -154,6 +154,7 @@ template <int MR>
 static void few_packed(const Packed& w, long first, long outputs, long K, const Narrow* x, float* const* out) {
     if (w.group == 0) few_int8<MR>(w, first, outputs, K, x, out);
     else if (w.group == 32) few_int4<MR, 32>(w, first, outputs, K, x, out);
+    else if (w.group == 64) few_int4<MR, 64>(w, first, outputs, K, x, out);
     else few_int4<MR, 128>(w, first, outputs, K, x, out);
 }
 
