@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import nn
@@ -82,10 +81,7 @@ class Experts(nn.Module):
         """One weighted partial sum a row: y_RD = Σ_k weight · expert(x) [+ residual], zero where nothing is here."""
         if self.storage is None or self.trains:
             return run_experts(rows, *self.matrices)
-        if rows.likely_rows is not None and self.slots:  # settings are for rows a slot, and copies have few or none
-            likely_rows = rows.likely_rows * len(self.storage[2]) // self.slots
-            rows = replace(rows, likely_rows=likely_rows)
-        return run_experts(rows, *self.storage)
+        return run_experts(rows, *self.storage, likely_slots=self.slots)  # few batches have a use for copies
 
 
 def run_experts(
@@ -93,9 +89,10 @@ def run_experts(
     w13_SGD: torch.Tensor | PackedWeight,
     w2_SDF: torch.Tensor | PackedWeight,
     storage_S: torch.Tensor | None = None,
+    likely_slots: int | None = None,
 ) -> torch.Tensor:
     """``ops.experts.expert_sum`` of rows as a dispatcher gives them."""
     return expert_sum(
         rows.x_RD, rows.slots_RK, rows.weights_RK, w13_SGD, w2_SDF, rows.residual_RD, rows.out_RD, rows.likely_rows,
-        storage_S,
+        storage_S, likely_slots,
     )  # fmt: skip

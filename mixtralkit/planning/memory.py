@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mixtralkit.config import ModelConfig, ParallelConfig
+from mixtralkit.config import CacheOptions, ModelConfig, ParallelConfig
 from mixtralkit.moe.weights import PLAIN, ExpertWeights
 from mixtralkit.planning.plan import ExpertPlan
 
@@ -46,8 +46,9 @@ class Room:
         prefill_budget: prompt tokens that a rank runs in one step.
         symmetric_rows: as ``MoEOptions.symmetric_rows``.
         data_bytes: of a number.
-        weights: format of the experts.
         copies_gb: 10⁹ bytes a rank keeps for copies of other ranks' experts (shadows, two phases).
+        page_size: positions of a page of the cache.
+        weights: format of the experts.
     """
 
     batch: int
@@ -56,6 +57,7 @@ class Room:
     symmetric_rows: int | None = 0
     data_bytes: int = 2
     copies_gb: float = 0.0
+    page_size: int = CacheOptions.page_size
     weights: ExpertWeights = PLAIN
 
 
@@ -68,8 +70,9 @@ def rank_memory(config: ModelConfig, parallel: ParallelConfig, plan: ExpertPlan,
     heads_split = world if parallel.attention == "tp" else 1
     sequences = -(-room.batch // (1 if parallel.attention == "tp" else world))
     kv_heads = max(-(-config.n_kv_heads // heads_split), 1)
-    cache = 2 * config.n_layers * sequences * kv_heads * room.max_seq_len * config.head_dim * b
-    cache += room.max_seq_len * config.head_dim * 4  # angles
+    pages = -(-room.max_seq_len // room.page_size)  # of a sequence
+    cache = 2 * config.n_layers * sequences * kv_heads * pages * room.page_size * config.head_dim * b
+    cache += sequences * pages * 4 + room.max_seq_len * config.head_dim * 4  # tables and angles
     tokens = min(room.prefill_budget, sequences * room.max_seq_len)
     middle = config.hidden_dim / (world if parallel.experts == "tp" else 1) * config.num_experts_per_tok
     working = tokens * (_ROWS_ALIVE * config.dim + middle) * b + 2 * sequences * config.vocab_size * 4

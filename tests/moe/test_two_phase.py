@@ -212,7 +212,7 @@ def test_copies_in_use_are_not_pushed_out():
     mild_E[3], hot_E[3] = 50, 100
 
     def bring(layer: int, loads_E: np.ndarray, in_use: int | None = None) -> list[int]:
-        return shadows.bring(layer, loads_E, send=lambda weights, owner: None, in_use=in_use)
+        return shadows.bring(layer, loads_E, carry=lambda weights, owner, theirs: None, in_use=in_use)
 
     assert bring(0, mild_E) == [3]
     assert bring(1, hot_E, in_use=0) == []
