@@ -300,7 +300,7 @@ def test_tables_that_are_too_large_are_refused():
 def test_hidden_seconds_make_shadows_cheaper():
     """A copy that costs ten times what its expert's rows do is taken once nine tenths of it are hidden."""
     model = ShadowModel.for_inference(16, 1.5, net_bandwidth=1e9, gpu_throughput=1e9)
-    loads = [model.break_even_rows / 10, 0, 0, 0]
+    loads = [model.s_per_shadow / model.s_per_row / 10, 0, 0, 0]
     hidden = 0.9 * model.s_per_shadow
     assert choose_shadows(loads, model) == ()
     assert choose_shadows(loads, model, hidden_s=hidden * 0.999) == ()
