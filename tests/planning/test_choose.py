@@ -58,13 +58,11 @@ def test_experts_in_fewer_bits_take_what_their_tensors_do(experts, name):
     config, weights = replace(MIXTRAL, n_layers=2), parse_weights(name)
     parallel, plan = ParallelConfig("tp", experts), contiguous(2, 8, 4)
     layout = RankLayout(config, parallel, plan, 0, weights)
-    sizes = {
-        name: part.itemsize(2) for matrix in ("w13", "w2") for name, part in weights.parameters(matrix)
-    }  # fmt: skip
+    sizes = {name: part.itemsize(2) for matrix in ("w13", "w2") for name, part in weights.parameters(matrix)}
     held = sum(int(np.prod(s)) * sizes.get(n.rpartition(".")[2], 2) for n, s in layout.shapes().items())
     found = rank_memory(config, parallel, plan, Room(6, 100, 50, weights=weights))
     assert found.weights == pytest.approx(held / 1e9)
-    assert found.weights < 0.6 * rank_memory(config, parallel, plan, Room(6, 100, 50)).weights
+    assert found.weights < 0.65 * rank_memory(config, parallel, plan, Room(6, 100, 50)).weights
 
 
 def test_a_budget_takes_fewer_bits_where_it_needs_them():
