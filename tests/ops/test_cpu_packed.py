@@ -61,9 +61,15 @@ def test_expert_sum_is_the_sum_of_the_choices(fmt, rows) -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("fmt", FORMATS, ids=names)
-def test_a_row_of_few_depends_on_no_other(fmt) -> None:
-    w = fmt.quantize(random_tensor(35, 500, dtype=torch.float32, seed=0))
-    x_TI = random_tensor(8, 500, dtype=torch.float32, seed=1)
+def test_a_row_depends_on_no_other_row_and_no_thread(fmt) -> None:
+    w = fmt.quantize(random_tensor(35, 2500, dtype=torch.float32, seed=0))
+    x_TI = random_tensor(150, 2500, dtype=torch.float32, seed=1)
     whole = linear_cpu(x_TI, w)
-    for first, rows in [(0, 1), (3, 2), (4, 3), (1, 7)]:
+    for first, rows in [(0, 1), (3, 2), (4, 3), (1, 7), (60, 9), (7, 65)]:
         assert linear_cpu(x_TI[first : first + rows], w).equal(whole[first : first + rows])
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads % 2 + 1)
+        assert linear_cpu(x_TI, w).equal(whole)
+    finally:
+        torch.set_num_threads(threads)

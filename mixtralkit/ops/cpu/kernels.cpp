@@ -34,7 +34,6 @@ constexpr long PART = CHUNK + 16;   // floats from row to row there, not in the 
 constexpr long FEW = 24;            // rows up to which converting in registers beats converting into the first cache
 constexpr long BLOCK = 48;          // rows of x whose chunk stays in the second cache
 constexpr long AHEAD = 1024;        // bytes from what is read to what is asked for
-constexpr long FEW_PACKED = 8;      // rows up to which integers beat float32 beside weights of 8 and 4 bits
 constexpr long OUTPUTS = 32;        // of one piece of work
 
 enum Type { F32, BF16, F16, INT8, INT4 };
@@ -221,7 +220,7 @@ bool is_packed(const mk_weight& w) { return w.type >= INT8; }
 long unit(const mk_weight& w) { return w.type == INT8 ? X_GROUP : std::max(64L, w.group); }  // of columns
 long columns(const mk_weight& w, long K) { return is_packed(w) ? (K + unit(w) - 1) / unit(w) * unit(w) : K; }
 
-// out[m][0 … outputs) = x_m · w_o for outputs `first` and the next ones of a slot. `narrow` is x in 16 bits, for few rows.
+// out[m][0 … outputs) = x_m · w_o for outputs `first` and the next ones of a slot. `narrow` is x in 16 bits, for packed weights.
 void product(const mk_weight& w, long slot, long first, long outputs, long K, const float* const* x, const Narrow* narrow,
              long rows, float* const* out) {
     const char* from = w.data + slot * w.slot + first * w.ld;
@@ -230,14 +229,7 @@ void product(const mk_weight& w, long slot, long first, long outputs, long K, co
     if (w.type == F16) return product((const f16*)from, w.ld, outputs, K, x, rows, out);
     const uint8_t* zeros = w.zeros ? (const uint8_t*)w.zeros + slot * w.zeros_slot : nullptr;
     Packed packed{w.data + slot * w.slot, w.ld, w.scales + slot * w.scales_slot, zeros, w.type == INT8 ? 0 : w.group};
-    long whole = columns(w, K);
-    if (rows <= FEW_PACKED) return few_packed(packed, first, outputs, whole, narrow, rows, out);
-    long per_byte = w.type == INT8 ? 1 : 2;
-    auto convert = [&](long o, int count, long k, long n, float* to) {
-        for (int r = 0; r < count; r++) unpack(packed, first + o + r, whole, k, n, to + r * PART);
-    };
-    auto at = [&](long o, long k) { return from + o * w.ld + k / per_byte; };
-    many(convert, at, w.ld, CHUNK / per_byte, outputs, whole, x, rows, out);
+    product_packed(packed, first, outputs, columns(w, K), narrow, rows, out);
 }
 
 template <class T> void read_row(const T* from, long n, float* to) { for (long i = 0; i < n; i++) to[i] = to_float(from[i]); }

@@ -23,7 +23,7 @@ def linear_cpu(
     """x · wᵀ [+ residual], summed in float32, rounded once: [T, O].
 
     A row's result depends on nothing but the row and the weights: not on other rows, not on the number of threads.
-    For packed weights it may also depend on whether more than eight rows are there (docs/cpu.md).
+    Beside packed weights x is rounded to 16 bits for each group of columns (``quantised.h``).
     """
     if out is None:
         out = x_TI.new_empty(x_TI.shape[0], w_OI.shape[0], dtype=out_dtype)
