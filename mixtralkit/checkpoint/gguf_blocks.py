@@ -1,7 +1,7 @@
 """Numbers of llama.cpp's block formats, bit for bit as its own ``gguf`` package makes them.
 
-A row is a run of blocks, each of some neighbours. ``planes`` are parts of bytes: byte i of a run of n bytes has, from its
-low bits up, numbers i, n + i, 2n + i … of the run::
+A row is a run of blocks, each of some neighbours. ``planes`` are parts of bytes: byte i of a run of n bytes has, from
+its low bits up, numbers i, n + i, 2n + i … of the run::
 
     16 bytes of 4 bits     low halves: numbers 0 … 15      high halves: numbers 16 … 31
 """
