@@ -280,7 +280,8 @@ class Answer:
         """Tokens that no event has carried yet: those whose text is certain, up to the last one with any, or all with
         the ``texts`` that an answer at its end has."""
         own, end, certain = self._texts if texts is None else texts, self._told, self._told_certain
-        for place in range(self._told, len(own)):
+        last = len(own) - (texts is None and self._stream.is_unfinished)
+        for place in range(self._told, last):
             certain += len(own[place])
             if texts is None and certain > self._certain:
                 break

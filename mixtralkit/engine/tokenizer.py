@@ -277,6 +277,11 @@ class TextStream:
                 data = data[1:]
         return self._utf8.decode(data).translate(_REPLACED)
 
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether bytes of a character are still to come, which may give the last token more text."""
+        return bool(self._utf8.getstate()[0])
+
     def finish(self) -> str:
         """What an unfinished character leaves: replacement characters, or nothing."""
         return self._utf8.decode(b"", final=True).translate(_REPLACED)
