@@ -65,7 +65,7 @@ def test_pouring_of_many_layers_is_the_least_peak(seed):
     for plan_WS in slots_BWS:  # an expert twice on a rank counts once
         for rank_S in plan_WS:
             rank_S[1:][rank_S[1:] == rank_S[:-1]] = -1
-    peaks_B = pour(slots_BWS, loads_BE, 300).sum(2).max(1)
+    peaks_B = pour(slots_BWS, loads_BE).sum(2).max(1)
     for slots_WS, loads_E, peak in zip(slots_BWS, loads_BE, peaks_B, strict=True):
         assert peak == pytest.approx(peak_as_run([rank[rank >= 0] for rank in slots_WS], loads_E), rel=2e-4)
 
