@@ -5,11 +5,15 @@
 #
 # GPUS: 1, or how many GPUs of this host the ranks take. FOLDER gets one file of JSON lines a run; a line is there as
 # soon as it is measured, so that a call that is cut short keeps what it has. SECONDS: most for each run (240).
-# MACHINE names a file of configs/hardware for more than one GPU, by which shadows and plans are chosen (h200x2).
+# MACHINE names a file of configs/hardware for more than one GPU, by which shadows and plans are chosen (h200xGPUS).
 set -u
-gpus=$1 out=$2 most=${3:-240}
-machine=configs/hardware/${MACHINE:-h200x2}.json
-cd "$(dirname "$0")/.." && mkdir -p "$out" || exit 1
+gpus=$1 most=${3:-240}
+mkdir -p "$2" && out=$(cd "$2" && pwd) && cd "$(dirname "$0")/.." || exit 1
+machine=configs/hardware/${MACHINE:-h200x$gpus}.json
+if [ "$gpus" != 1 ] && [ ! -f "$machine" ]; then
+    echo "MACHINE (${MACHINE:-h200x$gpus}) must name a file of configs/hardware" >&2
+    exit 1
+fi
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
 export TORCH_SYMM_MEM_DISABLE_MULTICAST=1  # some hosts have none, and nothing here uses it
 model="-m benchmarks.model.bench_model --random_weights --batch 1,8,64,256 --prompt_len 128 --new_tokens 256 --prefill 8x2048"

@@ -15,7 +15,9 @@ from statistics import median
 import torch
 
 from lab.timing import captured
+from mixtralkit.config import CacheOptions
 from mixtralkit.distributed import RankContext
+from mixtralkit.model.kv_cache import own_pages
 from mixtralkit.ops.all_reduce import RowReducer
 from mixtralkit.ops.attention import decode_attention, rotate_and_store
 from mixtralkit.ops.experts import expert_sum
@@ -188,14 +190,16 @@ def _attention(clock: KernelClock, sizes: Sizes, small_s: float) -> tuple[float,
     """Bytes/s of keys and values in a decode step, from two lengths; FLOP/s of whole prompts."""
     heads, kv_heads, head_dim, device = sizes.heads, sizes.kv_heads, sizes.head_dim, clock.context.device
     count, length = sizes.sequences, sizes.length
-    keys, values = (_normal(clock, sizes, count, kv_heads, length, head_dim) for _ in range(2))
+    page, each = CacheOptions.page_size, -(-length // CacheOptions.page_size)
+    keys, values = (_normal(clock, sizes, count * each, kv_heads, page, head_dim) for _ in range(2))
+    cache = (keys, values, own_pages(count, each).to(device))
     rope_SC = torch.ones(length, head_dim // 2, 2, device=device)
     slots_B = torch.arange(count, device=device)
-    qkv_BP = _normal(clock, sizes, count, (heads + 2 * kv_heads) * head_dim)
+    qkv_BQ = _normal(clock, sizes, count, (heads + 2 * kv_heads) * head_dim)
 
     def decoded_s(context: int) -> float:
         at_B = torch.full((count,), context - 1, device=device)
-        return clock([lambda: decode_attention(qkv_BP, keys, values, slots_B, at_B, rope_SC, heads)])
+        return clock([lambda: decode_attention(qkv_BQ, *cache, slots_B, at_B, rope_SC, heads)])
 
     short_s, long_s = decoded_s(length // 2), decoded_s(length)
     more = count * (length - length // 2) * 2 * kv_heads * head_dim * sizes.dtype.itemsize
@@ -203,13 +207,13 @@ def _attention(clock: KernelClock, sizes: Sizes, small_s: float) -> tuple[float,
     prompts = min(8, count)
     spans = [(slot, 0, length) for slot in range(prompts)]
     table = span_table(spans).to(device)
-    qkv_TP = _normal(clock, sizes, prompts * length, (heads + 2 * kv_heads) * head_dim)
+    qkv_TQ = _normal(clock, sizes, prompts * length, (heads + 2 * kv_heads) * head_dim)
     slots_T = torch.arange(prompts, device=device).repeat_interleave(length)
     at_T = torch.arange(length, device=device).repeat(prompts)
 
     def prompt() -> None:
-        q_THC = rotate_and_store(qkv_TP, keys, values, slots_T, at_T, rope_SC, heads)
-        ragged_attention(q_THC, keys, values, spans, table)
+        q_THC = rotate_and_store(qkv_TQ, *cache, slots_T, at_T, rope_SC, heads)
+        ragged_attention(q_THC, *cache, spans, table)
 
     flop = 4.0 * heads * head_dim * prompts * length * (length + 1) / 2
     flops = flop / max(clock([prompt], 2) - small_s, 1e-9)

@@ -36,7 +36,6 @@ def tune(
     kernels: str = "all",
     output: Path | None = None,
     minutes: Positive = 20.0,
-    max_seq_len: Count | None = None,
     context: Count = 256,
     dtype: Dtype | None = None,
     workers: Natural = 8,
@@ -53,7 +52,6 @@ def tune(
         kernels: names between commas, or all.
         output: file; the one of configs/kernels/ that this GPU's settings are read from when not given.
         minutes: after which no further case begins.
-        max_seq_len: of the KV cache, for attention; the model's own when not given.
         context: tokens of the sequences, for attention.
         dtype: bfloat16 on CUDA, float32 on a CPU when not given.
         workers: processes that compile; 0 compiles while it times.
@@ -65,7 +63,7 @@ def tune(
     names = list(KERNELS) if kernels == "all" else kernels.split(",")
     if unknown := sorted(set(names) - set(KERNELS)):
         raise ValueError(f"kernels ({', '.join(unknown)}) must be among {', '.join(KERNELS)}")
-    config = ModelConfig.from_file(shipped("models", model)).with_limits(max_seq_len, None)
+    config = ModelConfig.from_file(shipped("models", model))
     layouts = [_share(config, world) for world in _numbers("world_size", world_size)]
     kind = parse_dtype(dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32"))
     cases = cases_of(names, layouts, _numbers("rows", rows), kind, context)

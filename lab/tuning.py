@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 
 from lab.timing import times_ms
+from mixtralkit.config import CacheOptions
+from mixtralkit.model.kv_cache import own_pages
 from mixtralkit.ops.attention import decode_attention_reference
 from mixtralkit.ops.experts import SMALL_BATCH, expert_sum_reference
 from mixtralkit.ops.linear import MOST_ROWS, linear_reference
@@ -24,7 +26,6 @@ from mixtralkit.ops.ragged_attention import ragged_attention_reference, span_tab
 
 BEYOND_CACHES = 2**28  # bytes of inputs that take turns: several times the largest L2
 PROMPT = 2048  # tokens of a prompt, for the attention of many tokens
-MOST_CACHE = 2**33  # bytes of keys and values of one call; larger ones are not tuned
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 1e-2}  # ‖difference‖ / ‖reference's‖
 FINALISTS = 4  # of the first short timing, timed again at length
 PARTS = ("up_", "down_")  # of settings that belong to launches of their own, so that any two go together
@@ -240,16 +241,14 @@ def _experts(launcher: str) -> Callable[[Case, torch.Generator], Work]:
 
 def _attention(case: Case, generator: torch.Generator) -> Work:
     shape, device = dict(case.shape), generator.device
-    head_dim, length, kv_heads = shape["head_dim"], shape["max_seq_len"], shape["kv_heads"]
-    keys, values = (_normal(case, generator, case.rows, kv_heads, length, head_dim) for _ in range(2))
+    head_dim, kv_heads = shape["head_dim"], shape["kv_heads"]
     heads = kv_heads * shape["group"]
-    angles = torch.rand(length, head_dim // 2, device=device, generator=generator)
+    angles = torch.rand(case.context, head_dim // 2, device=device, generator=generator)
     inputs = (
         _normal(case, generator, case.rows, (heads + 2 * kv_heads) * head_dim),
-        keys,
-        values,
+        *_cache(case, generator, case.rows, case.context),
         torch.arange(case.rows, device=device),
-        torch.full((case.rows,), min(case.context, length) - 1, device=device),
+        torch.full((case.rows,), case.context - 1, device=device),
         torch.stack([angles.cos(), angles.sin()], dim=-1),
         heads,
     )
@@ -257,18 +256,26 @@ def _attention(case: Case, generator: torch.Generator) -> Work:
     return Work(lambda settings: launch(*inputs, settings=settings), lambda: decode_attention_reference(*inputs))
 
 
+def _cache(case: Case, generator: torch.Generator, sequences: int, length: int) -> tuple[torch.Tensor, ...]:
+    """Keys, values and tables of one layer, the sequences' pages anyhow, as after many have come and gone."""
+    shape, size = dict(case.shape), CacheOptions.page_size
+    tables_SM = own_pages(sequences, -(-length // size)).to(generator.device)
+    order = torch.randperm(tables_SM.numel(), generator=generator, device=generator.device).int()
+    pages = (_normal(case, generator, len(order), shape["kv_heads"], size, shape["head_dim"]) for _ in range(2))
+    return *pages, order[tables_SM]
+
+
 def _prefill_attention(case: Case, generator: torch.Generator) -> Work:
     shape, device = dict(case.shape), generator.device
-    heads, kv_heads, head_dim = shape["heads"], shape["kv_heads"], shape["head_dim"]
     spans = [(slot, 0, min(PROMPT, case.rows - start)) for slot, start in enumerate(range(0, case.rows, PROMPT))]
     longest = min(PROMPT, case.rows)
-    keys, values = (_normal(case, generator, len(spans), kv_heads, longest, head_dim) for _ in range(2))
-    q_THC = _normal(case, generator, case.rows, heads, head_dim)
+    cache = _cache(case, generator, len(spans), longest)
+    q_THC = _normal(case, generator, case.rows, shape["heads"], shape["head_dim"])
     table = span_table(spans).to(device)
     launch = _module("ragged_attention").launch_ragged_attention
     return Work(
-        lambda settings: launch(q_THC, keys, values, table, longest, settings=settings),
-        lambda: ragged_attention_reference(q_THC, keys, values, spans),
+        lambda settings: launch(q_THC, *cache, table, longest, settings=settings),
+        lambda: ragged_attention_reference(q_THC, *cache, spans),
     )
 
 
@@ -309,8 +316,7 @@ def shapes_of(kernel: str, layout) -> list[dict[str, int]]:
     if kernel == "ragged_attention":
         return [{"heads": heads, "kv_heads": kv_heads, "head_dim": config.head_dim}]
     if kernel == "decode_attention":
-        return [{"kv_heads": kv_heads, "group": heads // kv_heads, "head_dim": config.head_dim,
-                 "max_seq_len": config.max_seq_len}]  # fmt: skip
+        return [{"kv_heads": kv_heads, "group": heads // kv_heads, "head_dim": config.head_dim}]
     hidden = layout.hidden[1] - layout.hidden[0]
     return [{"slots": len(layout.experts(0)), "top_k": config.num_experts_per_tok, "width": config.dim,
              "hidden": hidden}]  # fmt: skip
@@ -327,14 +333,6 @@ def cases_of(
             for shape in shapes_of(kernel, layout):
                 for count in rows:
                     case = Case(kernel, tuple(shape.items()), count, dtype, context)
-                    if lowest <= count <= highest and case not in found and _fits(case):
+                    if lowest <= count <= highest and case not in found:
                         found.append(case)
     return found
-
-
-def _fits(case: Case) -> bool:
-    if case.kernel != "decode_attention":
-        return True
-    shape = dict(case.shape)
-    cache = 2 * case.rows * shape["kv_heads"] * shape["max_seq_len"] * shape["head_dim"]
-    return cache * case.dtype.itemsize <= MOST_CACHE

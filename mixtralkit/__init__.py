@@ -15,6 +15,7 @@ Tensor names carry their shape as a suffix, one letter a dimension (``x_TD``, ``
 ``R``  rows a rank received from others
 ``W``  ranks
 ``L``  layers
+``P``  positions of a page of the KV cache; ``M`` pages of a sequence
 ``V``  vocabulary
 =====  ==================================================================================
 """

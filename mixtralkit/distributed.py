@@ -34,6 +34,15 @@ class SymmetricMemory:
     addresses_W: tuple[int, ...]
     handle: Any = None
 
+    def of_rank(self, rank: int) -> torch.Tensor:
+        """That rank's memory, for this one's copies."""
+        offset = self.own.data_ptr() - self.handle.buffer_ptrs[self.rank]
+        return self.handle.get_buffer(rank, self.own.shape, self.own.dtype, offset // self.own.element_size())
+
+    def meet(self) -> None:
+        """What follows on any rank's stream comes after what every rank has put on its own so far. Collective."""
+        self.handle.barrier()
+
 
 @dataclass(frozen=True)
 class RankContext:

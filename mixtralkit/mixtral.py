@@ -89,7 +89,7 @@ class Mixtral:
             architecture = reader.config.with_limits(config.cache.max_seq_len, config.limits.max_batch_size)
             layout = choose_layout(architecture, context, config)
             model = Transformer(layout, context, choose_dtype(config.limits.dtype, context.device), config.moe)
-            model.allocate_cache()
+            model.allocate_cache(config.cache.page_size)
         weight_hash = load_into(model.named_tensors(), layout, reader, context, progress, hashes=hashes)
         return cls(model, tokenizer, config.limits, weight_hash)
 

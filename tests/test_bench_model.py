@@ -76,7 +76,7 @@ def test_lines(architecture, tmp_path, capsys):
     assert prefill["sglang"]["input_throughput"] == pytest.approx(prefill["tokens_per_s"], rel=1e-2)
 
 
-PLANS = "contiguous,hot_cold+1,balanced+8,everywhere"
+PLANS = "contiguous,hot_cold+1,balanced+2,balanced+4,balanced+8,everywhere"
 
 
 def run_plans(context: RankContext, folder: str, **options) -> list[dict]:
@@ -94,11 +94,11 @@ def run_plans(context: RankContext, folder: str, **options) -> list[dict]:
 
 def test_plans_on_two_ranks(architecture):
     options = {"attention": "dp", "experts": "ep", "symmetric_rows": 1, "plan": Path(PLANS), "prefill": "3x4"}
-    lines = run_ranks(functools.partial(run_plans, **options), 2, str(architecture.parent), timeout_s=280)[0]
+    lines = run_ranks(functools.partial(run_plans, **options), 2, str(architecture.parent))[0]
     assert lines[0]["measurement"] == "ceilings", "a profile ran first, so the start is not the process's"
     timed = [line for line in lines if line["measurement"] in ("decode", "prefill")]
     assert [line["plan"]["name"] for line in timed[::3]] == PLANS.split(",")
-    assert [line["plan"]["extra_slots"] for line in timed[::3]] == [0, 1, 8, 8]
+    assert [line["plan"]["extra_slots"] for line in timed[::3]] == [0, 1, 2, 4, 8, 8]
     assert [line["plan"]["policy"] for line in timed[2::3]][:3] == ["contiguous", "hot_cold", "balanced"]
     for line in timed:
         assert (line["attention"], line["experts"], line["symmetric_rows"]) == ("dp", "ep", 3)
@@ -108,7 +108,7 @@ def test_plans_on_two_ranks(architecture):
         assert all(len(values) == 2 for values in memory.values())
     weights = [max(line["memory_by_rank"]["weights_gb"]) for line in timed[::3]]
     assert weights[0] < weights[1]
-    assert weights[2] == weights[3] == max(weights)
+    assert weights[4] == weights[5] == max(weights)
 
 
 def test_what_is_written_behind_a_plan(architecture):

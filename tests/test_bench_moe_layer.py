@@ -74,9 +74,7 @@ def trace(tmp_path) -> Path:
 
 def test_every_variant_on_two_ranks(tmp_path):
     output = tmp_path / "lines.json"
-    (lines, table), others = run_ranks(
-        run_bench, 2, {"tokens": "5", "routing": "skew:0.5", "output": output}, timeout_s=300
-    )
+    (lines, table), others = run_ranks(run_bench, 2, {"tokens": "5", "routing": "skew:0.5", "output": output})
     assert others == ([], "")
     assert [json.loads(line) for line in output.read_text().splitlines()] == lines
     names = [*layer_variants.ALL, "loop_over_experts", "padded_all_gather"]
@@ -156,11 +154,29 @@ def test_a_wrong_variant_is_not_timed(monkeypatch, capsys):
         ({"repeats": 0}, r"repeats \(0\) must be at least 1"),
         ({"routing": "trace:nowhere.npy"}, "nowhere.npy: cannot be read"),
         ({"variants": "fastmoe"}, "fastmoe"),
+        ({"variants": "hot_cold+reroute"}, r"variants \(hot_cold\+reroute\) must have a capacity with reroute"),
+        ({"variants": "contiguous+gathered"}, r"must be tensor_parallel with gathered"),
+        ({"variants": "tensor_parallel+capacity0.5"}, r"must have whole experts with a capacity"),
+        ({"variants": "tensor_parallel+schedule"}, r"must have whole experts for rows to travel to"),
+        ({"variants": "tensor_parallel+gathered+static"}, r"must have whole experts for rows to travel to"),
+        ({"variants": "tensor_parallel+coherent"}, r"must have whole experts with coherent"),
+        ({"variants": "coherent+schedule"}, r"must be without schedule and static"),
+        ({"variants": "coherent+static"}, r"must be without schedule and static"),
+        ({"variants": "contiguous+symmetric+schedule"}, r"must be exact with schedule"),
+        ({"variants": "contiguous+exact+static"}, r"must force one exchange"),
+        ({"hardware": Path("nowhere")}, "nowhere: cannot be read"),
     ],
 )
 def test_what_is_refused(options, words):
     with pytest.raises(ValueError, match=words):
         bench.bench_moe_layer(**{**SIZES, "tokens": "2", **options})
+
+
+def test_a_machine_by_its_name():
+    """Only a path was taken."""
+    named, given = (bench._faster(Path(name)) for name in ("h200x2", ROOT / "configs" / "hardware" / "h200x2.json"))
+    assert named == given
+    assert named.net_bandwidth > 2e11
 
 
 # --- routing
@@ -342,20 +358,43 @@ class FakeGraph:
         return lambda: (self.replays.append(function), function())[-1]
 
 
-@pytest.mark.parametrize(
-    "name", ["contiguous", "hot_cold+capacity0.5+reroute", "balanced+symmetric", "tensor_parallel"]
-)
-def test_rounds_and_phases_that_are_captured(name, monkeypatch):
+CAPTURED = ("contiguous", "hot_cold+capacity0.5+reroute", "balanced+symmetric", "tensor_parallel")
+CAPTURED_OVER_RANKS = ("contiguous+static", "everywhere+symmetric", "shadow+symmetric")
+
+
+def capture(context: RankContext, names: tuple[str, ...]) -> None:
     """Without a GPU: which graphs there are, and that each phase's finds what the one before it left."""
     graphs = FakeGraph()
-    monkeypatch.setattr(layer_timing, "captured", graphs)
-    with torch.no_grad():
-        variant = layer_variants.variant_of(name, make_case(RankContext(), skewed(), 3))
-        assert len(whole_ms(RankContext(), variant, 2, True)) == 2
-        assert len(set(graphs.replays)) == 1
-        assert len(graphs.replays) == 1 + 2
-        graphs.replays.clear()
-        times = phases_ms(RankContext(), variant, 2, True)
-        assert {len(found) for found in times.values()} == {2 * INPUT_SETS}
-        assert len(set(graphs.replays)) == len(times) * INPUT_SETS
-        assert len(graphs.replays) == len(times) * 3 * INPUT_SETS
+    with torch.no_grad(), patch.object(layer_timing, "captured", graphs):
+        case = make_case(context, skewed(), 3)
+        for name in names:
+            variant = layer_variants.variant_of(name, case)
+            assert variant.captures, name
+            graphs.replays.clear()
+            assert len(whole_ms(context, variant, 2, True)) == 2
+            assert len(set(graphs.replays)) == 1
+            assert len(graphs.replays) == 1 + 2
+            graphs.replays.clear()
+            times = phases_ms(context, variant, 2, True)
+            assert {len(found) for found in times.values()} == {2 * INPUT_SETS}
+            assert len(set(graphs.replays)) == len(times) * INPUT_SETS
+            assert len(graphs.replays) == len(times) * 3 * INPUT_SETS
+
+
+@pytest.mark.parametrize("name", CAPTURED)
+def test_rounds_and_phases_that_are_captured(name):
+    capture(RankContext(), (name,))
+
+
+def test_rounds_and_phases_over_ranks_that_are_captured():
+    run_ranks(capture, 2, CAPTURED_OVER_RANKS)
+
+
+def capturing(context: RankContext, names: list[str]) -> list[bool]:
+    case = make_case(context, skewed(), 3)
+    return [layer_variants.variant_of(name, case).captures for name in names]
+
+
+def test_what_a_graph_does_not_hold():
+    names = ["contiguous+exact", "contiguous+schedule", "two_phase", "tensor_parallel+gathered", "coherent"]
+    assert run_ranks(capturing, 2, names) == [[False] * len(names)] * 2

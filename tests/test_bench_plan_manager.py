@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.model import bench_plan_manager as bench
-from mixtralkit.config import MoEOptions
+from mixtralkit.config import MoEOptions, shipped
 from mixtralkit.distributed import RankContext
 from mixtralkit.planning.hardware import Hardware
 from tests.configs import small_config
@@ -51,7 +51,7 @@ def _ways(context: RankContext, architecture: Path, attention: str) -> list[dict
     requests = source.requests(engine, 9, 5, 9)
     half = engine.model.params.vocab_size // 2
     assert [max(request.prompt) < half for request in requests] == [True] * 5 + [False] * 4
-    hardware = Hardware.load(bench.MACHINES / "cpu-2core.json")
+    hardware = Hardware.load(shipped("hardware", "cpu-2core"))
     found = bench.Bench(engine, requests, hardware, 6, None, 1.0, 0)
     return list(found.compare(["none", "random"], 2))
 
@@ -72,3 +72,17 @@ def test_what_cannot_run(architecture):
         bench.bench_plan_manager(model=architecture, **{**SMALL, "prompts": 1})
     with pytest.raises(ValueError, match=r"repeats \(0\) must be at least 1"):
         bench.bench_plan_manager(model=architecture, **{**SMALL, "repeats": 0})
+    with pytest.raises(ValueError, match=r"layers \(1\) works with model only"):
+        bench.bench_plan_manager(layers=1, **SMALL)
+    with pytest.raises(ValueError, match=r"layers \(4\) must lie in 1 … 3"):
+        bench.bench_plan_manager(model=architecture, layers=4, **SMALL)
+    with pytest.raises(ValueError, match="nowhere: cannot be read"):
+        bench.bench_plan_manager(model=architecture, hardware=Path("nowhere"), **SMALL)
+
+
+def test_models_and_machines_by_name(capsys):
+    """The docstring's second command: names were taken for paths."""
+    options = {"attention": "tp", "policies": "none", "device": "cpu", "hardware": Path("h200"), **SMALL}
+    bench.bench_plan_manager(model=Path("tiny"), layers=1, **options)
+    line = json.loads(capsys.readouterr().out)
+    assert (line["model"], line["layers"], line["hardware"]) == ("tiny", 1, "h200.json")

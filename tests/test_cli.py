@@ -13,6 +13,7 @@ import pytest
 
 from mixtralkit.cli.ending import describe
 from mixtralkit.cli.run import Tool, command
+from mixtralkit.cli.running import UpdateOptions
 from mixtralkit.cli.words import UsageError
 from mixtralkit.config.options import Count, NotNegative, Options
 
@@ -234,16 +235,26 @@ def drive(
     CALLS.append((where, shared, other, own, last))
 
 
+@pytest.mark.parametrize("given", [{"policy": "hot_cold"}, {"slots_per_rank": 3}, {"hot_experts": 0}])
+def test_options_of_new_plans_need_the_steps_between_them(given):
+    """They were ignored."""
+    with pytest.raises(ValueError, match=rf"{next(iter(given))} \(.*\) needs update_step"):
+        UpdateOptions(**given)
+    assert UpdateOptions(update_step=4, **given)
+
+
 def test_options_of_groups_are_options_of_their_own(capsys):
     tool = Tool({"drive": drive}, None, {}, "tool")
     CALLS.clear()
     tool.call(["drive", "home", "--rows=none", "--last"])()
     tool.call(["drive", "home", "--speed", "3"])()
     drive("away", rows=3)
+    drive("away", shared=Shared(speed=4.0), rows=3)
     assert [
         ("home", Shared(rows=None), Other(rows=None), Shared(2.0, None), True),
         ("home", Shared(speed=3.0), Other(), Shared(3.0), False),
         ("away", Shared(rows=3), Other(3), Shared(2.0, 3), False),
+        ("away", Shared(4.0, rows=3), Other(3), Shared(2.0, 3), False),
     ] == CALLS
     tool.call(["drive", "--help"])()
     text = capsys.readouterr().out

@@ -254,7 +254,7 @@ def test_bombs_are_refused_before_anything_is_built(tmp_path, name):
     start = time.process_time()
     with pytest.raises(ValueError, match=says) as caught:
         open_checkpoint(tmp_path)
-    assert time.process_time() - start < 2
+    assert time.process_time() - start < LIMIT_S
     assert len(str(caught.value)) < 3000
 
 

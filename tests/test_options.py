@@ -46,6 +46,17 @@ def test_options_and_groups_by_name():
         EngineConfig.of(colour=1)
 
 
+def test_an_option_beside_its_group_changes_the_group():
+    """It was dropped without a word."""
+    moe = MoEOptions(symmetric_rows=7)
+    environ = {"FMOE_FASTER_SHADOW_ENABLE": "1"}
+    assert EngineConfig.of(environ, moe=moe, exchange="static").moe == MoEOptions(exchange="static", symmetric_rows=7)
+    assert EngineConfig.of(environ, moe=moe, faster_group_size=2).moe.faster == FasterOptions(group_size=2)
+    faster = FasterOptions(schedule=True)
+    assert EngineConfig.of(environ, moe=moe, faster=faster, seed=3).moe == MoEOptions(faster, symmetric_rows=7)
+    assert EngineConfig().but(moe=moe, exchange="static").moe == MoEOptions(exchange="static", symmetric_rows=7)
+
+
 def test_what_is_left_out_is_the_environment_s():
     environ = {"FMOE_FASTER_SHADOW_ENABLE": "ON", "FMOE_FASTER_GROUP_SIZE": "8", "FMOE_FASTER_GLBPLC_ALPHA": ""}
     assert EngineConfig.of(environ).moe.faster == FasterOptions(shadow=True, group_size=8)

@@ -14,6 +14,7 @@ import gc
 import json
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ from benchmarks.layer.plot import Timeline, draw, require_matplotlib
 from benchmarks.layer.timing import phases_ms, slowest, timeline, whole_ms
 from benchmarks.layer.variants import ALL, BASELINES, NAMED_ONLY, check_name, variant_of
 from mixtralkit.cli.run import run_tool
-from mixtralkit.config import FasterOptions, ModelConfig, parse_dtype
+from mixtralkit.config import FasterOptions, ModelConfig, parse_dtype, shipped
 from mixtralkit.distributed import RankContext
 from mixtralkit.planning.hardware import Hardware
 
@@ -72,19 +73,16 @@ def bench_moe_layer(
         dtype: bfloat16 on CUDA, float32 on a CPU when not given.
         device: cpu or cuda.
         graphs: on CUDA, time variants whose dispatcher a CUDA graph can hold as replays of one.
-        hardware: figures of the machine, a file of configs/hardware, by which shadows and two phases choose copies;
-            when not given those of the variables FMOE_FASTER_GLBPLC_*.
+        hardware: figures of the machine by which shadows and two phases choose copies: a file or the name of one in
+            configs/hardware; when not given those of the variables FMOE_FASTER_GLBPLC_*.
         plot: picture of one call, the phases of every rank, of the last routing and number of rows.
         plot_variants: variants in the picture, between commas.
         seed: of weights, rows and routing.
         output: file that takes the lines of JSON.
     """
-    everything = [*ALL, *(name for name in BASELINES if name not in NAMED_ONLY)]
-    names = everything if variants == "all" else _names(variants)
+    names = [*ALL, *(name for name in BASELINES if name not in NAMED_ONLY)] if variants == "all" else _names(variants)
     pictured = _names(plot_variants) if plot is not None else []
-    if not all(count.strip().isdigit() and int(count) for count in tokens.split(",")):
-        raise ValueError(f"tokens ({tokens!r}) must be whole numbers of at least 1 between commas")
-    counts = [int(count) for count in tokens.split(",")]
+    counts = _counts(tokens)
     if repeats is not None and repeats < 1:
         raise ValueError(f"repeats ({repeats}) must be at least 1")
     words = [word.strip() for word in routing.split(",")]
@@ -93,50 +91,75 @@ def bench_moe_layer(
         require_matplotlib()
     context = RankContext.start(device)
     on_gpu = context.device.type == "cuda"
-    dim = dim or (4096 if on_gpu else 512)
     kind = parse_dtype(dtype or ("bfloat16" if on_gpu else "float32"))
-    ranks = context.world_size
-    config = ModelConfig(
-        dim=dim, n_layers=INPUT_SETS, head_dim=2, hidden_dim=hidden or dim * 7 // 2, n_heads=ranks, n_kv_heads=ranks,
-        vocab_size=ranks, num_experts=num_experts, num_experts_per_tok=top_k,
-    )  # fmt: skip
+    config = _config(dim or (4096 if on_gpu else 512), hidden, num_experts, top_k, context.world_size)
     with context.agreed():
         routings = [RoutingKind.parse(word, num_experts, top_k, trace_layer) for word in words]
         faster = _faster(hardware)
-        sink = output.open("w", encoding="utf-8") if output is not None and context.is_first else None
+        if output is not None and context.is_first:
+            output.write_text("", encoding="utf-8")
     ceilings = Ceilings.measure(context, kind)
     bench = Bench.create(context, config, kind, max(counts), faster, graphs, seed)
-    common = {
-        "dim": dim, "hidden": config.hidden_dim, "num_experts": num_experts, "top_k": top_k, "dtype": str(kind)[6:],
-        "weight_sets": len(bench.weights), "repeats": repeats or (15 if on_gpu else 5), "seed": seed,
-        "ceilings": ceilings.rounded(), **describe_run(context),
-    }  # fmt: skip
-    refused = []
-    for kind_of_routing in routings:
-        for count in counts:
-            case = Case.draw(bench, kind_of_routing, count)
-            facts, bound = case.facts(), case.bound(ceilings)
-            if context.is_first:
-                print(_title(facts, bound), file=sys.stderr, flush=True)
-            for name in names:
-                found = _measure(case, name, common["repeats"], bound)
-                if "refused" in found:
-                    refused.append(f"{name} ({kind_of_routing.name}, {count} rows)")
-                if context.is_first:
-                    line = json.dumps({"measurement": "moe_layer_over_ranks", "variant": name, **facts, **found,
-                                       **common})  # fmt: skip
-                    print(line, flush=True)
-                    print(_row(name, found), file=sys.stderr, flush=True)
-                    if sink is not None:
-                        sink.write(line + "\n")
-                        sink.flush()
+    lines = Lines(bench, ceilings, repeats or (15 if on_gpu else 5), output)
+    for kind_of_routing, count in product(routings, counts):
+        case = Case.draw(bench, kind_of_routing, count)
+        lines.measure(case, names)
     if pictured:
-        _draw(case, pictured, common["repeats"], plot)
-    if sink is not None:
-        sink.close()
-    if refused:
-        raise RuntimeError(f"not timed, since they differ from the loop over experts: {', '.join(refused)}")
+        _draw(case, pictured, lines.repeats, plot)
+    if lines.refused:
+        raise RuntimeError(f"not timed, since they differ from the loop over experts: {', '.join(lines.refused)}")
     context.stop()
+
+
+class Lines:
+    """The lines of a run, on the first rank's streams and in ``output``; ``refused`` are variants that gave other sums.
+
+    Collective.
+    """
+
+    def __init__(self, bench: Bench, ceilings: Ceilings, repeats: int, output: Path | None) -> None:
+        config = bench.config
+        self.ceilings, self.repeats, self.output = ceilings, repeats, output
+        self.refused: list[str] = []
+        self.common = {
+            "dim": config.dim, "hidden": config.hidden_dim, "num_experts": config.num_experts,
+            "top_k": config.num_experts_per_tok, "dtype": str(bench.dtype)[6:], "weight_sets": len(bench.weights),
+            "repeats": repeats, "seed": bench.seed, "ceilings": ceilings.rounded(), **describe_run(bench.context),
+        }  # fmt: skip
+
+    def measure(self, case: Case, names: list[str]) -> None:
+        """A line of each variant on the rows of one case."""
+        facts, bound, is_first = case.facts(), case.bound(self.ceilings), case.bench.context.is_first
+        if is_first:
+            print(_title(facts, bound), file=sys.stderr, flush=True)
+        for name in names:
+            found = _measure(case, name, self.repeats, bound)
+            if "refused" in found:
+                self.refused.append(f"{name} ({case.kind.name}, {case.rows} rows)")
+            if is_first:
+                self._write({"measurement": "moe_layer_over_ranks", "variant": name, **facts, **found, **self.common})
+                print(_row(name, found), file=sys.stderr, flush=True)
+
+    def _write(self, found: dict[str, object]) -> None:
+        line = json.dumps(found)
+        print(line, flush=True)
+        if self.output is not None:
+            with self.output.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+
+def _config(dim: int, hidden: int | None, num_experts: int, top_k: int, ranks: int) -> ModelConfig:
+    """A model of a layer for each input, with next to no attention."""
+    return ModelConfig(
+        dim=dim, n_layers=INPUT_SETS, head_dim=2, hidden_dim=hidden or dim * 7 // 2, n_heads=ranks, n_kv_heads=ranks,
+        vocab_size=ranks, num_experts=num_experts, num_experts_per_tok=top_k,
+    )  # fmt: skip
+
+
+def _counts(tokens: str) -> list[int]:
+    if not all(count.strip().isdigit() and int(count) for count in tokens.split(",")):
+        raise ValueError(f"tokens ({tokens!r}) must be whole numbers of at least 1 between commas")
+    return [int(count) for count in tokens.split(",")]
 
 
 def _names(text: str) -> list[str]:
@@ -150,7 +173,7 @@ def _faster(hardware: Path | None) -> FasterOptions:
     options = FasterOptions.of()
     if hardware is None:
         return options
-    figures = Hardware.load(hardware)
+    figures = Hardware.load(shipped("hardware", hardware))
     return replace(options, net_bandwidth=figures.inside.exchange.bandwidth, gpu_throughput=figures.peak_flops)
 
 

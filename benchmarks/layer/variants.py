@@ -70,7 +70,7 @@ class Setting:
 
     @classmethod
     def parse(cls, name: str) -> Setting:
-        """ValueError for a word that is none."""
+        """ValueError for a word that is none, and for words that would measure something else than they say."""
         first, *words = name.split("+")
         setting = {"shadow": cls(shadow=True), "two_phase": cls(two_phase=True), "coherent": cls(attention="coherent"),
                    "tensor_parallel": cls(attention="tp", experts="tp")}.get(first)  # fmt: skip
@@ -91,8 +91,25 @@ class Setting:
                     f"variants ({name}): {word!r} must be exact, static, symmetric, schedule, capacityF, reroute, "
                     "coherent or gathered"
                 )
+            if "exchange" in change and setting.exchange is not None:
+                raise ValueError(f"variants ({name}) must force one exchange")
             setting = replace(setting, **change)
+        setting._check(name, words)
         return setting
+
+    def _check(self, name: str, words: list[str]) -> None:
+        coherent, split = self.attention == "coherent", self.experts == "tp"
+        for is_wrong, rule in (
+            (self.overflow == "reroute" and self.capacity is None, "must have a capacity with reroute"),
+            ("gathered" in words and not split, "must be tensor_parallel with gathered"),
+            (split and coherent, "must have whole experts with coherent"),
+            (split and self.capacity is not None, "must have whole experts with a capacity"),
+            (split and (self.schedule or self.exchange is not None), "must have whole experts for rows to travel to"),
+            (coherent and (self.schedule or self.exchange == "static"), "must be without schedule and static"),
+            (self.schedule and self.exchange not in (None, "exact"), "must be exact with schedule"),
+        ):
+            if is_wrong:
+                raise ValueError(f"variants ({name}) {rule}")
 
     def plan_for(self, case: Case) -> ExpertPlan:
         """The plan, made from the case's profile."""
@@ -247,6 +264,8 @@ class LayerVariant:
 
         def combine() -> None:
             s.out = dispatcher.combine(s.y_RD, s.handle, self.norm)
+            if rows.flight is not None:
+                rows.flight.ahead(layer.layer)
 
         def chunks() -> None:
             cut, count = self._cut(layer, s.routing), self._chunks

@@ -14,18 +14,19 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median, quantiles
+from types import ModuleType
 
 import torch
+from sentencepiece import SentencePieceProcessor
 
 from benchmarks.common.machine import describe_run
 from benchmarks.model.bounds import decode_bytes
-from benchmarks.model.llama_cpp import FORMATS, LlamaCpp, fill, write_model
 from benchmarks.model.source import RandomWords, random_requests
 from mixtralkit.cli.run import run_tool
-from mixtralkit.config import ModelConfig, MoEOptions, parse_dtype
+from mixtralkit.config import ModelConfig, MoEOptions, parse_dtype, shipped
 from mixtralkit.distributed import RankContext
 from mixtralkit.engine.generation import Engine
 from mixtralkit.engine.requests import Request
@@ -39,7 +40,7 @@ SHORT = 8  # tokens of a prompt whose answer is timed
 
 def bench_cpu(
     folder: Path,
-    model: Path = Path("configs/models/mixtral-8x7b.json"),
+    model: Path = Path("mixtral-8x7b"),
     tokenizer: Path = Path("ckpts/tokenizer.model"),
     layers: int = 2,
     kind: str = "f16",
@@ -55,9 +56,9 @@ def bench_cpu(
 
     Args:
         folder: keeps the models between runs.
-        model: its shape, a params.json; the vocabulary is the tokenizer's.
+        model: its shape, a params.json or the name of one in configs/models; the vocabulary is the tokenizer's.
         tokenizer: a sentencepiece model for llama.cpp's file.
-        layers: blocks of the model.
+        layers: blocks of the model, at most those it has.
         kind: of llama.cpp's weights: f16, q8_0 or q4_0.
         dtype: of ours.
         batch: sequences of a step, between commas.
@@ -67,65 +68,120 @@ def bench_cpu(
         new_tokens: tokens of an answer in a turn, the first of which is not timed.
         output: file that takes the lines of JSON.
     """
-    if kind not in FORMATS:
-        raise ValueError(f"kind ({kind!r}) must be one of {', '.join(FORMATS)}")
+    peer = llama_cpp()
+    if kind not in peer.FORMATS:
+        raise ValueError(f"kind ({kind!r}) must be one of {', '.join(peer.FORMATS)}")
     if turns < 2 or new_tokens < 2:
         raise ValueError(f"turns ({turns}) and new_tokens ({new_tokens}) must be at least 2")
-    batches, lengths = _numbers(batch), _numbers(prompts)
-    most, longest = max([1, *batches]), max([SHORT, *lengths]) + new_tokens
-    config = replace(ModelConfig.from_file(model), n_layers=layers, vocab_size=4096).with_limits(longest, most)
-    paths = {name: folder / f"random-{layers}-{name}.gguf" for name in {"f16", kind}}
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, path in paths.items():
-        if not path.is_file():
-            print(f"writing {path}", file=sys.stderr)
-            write_model(path, config, tokenizer, name)
+    batches, lengths, counts = (_numbers(text) for text in (batch, prompts, threads))
+    config = ModelConfig.from_file(shipped("models", model))
+    if not 1 <= layers <= config.n_layers:
+        raise ValueError(f"layers ({layers}) must lie in 1 … {config.n_layers}")
+    vocabulary = SentencePieceProcessor(model_file=str(tokenizer)).vocab_size()
+    config = replace(config, n_layers=layers, vocab_size=vocabulary)
+    config = config.with_limits(max([SHORT, *lengths]) + new_tokens, max([1, *batches]))
+    paths = files(peer, folder, model.stem, config, tokenizer, {"f16", kind})
     context = RankContext.start("cpu")
-    ours = Ours(config, context, parse_dtype(dtype), paths["f16"])
     about = {
         **describe_run(context), "model": model.stem, "layers": layers, "ours": dtype, "llama_cpp": kind,
         "compiled": kernels() is not None, "turns": turns,
     }  # fmt: skip
     if output is not None:
         output.write_text("", encoding="utf-8")
-    for count in _numbers(threads):
+    ours = Ours(config, context, parse_dtype(dtype), lambda tensors: peer.fill(tensors, paths["f16"]))
+    both = Both(ours, peer, paths[kind], turns, new_tokens, about, output)
+    for count in counts:
         torch.set_num_threads(count)
         for sequences in batches:
-            theirs = LlamaCpp(paths[kind], count, sequences, 128)
-            work = random_requests(ours.words, sequences, SHORT, new_tokens, sequences)
-            ids = [request.prompt for request in work]
-            found = in_turn(
-                turns, ours.read_gb_s, lambda work=work: ours.step_s(work),
-                lambda ids=ids, theirs=theirs: theirs.step_s(ids, new_tokens),
-            )  # fmt: skip
-            ours_s, theirs_s, reads = found
-            fields = {"threads": count, "sequences": sequences, **rates(ours_s, theirs_s, sequences)}
-            fields["gb_s_of_machine"] = round(median(reads), 2)
-            if sequences == 1:
-                size = ours.bytes_of_one()
-                fields["gb_per_step"] = round(size / 1e9, 4)
-                shares = [size / 1e9 / s / read for s, read in zip(ours_s, reads, strict=True)]
-                fields["share_of_reading"] = round(median(shares), 3)
-            emit("decode", about | fields, output)
-            del theirs
+            both.decode(count, sequences)
         for length in lengths:
-            theirs = LlamaCpp(paths[kind], count, 1, length + new_tokens)
-            work = random_requests(ours.words, 1, length, 1, length)
-            ours_s, theirs_s, _ = in_turn(
-                turns, ours.read_gb_s, lambda work=work: ours.prompt_s(work),
-                lambda ids=work[0].prompt, theirs=theirs: theirs.prompt_s(ids),
-            )  # fmt: skip
-            emit("prompt", about | {"threads": count, "tokens": length, **rates(ours_s, theirs_s, length)}, output)
-            del theirs
+            both.prompt(count, length)
+
+
+def llama_cpp() -> ModuleType:
+    """``benchmarks.model.llama_cpp``; ValueError, one sentence, without the packages that it needs."""
+    try:
+        from benchmarks.model import llama_cpp
+    except ImportError as error:
+        raise ValueError(f"llama.cpp beside us needs {error.name}: pip install 'mixtralkit[bench]'") from None
+    return llama_cpp
+
+
+def files(
+    peer: ModuleType, folder: Path, model: str, config: ModelConfig, tokenizer: Path, kinds: set[str]
+) -> dict[str, Path]:
+    """llama.cpp's file of each kind, written where ``folder`` does not have it yet."""
+    name = f"{model}-{config.n_layers}-{config.dim}-{config.hidden_dim}-{config.vocab_size}"
+    paths = {kind: folder / f"{name}-{kind}.gguf" for kind in sorted(kinds)}
+    folder.mkdir(parents=True, exist_ok=True)
+    for kind, path in paths.items():
+        if not path.is_file():
+            print(f"writing {path}", file=sys.stderr)
+            peer.write_model(path, config, tokenizer, kind)
+    return paths
+
+
+@dataclass(frozen=True)
+class Both:
+    """Our engine and llama.cpp's file of the same weights, and the lines of what they take in turns."""
+
+    ours: Ours
+    peer: ModuleType
+    path: Path
+    turns: int
+    new_tokens: int
+    about: dict[str, object]
+    output: Path | None
+
+    def decode(self, threads: int, sequences: int) -> None:
+        """A line of steps in which every sequence gets a token."""
+        ours, tokens = self.ours, self.new_tokens
+        theirs = self.peer.LlamaCpp(self.path, threads, sequences, 128)
+        work = random_requests(ours.words, sequences, SHORT, tokens, sequences)
+        prompts = [request.prompt for request in work]
+        ours_s, theirs_s, reads = in_turn(
+            self.turns, ours.read_gb_s, lambda: ours.step_s(work), lambda: theirs.step_s(prompts, tokens)
+        )
+        found = {
+            "sequences": sequences,
+            **rates(ours_s, theirs_s, sequences),
+            "gb_s_of_machine": round(median(reads), 2),
+        }
+        if sequences == 1:
+            size = ours.bytes_of_one() / 1e9
+            found["gb_per_step"] = round(size, 4)
+            found["share_of_reading"] = round(median(size / s / r for s, r in zip(ours_s, reads, strict=True)), 3)
+        self._emit("decode", {"threads": threads, **found})
+
+    def prompt(self, threads: int, length: int) -> None:
+        """A line of one prompt."""
+        theirs = self.peer.LlamaCpp(self.path, threads, 1, length + self.new_tokens)
+        work = random_requests(self.ours.words, 1, length, 1, length)
+        ours_s, theirs_s, _ = in_turn(
+            self.turns, self.ours.read_gb_s, lambda: self.ours.prompt_s(work), lambda: theirs.prompt_s(work[0].prompt)
+        )
+        self._emit("prompt", {"threads": threads, "tokens": length, **rates(ours_s, theirs_s, length)})
+
+    def _emit(self, measurement: str, found: dict[str, object]) -> None:
+        """One line of JSON, and one for people."""
+        line = json.dumps({"measurement": measurement, **self.about, **found})
+        print(line, flush=True)
+        if self.output is not None:
+            with self.output.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        shown = "  ".join(f"{name} {value}" for name, value in found.items())
+        print(f"{measurement:<7}{shown}", file=sys.stderr, flush=True)
 
 
 class Ours:
-    """The model in our engine."""
+    """The model in our engine; ``fill`` writes its weights, by name."""
 
-    def __init__(self, config: ModelConfig, context: RankContext, dtype: torch.dtype, path: Path) -> None:
-        options = MoEOptions()
-        self.model = Transformer(choose_layout(config, context, options=options), context, dtype, options)
-        fill(self.model.named_tensors(), path)
+    def __init__(
+        self, config: ModelConfig, context: RankContext, dtype: torch.dtype,
+        fill: Callable[[dict[str, torch.Tensor]], None],
+    ) -> None:  # fmt: skip
+        self.model = Transformer(choose_layout(config, context), context, dtype, MoEOptions())
+        fill(self.model.named_tensors())
         self.words = RandomWords(config.vocab_size)
         self.engine = Engine(self.model, self.words, prefill_budget=config.max_seq_len * config.max_batch_size)
         self.buffer = torch.ones(2**26)
@@ -179,17 +235,6 @@ def rates(ours_s: list[float], theirs_s: list[float], tokens: int) -> dict[str, 
         "ours_tokens_s": round(tokens / median(ours_s), 2), "llama_cpp_tokens_s": round(tokens / median(theirs_s), 2),
         "ratio": round(median(ratios), 3), "quartiles": [round(low, 3), round(high, 3)],
     }  # fmt: skip
-
-
-def emit(measurement: str, found: dict[str, object], output: Path | None) -> None:
-    """One line of JSON, and one for people."""
-    line = json.dumps({"measurement": measurement, **found})
-    print(line, flush=True)
-    if output is not None:
-        with output.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-    shown = list(found.items())[list(found).index("threads") :]
-    print(f"{measurement:<7}" + "  ".join(f"{name} {value}" for name, value in shown), file=sys.stderr, flush=True)
 
 
 def _numbers(text: str) -> list[int]:

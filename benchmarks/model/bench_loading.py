@@ -126,7 +126,17 @@ def bench(
         folder: where the checkpoint is made; a temporary folder when not given.
         output: JSON file for the result.
     """
-    config, kinds = _model(size_gb), [_layout(x) for x in layouts.split(",")]
+    for name, value in (("ranks", ranks), ("repeats", repeats), ("threads", 1 if threads is None else threads)):
+        if value < 1:
+            raise ValueError(f"{name} ({value}) must be at least 1")
+    if not 0 < size_gb < float("inf"):
+        raise ValueError(f"size_gb ({size_gb}) must be a number above 0")
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device ({device!r}) must be cpu or cuda")
+    if device == "cuda" and ranks > torch.cuda.device_count():
+        raise ValueError(f"ranks ({ranks}) must be at most the {torch.cuda.device_count()} GPUs with device cuda")
+    config = _model(size_gb)
+    kinds = [_layout(text, config, ranks) for text in layouts.split(",")]
     if format == "mixtralkit" and len(kinds) > 1:
         raise ValueError(f"layouts ({layouts!r}) must be one for format {format!r}, which is cut for it")
     cases = [Case(cold, **kind) for cold, kind in product((True, False), [*({"plain": x} for x in PLAIN), *kinds])]
@@ -134,7 +144,10 @@ def bench(
         _write(Path(made), config, format, RankFiles(ranks, ParallelConfig(**kinds[0])))
         with tempfile.TemporaryDirectory() as shared:
             os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)  # freed tensors go back, so that growth is seen
-            mp.spawn(_rank_main, (device, ranks, shared, made, config, cases * repeats, threads), nprocs=ranks)
+            try:
+                mp.spawn(_rank_main, (device, ranks, shared, made, config, cases * repeats, threads), nprocs=ranks)
+            except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:  # its text is the rank's traceback
+                raise RuntimeError(str(error).strip().splitlines()[-1]) from None
             threads, runs = json.loads((Path(shared) / "runs.json").read_text())
         file_bytes = sum(path.stat().st_size for path in _weights(Path(made)))
     setup = {"device": device, "ranks": ranks, "threads": threads, "repeats": repeats, "format": format}
@@ -151,11 +164,13 @@ def bench(
     print(json.dumps(result))
 
 
-def _layout(text: str) -> dict[str, str]:
+def _layout(text: str, config: ModelConfig, ranks: int) -> dict[str, str]:
+    """ValueError for a layout that there is not, or not over so many ranks."""
     attention, slash, experts = text.partition("/")
     if not slash:
         raise ValueError(f"layouts ({text!r}) must be like 'tp/ep'")
-    ParallelConfig(attention, experts)
+    plan = contiguous(config.n_layers, config.num_experts, ranks)
+    RankLayout(config, ParallelConfig(attention, experts), plan)
     return {"attention": attention, "experts": experts}
 
 

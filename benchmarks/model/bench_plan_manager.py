@@ -27,7 +27,7 @@ from benchmarks.model.source import RandomWords
 from benchmarks.model.watch import Watch, manager_fields, ms, restore
 from mixtralkit.checkpoint import load_into, open_checkpoint
 from mixtralkit.cli.run import run_tool
-from mixtralkit.config import EngineConfig, ModelConfig, MoEOptions, parse_dtype
+from mixtralkit.config import EngineConfig, ModelConfig, MoEOptions, parse_dtype, shipped
 from mixtralkit.distributed import RankContext
 from mixtralkit.engine.generation import Engine
 from mixtralkit.engine.plan_judge import MoveJudge
@@ -43,7 +43,6 @@ from mixtralkit.planning.hardware import Hardware
 from mixtralkit.planning.plan import ExpertPlan
 
 ROOT = Path(__file__).resolve().parents[2]
-MACHINES = ROOT / "configs" / "hardware"
 GREEDY = SamplingOptions(temperature=0)
 NEVER = 2**62  # steps of a window that does not end
 
@@ -73,8 +72,8 @@ def bench_plan_manager(
 
     Args:
         ckpt: folder of a checkpoint; prompts are held-out text, scripture and then Python.
-        model: architecture, a params.json, for random weights instead; prompts are random tokens, of the lower half of
-            the vocabulary and then of the upper.
+        model: architecture, a params.json or the name of one in configs/models, for random weights instead; prompts
+            are random tokens, of the lower half of the vocabulary and then of the upper.
         layers: blocks of such a model, fewer than it has.
         attention: tp, dp, or both between commas.
         policies: ways between commas: none, for no manager; a policy of docs/plan-manager.md, judged; random, for
@@ -89,7 +88,8 @@ def bench_plan_manager(
         symmetric_rows: as in tools/example.py, for attention dp; left out, at least as many as a decode step has, on
             CPUs too.
         repeats: runs of each way.
-        hardware: the machine's speeds, for the judge.
+        hardware: the machine's speeds, for the judge: a file or the name of one in configs/hardware; left out, h200 on
+            CUDA and cpu-2core on a CPU.
         dtype: bfloat16 on CUDA, float32 on a CPU when not given.
         device: cpu or cuda.
         seed: of weights, random prompts and random plans.
@@ -98,10 +98,13 @@ def bench_plan_manager(
     for name, value, least in (("prompts", prompts, 2), ("new_tokens", new_tokens, 8), ("repeats", repeats, 1)):
         if value < least:
             raise ValueError(f"{name} ({value}) must be at least {least}")
+    if layers is not None and model is None:
+        raise ValueError(f"layers ({layers}) works with model only: a checkpoint keeps its blocks")
     context = RankContext.start(device)
     kind = parse_dtype(dtype or ("bfloat16" if context.device.type == "cuda" else "float32"))
     if hardware is None:
-        hardware = MACHINES / ("h200.json" if context.device.type == "cuda" else "cpu-2core.json")
+        hardware = Path("h200" if context.device.type == "cuda" else "cpu-2core")
+    hardware = shipped("hardware", hardware)
     source, machine = Source(ckpt, model, layers, seed), Hardware.load(hardware)
     limits, settings = (prompt_len + new_tokens, max_batch_size), (machine, update_step, slots_per_rank, margin, seed)
     lines = []
@@ -144,8 +147,10 @@ class Source:
         self, context: RankContext, dtype: torch.dtype, attention: str, limits: tuple[int, int], options: MoEOptions
     ) -> Engine:
         reader = open_checkpoint(self.ckpt) if self.model is None else None
-        config = reader.config if reader is not None else ModelConfig.from_file(self.model)
-        if reader is None and self.layers is not None:
+        config = reader.config if reader is not None else ModelConfig.from_file(shipped("models", self.model))
+        if self.layers is not None:
+            if not 1 <= self.layers <= config.n_layers:
+                raise ValueError(f"layers ({self.layers}) must lie in 1 … {config.n_layers}")
             config = replace(config, n_layers=self.layers)
         layout = choose_layout(
             config.with_limits(*limits), context, EngineConfig.of(attention=attention, experts="ep", moe=options)

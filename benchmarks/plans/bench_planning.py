@@ -10,35 +10,46 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.common.machine import describe_run
+from benchmarks.plans import eplb
 from mixtralkit.cli.run import run_tool
+from mixtralkit.distributed import RankContext
+from mixtralkit.npz_file import read_arrays
 from mixtralkit.planning.policies.affinity import affinity
 from mixtralkit.planning.policies.affinity_replicas import crossings, with_replicas
 from mixtralkit.planning.policies.balanced import rebalance_experts
 from mixtralkit.planning.replicas import pour_batches
-from tests.planning.policies import eplb
 
 _ROWS = 1_000_000  # of a layer, when plans are poured
 
 
 def bench_planning(what: str, files: tuple[Path, ...] = (), matrices: int = 100, first: int = 0) -> None:
-    """Prints what was found; the last line is JSON.
+    """Prints what was found and on which machine; the last line is JSON.
 
     Args:
         what: poured, size, affinity or replicas.
         files: pair weights, .npz, for affinity and replicas.
-        matrices: of poured; first: number of the first one.
+        matrices: of poured, random cases.
+        first: of poured, number of the first case, by which it is drawn.
     """
+    for name, value, least in (("matrices", matrices, 1), ("first", first, 0)):
+        if value < least:
+            raise ValueError(f"{name} ({value}) must be at least {least}")
     kinds = {
         "poured": lambda: _poured(range(first, first + matrices)), "size": _sizes,
-        "affinity": lambda: _affinity(files), "replicas": lambda: _replicas(files),
+        "affinity": lambda: _affinity(pairs), "replicas": lambda: _replicas(pairs),
     }  # fmt: skip
     if what not in kinds:
         raise ValueError(f"what ({what!r}) must be one of {', '.join(kinds)}")
-    print(json.dumps({"what": what, "note": "a shared machine of 2 cores", "results": kinds[what]()}))
+    if not files and what in ("affinity", "replicas"):
+        raise ValueError(f"files (none) must name pair weights for {what}")
+    pairs = [Pairs.load(path) for path in files]
+    print(json.dumps({"what": what, "results": kinds[what](), **describe_run(RankContext())}))
 
 
 def _peak(on_gpus: Sequence[Sequence[int]], loads_E: np.ndarray) -> int:
@@ -92,38 +103,71 @@ def _sizes() -> list[dict[str, float]]:
     return found
 
 
-def _read(path: Path) -> tuple[np.ndarray, np.ndarray, int]:
-    with np.load(path) as file:
-        weights = file["W"].astype(float)
-        return weights / weights.sum((1, 2), keepdims=True), file["better"], int(file["world"])
+@dataclass(frozen=True)
+class Pairs:
+    """How often tokens go from expert to expert between a layer and the next, and a placement to beat.
+
+    Attributes:
+        file: its name.
+        weights_LEE: [layers - 1, E, E], of each pair of layers their shares.
+        better_LE: rank of every expert in the placement given, [layers, E].
+        world: ranks.
+    """
+
+    file: str
+    weights_LEE: np.ndarray
+    better_LE: np.ndarray
+    world: int
+
+    @classmethod
+    def load(cls, path: Path) -> Pairs:
+        """Reads ``W``, ``better`` and ``world`` of a .npz; ValueError names the file and what is wrong."""
+        try:
+            arrays = read_arrays(path)
+            for name in ("W", "better", "world"):
+                if name not in arrays:
+                    raise ValueError(f"lacks {name}")
+            weights_LEE, better_LE, world = arrays["W"], arrays["better"], arrays["world"]
+            layers, experts = weights_LEE.shape[0] + 1 if weights_LEE.ndim == 3 else 0, weights_LEE.shape[-1:]
+            if not layers or weights_LEE.shape[1:] != 2 * experts or better_LE.shape != (layers, *experts):
+                shapes = f"W {weights_LEE.shape} and better {better_LE.shape}"
+                raise ValueError(f"{shapes} must be [layers - 1, E, E] and [layers, E]")
+            if world.size != 1 or not int(world) >= 1 or experts[0] % int(world):
+                raise ValueError(f"world ({world}) must be a number of ranks that divides the {experts[0]} experts")
+            sums_L11 = weights_LEE.astype(float).sum((1, 2), keepdims=True)
+            if not np.isfinite(sums_L11).all() or (weights_LEE < 0).any() or (sums_L11 == 0).any():
+                raise ValueError("W must be numbers of at least 0, with a sum above 0 in every layer")
+        except ValueError as error:
+            raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+        return cls(path.name, weights_LEE / sums_L11, better_LE, int(world))
 
 
-def _affinity(files: Sequence[Path]) -> list[dict[str, object]]:
+def _affinity(files: Sequence[Pairs]) -> list[dict[str, object]]:
     found = []
-    for path in files:
-        weights, better_LE, world = _read(path)
+    for pairs in files:
+        weights, world = pairs.weights_LEE, pairs.world
         started = time.process_time()
         plan = affinity(weights, world, bound=False)
         search_s = time.process_time() - started
         bound = affinity(weights, world).meta["crossings_bound"]
-        other = crossings(weights, better_LE[:, None] == np.arange(world)[:, None])
+        other = crossings(weights, pairs.better_LE[:, None] == np.arange(world)[:, None])
         ours = crossings(weights, plan.holds_LWE)
-        found.append({"file": path.name, "crossings": ours, "given": other, "bound": bound, "search_cpu_s": search_s})
+        found.append({"file": pairs.file, "crossings": ours, "given": other, "bound": bound, "search_cpu_s": search_s})
     return found
 
 
-def _replicas(files: Sequence[Path]) -> list[dict[str, object]]:
+def _replicas(files: Sequence[Pairs]) -> list[dict[str, object]]:
     found = []
-    for path in files:
-        weights, _, world = _read(path)
-        holds_LWE = affinity(weights, world, bound=False).holds_LWE
-        each = weights.shape[1] // world
+    for pairs in files:
+        weights = pairs.weights_LEE
+        holds_LWE = affinity(weights, pairs.world, bound=False).holds_LWE
+        each = weights.shape[1] // pairs.world
         for share in (0.25, 0.5):
             slots = int(np.ceil(each * (1 + share)))
             after = with_replicas(weights, holds_LWE, slots, may_move=False)
             joint = with_replicas(weights, holds_LWE, slots)
             found.append({
-                "file": path.name, "slots": slots, "placement": crossings(weights, holds_LWE),
+                "file": pairs.file, "slots": slots, "placement": crossings(weights, holds_LWE),
                 "then_replicas": crossings(weights, after), "together": crossings(weights, joint),
             })  # fmt: skip
     return found

@@ -24,7 +24,6 @@ from mixtralkit.json_file import Count, conform, parse_json, shown
 
 MOST_HEADER_BYTES = 100_000_000  # as safetensors itself has it
 MOST_PICKLE_BYTES = 64 << 20  # of the names and sizes alone
-MOST_DEPTH = 8  # a state dict is a dict of tensors
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

@@ -6,11 +6,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tqdm import tqdm
 
 from mixtralkit.automatic import with_free_memory
+from mixtralkit.checkpoint import CheckpointReader
 from mixtralkit.cli.run import command
 from mixtralkit.cli.running import WatchOptions, is_watched, watched
 from mixtralkit.config import EngineConfig, LimitOptions, ModelConfig, shipped
@@ -24,9 +25,10 @@ from mixtralkit.evaluation import summary
 from mixtralkit.evaluation.prompt_sets import PromptRecord, read_prompts
 from mixtralkit.evaluation.routing_html import ShownSequence, token_texts
 from mixtralkit.evaluation.routing_report import check_report, write_report
-from mixtralkit.evaluation.run import Ran, Results, fingerprint, run, write_json
-from mixtralkit.evaluation.run_record import facts_of_plan
-from mixtralkit.evaluation.work import AnswerOptions, make_works
+from mixtralkit.evaluation.run import Ran, Results
+from mixtralkit.evaluation.run import run as run_works
+from mixtralkit.evaluation.run_record import facts_of_plan, fingerprint, write_json
+from mixtralkit.evaluation.work import AnswerOptions, Work, make_works
 from mixtralkit.mixtral import Mixtral, check_world_size, choose_dtype, choose_layout, open_source
 from mixtralkit.planning.plan import ExpertPlan
 from mixtralkit.planning.trace import RoutingTrace
@@ -64,12 +66,12 @@ def evaluate(
     window: Count | None = None,
     text_context: int | None = None,
     stop: tuple[str, ...] = (),
-    moe_report: bool = False,
     overwrite: bool = False,
     *,
     sampling: SamplingOptions = SamplingOptions(temperature=0.0),
     engine: EngineConfig = EngineConfig(limits=LimitOptions(max_batch_size=16)),
     cut: CutOptions,
+    watch: WatchOptions,
 ) -> None:
     """Scores a model on a prompt set and prints a table with confidence intervals, or compares two such runs.
 
@@ -78,77 +80,105 @@ def evaluate(
             (docs/evaluation.md); or the name of a set in configs/prompts.
         output: Folder for run.json, results.jsonl and summary.json; one that a stopped run left is continued. With
             compare, a .json file for the comparison.
-        routing_report: Folder for a report on which experts the tokens took; runs the whole set, also where results
-            are there already.
+        routing_report: Folder for a report on which experts the tokens took. This and record_routing run the whole set,
+            also where results are there already.
         compare: Two folders of finished runs of one set; nothing is run then.
         max_gen_len: Most tokens of a generation, where the record does not say.
         window: Most tokens of a piece of a text, context and scored ones; left out, 1024 or what the model can.
         text_context: Fewest tokens of context of each scored token, where the text has as many; left out, half the
             window.
         stop: Texts that end a generation, beside a record's own.
-        moe_report: Print what each layer routed, dropped, sent and shadowed at the end.
         overwrite: Replace the run of another model, set or setting that the output folder holds.
     """
     if compare:
         if rank_of() == 0:
             _compare(compare, output)
         return
-    context = RankContext.start(engine.limits.device)
-    with context.agreed():
-        if prompts is None:
-            raise ValueError("prompts is missing: the set to score, a .jsonl file (or --compare RUN_A RUN_B)")
-        prompts = shipped("prompts", prompts)
-        check_world_size(context.world_size, engine.limits.num_gpus)
-        records = read_prompts(prompts, context.world_size)
-        reader, tokenizer = open_source(engine.source)
-        options = _answer_options(
-            reader.config, engine.cache.max_seq_len, window, text_context,
-            max_gen_len=max_gen_len, stop=stop, **asdict(sampling),
-        )  # fmt: skip
-        works = make_works(records, prompts, tokenizer, options)
-        if engine.cache.max_seq_len is None:
-            engine = engine.but(max_seq_len=min(reader.config.max_seq_len, max(work.longest for work in works)))
-        max_seq_len, max_batch_size = engine.cache.max_seq_len, engine.limits.max_batch_size
-        for work in works:
-            work.check(max_seq_len)
-    engine = with_free_memory(engine, context)
-    with context.agreed():
-        layout = choose_layout(reader.config.with_limits(max_seq_len, max_batch_size), context, engine)
-        engine = engine.but(**asdict(layout.parallel), plan=cut.applied(layout.plan))
-        dtype = str(choose_dtype(engine.limits.dtype, context.device)).removeprefix("torch.")
-        placed = facts_of_plan(
-            engine.parallel.plan, context.world_size, layout.parallel.attention, max_batch_size, dtype
-        )
-        files = [path for part in reader.found.files for path in part]
-        facts = fingerprint(reader.config, files, tokenizer, records, asdict(options), dtype, max_seq_len, placed)
-        if routing_report is not None and context.is_first:
-            check_report(routing_report)
-    with Results(context, records, output, facts, overwrite) as results:
+    run = _Run.prepare(
+        prompts, engine, cut, sampling, max_gen_len=max_gen_len, stop=stop, windows=(window, text_context)
+    )
+    context, trace = run.context, watch.record_routing
+    if routing_report is not None:
+        with context.agreed():
+            if context.is_first:
+                check_report(routing_report)
+        trace = trace or routing_report / "trace.npz"
+    with Results(context, run.records, output, run.facts, overwrite) as results:
         if context.is_first and results.done:
-            print(f"{output} already has {results.done} of {len(records)} results", file=sys.stderr)
-        if not results.is_complete or results.needs_weights or routing_report is not None:
-            mixtral = Mixtral.load(
-                engine, context, (reader, tokenizer), is_watched(context), hashes=results.needs_weights
-            )
-            results.confirm(mixtral.weight_hash)
-            trace = None if routing_report is None else routing_report / "trace.npz"
-            with (
-                watched(
-                    mixtral,
-                    WatchOptions(moe_report, trace),
-                    {"model": engine.source.model.name, "prompts": prompts.name},
-                ),
-                _progress(context, len(records), results.done) as bar,
-            ):
-                sequences = run(mixtral, works, options, results, bar, repeat=routing_report is not None)
+            print(f"{output} already has {results.done} of {len(run.records)} results", file=sys.stderr)
+        if not results.is_complete or results.needs_weights or trace is not None:
+            mixtral, sequences = run.answer(results, replace(watch, record_routing=trace))
             if routing_report is not None:
-                _report_routing(mixtral, routing_report, sequences, records)
+                _report_routing(mixtral, routing_report, trace, sequences, run.records)
         measures = results.finish()
     if context.is_first:
         print(summary.table(measures))
-        if any(work.question.kind == "text" for work in works):
-            print(f"texts in windows of {options.window} tokens, at least {options.context} of them context")
+        if any(work.question.kind == "text" for work in run.works):
+            print(f"texts in windows of {run.options.window} tokens, at least {run.options.context} of them context")
     context.stop()
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What is answered, by what, and how; ``facts`` say what decides the results."""
+
+    context: RankContext
+    engine: EngineConfig
+    source: tuple[CheckpointReader, Tokenizer]
+    prompts: Path
+    records: Sequence[PromptRecord]
+    works: Sequence[Work]
+    options: AnswerOptions
+    facts: Mapping[str, Any]
+
+    @classmethod
+    def prepare(
+        cls,
+        prompts: Path | None,
+        engine: EngineConfig,
+        cut: CutOptions,
+        sampling: SamplingOptions,
+        windows: tuple[int | None, int | None],
+        **answers: Any,
+    ) -> _Run:
+        """Reads and checks all but the weights; collective, ValueError that all ranks agree on."""
+        context = RankContext.start(engine.limits.device)
+        with context.agreed():
+            if prompts is None:
+                raise ValueError("prompts is missing: the set to score, a .jsonl file (or --compare RUN_A RUN_B)")
+            prompts = shipped("prompts", prompts)
+            check_world_size(context.world_size, engine.limits.num_gpus)
+            records = read_prompts(prompts, context.world_size)
+            source = reader, tokenizer = open_source(engine.source)
+            options = _answer_options(reader.config, engine.cache.max_seq_len, *windows, **answers, **asdict(sampling))
+            works = make_works(records, prompts, tokenizer, options)
+            if engine.cache.max_seq_len is None:
+                engine = engine.but(max_seq_len=min(reader.config.max_seq_len, max(work.longest for work in works)))
+            max_seq_len, max_batch_size = engine.cache.max_seq_len, engine.limits.max_batch_size
+            for work in works:
+                work.check(max_seq_len)
+        engine = with_free_memory(engine, context)
+        with context.agreed():
+            layout = choose_layout(reader.config.with_limits(max_seq_len, max_batch_size), context, engine)
+            engine = engine.but(**asdict(layout.parallel), plan=cut.applied(layout.plan))
+            dtype = str(choose_dtype(engine.limits.dtype, context.device)).removeprefix("torch.")
+            placed = facts_of_plan(
+                engine.parallel.plan, context.world_size, layout.parallel.attention, max_batch_size, dtype
+            )
+            files = [path for part in reader.found.files for path in part]
+            facts = fingerprint(reader.config, files, tokenizer, records, asdict(options), dtype, max_seq_len, placed)
+        return cls(context, engine, source, prompts, records, works, options, facts)
+
+    def answer(self, results: Results, watch: WatchOptions) -> tuple[Mixtral, Mapping[int, Ran]]:
+        """Loads the model, runs what has no result yet, or all where the routing is recorded; collective."""
+        mixtral = Mixtral.load(
+            self.engine, self.context, self.source, is_watched(self.context), hashes=results.needs_weights
+        )
+        results.confirm(mixtral.weight_hash)
+        meta = {"model": self.engine.source.model.name, "prompts": self.prompts.name}
+        with watched(mixtral, watch, meta), _progress(self.context, len(self.records), results.done) as bar:
+            repeat = watch.record_routing is not None
+            return mixtral, run_works(mixtral, self.works, self.options, results, bar, repeat)
 
 
 def _answer_options(
@@ -172,7 +202,7 @@ def _progress(context: RankContext, total: int, done: int) -> tqdm:
 
 
 def _report_routing(
-    mixtral: Mixtral, folder: Path, sequences: Mapping[int, Ran], records: Sequence[PromptRecord]
+    mixtral: Mixtral, folder: Path, trace: Path, sequences: Mapping[int, Ran], records: Sequence[PromptRecord]
 ) -> None:
     """Writes the report from the trace; collective."""
     context, layout = mixtral.model.context, mixtral.model.layout
@@ -182,7 +212,7 @@ def _report_routing(
             domains = names if set(names.values()) != {""} else None
             write_report(
                 folder,
-                RoutingTrace.load(folder / "trace.npz"),
+                RoutingTrace.load(trace),
                 domains=domains and {sequence: name or "other" for sequence, name in domains.items()},
                 shown=_shown(mixtral.tokenizer, sequences, records),
                 plan=layout.plan if layout.parallel.experts == "ep" else None,

@@ -25,6 +25,7 @@ from mixtralkit.planning.replay import Execution
 from mixtralkit.planning.trace import load_routing
 
 FORMATS = {"mixtralkit": "plan", "sglang": "sglang", "tensorrt_llm": "tensorrt", "vllm": "vllm", "exflow": "exflow"}
+TAKES = {"auto": ("dispatcher",), **{name: options for name, (_, options) in POLICIES.items()}}
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,6 @@ class PlanRequest(Options):
         dtype: Of the weights.
         hardware: Machine for shadow and auto, a file or the name of one in configs/hardware.
         batch: shadow and auto: tokens of a step on each rank.
-        dispatcher: auto: how the plan will run: exact, static, two_stage, coherent, replicated or symmetric.
     """
 
     world_size: Count = 4
@@ -54,7 +54,6 @@ class PlanRequest(Options):
     dtype: Dtype = "bfloat16"
     hardware: Path = Path("h200")
     batch: Count = 64
-    dispatcher: str = "exact"
 
 
 @dataclass(frozen=True)
@@ -73,6 +72,7 @@ class PolicyOptions(Options):
         num_groups: balanced: groups of experts that stay on one node each (hierarchical); global without it.
         finetune_threshold: two_phase: total-variation distance above which a layer is corrected; Lina's rule without.
         shadow_steps: shadow: steps over which sending the weights is paid.
+        dispatcher: auto: how the plan will run: exact, static, two_stage, coherent, replicated or symmetric.
     """
 
     hot_experts: Natural | None = None
@@ -86,6 +86,7 @@ class PolicyOptions(Options):
     num_groups: Count | None = None
     finetune_threshold: Share | None = None
     shadow_steps: Positive = 1.0
+    dispatcher: str = "exact"
 
 
 @command
@@ -115,9 +116,9 @@ def plan(
         raise ValueError(f"format ({format!r}) must be one of {', '.join(FORMATS)}")
     if policy != "auto" and policy.partition("+")[0] not in POLICIES:
         raise ValueError(f"policy ({policy!r}) must be one of {', '.join([*POLICIES, 'auto'])}")
-    given = replace(_read(trace, request), options=asdict(only))
+    given = replace(_read(trace, request), options=_options(policy, only))
     started = time.perf_counter()
-    execution = Execution(request.dispatcher, request.batch)
+    execution = Execution(only.dispatcher, request.batch)
     made = auto_for(given, execution) if policy == "auto" else make_plan(policy, given)
     seconds = time.perf_counter() - started
     given.budget.require(int(made.holds_LWE.sum(2).max()), made.num_layers, f"policy {policy}")
@@ -128,6 +129,18 @@ def plan(
     print(f"{output}: {made.policy}, {made.num_layers} layers, {made.num_experts} experts on {ranks} ranks")
     _print_notes(made)
     print(json.dumps(_figures(made, given, seconds) | _held_out(made.meta.get("chosen", policy), given)))
+
+
+def _options(policy: str, only: PolicyOptions) -> dict[str, object]:
+    """What differs from the defaults; ValueError for what the policy does not take."""
+    name, _, count = policy.partition("+")
+    takes = TAKES[name] if not count else [key for key in TAKES[name] if key != "hot_experts"]
+    options = {key: value for key, value in asdict(only).items() if value != getattr(PolicyOptions, key)}
+    for key, value in options.items():
+        if key not in takes:
+            users = ", ".join(user for user, own in TAKES.items() if key in own)
+            raise ValueError(f"{key} ({value!r}) is an option of policy {users}, not of {policy!r}")
+    return options
 
 
 def _read(path: Path, request: PlanRequest) -> Given:

@@ -45,8 +45,10 @@ def command(function: Command) -> Command:
         arguments = {name: options[name].check(given[name]) for name in own if name in given}
         for name, (kind, default) in groups.items():
             mine = {key: value for key, value in given.items() if key in names[name]}
-            made = kind.of(**mine) if default is REQUIRED else default.but(os.environ, **mine)
-            arguments[name] = given.get(name, made)
+            if name in given:
+                arguments[name] = given[name].but(**mine)
+            else:
+                arguments[name] = kind.of(**mine) if default is REQUIRED else default.but(os.environ, **mine)
         function(**arguments)
 
     return call

@@ -57,6 +57,12 @@ class UpdateOptions(Options):
     slots_per_rank: Count | None = None
     hot_experts: Natural | None = None
 
+    def check(self) -> None:
+        given = {"policy": self.policy, "slots_per_rank": self.slots_per_rank, "hot_experts": self.hot_experts}
+        for name, value in given.items() if self.update_step is None else ():
+            if value != getattr(UpdateOptions, name):
+                raise ValueError(f"{name} ({value!r}) needs update_step, the steps between two plans")
+
     def manager(self, mixtral: Mixtral, hardware: Path | None) -> PlanManager | None:
         """What makes new plans between steps, where that is wanted; collective."""
         if self.update_step is None:

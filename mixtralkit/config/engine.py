@@ -19,6 +19,9 @@ from mixtralkit.config.options import (
 )  # fmt: skip
 
 Dtype = Annotated[str, Rule(f"one of {', '.join(DTYPES)}", lambda dtype: str(dtype).removeprefix("torch.") in DTYPES)]
+PageSize = Annotated[
+    int, Rule("that is a power of two of at least 16", lambda size: size >= 16 and size & (size - 1) == 0)
+]
 
 
 @dataclass(frozen=True)
@@ -168,9 +171,11 @@ class CacheOptions(Options):
 
     Attributes:
         max_seq_len: Most tokens of a sequence, prompt and answer; left out, what the model can or the command needs.
+        page_size: Tokens of a page. A sequence takes memory page by page.
     """
 
     max_seq_len: Count | None = None
+    page_size: PageSize = 128
 
 
 @dataclass(frozen=True)

@@ -297,5 +297,5 @@ def _build(kind: type[T], given: Mapping[str, Any], environ: Mapping[str, str], 
             values[option.field] = getattr(base, option.field)
     for name, (group, _) in groups_of(kind).items():
         inner = given.get(name, None if base is None else getattr(base, name))
-        values[name] = given[name] if name in given else _build(group, given, environ, inner)
+        values[name] = _build(group, given, {} if name in given else environ, inner)
     return kind(**values)

@@ -32,13 +32,6 @@ class Likelihood(NamedTuple):
     is_greedy: bool
 
 
-class TextLikelihood(NamedTuple):
-    """Of one text: the sum of its tokens' log-probabilities (nats), and how many tokens these are."""
-
-    logprob: float
-    tokens: int
-
-
 def loglikelihoods(
     mixtral: Mixtral, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], progress: bool = False
 ) -> list[Likelihood]:
@@ -55,30 +48,6 @@ def loglikelihoods(
     logprobs = token_logprobs(mixtral, clean, progress)
     greedy = _are_greedy(mixtral, clean, logprobs)
     return [Likelihood(math.fsum(own), is_greedy) for own, is_greedy in zip(logprobs, greedy, strict=True)]
-
-
-def rolling(
-    mixtral: Mixtral,
-    texts: Sequence[str | Sequence[int]],
-    window: int | None = None,
-    context: int = 1,
-    progress: bool = False,
-) -> list[TextLikelihood]:
-    """log P of whole texts, their first tokens given the begin token.
-
-    Args:
-        texts: texts, or their token ids without the begin token.
-        window: tokens of a sequence that runs, context and scored ones; None for the model's ``max_seq_len``.
-        context: fewest tokens that a scored token has before it, where the text has as many; see ``windows``.
-        progress: a bar on rank 0's stderr.
-    """
-    tokenizer = mixtral.tokenizer
-    window = mixtral.model.params.max_seq_len if window is None else window
-    ids = [tokenizer.encode(text, bos=False) if isinstance(text, str) else list(text) for text in texts]
-    pieces = [windows(own, tokenizer.bos_id, window, context) for own in ids]
-    logprobs = iter(token_logprobs(mixtral, [pair for own in pieces for pair in own], progress))
-    sums = [math.fsum(value for _ in own for value in next(logprobs)) for own in pieces]
-    return [TextLikelihood(total, len(own)) for total, own in zip(sums, ids, strict=True)]
 
 
 def windows(ids: Sequence[int], begin: int, window: int, context: int = 1) -> list[Pair]:

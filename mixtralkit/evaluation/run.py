@@ -19,13 +19,11 @@ from mixtralkit.distributed import RankContext
 from mixtralkit.engine.requests import Completion
 from mixtralkit.evaluation.likelihood import Ids
 from mixtralkit.evaluation.prompt_sets import PromptRecord, ResultsWriter
-from mixtralkit.evaluation.run_record import RunRecord, fingerprint, what_cuts, write_json
+from mixtralkit.evaluation.run_record import RunRecord, write_json
 from mixtralkit.evaluation.summary import Measure, Row, as_json, summarise
 from mixtralkit.evaluation.work import AnswerOptions, Work
 from mixtralkit.json_file import conform, parse_json
 from mixtralkit.mixtral import Mixtral
-
-__all__ = ["RESULTS", "RUN", "SUMMARY", "Ran", "Results", "fingerprint", "read_rows", "run", "what_cuts", "write_json"]
 
 RUN, RESULTS, SUMMARY = "run.json", "results.jsonl", "summary.json"
 # Records that are sorted and run together: batches of them are full but for the last, and a stop costs no more.

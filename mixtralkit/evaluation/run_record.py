@@ -114,10 +114,6 @@ class RunRecord:
             self._check(difference(self._old, facts))
 
     @property
-    def is_there(self) -> bool:
-        return self._old is not None
-
-    @property
     def needs_weights(self) -> bool:
         """Whether the weights' hash has to be known: the first time, and where a weight file's size or time changed."""
         return self._old is None or _of_model(self._old, "files") != _of_model(self._facts, "files")

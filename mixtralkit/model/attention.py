@@ -22,7 +22,7 @@ from mixtralkit.ops.linear import linear
 from mixtralkit.ops.ragged_attention import ragged_attention, span_table
 
 Attend = Callable[[int, torch.Tensor, ForwardBatch, tuple[int, int]], torch.Tensor]
-"""(layer, qkv_TP, batch, (H, J)) -> [T, H·C]; qkv_TP holds query, key and value heads, none of them turned."""
+"""(layer, qkv_TQ, batch, (H, J)) -> [T, H·C]; qkv_TQ holds query, key and value heads, none of them turned."""
 
 
 class Attention(nn.Module):
@@ -51,14 +51,14 @@ class Attention(nn.Module):
 
         ``sums`` adds the ranks' parts, where each has some of the heads.
         """
-        out_TP = batch.attend(self.layer, hidden.project(self.wqkv.weight), batch, (self.heads, self.kv_heads))
+        out_TO = batch.attend(self.layer, hidden.project(self.wqkv.weight), batch, (self.heads, self.kv_heads))
         x_TD, more = hidden.x_TD, (hidden.ids_T, hidden.valid_T)
         if wanted_N is not None:
-            out_TP, x_TD = out_TP[wanted_N], x_TD[wanted_N]
+            out_TO, x_TD = out_TO[wanted_N], x_TD[wanted_N]
         if self.is_split:
-            return Hidden(*sums.add_norm(linear(out_TP, self.wo.weight), x_TD, *following), following, *more)
+            return Hidden(*sums.add_norm(linear(out_TO, self.wo.weight), x_TD, *following), following, *more)
         out = None if torch.is_grad_enabled() else x_TD  # nobody needs the stream as it was
-        x_TD = linear(out_TP, self.wo.weight, residual_TO=x_TD, out=out)
+        x_TD = linear(out_TO, self.wo.weight, residual_TO=x_TD, out=out)
         return Hidden(x_TD, None, following, *more)
 
 
@@ -80,25 +80,25 @@ class CachedAttention:
         self._ragged = _Ragged.of(longer, device) if longer else None
         self._has_singles = bool(singles) or not longer
 
-    def __call__(self, layer: int, qkv_TP: torch.Tensor, batch: ForwardBatch, heads: tuple[int, int]) -> torch.Tensor:
+    def __call__(self, layer: int, qkv_TQ: torch.Tensor, batch: ForwardBatch, heads: tuple[int, int]) -> torch.Tensor:
         cache, window = self.cache, self.window
-        memory = (cache.keys[layer], cache.values[layer])
+        memory = (cache.keys[layer], cache.values[layer], cache.tables_SM)
         if self._ragged is None:
-            return self._decode(qkv_TP, batch, memory, heads[0], slice(None))
+            return self._decode(qkv_TQ, batch, memory, heads[0], slice(None))
         rows, spans, spans_B4 = self._ragged.rows, self._ragged.spans, self._ragged.spans_B4
         place = (batch.slots_T[rows], batch.positions_T[rows], cache.rope_SC)
-        q_THC = rotate_and_store(qkv_TP[rows], *memory, *place, heads[0])
-        attended_TP = ragged_attention(q_THC, *memory, spans, spans_B4, window).flatten(1)
+        q_THC = rotate_and_store(qkv_TQ[rows], *memory, *place, heads[0])
+        attended_TO = ragged_attention(q_THC, *memory, spans, spans_B4, window).flatten(1)
         if not self._has_singles:
-            return attended_TP
-        out_TP = qkv_TP.new_empty(qkv_TP.shape[0], attended_TP.shape[1])
-        out_TP[rows] = attended_TP
-        out_TP[self._singles] = self._decode(qkv_TP, batch, memory, heads[0], self._singles)
-        return out_TP
+            return attended_TO
+        out_TO = qkv_TQ.new_empty(qkv_TQ.shape[0], attended_TO.shape[1])
+        out_TO[rows] = attended_TO
+        out_TO[self._singles] = self._decode(qkv_TQ, batch, memory, heads[0], self._singles)
+        return out_TO
 
-    def _decode(self, qkv_TP, batch: ForwardBatch, memory, heads: int, rows: slice | torch.Tensor) -> torch.Tensor:
+    def _decode(self, qkv_TQ, batch: ForwardBatch, memory, heads: int, rows: slice | torch.Tensor) -> torch.Tensor:
         slots_B, positions_B = batch.slots_T[rows], batch.positions_T[rows]
-        return decode_attention(qkv_TP[rows], *memory, slots_B, positions_B, self.cache.rope_SC, heads, self.window)
+        return decode_attention(qkv_TQ[rows], *memory, slots_B, positions_B, self.cache.rope_SC, heads, self.window)
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,8 @@ class FreshAttention:
     def __init__(self, batch_size: int, window: int | None, theta: float) -> None:
         self.batch_size, self.window, self.theta = batch_size, window, theta
 
-    def __call__(self, layer: int, qkv_TP: torch.Tensor, batch: ForwardBatch, heads: tuple[int, int]) -> torch.Tensor:
-        q_THC, k_TJC, v_TJC = split_heads(qkv_TP, *heads)
+    def __call__(self, layer: int, qkv_TQ: torch.Tensor, batch: ForwardBatch, heads: tuple[int, int]) -> torch.Tensor:
+        q_THC, k_TJC, v_TJC = split_heads(qkv_TQ, *heads)
         rope = rotations(batch.positions_T, q_THC.shape[-1], self.theta)
         turned = (rotate(q_THC, *rope), rotate(k_TJC, *rope), v_TJC)
         q, k, v = (x.unflatten(0, (self.batch_size, -1)).transpose(1, 2) for x in turned)

@@ -17,6 +17,7 @@ from mixtralkit.model.batch import ForwardBatch, Span
 from mixtralkit.model.kv_cache import KVCache
 from mixtralkit.moe.layer import MoEReport
 from mixtralkit.moe.router import Routing
+from mixtralkit.ops.attention import places
 from mixtralkit.ops.hidden import Hidden
 
 if TYPE_CHECKING:
@@ -115,17 +116,20 @@ def _own_spans(model: Transformer, batch: ForwardBatch, own_N: torch.Tensor) -> 
 def _share_cache(context: RankContext, cache: KVCache, batch: ForwardBatch, where_L: list[_Where]) -> None:
     """Tells all ranks the keys and values that each layer's rows added where they were: one sum of all layers.
 
-    A row that only fills the shape adds what is at position 0 of slot 0, where no decode step writes.
+    A row that only fills the shape writes what the step's first sequence does, a step without any what was there.
     """
-    slots_T, positions_T = batch.slots_T.clamp(min=0), batch.positions_T
-    is_row_T = (batch.slots_T >= 0)[:, None, None]
+    if not len(batch):
+        return
+    is_row_T = batch.slots_T >= 0
+    which_T = torch.where(is_row_T, torch.arange(len(batch), device=context.device), is_row_T.int().argmax())
+    there = places(cache.keys[0], cache.tables_SM, batch.slots_T[which_T].clamp(min=0), batch.positions_T[which_T])
     memories = [memory for layer in range(len(where_L)) for memory in (cache.keys[layer], cache.values[layer])]
-    found = [memory[slots_T, :, positions_T] for memory in memories]
-    masks = [where.mask_T[:, None, None] for where in where_L for _ in range(2)]
+    found = [memory[there] for memory in memories]
+    masks = [where.mask_T[which_T, None, None] for where in where_L for _ in range(2)]
     added = torch.stack([rows.masked_fill(~mask, 0) for rows, mask in zip(found, masks, strict=True)])
     context.all_reduce(added)
     for memory, rows, before in zip(memories, added, found, strict=True):
-        memory[slots_T, :, positions_T] = torch.where(is_row_T, rows, before)
+        memory[there] = torch.where(is_row_T.any(), rows, before)
 
 
 def _whole(report: MoEReport, where: _Where, context: RankContext) -> MoEReport:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mixtralkit.config import ModelConfig, MoEOptions
+from mixtralkit.config import CacheOptions, ModelConfig, MoEOptions
 from mixtralkit.distributed import RankContext
 from mixtralkit.fastmoe.backend import FastMoELayer
 from mixtralkit.layout import RankLayout, canonical_shapes
@@ -118,13 +118,14 @@ class Transformer(nn.Module):
         """This rank's parameters under the names of ``layout.shapes()``."""
         return {name.replace("feed_forward.experts.", "feed_forward."): p for name, p in self.named_parameters()}
 
-    def allocate_cache(self) -> KVCache:
+    def allocate_cache(self, page_size: int = CacheOptions.page_size, pages: int | None = None) -> KVCache:
         """Takes this rank's KV cache for sequences of ``params.max_seq_len`` tokens; kept.
 
         ``params.max_batch_size`` counts sequences over all ranks: under ``dp`` a rank has room for its share.
+        ``page_size`` and ``pages`` are as in ``KVCache.allocate``.
         """
-        slots = self.sequences_per_rank
-        self.cache = KVCache.allocate(self.layout, slots, self.params.max_seq_len, self.dtype, self.context.device)
+        kind = (self.dtype, self.context.device, page_size, pages)
+        self.cache = KVCache.allocate(self.layout, self.sequences_per_rank, self.params.max_seq_len, *kind)
         return self.cache
 
     @property

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import nn
 
@@ -37,17 +35,18 @@ class Experts(nn.Module):
         trains = torch.is_grad_enabled() and self.w13.requires_grad
         if self.storage is None or trains:
             return run_experts(rows, self.w13, self.w2)
-        if rows.likely_rows is not None and len(self.w13):  # settings are for rows a slot, and copies have few or none
-            likely_rows = rows.likely_rows * len(self.storage[2]) // len(self.w13)
-            rows = replace(rows, likely_rows=likely_rows)
-        return run_experts(rows, *self.storage)
+        return run_experts(rows, *self.storage, likely_slots=len(self.w13))  # few batches have a use for copies
 
 
 def run_experts(
-    rows: RoutedRows, w13_SGD: torch.Tensor, w2_SDF: torch.Tensor, storage_S: torch.Tensor | None = None
+    rows: RoutedRows,
+    w13_SGD: torch.Tensor,
+    w2_SDF: torch.Tensor,
+    storage_S: torch.Tensor | None = None,
+    likely_slots: int | None = None,
 ) -> torch.Tensor:
     """``ops.experts.expert_sum`` of rows as a dispatcher gives them."""
     return expert_sum(
         rows.x_RD, rows.slots_RK, rows.weights_RK, w13_SGD, w2_SDF, rows.residual_RD, rows.out_RD, rows.likely_rows,
-        storage_S,
+        storage_S, likely_slots,
     )  # fmt: skip

@@ -131,6 +131,8 @@ class MoELayer(nn.Module):
             hidden, handles = run_in_chunks(dispatcher, experts, hidden, cut, table, chunks, following)
         else:
             hidden, handles = self._run(name, dispatcher, experts, hidden, cut, table, rows.per_rank, following)
+        if rows.flight is not None:
+            rows.flight.ahead(self.layer)
         return hidden, MoEReport(routing, cut.dropped, cut.rerouted, tuple(handles), report)
 
     def _run(

@@ -2,7 +2,7 @@
 
 ::
 
-    counts of a step, all ranks' ─► choose_shadows ─► missing: broadcast from the owner ─► the store's table names it
+    counts of a step, all ranks' ─► choose_shadows ─► missing: copied from the owner ─► the store's table names it
                                     (between steps)   resident: stays, or makes room for one with more gain
 
 A step never waits for it: what one step counted decides what the next one finds. Every rank decides alike from the same
@@ -25,7 +25,7 @@ from mixtralkit.distributed import RankContext
 from mixtralkit.layout import RankLayout
 from mixtralkit.moe.dispatch.base import RoutedRows
 from mixtralkit.moe.experts import Experts, run_experts
-from mixtralkit.moe.store import ExpertStore, Send
+from mixtralkit.moe.store import Carry, ExpertStore
 from mixtralkit.moe.table import LayerTable
 from mixtralkit.ops.counting import count_keys
 from mixtralkit.planning.cost import ShadowModel, choose_shadows
@@ -122,7 +122,7 @@ class Shadows:
             self._gains[layer, expert] = gain_E[expert] if before is None else (before + gain_E[expert]) / 2
 
     def bring(
-        self, layer: int, loads_E: np.ndarray, hidden_s: float = 0.0, send: Send | None = None,
+        self, layer: int, loads_E: np.ndarray, hidden_s: float = 0.0, carry: Carry | None = None,
         in_use: int | None = None, model: ShadowModel | None = None,
     ) -> list[int]:  # fmt: skip
         """Chooses by these loads, for each replica of an expert, and copies what is missing; the experts that move.
@@ -131,14 +131,14 @@ class Shadows:
 
         Args:
             hidden_s: as in ``choose_shadows``.
-            send: as in ``ExpertStore.fetch``.
+            carry: as in ``ExpertStore.fetch``.
             in_use: a layer whose copies stay.
             model: decides; None is that of a copy for one step.
         """
         here = self.everywhere(layer) | self.store.copied(layer)
         chosen = choose_shadows(loads_E.tolist(), model or self.inference, here, self.store.room, hidden_s)
         gain_E = self._gains_of(loads_E)
-        return [e for e in chosen if e not in here and self._fetch(layer, e, gain_E[e], send, in_use)]
+        return [e for e in chosen if e not in here and self._fetch(layer, e, gain_E[e], carry, in_use)]
 
     def hint(self, layer: int, experts: Sequence[int]) -> tuple[int, ...]:
         """Copies experts that a plan or an estimate expects to be hot, the likeliest first. Collective.
@@ -167,7 +167,7 @@ class Shadows:
         self.store.drop(list(self.store.copies))
         self._gains.clear()
 
-    def _fetch(self, layer: int, expert: int, gain: float | None, send: Send | None, in_use: int | None) -> bool:
+    def _fetch(self, layer: int, expert: int, gain: float | None, carry: Carry | None, in_use: int | None) -> bool:
         """Whether there was room: a free place, or a copy with less gain (None is the most)."""
         store = self.store
         if len(store.copies) == store.room:
@@ -176,7 +176,7 @@ class Shadows:
             if victim is None or (gain is not None and gains[victim] >= gain):
                 return False
             store.drop([victim])
-        store.fetch(layer, expert, send)
+        store.fetch(layer, expert, carry)
         self._gains[layer, expert] = gain
         self._moved.setdefault(layer, []).append(expert)
         return True

@@ -19,14 +19,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from mixtralkit.distributed import RankContext
+from mixtralkit.distributed import RankContext, SymmetricMemory
 from mixtralkit.layout import RankLayout
 from mixtralkit.moe.experts import Experts
 from mixtralkit.moe.table import LayerTable
 from mixtralkit.moe.transfers import MoveReport, move_experts, stays_in_place, transfers
 from mixtralkit.planning.replicas import ReplicaTable
 
-Send = Callable[[torch.Tensor, int], None]  # a tensor of the given rank to all, into the same tensor there
+# (weights, owner, theirs): the owner's weights into this rank's; ``theirs`` is its memory, None where nobody reaches it
+Carry = Callable[[torch.Tensor, int, "torch.Tensor | None"], None]
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class ExpertStore:
         """``room`` is for copies; ``layers`` None means all."""
         self.layout, self.context, self.dtype, self.room = layout, context, dtype, room
         self.copies: dict[tuple[int, int], Copy] = {}
+        self._memories: tuple[SymmetricMemory, SymmetricMemory] | None = None
         self.relocations = 0
         self.layers = list(range(layout.config.n_layers)) if layers is None else list(layers)
         self.experts: dict[int, Experts] = {}
@@ -70,15 +72,34 @@ class ExpertStore:
         config = self.layout.config
         return 3 * config.dim * (self.layout.hidden[1] - self.layout.hidden[0]) * self.dtype.itemsize
 
-    def _empty(self, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _empty(self, slots: int, device: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         dim, hidden = self.layout.config.dim, self.layout.hidden[1] - self.layout.hidden[0]
-        like = {"dtype": self.dtype, "device": self.context.device}
+        like = {"dtype": self.dtype, "device": device or self.context.device}
         return torch.empty(slots, 2 * hidden, dim, **like), torch.empty(slots, dim, hidden, **like)
+
+    def _storage(self, slots_LW: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """One memory for all layers and copies, which other ranks read where GPUs reach each other. Collective.
+
+        As large on every rank as the one with most slots needs: such memory has one size.
+        """
+        self._memories = None
+        shapes = [weights.shape for weights in self._empty(int(slots_LW.sum(0).max()) + self.room, "meta")]
+        memories = [self.context.symmetric_memory(tuple(shape), self.dtype, 0) for shape in shapes]
+        if None in memories:
+            return self._empty(int(slots_LW[:, self.context.rank].sum()) + self.room)
+        self._memories = tuple(memories)
+        firsts_LW = slots_LW.cumsum(0) - slots_LW
+        self._first_W = dict(zip(self.layers, firsts_LW, strict=True))
+        return memories[0].own, memories[1].own
+
+    def _slots_LW(self) -> np.ndarray:
+        """How many slots each rank has in each layer."""
+        return np.array([(self.slots_WE(layer) >= 0).sum(1) for layer in self.layers])
 
     def _allocate(self) -> None:
         """Memory of every layer by itself, or one for all where copies need places that any layer can name."""
         slots_L = [len(self.layout.experts(layer)) for layer in self.layers]
-        storage = self._empty(sum(slots_L) + self.room) if self.room else None
+        storage = self._storage(self._slots_LW()) if self.room else None
         first = 0
         for layer, slots in zip(self.layers, slots_L, strict=True):
             own, storage_S = self._empty(slots) if storage is None else None, None
@@ -129,25 +150,34 @@ class ExpertStore:
         return frozenset(expert for of, expert in self.copies if of == layer)
 
     @torch.no_grad()
-    def fetch(self, layer: int, expert: int, send: Send | None = None) -> None:
+    def fetch(self, layer: int, expert: int, carry: Carry | None = None) -> None:
         """Brings a copy of an expert to a free place on every rank; ``publish`` lets rows use it. Collective.
 
+        Where GPUs reach each other's memory each rank reads the owner's, by its copy engine; else the owner broadcasts.
+
         Args:
-            send: moves the weights; None does it before this returns.
+            carry: moves the weights, beside what this rank computes; the caller has heard of all ranks since their
+                weights last changed. None does it in stream order.
         """
         taken = {copy.place for copy in self.copies.values()}
         place = next(place for place in self._places if place not in taken)
         numbers = {copy.number for (of, _), copy in self.copies.items() if of == layer}
         owner, slot = self.owner(layer, expert)
-        experts = self.experts[layer]
-        for storage, own in zip(experts.storage, (experts.w13, experts.w2), strict=False):
+        experts, memories = self.experts[layer], self._memories or (None, None)
+        if carry is None and self._memories is not None:
+            self._memories[0].meet()
+        for storage, own, memory in zip(experts.storage, (experts.w13, experts.w2), memories, strict=False):
             target = own[slot] if owner == self.context.rank else storage[place]
-            (send or self._broadcast)(target, owner)
+            theirs = None if memory is None else memory.of_rank(owner)[self._first_W[layer][owner] + slot]
+            (carry or self._carry)(target, owner, theirs)
         number = next(n for n in range(self._most_copies) if n not in numbers)
         self.copies[layer, expert] = Copy(place, number)
 
-    def _broadcast(self, weights: torch.Tensor, owner: int) -> None:
-        dist.broadcast(weights, group_src=owner, group=self.context.group)
+    def _carry(self, weights: torch.Tensor, owner: int, theirs: torch.Tensor | None) -> None:
+        if theirs is None:
+            dist.broadcast(weights, group_src=owner, group=self.context.group)
+        elif owner != self.context.rank:
+            weights.copy_(theirs)
 
     def drop(self, keys: Iterable[tuple[int, int]]) -> None:
         """Gives up copies, (layer, expert) each; their layers' rows do without them from now on."""
@@ -182,6 +212,8 @@ class ExpertStore:
         self.drop([key for key in self.copies if key[0] == layer])
         old_WE, new_WE = self.layout.plan.slot_of_LWE[layer], layout.plan.slot_of_LWE[layer]
         moves = transfers(old_WE, new_WE, layout.plan.ranks_per_node)
+        if self._memories is not None:
+            self._memories[0].meet()  # others may be reading what changes now
         in_place, experts = stays_in_place(old_WE, new_WE), self.experts[layer]
         targets = move_experts((experts.w13, experts.w2), old_WE, new_WE, moves, in_place, self.context)
         self.layout = layout
@@ -209,7 +241,7 @@ class ExpertStore:
         old = {of: (experts.w13.data, experts.w2.data) for of, experts in self.experts.items()} | {layer: targets}
         self.drop(list(self.copies))
         slots = [len(old[of][0]) for of in self.layers]
-        storage, first = self._empty(sum(slots) + self.room), 0
+        storage, first = self._storage(self._slots_LW()), 0
         for of, count in zip(self.layers, slots, strict=True):
             experts = self.experts[of]
             for weights, memory, values in zip((experts.w13, experts.w2), storage, old[of], strict=True):

@@ -2,11 +2,12 @@
 
 ::
 
-    gate of i ── counts, paths ──┬── experts of i ─ attention ─ gate of i+1 ── counts ──► phase two: keep, or correct
-                                 └─► estimate of i+1 ─► phase one: copies move ────────►
+    gate of i ── counts, paths ─── experts of i ─┬─ attention ─ gate of i+1 ── counts ──► phase two: keep, or correct
+                     └───────► estimate of i+1 ──┴─► phase one: copies move ────────────►
 
 The estimate travels in the all-gather that brings the counts of layer i, so that every rank decides alike and none has
-to be told. Copies of hot experts on every rank (``moe/shadow.py``) are the means. See docs/two-phase.md.
+to be told. Phase one chooses when the device has the experts of layer i to do, so that it waits for no choice. Copies
+of hot experts on every rank (``moe/shadow.py``) are the means. See docs/two-phase.md.
 """
 
 from __future__ import annotations
@@ -83,17 +84,22 @@ class Move:
     """
 
     def __init__(self, group: dist.ProcessGroup, stream: torch.cuda.Stream | None) -> None:
-        self._group, self._stream = group, stream
+        self._group, self._stream, self._moved = group, stream, False
         self._works: list[dist.Work] = []
         self._arrivals: list[float] = []
         if stream is not None:
             stream.wait_stream(torch.cuda.current_stream(stream.device))  # whoever reads a place we write is before us
         self._started = _now(stream)
 
-    def send(self, weights: torch.Tensor, owner: int) -> None:
-        """Starts a broadcast; a ``shadow.Send``."""
+    def carry(self, weights: torch.Tensor, owner: int, theirs: torch.Tensor | None) -> None:
+        """Has weights on their way; a ``store.Carry``."""
+        self._moved = True
         on_stream = contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
         with on_stream:
+            if theirs is not None:
+                if dist.get_rank(self._group) != owner:
+                    weights.copy_(theirs, non_blocking=True)
+                return
             work = dist.broadcast(weights, group_src=owner, group=self._group, async_op=True)
             if self._stream is not None:
                 work.wait()  # holds up the stream, not the host
@@ -102,11 +108,11 @@ class Move:
         self._works.append(work)
 
     def __bool__(self) -> bool:
-        return bool(self._works)
+        return self._moved
 
     def finish(self) -> tuple[Moment, Moment, Moment, Moment]:
         """Work from here on sees the weights; the first four moments of a ``Timing``, all the same if none moved."""
-        if not self._works:
+        if not self._moved:
             return (_now(self._stream and torch.cuda.current_stream(self._stream.device)),) * 4
         if self._stream is None:
             needed = _now(None)
@@ -131,33 +137,42 @@ class _Ahead:
 
 
 class Flight:
-    """One step's way through the layers: the paths of its rows, and what is under way for the next layer."""
+    """One step's way through the layers: the paths of its rows, and what is under way for the next layer.
+
+    A layer calls ``at`` with its choices and ``ahead`` when the device has its experts to do.
+    """
 
     def __init__(self, phases: TwoPhase) -> None:
         self._phases = phases
         self._paths_T: torch.Tensor | int = 0
+        self._counts: tuple[np.ndarray, np.ndarray | None] | None = None
         self._ahead: _Ahead | None = None
 
     def at(self, layer: int, experts_TK: torch.Tensor) -> PhaseReport | None:
-        """Brings what these rows want of the layer, and has the next layer's copies on their way. Collective.
+        """Brings what these rows want of the layer and is not there. Collective.
 
         Layers are visited in order. The first has no estimate: it chooses by its real counts alone.
 
         Args:
             experts_TK: int64 choices of this rank's rows, before any capacity.
         """
-        shadows = self._phases.shadows
-        real_E, estimate_E = self._gather(layer, experts_TK)
-        report = self._second_phase(layer, real_E, experts_TK.shape[1])
+        self._counts = self._gather(layer, experts_TK)
+        return self._second_phase(layer, self._counts[0], experts_TK.shape[1])
+
+    def ahead(self, layer: int) -> None:
+        """Has the next layer's copies on their way, by the estimate of ``at``. Collective."""
+        shadows, (real_E, estimate_E) = self._phases.shadows, self._counts
+        shadows.refresh(layer, real_E / shadows.replicas_E(layer))
         self._ahead = None
-        if estimate_E is not None:
-            hidden_s = shadows.inference.s_per_row * real_E.sum() / shadows.context.world_size
-            move = self._phases.move()
-            loads_E = estimate_E / shadows.replicas_E(layer + 1)
-            # What an even share of this layer's rows takes costs nothing.
-            experts = shadows.bring(layer + 1, loads_E, hidden_s, move.send, in_use=layer)
-            self._ahead = _Ahead(estimate_E, experts, move)
-        return report
+        if estimate_E is None:
+            return
+        hidden_s = shadows.inference.s_per_row * real_E.sum() / shadows.context.world_size
+        move, loads_E = self._phases.move(), estimate_E / shadows.replicas_E(layer + 1)
+        # What an even share of this layer's rows takes costs nothing.
+        experts = shadows.bring(layer + 1, loads_E, hidden_s, move.carry, in_use=layer)
+        if experts:
+            shadows.store.publish(layer + 1)  # whose rows come after ``finish``
+        self._ahead = _Ahead(estimate_E, experts, move)
 
     def _gather(self, layer: int, experts_TK: torch.Tensor) -> tuple[np.ndarray, np.ndarray | None]:
         """Counts of this layer and the estimate for the next, of all ranks, in one message."""
@@ -176,15 +191,13 @@ class Flight:
         phases, ahead = self._phases, self._ahead
         shadows, loads_E = phases.shadows, real_E / phases.shadows.replicas_E(layer)
         if ahead is None:
-            shadows.refresh(layer, loads_E)
             if shadows.bring(layer, loads_E):
                 shadows.store.publish(layer)
             return None
         moments = ahead.move.finish()
-        shadows.refresh(layer, loads_E)
         check = check_estimate(ahead.estimate_E, real_E, top_k, phases.threshold)
         late = shadows.bring(layer, loads_E) if check.corrected else []
-        if ahead.experts or late:
+        if late:
             shadows.store.publish(layer)
         timing = Timing(*moments, phases.now()) if ahead.move or late else None
         size = len(ahead.experts) * shadows.store.expert_bytes

@@ -191,7 +191,9 @@ class TimeModel:
 
     def all_reduce_s(self, size: np.ndarray | float) -> np.ndarray | float:
         """The sum over all ranks of ``size`` bytes, as a ring: 2·(W-1)/W of them leave each rank."""
-        return self._collective_s("all_reduce", size * ring_share(self.world_size))
+        slowest = min(network.all_reduce.bandwidth for network, _ in self._networks)
+        latencies = [network.latency_s("all_reduce", members) for network, members in self._networks]
+        return size * ring_share(self.world_size) / slowest + sum(latencies)
 
     def all_gather_s(self, size: np.ndarray | float) -> np.ndarray | float:
         """Every rank's ``size`` bytes to every other, straight."""
@@ -202,14 +204,6 @@ class TimeModel:
         ]
         latencies = [network.latency_s("exchange", members) for network, members in self._networks]
         return np.maximum.reduce(seconds) + max(latencies)
-
-    def broadcast_s(self, size: np.ndarray | float) -> np.ndarray | float:
-        """``size`` bytes of one rank to all."""
-        return self._collective_s("broadcast", size * (self.world_size > 1))
-
-    def _collective_s(self, kind: str, size: np.ndarray | float) -> np.ndarray | float:
-        slowest = min(getattr(network, kind).bandwidth for network, _ in self._networks)
-        return size / slowest + sum(network.latency_s(kind, members) for network, members in self._networks)
 
     @property
     def _networks(self):
@@ -314,16 +308,6 @@ class ShadowModel:
         """Seconds that the weights of an expert take to every rank."""
         weights = self.matrices * self.alpha * self.d_model**2
         return weights * self.data_bytes / (self.broadcast_bandwidth or self.net_bandwidth)
-
-    @property
-    def break_even_rows(self) -> float:
-        """Rows by which the busiest expert must lead the next for its shadow to pay in one step."""
-        return self.s_per_shadow / self.s_per_row
-
-    @property
-    def break_even_rows_on_the_wire(self) -> float:
-        """The same with compute for free: m·α·H / exchanges, whatever the bandwidth."""
-        return self.s_per_shadow / self.exchange_s_per_row
 
 
 def choose_shadows(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mixtralkit.config import ModelConfig, ParallelConfig
+from mixtralkit.config import CacheOptions, ModelConfig, ParallelConfig
 from mixtralkit.planning.plan import ExpertPlan
 
 # Rows of the memory of ``ops.all_reduce``, which holds for any number of rows.
@@ -46,6 +46,7 @@ class Room:
         symmetric_rows: as ``MoEOptions.symmetric_rows``.
         data_bytes: of a number.
         copies_gb: 10⁹ bytes a rank keeps for copies of other ranks' experts (shadows, two phases).
+        page_size: positions of a page of the cache.
     """
 
     batch: int
@@ -54,6 +55,7 @@ class Room:
     symmetric_rows: int | None = 0
     data_bytes: int = 2
     copies_gb: float = 0.0
+    page_size: int = CacheOptions.page_size
 
 
 def rank_memory(config: ModelConfig, parallel: ParallelConfig, plan: ExpertPlan, room: Room) -> RankMemory:
@@ -65,8 +67,9 @@ def rank_memory(config: ModelConfig, parallel: ParallelConfig, plan: ExpertPlan,
     heads_split = world if parallel.attention == "tp" else 1
     sequences = -(-room.batch // (1 if parallel.attention == "tp" else world))
     kv_heads = max(-(-config.n_kv_heads // heads_split), 1)
-    cache = 2 * config.n_layers * sequences * kv_heads * room.max_seq_len * config.head_dim * b
-    cache += room.max_seq_len * config.head_dim * 4  # angles
+    pages = -(-room.max_seq_len // room.page_size)  # of a sequence
+    cache = 2 * config.n_layers * sequences * kv_heads * pages * room.page_size * config.head_dim * b
+    cache += sequences * pages * 4 + room.max_seq_len * config.head_dim * 4  # tables and angles
     tokens = min(room.prefill_budget, sequences * room.max_seq_len)
     middle = config.hidden_dim / (world if parallel.experts == "tp" else 1) * config.num_experts_per_tok
     working = tokens * (_ROWS_ALIVE * config.dim + middle) * b + 2 * sequences * config.vocab_size * 4

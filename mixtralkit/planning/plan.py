@@ -111,11 +111,6 @@ class ExpertPlan:
         return self.copies_LWE > 0
 
     @cached_property
-    def hot_LE(self) -> np.ndarray:
-        """True where every rank holds expert e in layer l: its rows are local and never sent."""
-        return self.holds_LWE.all(axis=1)
-
-    @cached_property
     def slot_of_LWE(self) -> np.ndarray:
         """Index of expert e among the experts of rank w, counted without empty slots; -1 where it is not held."""
         slot_of = np.full(self.holds_LWE.shape, -1, np.int32)

@@ -182,11 +182,6 @@ def one_holder(slots_WE: np.ndarray) -> np.ndarray:
     raise ValueError("an expert has no slot")
 
 
-def spread_rows(counts_E: np.ndarray, fixed_W: np.ndarray, holds_WE: np.ndarray) -> np.ndarray:
-    """``pour_batches`` of one batch, a group an expert: rows [E, W] of each expert for each rank that holds it."""
-    return pour_batches(counts_E[None], fixed_W[None], holds_WE.T)[0]
-
-
 def pour_batches(counts_BG: np.ndarray, fixed_BW: np.ndarray, holds_GW: np.ndarray) -> np.ndarray:
     """Rows of each group for each rank that holds it, the busiest rank's total as small as whole rows allow.
 

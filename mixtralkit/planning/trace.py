@@ -304,11 +304,6 @@ def load_routing(path: str | Path, num_experts: int | None = None) -> tuple[Rout
         raise ValueError(f"{path}: {error}") from None
 
 
-def load_loads(path: str | Path, num_experts: int | None = None) -> np.ndarray:
-    """The loads of ``load_routing``."""
-    return load_routing(path, num_experts)[1]
-
-
 def _own(cls: type[RoutingTrace], arrays: dict[str, np.ndarray], num_experts: int | None) -> RoutingTrace:
     if "num_experts" not in arrays:
         raise ValueError("num_experts is missing")

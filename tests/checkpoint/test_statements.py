@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 import warnings
 from pathlib import Path
 
@@ -293,6 +292,4 @@ def test_pipes_are_refused_and_never_waited_for(tmp_path: Path, name: str) -> No
     )(tmp_path)
     (tmp_path / name).unlink()
     os.mkfifo(tmp_path / name)
-    start = time.monotonic()
     assert "is a pipe, not an ordinary file" in said_of(tmp_path)
-    assert time.monotonic() - start < 5

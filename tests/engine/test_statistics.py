@@ -40,7 +40,7 @@ def test_every_token_is_counted_once_whoever_runs_it(tmp_path, attention):
         for tokens, totals, table in run_ranks(_run, 2, tmp_path, attention, plan):
             assert [layer.choices for layer in totals] == [2 * tokens] * config.n_layers
             assert all(layer.dropped == layer.rerouted == layer.shadows == 0 for layer in totals)
-            sends = attention == "dp" and not plan.hot_LE.any()
+            sends = attention == "dp" and not plan.holds_LWE.all(1).any()
             assert all((layer.sent > 0) == sends for layer in totals)
             assert len(table.splitlines()) == 1 + config.n_layers
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from mixtralkit.cli.evaluate import evaluate
+from mixtralkit.planning.trace import RoutingTrace
 from tests.engine.parts import engine_config, make_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,6 +116,16 @@ def test_the_table_is_that_of_the_summary_and_needs_no_output(folder, prompts, w
     measures = json.loads((whole / "summary.json").read_text())["measures"]
     assert len(first.splitlines()) == 1 + len(measures) + 1
     assert first.splitlines()[-1] == "texts in windows of 128 tokens, at least 64 of them context"
+
+
+def test_the_routing_of_the_whole_set_is_recorded_where_results_are_there(folder, prompts, whole, tmp_path, capsys):
+    """``--record_routing`` and ``--moe_report`` are those of every command that runs a model."""
+    evaluate(prompts, model=folder, output=whole, max_gen_len=4, record_routing=tmp_path / "t.npz", moe_report=True)
+    trace = RoutingTrace.load(tmp_path / "t.npz")
+    assert len(set(trace.sequence.tolist())) > 15, "choices are sequences of their own"
+    header, *layers = capsys.readouterr().err.splitlines()[-4:]
+    assert header.split()[0] == "layer"
+    assert {int(line.split()[1].replace(",", "")) for line in layers} == {trace.experts.shape[0] * trace.top_k}
 
 
 def test_compare_prints_and_writes_the_differences(folder, prompts, whole, tmp_path, capsys):

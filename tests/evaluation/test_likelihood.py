@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from mixtralkit.distributed import RankContext
-from mixtralkit.evaluation.likelihood import loglikelihoods, rolling, token_logprobs, windows
-from tests.evaluation.parts import MAX_SEQ_LEN, make_mixtral, slow_logprobs, tokenizer
+from mixtralkit.evaluation.likelihood import loglikelihoods, token_logprobs, windows
+from tests.evaluation.parts import MAX_SEQ_LEN, make_mixtral, slow_logprobs
 from tests.ranks import run_ranks
 
 END_SCALE = 3.0  # some likeliest tokens are the end token
@@ -173,16 +173,3 @@ def test_windows_of_the_docstring():
 def test_windows_that_cannot_be_are_refused(window, context):
     with pytest.raises(ValueError, match=rf"(window|context) \({window if window == 1 else context}\)"):
         windows([5], 1, window, context)
-
-
-@pytest.mark.parametrize(("window", "context"), [(None, 1), (12, 1), (12, 5)])
-def test_rolling_adds_up_the_windows(window, context):
-    mixtral = make_mixtral(RankContext())
-    texts = ["In the beginning God created the heaven and the earth.", "Grüße aus Köln", "I"]
-    found = rolling(mixtral, texts, window, context)
-    for text, (logprob, tokens) in zip(texts, found, strict=True):
-        ids = tokenizer().encode(text, bos=False)
-        pieces = windows(ids, tokenizer().bos_id, window or MAX_SEQ_LEN, context)
-        assert tokens == len(ids)
-        assert logprob == pytest.approx(sum(slow_logprobs(mixtral, *piece)[0] for piece in pieces), abs=1e-4)
-    assert rolling(mixtral, [tokenizer().encode(texts[0], bos=False)], window, context)[0] == pytest.approx(found[0])

@@ -14,7 +14,8 @@ import torch
 from mixtralkit.distributed import RankContext
 from mixtralkit.evaluation.likelihood import windows
 from mixtralkit.evaluation.prompt_sets import read_prompts
-from mixtralkit.evaluation.run import RESULTS, RUN, SUMMARY, Results, fingerprint, read_rows, run, what_cuts
+from mixtralkit.evaluation.run import RESULTS, RUN, SUMMARY, Results, read_rows, run
+from mixtralkit.evaluation.run_record import fingerprint, what_cuts
 from mixtralkit.evaluation.work import AnswerOptions, choice_pairs, make_works
 from mixtralkit.planning.plan import contiguous
 from tests.engine.parts import engine_config

@@ -130,7 +130,11 @@ def test_pipes_are_read_by_one_rank_and_refused_by_several(tmp_path):
     os.mkfifo(path)
     with pytest.raises(ValueError, match="is a pipe"):
         read_prompts(path, ranks=2)
-    if os.fork() == 0:
-        path.write_text("\ufeffone\r\ntwo\n")
-        os._exit(0)
+    child = os.fork()
+    if child == 0:
+        try:
+            path.write_text("\ufeffone\r\ntwo\n")
+        finally:
+            os._exit(0)  # never back into pytest
     assert [record.prompt for record in read_prompts(path)] == ["one", "two"]
+    os.waitpid(child, 0)

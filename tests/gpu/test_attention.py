@@ -14,6 +14,7 @@ from mixtralkit.ops.runtime import runs_triton
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda", 0)
+PAGE = 64
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 2e-3}  # of the norm
 
 
@@ -23,12 +24,15 @@ def assert_near(got: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> 
 
 
 def random_cache(slots: int, kv_heads: int, length: int, width: int, dtype: torch.dtype) -> KVCache:
-    keys, values = (torch.randn(1, slots, kv_heads, length, width, device=CUDA).to(dtype) for _ in range(2))
-    return KVCache(keys, values, rope_table(length, width, 1e6, CUDA))
+    """Pages in any order; none is shared."""
+    each = -(-length // PAGE)
+    keys, values = (torch.randn(1, slots * each, kv_heads, PAGE, width, device=CUDA).to(dtype) for _ in range(2))
+    tables = torch.randperm(slots * each, device=CUDA).int().view(slots, each)
+    return KVCache(keys, values, tables, rope_table(length, width, 1e6, CUDA))
 
 
 def float_copy(cache: KVCache) -> KVCache:
-    return KVCache(cache.keys.float(), cache.values.float(), cache.rope_SC)
+    return KVCache(cache.keys.float(), cache.values.float(), cache.tables_SM, cache.rope_SC)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -45,10 +49,10 @@ def test_decode_is_the_reference_and_repeats_itself(rows, heads, kv_heads, width
     positions = torch.randint(0, length, (rows,), device=CUDA)
     qkv = torch.randn(rows, (heads + 2 * kv_heads) * width, device=CUDA).to(dtype)
     step = (slots, positions, cache.rope_SC, heads, window)
-    wanted = decode_attention_reference(qkv.float(), wide.keys[0], wide.values[0], *step)
+    wanted = decode_attention_reference(qkv.float(), wide.keys[0], wide.values[0], wide.tables_SM, *step)
     outs = [torch.full((rows, heads * width), float("nan"), device=CUDA, dtype=dtype) for _ in range(3)]
     for out in outs:
-        decode_attention(qkv, cache.keys[0], cache.values[0], *step, out)
+        decode_attention(qkv, cache.keys[0], cache.values[0], cache.tables_SM, *step, out)
     assert_near(outs[0], wanted, dtype)
     assert_near(cache.keys, wide.keys, dtype)
     assert torch.equal(outs[0], outs[1])
@@ -63,7 +67,10 @@ def test_a_graph_follows_what_the_tensors_say():
     qkv = torch.randn(rows, 48 * 128, device=CUDA).bfloat16()
 
     def run() -> list[torch.Tensor]:
-        return [decode_attention(qkv, c.keys[0], c.values[0], slots, positions, c.rope_SC, heads) for c in caches]
+        return [
+            decode_attention(qkv, c.keys[0], c.values[0], c.tables_SM, slots, positions, c.rope_SC, heads)
+            for c in caches
+        ]
 
     run()
     graph = torch.cuda.CUDAGraph()
@@ -73,13 +80,17 @@ def test_a_graph_follows_what_the_tensors_say():
         torch.manual_seed(seed)
         slots.copy_(torch.randperm(6)[:rows])
         slots[seed] = -1
+        for cache in caches:
+            order = torch.randperm(cache.pages)[: cache.tables_SM.numel()].tolist()
+            at = [(slot, i) for slot in range(cache.slots) for i in range(cache.tables_SM.shape[1])]
+            cache.place([(*place, page) for place, page in zip(at, order, strict=True)])
         positions.copy_(torch.randint(0, length, (rows,)))
         qkv.normal_()
         wides = [float_copy(cache) for cache in caches]
         graph.replay()
         for out, wide in zip(outs, wides, strict=True):
             wanted = decode_attention_reference(
-                qkv.float(), wide.keys[0], wide.values[0], slots, positions, wide.rope_SC, heads
+                qkv.float(), wide.keys[0], wide.values[0], wide.tables_SM, slots, positions, wide.rope_SC, heads
             )
             assert_near(out, wanted, torch.bfloat16)
 
@@ -90,7 +101,7 @@ def test_a_graph_follows_what_the_tensors_say():
 def test_a_step_of_any_sequences_is_the_cpus(heads, kv_heads, width, window, dtype):
     pieces = [(3, 0, 130), (1, 77, 1), (0, 200, 70), (5, 0, 1), (2, 130, 2), (4, 0, 65)]
     cache = random_cache(6, kv_heads, 300, width, dtype)
-    on_cpu = KVCache(cache.keys.float().cpu(), cache.values.float().cpu(), cache.rope_SC.cpu())
+    on_cpu = KVCache(*(x.cpu() for x in (cache.keys.float(), cache.values.float(), cache.tables_SM, cache.rope_SC)))
     qkv = torch.randn(sum(tokens for *_, tokens in pieces), (heads + 2 * kv_heads) * width, device=CUDA).to(dtype)
     assert runs_triton(qkv)
     for some in (pieces, [p for p in pieces if p[1] == 0], [(0, 0, 80), (2, 0, 80), (5, 0, 80)]):

@@ -16,13 +16,6 @@ from tests.moe.layers import Whole, build, run_layer
 from tests.ranks import run_ranks
 
 
-def _routing(seed: int, tokens: int, num_experts: int, top_k: int, skew: float = 0.0) -> Routing:
-    logits_TE = torch.randn(tokens, num_experts, generator=torch.Generator().manual_seed(seed))
-    logits_TE[:, 1] += skew
-    chosen, experts = logits_TE.topk(top_k)
-    return Routing(experts, chosen.softmax(-1), logits_TE)
-
-
 def _slow_drop(routing: Routing, local: set[int], capacity: int, order: str = "weight") -> list[list[int]]:
     """Each cold expert in turn takes its heaviest, or first, choices, one at a time."""
     experts = [list(row) for row in routing.experts_TK.tolist()]

@@ -11,11 +11,14 @@ from mixtralkit.config import FasterOptions, MoEOptions, ParallelConfig
 from mixtralkit.distributed import RankContext
 from mixtralkit.layout import RankLayout
 from mixtralkit.model.transformer import Transformer
+from mixtralkit.moe.reference import moe_reference
 from mixtralkit.ops.symmetric_exchange import SymmetricExchange
 from mixtralkit.planning.plan import contiguous
 from tests.configs import small_config
 from tests.moe.layers import Whole, build, run_layer
 from tests.ranks import run_ranks
+
+ROWS = (70, 0, 1)
 
 
 def _chunks(context: RankContext) -> list[int]:
@@ -31,6 +34,26 @@ def _chunks(context: RankContext) -> list[int]:
             torch.testing.assert_close(y_TD, plain_TD)
             chunks.append(len(report.handles))
     return chunks
+
+
+def _uneven(context: RankContext) -> list[int]:
+    """In how many parts the schedule runs where ranks have unlike numbers of rows; their sums are those without it."""
+    whole, plan, parts = Whole(), contiguous(1, 8, context.world_size), []
+    x_TD = whole.rows(ROWS[context.rank], context.rank)
+    oracle_TD = moe_reference(x_TD, *whole.weights(), whole.top_k)
+    memory = SymmetricExchange.create(context, max(ROWS), whole.dim, whole.top_k, torch.float32)
+    for symmetric in (None, memory):
+        layer = build(whole, plan, context, options=MoEOptions(FasterOptions(schedule=True)), symmetric=symmetric)
+        for known in ({}, {"per_rank": max(ROWS)}):
+            y_TD, report = run_layer(layer, x_TD, **known)
+            torch.testing.assert_close(y_TD, oracle_TD)
+            parts.append(len(report.handles))
+    return parts
+
+
+def test_ranks_with_other_numbers_of_rows_decide_alike():
+    """Were it decided by a rank's own rows, the collectives would not match and this would hang."""
+    assert run_ranks(_uneven, 3) == [[2, 2, 2, 1]] * 3
 
 
 CASES = [  # schedule, memory that all reach, force: what a model's prompts take

@@ -108,7 +108,7 @@ def test_shadows_change_nothing(world_size):
         if whole is not UNIFORM and plan.policy == "contiguous":
             assert 3 in report.experts
         assert report.broadcast == report.experts or {*report.broadcast} == {*report.experts}
-        assert not any(plan.hot_LE[0, e] for e in report.experts)
+        assert not any(plan.holds_LWE[0, :, e].all() for e in report.experts)
 
 
 def _count(context: RankContext, whole: Whole, plan: ExpertPlan, tokens: int):

@@ -10,7 +10,7 @@ from scipy.optimize import linprog
 from mixtralkit.distributed import RankContext
 from mixtralkit.moe.table import LayerTable
 from mixtralkit.planning.plan import contiguous, everywhere
-from mixtralkit.planning.replicas import ReplicaTable, spread_rows
+from mixtralkit.planning.replicas import ReplicaTable, pour_batches
 from tests.moe.layers import random_plan
 from tests.ranks import run_ranks
 
@@ -39,7 +39,7 @@ def test_busiest_rank_is_as_light_as_can_be(seed):
         holds_WE[rng.integers(world), expert] = True
     counts_E = rng.integers(0, 1 + int(rng.choice([1, 5, 400])), experts) * (rng.random(experts) < 0.8)
     fixed_W = rng.integers(0, 50, world) * int(rng.integers(0, 2))
-    rows_EW = spread_rows(counts_E, fixed_W, holds_WE)
+    rows_EW = pour_batches(counts_E[None], fixed_W[None], holds_WE.T)[0]
     assert (rows_EW >= 0).all()
     assert (rows_EW[~holds_WE.T] == 0).all()
     assert (rows_EW.sum(1) == counts_E).all()

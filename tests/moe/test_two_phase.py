@@ -212,7 +212,7 @@ def test_copies_in_use_are_not_pushed_out():
     mild_E[3], hot_E[3] = 50, 100
 
     def bring(layer: int, loads_E: np.ndarray, in_use: int | None = None) -> list[int]:
-        return shadows.bring(layer, loads_E, send=lambda weights, owner: None, in_use=in_use)
+        return shadows.bring(layer, loads_E, carry=lambda weights, owner, theirs: None, in_use=in_use)
 
     assert bring(0, mild_E) == [3]
     assert bring(1, hot_E, in_use=0) == []
@@ -300,7 +300,7 @@ def test_tables_that_are_too_large_are_refused():
 def test_hidden_seconds_make_shadows_cheaper():
     """A copy that costs ten times what its expert's rows do is taken once nine tenths of it are hidden."""
     model = ShadowModel.for_inference(16, 1.5, net_bandwidth=1e9, gpu_throughput=1e9)
-    loads = [model.break_even_rows / 10, 0, 0, 0]
+    loads = [model.s_per_shadow / model.s_per_row / 10, 0, 0, 0]
     hidden = 0.9 * model.s_per_shadow
     assert choose_shadows(loads, model) == ()
     assert choose_shadows(loads, model, hidden_s=hidden * 0.999) == ()

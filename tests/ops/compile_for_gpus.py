@@ -88,13 +88,11 @@ def experts(rows: int, slots: int = 8, width: int = 4096, hidden: int = 14336, s
     launch(x_RD, *chosen, *weights, x_RD, storage_S=torch.arange(slots) if stored else None)
 
 
-def rest(rows: int, width: int = 4096, heads: int = 32, kv_heads: int = 8) -> None:
-    from mixtralkit.ops.attention.triton import launch_decode_attention, launch_rotate_and_store
+def rest(rows: int, width: int = 4096) -> None:
     from mixtralkit.ops.capacity.triton import CapacityRule, cut_rows
     from mixtralkit.ops.gate.triton import gate_rows
     from mixtralkit.ops.linear.triton import default_settings, linear_small
     from mixtralkit.ops.norm.triton import add_rms_norm_rows
-    from mixtralkit.ops.ragged_attention.triton import launch_ragged_attention
 
     x_TD, norm = torch.empty(rows, width, dtype=BF16), (torch.empty(width, dtype=BF16), 1e-5)
     gate_rows(x_TD, torch.empty(8, width, dtype=BF16), 2, norm)
@@ -106,12 +104,19 @@ def rest(rows: int, width: int = 4096, heads: int = 32, kv_heads: int = 8) -> No
         linear_small(
             x_TD, torch.empty(outputs, width, dtype=BF16), norm, settings=default_settings(rows, outputs, width)
         )
-    cache = torch.empty(min(rows, 256), kv_heads, 384, 128, dtype=BF16)
+
+
+def attention(rows: int, page_size: int = 128, window: int | None = None, heads: int = 32, kv_heads: int = 8) -> None:
+    from mixtralkit.ops.attention.triton import launch_decode_attention, launch_rotate_and_store
+    from mixtralkit.ops.ragged_attention.triton import launch_ragged_attention
+
+    pages = torch.empty(2, 8, kv_heads, page_size, 128, dtype=BF16)
+    cache = (*pages, torch.zeros(rows, 384 // page_size, dtype=torch.int32))
     place = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64), torch.empty(384, 64, 2)
-    qkv_TP = torch.empty(rows, (heads + 2 * kv_heads) * 128, dtype=BF16)
-    launch_decode_attention(qkv_TP, cache, cache, *place, heads)
-    q_THC = launch_rotate_and_store(qkv_TP, cache, cache, *place, heads)
-    launch_ragged_attention(q_THC, cache, cache, torch.zeros(1, 4, dtype=torch.int32), rows)
+    qkv_TQ = torch.empty(rows, (heads + 2 * kv_heads) * 128, dtype=BF16)
+    launch_decode_attention(qkv_TQ, *cache, *place, heads, window)
+    q_THC = launch_rotate_and_store(qkv_TQ, *cache, *place, heads)
+    launch_ragged_attention(q_THC, *cache, torch.zeros(1, 4, dtype=torch.int32), rows, window)
 
 
 def exchange(stays: bool, rows: int = 16, ranks: int = 4, width: int = 4096) -> None:
@@ -148,5 +153,8 @@ if __name__ == "__main__":
         experts(count, stored=True)
     for count in (1, 8, 256, 16384):
         rest(count)
+    for count in (1, 256):
+        attention(count)
+        attention(count, page_size=32, window=100)
     for stays in (False, True):
         exchange(stays)

@@ -195,19 +195,19 @@ def test_few_experts_of_few_rows_have_narrow_tiles(likely):
     assert down(likely, 2, processors=60)[1] == down(4 * likely, 8)[1] == 2
 
 
-def test_settings_are_for_the_likely_rows(monkeypatch):
+def test_settings_are_for_the_likely_rows_and_slots(monkeypatch):
     asked = []
 
-    def settings(rows: int, **shape) -> dict[str, int]:
-        asked.append(rows)
+    def settings(rows: int, *, slots: int, **shape) -> dict[str, int]:
+        asked.append((rows, slots))
         return _settings(1, 32)
 
     monkeypatch.setattr(triton_grouped, "default_settings", settings)
     inputs = _inputs(40, 4, 2, 64, 40, torch.float32)
-    for likely in (None, 10):
-        got_RD = expert_sum_grouped(*inputs, likely_rows=likely)
+    for likely in ((None, None), (10, 3)):
+        got_RD = expert_sum_grouped(*inputs, likely_rows=likely[0], likely_slots=likely[1])
         assert _error(got_RD, expert_sum_reference(*inputs), inputs[-1]) < 1e-5
-    assert asked == [40, 10]
+    assert asked == [(40, 4), (10, 3)]
 
 
 @pytest.mark.gpu

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from mixtralkit.ops.ragged_attention import ragged_attention_reference, span_table
+from mixtralkit.ops.ragged_attention import ragged_attention, ragged_attention_reference, span_table
 from mixtralkit.ops.ragged_attention.triton import HIDDEN, LOG2_E, candidates, launch_ragged_attention
+from tests.ops.pages import paged
 
 SLOTS, LENGTH = 5, 72
 SETTINGS = {"block_m": 16, "block_n": 16, "num_warps": 4, "num_stages": 2}
@@ -32,11 +33,11 @@ def tensors(heads: int, kv_heads: int, width: int, spans, dtype=torch.float32) -
     return q_THC.to(dtype), keys.to(dtype), values.to(dtype)
 
 
-@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize(("window", "page_size"), [(None, 16), (7, 32), (None, 128)])
 @pytest.mark.parametrize("spans", SPANS)
-def test_reference_is_the_definition(spans, window):
+def test_reference_is_the_definition(spans, window, page_size):
     q_THC, keys, values = tensors(6, 2, 48, spans)
-    got_THC = ragged_attention_reference(q_THC, keys, values, spans, window)
+    got_THC = ragged_attention_reference(q_THC, *paged(keys, values, page_size), spans, window)
     row = 0
     for slot, position, queries in spans:
         for at in range(position, position + queries):
@@ -49,23 +50,44 @@ def test_reference_is_the_definition(spans, window):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("window", [None, 7, 30])
+@pytest.mark.parametrize(("window", "page_size"), [(None, 16), (7, 32), (30, 16), (None, 128)])
 @pytest.mark.parametrize(("shape", "spans"), list(zip(SHAPES, [*SPANS, SPANS[1]], strict=True)))
-def test_triton_is_the_reference(shape, spans, window, dtype):
-    compare(shape, spans, window, dtype, SETTINGS)
+def test_triton_is_the_reference(shape, spans, window, page_size, dtype):
+    compare(shape, spans, window, dtype, SETTINGS, page_size)
 
 
 @pytest.mark.parametrize("changed", [{"block_m": 32}, {"block_n": 32}, {"block_m": 64, "block_n": 64}])
 def test_triton_with_other_blocks(changed):
     for window in (None, 7):
-        compare((4, 2, 16), SPANS[1], window, torch.float32, {**SETTINGS, **changed})
+        compare((4, 2, 16), SPANS[1], window, torch.float32, {**SETTINGS, **changed}, 32)  # a block of 64 is cut
 
 
-def compare(shape, spans, window: int | None, dtype: torch.dtype, settings: dict[str, int]) -> None:
+@pytest.mark.parametrize("page_size", [16, 32])
+def test_prompts_that_share_pages_read_them(page_size):
+    spans, shape = [(2, 32, 17), (4, 40, 20), (1, 32, 1), (0, 0, 33)], (4, 2, 16)
+    q_THC, keys, values = tensors(*shape, spans)
+    for cache in (keys, values):
+        cache[[2, 4, 1], :, :32] = cache[0, :, :32]
+    apart, shared = (
+        paged(keys, values, 16),
+        paged(keys, values, page_size, 1, [(n, 0, 32 // page_size) for n in (1, 2, 4)]),
+    )
+    wanted = ragged_attention_reference(q_THC, *apart, spans)
+    assert shared[2][:3, 0].unique().numel() == 1
+    for got in (
+        ragged_attention_reference(q_THC, *shared, spans),
+        ragged_attention(q_THC, *shared, spans, span_table(spans)),
+        launch_ragged_attention(q_THC, *shared, span_table(spans), 33, None, SETTINGS),
+    ):
+        torch.testing.assert_close(got, wanted, rtol=2e-5, atol=2e-5)
+
+
+def compare(shape, spans, window: int | None, dtype: torch.dtype, settings: dict[str, int], page_size: int) -> None:
     q_THC, keys, values = tensors(*shape, spans, dtype)
-    wanted = ragged_attention_reference(q_THC, keys, values, spans, window)
+    wanted = ragged_attention_reference(q_THC, *paged(keys, values, 16, seed=1), spans, window)
     longest = max(queries for *_, queries in spans)
-    got = launch_ragged_attention(q_THC, keys, values, span_table(spans), longest, window, settings)
+    cache = paged(keys, values, page_size)
+    got = launch_ragged_attention(q_THC, *cache, span_table(spans), longest, window, settings)
     tolerance = 2e-5 if dtype == torch.float32 else 4e-3
     torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
 

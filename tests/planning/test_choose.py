@@ -131,7 +131,7 @@ def test_without_symmetric_memory_decode_takes_static_shapes_and_is_slower():
     plain = candidates(situation(attention="dp", room=room))
     graph = candidates(situation(attention="dp"))
     assert {one.dispatcher for one in plain} == {"static"}
-    assert all(slow.step_ms > fast.step_ms for slow, fast in zip(plain, graph, strict=True))
+    assert all(slow.step_ms > 2 * fast.step_ms for slow, fast in zip(plain, graph, strict=True))
 
 
 def test_a_trace_is_planned_by():
@@ -151,7 +151,7 @@ def test_a_trace_is_planned_by():
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_named_plans(world):
     loads = np.random.default_rng(1).random((5, 8)) + 0.1
-    assert named_plan("hot_cold", loads, world).hot_LE.sum(1).tolist() == [1] * 5
+    assert named_plan("hot_cold", loads, world).holds_LWE.all(1).sum(1).tolist() == [1] * 5
     for extra in (0, 1, 2, 4, 8):
         plan = named_plan(f"balanced+{extra}", loads, world)
         held = plan.holds_LWE.sum((1, 2))
@@ -159,7 +159,7 @@ def test_named_plans(world):
         assert plan.meta["name"] == f"balanced+{extra}"
         spread = plan.holds_LWE.sum(2)
         assert spread.max() - spread.min() <= 2
-    assert named_plan("everywhere", loads, world).hot_LE.all()
+    assert named_plan("everywhere", loads, world).holds_LWE.all()
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,6 @@ def test_times_of_mixtral_inference():
 
 def test_a_mixtral_shadow_breaks_even_on_the_wire_near_21500_rows():
     """Three matrices of 4096 × 14336 against a row of 4096 out and back: 3 · 14336 / 2 rows, at any bandwidth."""
-    assert MIXTRAL.break_even_rows_on_the_wire == 21_504
     free_compute = ShadowModel.for_inference(4096, 3.5, net_bandwidth=6.25e9, gpu_throughput=1e30)
     assert choose_shadows([21_505, 0], free_compute) == (0,)
     assert choose_shadows([21_503, 0], free_compute) == ()

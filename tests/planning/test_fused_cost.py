@@ -15,7 +15,7 @@ from mixtralkit.planning.hardware import FusedKernels, Hardware, nearest
 from mixtralkit.planning.plan import contiguous, everywhere
 from mixtralkit.planning.policies.registry import named_plan
 from mixtralkit.planning.replay import Execution
-from mixtralkit.planning.replicas import SLOT_BITS, ReplicaTable
+from mixtralkit.planning.replicas import TURNS, ReplicaTable
 from mixtralkit.planning.simulate import sample_routing, simulate
 from mixtralkit.planning.trace import RoutingTrace
 from tests.configs import small_config
@@ -108,7 +108,8 @@ def test_rows_through_memory_go_once_to_each_rank():
 @pytest.mark.parametrize("few", [False, True])
 @pytest.mark.parametrize("name", ["contiguous", "hot_cold+1", "balanced+3", "everywhere"])
 def test_choices_are_computed_where_a_decode_step_computes_them(name, few):
-    """Against the tables of the running steps, for steps of 28 rows over 4 ranks, 7 of each where each has its own."""
+    """Against the rules of replicas.py one choice at a time, for steps of 28 rows over 4 ranks, 7 of each where each
+    has its own; which holder an expert keeps in small batches is the table's."""
     config = small_config()
     plan = named_plan(name, np.random.default_rng(3).random((config.n_layers, 8)), 4)
     trace = sample_routing(np.ones((config.n_layers, 8)), 56, 2)
@@ -116,18 +117,24 @@ def test_choices_are_computed_where_a_decode_step_computes_them(name, few):
     how = {"small_choices": 64 * few}
     split = simulate(plan, trace, shape, _hardware(), Execution("replicated", 7, **how))
     own = simulate(plan, trace, shape, _hardware(), Execution("symmetric", 7, **how))
+
+    def computes(layer: int, expert: int, row: int, sender: int | None) -> int:
+        holders = np.flatnonzero(plan.holds_LWE[layer, :, expert]).tolist()
+        if few:
+            kept = int(ReplicaTable.of(plan, layer).small_E[expert])
+            assert kept in holders
+            return kept
+        if sender is None:
+            return holders[row % TURNS % len(holders)]
+        return sender if sender in holders else holders[(row % TURNS + sender) % len(holders)]
+
     wanted_split, wanted_own = np.zeros((2, config.n_layers, 4))
     for layer in range(config.n_layers):
-        everywhere, sent = (ReplicaTable.of(plan, layer, rows_everywhere) for rows_everywhere in (True, False))
-        for step in range(2):
-            chosen_TK = trace.experts[28 * step : 28 * step + 28, layer]
-            turn_T1 = np.arange(28)[:, None]
-            ranks_TK = everywhere.places_EC(0, few)[chosen_TK, turn_T1] >> SLOT_BITS
-            wanted_split[layer] += np.bincount(ranks_TK.ravel(), minlength=4)
-            for rank in range(4):
-                rows = slice(7 * rank, 7 * rank + 7)
-                ranks_TK = sent.places_EC(rank, few)[chosen_TK[rows], turn_T1[:7]] >> SLOT_BITS
-                wanted_own[layer] += np.bincount(ranks_TK.ravel(), minlength=4)
+        for token, chosen in enumerate(trace.experts[:, layer].tolist()):
+            row = token % 28
+            for expert in chosen:
+                wanted_split[layer, computes(layer, expert, row, None)] += 1
+                wanted_own[layer, computes(layer, expert, row % 7, row // 7)] += 1
     np.testing.assert_array_equal(split.rows_LW, wanted_split)
     np.testing.assert_array_equal(own.rows_LW, wanted_own)
 

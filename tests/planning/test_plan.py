@@ -23,8 +23,6 @@ def test_look_ups_say_what_the_slots_say(seed, num_experts, world_size):
         for expert in range(num_experts):
             assert plan.holds_LWE[0, rank, expert] == (expert in held)
             assert plan.slot_of_LWE[0, rank, expert] == (held.index(expert) if expert in held else -1)
-    for expert in range(num_experts):
-        assert plan.hot_LE[0, expert] == all(expert in plan.experts_of(0, rank) for rank in range(world_size))
 
 
 @given(st.integers(0, 10_000))
@@ -47,8 +45,8 @@ def test_contiguous_cuts_as_evenly_as_it_can():
     plan = contiguous(2, 10, 4)
     assert [len(plan.experts_of(1, rank)) for rank in range(4)] == [2, 3, 2, 3]
     assert sorted(e for rank in range(4) for e in plan.experts_of(0, rank)) == list(range(10))
-    assert not plan.hot_LE.any()
-    assert everywhere(1, 3, 2).hot_LE.all()
+    assert not plan.holds_LWE.all(1).any()
+    assert everywhere(1, 3, 2).holds_LWE.all()
 
 
 def test_slots_are_frozen():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter, defaultdict
 
 import numpy as np
@@ -143,22 +142,3 @@ def test_refusals(trace, tmp_path):
 def test_an_empty_trace_predicts_evenly():
     popularity = PathPopularity.fit(RoutingTrace(np.zeros((0, 2, 1), int), 4), 1)
     np.testing.assert_array_equal(popularity.predict(1, np.array([3])), np.full((1, 4), 0.25))
-
-
-@pytest.mark.slow
-def test_speed():
-    """A million tokens by 32 layers in 10 s, a batch of 4,096 in 1 ms a layer, with the longest paths."""
-    rng = np.random.default_rng(0)
-    first = rng.integers(0, 8, (1_000_000, 32, 1), dtype=np.int16)
-    second = (first + rng.integers(1, 8, first.shape, dtype=np.int16)) % 8
-    trace = RoutingTrace(np.concatenate([first, second], 2), 8)
-    start = time.process_time()
-    popularity = PathPopularity.fit(trace, 6)
-    assert time.process_time() - start < 10
-    codes = paths_before(trace, 20, 6)[:4096]
-    times = []
-    for _ in range(20):
-        start = time.perf_counter()
-        popularity.estimate(20, codes)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 1e-3

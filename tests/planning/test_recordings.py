@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mixtralkit.planning.trace import RoutingTrace, load_loads, load_routing
+from mixtralkit.planning.trace import RoutingTrace, load_routing
 
 LAYERS, EXPERTS, PHYSICAL, TOP_K = 3, 6, 8, 2
 MAP = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 3], [5, 4, 3, 2, 1, 0, 0, 1], [1, 0, 3, 2, 5, 4, 2, 2]])
@@ -44,7 +44,7 @@ def test_per_token_is_a_trace(tmp_path):
     rows = [record["topk_ids_of_layer"][:, t, :2] for record, n in zip(records, (8, 1), strict=True) for t in range(n)]
     for row, chosen in zip(rows, trace.experts, strict=True):
         assert [[int(MAP[layer, p]) for p in row[layer]] for layer in range(LAYERS)] == chosen.tolist()
-    np.testing.assert_array_equal(load_loads(path), trace.loads_LE())
+    np.testing.assert_array_equal(load_routing(path)[1], trace.loads_LE())
 
 
 def test_per_pass_and_stat_are_loads(tmp_path):
@@ -55,9 +55,9 @@ def test_per_pass_and_stat_are_loads(tmp_path):
     for layer in range(LAYERS):
         for slot in range(PHYSICAL):
             wanted[layer, MAP[layer, slot]] += counts[:, layer, slot].sum()
-    np.testing.assert_array_equal(load_loads(tmp_path / "pass.pt"), wanted)
+    np.testing.assert_array_equal(load_routing(tmp_path / "pass.pt")[1], wanted)
     (tmp_path / "stat.json").write_text(json.dumps({"logical_count": [wanted.tolist(), wanted.tolist()]}))
-    np.testing.assert_array_equal(load_loads(tmp_path / "stat.json"), 2 * wanted)
+    np.testing.assert_array_equal(load_routing(tmp_path / "stat.json")[1], 2 * wanted)
     assert load_routing(tmp_path / "stat.json")[0] is None
     for name in ("pass.pt", "stat.json"):
         with pytest.raises(ValueError, match=f"{name}: has loads alone, to plan from"):
@@ -71,9 +71,9 @@ def test_tensorrts_expert_statistic(tmp_path):
         named = {f"{100 + i}_{layer}": counts[rank, i, j] for i in range(3) for j, layer in enumerate((3, 5))}
         save_file({name: count.contiguous() for name, count in named.items()}, tmp_path / f"rank{rank}.safetensors")
         save_file({"x": torch.zeros(2)}, tmp_path / f"rank{rank}_raw.safetensors")
-    np.testing.assert_array_equal(load_loads(tmp_path), counts.sum((0, 1)))
+    np.testing.assert_array_equal(load_routing(tmp_path)[1], counts.sum((0, 1)))
     with pytest.raises(ValueError, match=r"num_experts \(8\) must be the 4"):
-        load_loads(tmp_path, 8)
+        load_routing(tmp_path, 8)[1]
 
 
 @pytest.mark.parametrize(
@@ -96,6 +96,6 @@ def test_tensorrts_expert_statistic(tmp_path):
 )  # fmt: skip
 def test_recordings_that_are_not_whole_are_one_sentence(tmp_path, content, says):
     torch.save(content, tmp_path / "recording.pt")
-    for read in (load_loads, RoutingTrace.load):
+    for read in (load_routing, RoutingTrace.load):
         with pytest.raises(ValueError, match=f"recording.pt: .*{re.escape(says)}"):
             read(tmp_path / "recording.pt")

@@ -58,7 +58,7 @@ def tables():
             yield pytest.param(ReplicaTable(slots_WE, per_node, same_rows), id=f"{world}/{per_node}/{same_rows}")
 
 
-@pytest.mark.parametrize("table", tables())
+@pytest.mark.parametrize("table", list(tables()))
 def test_the_own_rank_then_the_own_node_then_all_take_turns(table):
     world, experts = table.slots_WE.shape
     for expert, sender in itertools.product(range(experts), range(world)):
@@ -79,7 +79,7 @@ def test_the_own_rank_then_the_own_node_then_all_take_turns(table):
     assert table.ranks(np.array([-1]), np.array([0]), np.array([0]), False).tolist() == [-1]
 
 
-@pytest.mark.parametrize("table", tables())
+@pytest.mark.parametrize("table", list(tables()))
 @pytest.mark.parametrize("small", [False, True])
 def test_places_are_the_ranks_and_their_slots(table, small):
     for rank in range(len(table.slots_WE)):
@@ -109,7 +109,7 @@ def least_peak(counts_SE: np.ndarray, table: ReplicaTable) -> int:
     return int(np.ceil(solved.fun - 1e-6))
 
 
-@pytest.mark.parametrize("table", tables())
+@pytest.mark.parametrize("table", list(tables()))
 def test_pouring_is_the_best_within_the_groups(table):
     world, experts = table.slots_WE.shape
     counts_SE = np.random.default_rng(world).poisson(20, (1 if table.rows_everywhere else world, experts))

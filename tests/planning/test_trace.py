@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mixtralkit.planning.trace import RoutingTrace, load_loads
+from mixtralkit.planning.trace import RoutingTrace, load_routing
 from mixtralkit.planning.trace_parts import PartWriter, part_of
 
 
@@ -135,19 +135,19 @@ def test_foreign_arrays_of_several_sequences(tmp_path):
 def test_sglang_recording(tmp_path):
     count = torch.randint(0, 9, (4, 3, 5), dtype=torch.int32)
     torch.save({"rank": 0, "logical_count": count}, tmp_path / "recording.pt")
-    np.testing.assert_array_equal(load_loads(tmp_path / "recording.pt"), count.sum(0))
+    np.testing.assert_array_equal(load_routing(tmp_path / "recording.pt")[1], count.sum(0))
     with pytest.raises(ValueError, match=r"recording.pt: num_experts \(8\) must be the 5"):
-        load_loads(tmp_path / "recording.pt", 8)
+        load_routing(tmp_path / "recording.pt", 8)[1]
     trace = random_trace()
     trace.save(tmp_path / "trace.npz")
-    np.testing.assert_array_equal(load_loads(tmp_path / "trace.npz"), trace.loads_LE())
+    np.testing.assert_array_equal(load_routing(tmp_path / "trace.npz")[1], trace.loads_LE())
 
 
 @pytest.mark.parametrize("content", [{}, {"logical_count": torch.ones(3)}, {"logical_count": -torch.ones(2, 2, 3)}])
 def test_bad_sglang_recordings(tmp_path, content):
     torch.save(content, tmp_path / "recording.pt")
     with pytest.raises(ValueError, match=r"recording.pt: .*logical_count"):
-        load_loads(tmp_path / "recording.pt")
+        load_routing(tmp_path / "recording.pt")[1]
 
 
 def test_concatenation_keeps_sequences_apart():

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 
 
 def decode_attention_reference(
-    qkv_BP: torch.Tensor,
-    keys_NJSC: torch.Tensor,
-    values_NJSC: torch.Tensor,
+    qkv_BQ: torch.Tensor,
+    keys_NJPC: torch.Tensor,
+    values_NJPC: torch.Tensor,
+    tables_SM: torch.Tensor,
     slots_B: torch.Tensor,
     positions_B: torch.Tensor,
     rope_SC: torch.Tensor,
@@ -18,65 +19,62 @@ def decode_attention_reference(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The reference of ``decode_attention``; the host reads the slots and positions."""
-    head_dim = keys_NJSC.shape[3]
+    head_dim = keys_NJPC.shape[3]
     if out is None:
-        out = qkv_BP.new_empty(qkv_BP.shape[0], heads * head_dim)
+        out = qkv_BQ.new_empty(qkv_BQ.shape[0], heads * head_dim)
     rows_R = (slots_B >= 0).nonzero().flatten()
     out.zero_()
     if len(rows_R) == 0:
         return out
     slots_R, positions_R = slots_B[rows_R], positions_B[rows_R]
-    q_RHC = rotate_and_store_reference(qkv_BP[rows_R], keys_NJSC, values_NJSC, slots_R, positions_R, rope_SC, heads)
+    cache = (keys_NJPC, values_NJPC, tables_SM)
+    q_RHC = rotate_and_store_reference(qkv_BQ[rows_R], *cache, slots_R, positions_R, rope_SC, heads)
     longest = int(positions_R.max()) + 1
-    attended_RHC = attend_rows(q_RHC, keys_NJSC, values_NJSC, slots_R, slots_R.tolist(), positions_R, longest, window)
-    out[rows_R] = attended_RHC.flatten(1)
+    visible_RS = causal_window(positions_R[:, None], torch.arange(longest, device=out.device), window)
+    hidden_R1S1 = ~visible_RS[:, None, :, None]  # NaN may be there: a product with 0 does not take it away
+    k_RJSC, v_RJSC = (in_order(memory, tables_SM[slots_R], longest).masked_fill(hidden_R1S1, 0) for memory in cache[:2])
+    out_RH1C = F.scaled_dot_product_attention(
+        q_RHC.unsqueeze(2), k_RJSC, v_RJSC, attn_mask=visible_RS[:, None, None], enable_gqa=True
+    )
+    out[rows_R] = out_RH1C.flatten(1)
     return out
 
 
-def attend_rows(
-    q_BHC: torch.Tensor,
-    keys_NJSC: torch.Tensor,
-    values_NJSC: torch.Tensor,
-    slots_B: torch.Tensor,
-    slots: list[int],
-    positions_B: torch.Tensor,
-    longest: int,
-    window: int | None,
-) -> torch.Tensor:
-    """One turned query a sequence to its cached keys up to its position, as one batched product: [B, H, C].
+def in_order(memory_NJPC: torch.Tensor, tables_BM: torch.Tensor, length: int) -> torch.Tensor:
+    """The first ``length`` positions of some sequences, one after the other: [B, J, length, C], a copy."""
+    pages = -(-length // memory_NJPC.shape[2])
+    return memory_NJPC[tables_BM[:, :pages]].transpose(1, 2).flatten(2, 3)[:, :, :length]
 
-    ``slots`` are ``slots_B`` on the host, ``longest`` the largest number of keys of any sequence.
-    """
-    in_order = slots == list(range(slots[0], slots[0] + len(slots)))
-    chosen = slice(slots[0], slots[-1] + 1) if in_order else slots_B  # a slice copies nothing
-    k_BJSC, v_BJSC = keys_NJSC[chosen, :, :longest], values_NJSC[chosen, :, :longest]
-    visible_BS = causal_window(positions_B[:, None], torch.arange(longest, device=positions_B.device), window)
-    out_BH1C = F.scaled_dot_product_attention(
-        q_BHC.unsqueeze(2), k_BJSC, v_BJSC, attn_mask=visible_BS[:, None, None], enable_gqa=True
-    )
-    return out_BH1C.squeeze(2)
+
+def places(memory_NJPC: torch.Tensor, tables_SM: torch.Tensor, slots_T: torch.Tensor, positions_T: torch.Tensor):
+    """An index of ``memory_NJPC`` that has the rows [T, J, C] at some positions of some slots."""
+    page_size = memory_NJPC.shape[2]
+    pages_T = tables_SM[slots_T, positions_T // page_size].long()
+    return pages_T, slice(None), positions_T % page_size
 
 
 def rotate_and_store_reference(
-    qkv_TP: torch.Tensor,
-    keys_NJSC: torch.Tensor,
-    values_NJSC: torch.Tensor,
+    qkv_TQ: torch.Tensor,
+    keys_NJPC: torch.Tensor,
+    values_NJPC: torch.Tensor,
+    tables_SM: torch.Tensor,
     slots_T: torch.Tensor,
     positions_T: torch.Tensor,
     rope_SC: torch.Tensor,
     heads: int,
 ) -> torch.Tensor:
     """The reference of ``rotate_and_store``."""
-    q_THC, k_TJC, v_TJC = split_heads(qkv_TP, heads, keys_NJSC.shape[1])
+    q_THC, k_TJC, v_TJC = split_heads(qkv_TQ, heads, keys_NJPC.shape[1])
     cos_T1P, sin_T1P = rope_SC[positions_T].unsqueeze(1).unbind(-1)
-    keys_NJSC[slots_T, :, positions_T] = rotate(k_TJC, cos_T1P, sin_T1P)
-    values_NJSC[slots_T, :, positions_T] = v_TJC
+    there = places(keys_NJPC, tables_SM, slots_T, positions_T)
+    keys_NJPC[there] = rotate(k_TJC, cos_T1P, sin_T1P)
+    values_NJPC[there] = v_TJC
     return rotate(q_THC, cos_T1P, sin_T1P)
 
 
-def split_heads(qkv_TP: torch.Tensor, heads: int, kv_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def split_heads(qkv_TQ: torch.Tensor, heads: int, kv_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Views (q_THC, k_TJC, v_TJC) of the fused projection."""
-    return qkv_TP.unflatten(-1, (heads + 2 * kv_heads, -1)).split((heads, kv_heads, kv_heads), dim=1)
+    return qkv_TQ.unflatten(-1, (heads + 2 * kv_heads, -1)).split((heads, kv_heads, kv_heads), dim=1)
 
 
 def rotate(x_THC: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -5,9 +5,11 @@ and value is read once. Keys are split over programs (Dao et al., "Flash-Decodin
 launched for a sequence have work follows from its position on the device, the others end at once. The program of a
 pair (sequence, key head) that arrives last merges the parts, in the order of the splits: results do not vary.
 
-Before ``gdc_wait`` the decode kernel reads slots, positions, ``rope_SC`` and the first cached keys and values. None of
-these may be written by a kernel of the same unbroken chain of overlapping launches; a kernel launched the ordinary
-way between them and this one, such as the embedding's at the start of a step, breaks the chain.
+A tile of keys lies within one page, and the page of the next one is read a tile ahead: nothing waits for a table.
+
+Before ``gdc_wait`` the decode kernel reads slots, positions, tables, ``rope_SC`` and the first cached keys and values.
+None of these may be written by a kernel of the same unbroken chain of overlapping launches; a kernel launched the
+ordinary way between them and this one, such as the embedding's at the start of a step, breaks the chain.
 """
 
 from __future__ import annotations
@@ -35,23 +37,43 @@ def _turned(x_RC, rope_P2, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def _load_tile(pointer, start, end, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Rows ``start …`` of one head's cache: [BLOCK_N, BLOCK_C], zero from row ``end`` on."""
-    row_N = start + tl.arange(0, BLOCK_N)
+def _page(pages, tile, last, P: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The page of a tile of a sequence's keys; any for tile ``last`` and those behind it."""
+    return tl.load(pages + tile * BLOCK_N // P, tile < last, other=0)
+
+
+@triton.jit
+def _sees(start, begin, end, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr):
+    """Which of the positions ``start …`` lie in ``begin:end``, ``begin`` being 0 without a window."""
+    position_N = start + tl.arange(0, BLOCK_N)
+    sees_N = position_N < end
+    if WINDOW > 0:
+        sees_N = sees_N & (position_N >= begin)
+    return sees_N
+
+
+@triton.jit
+def _load_tile(
+    head, page, start, begin, end, page_stride,
+    C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Positions ``start …`` of one head's cache: [BLOCK_N, BLOCK_C], zero outside ``begin:end``."""
     c_C = tl.arange(0, BLOCK_C)
-    mask = (row_N < end)[:, None]
+    mask = _sees(start, begin, end, BLOCK_N, WINDOW)[:, None]
     if C < BLOCK_C:
         mask = mask & (c_C < C)[None, :]
-    return tl.load(pointer + row_N[:, None] * C + c_C[None, :], mask, other=0.0)
+    rows = head + page.to(tl.int64) * page_stride + start % P * C
+    return tl.load(rows + tl.arange(0, BLOCK_N)[:, None] * C + c_C[None, :], mask, other=0.0)
 
 
 @triton.jit
 def _attend_tile(
-    q_GC, k_NC, v_NC, start, end, top_G, sum_G, acc_GC, scale, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr
+    q_GC, k_NC, v_NC, start, begin, end, top_G, sum_G, acc_GC, scale,
+    BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step of the running softmax (base 2) over a tile of keys: its maximum, its sum and the weighted values."""
     score_GN = tl.dot(q_GC, tl.trans(k_NC), input_precision=PRECISION) * scale
-    score_GN = tl.where((start + tl.arange(0, BLOCK_N) < end)[None, :], score_GN, float("-inf"))
+    score_GN = tl.where(_sees(start, begin, end, BLOCK_N, WINDOW)[None, :], score_GN, float("-inf"))
     new_top_G = tl.maximum(top_G, tl.max(score_GN, 1))
     weight_GN = tl.exp2(score_GN - new_top_G[:, None])
     shrink_G = tl.exp2(top_G - new_top_G)
@@ -61,9 +83,9 @@ def _attend_tile(
 
 @triton.jit
 def _decode_attention(
-    qkv_BP, keys, values, slots_B, positions_B, rope_SC, out_BO, parts, tops, sums, arrivals,
-    qkv_stride, slot_stride, head_stride, out_stride, scale,
-    whole_tiles, min_tiles, GROUP: tl.constexpr, C: tl.constexpr, WINDOW: tl.constexpr, SPLITS: tl.constexpr,
+    qkv_BQ, keys, values, tables_SM, slots_B, positions_B, rope_SC, out_BO, parts, tops, sums, arrivals,
+    qkv_stride, page_stride, head_stride, table_stride, out_stride, scale, whole_tiles, min_tiles,
+    GROUP: tl.constexpr, C: tl.constexpr, P: tl.constexpr, WINDOW: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
     EARLY: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -87,7 +109,9 @@ def _decode_attention(
     begin = 0
     if WINDOW > 0:
         begin = tl.maximum(position + 1 - WINDOW, 0)
-    tiles = tl.cdiv(position - begin, BLOCK_N)  # of cached keys: the token's own never leaves the registers
+    # of cached keys, the first with the keys in front of the window: the token's own never leaves the registers
+    skipped = begin // BLOCK_N
+    tiles = tl.cdiv(position, BLOCK_N) - skipped
     active = 1
     if tiles > whole_tiles:
         active = tl.minimum(tl.cdiv(tiles, min_tiles), SPLITS)
@@ -95,19 +119,25 @@ def _decode_attention(
         if PDL:
             tl.extra.cuda.gdc_wait()
         return
-    first, last = split * tiles // active, (split + 1) * tiles // active
-    cached = slot.to(tl.int64) * slot_stride + kv_head.to(tl.int64) * head_stride
-    start = begin + first * BLOCK_N
+    first, last = skipped + split * tiles // active, skipped + (split + 1) * tiles // active
+    pages = tables_SM + slot.to(tl.int64) * table_stride
+    keys += kv_head.to(tl.int64) * head_stride
+    values += kv_head.to(tl.int64) * head_stride
+    page = _page(pages, first, last, P, BLOCK_N)
+    own_page = tl.load(pages + position // P)
+    start = first * BLOCK_N
     if EARLY:
-        k_NC = _load_tile(keys + cached, start, position, C, BLOCK_C, BLOCK_N)
-        v_NC = _load_tile(values + cached, start, position, C, BLOCK_C, BLOCK_N)
+        k_NC = _load_tile(keys, page, start, begin, position, page_stride, C, P, BLOCK_C, BLOCK_N, WINDOW)
+        v_NC = _load_tile(values, page, start, begin, position, page_stride, C, P, BLOCK_C, BLOCK_N, WINDOW)
+        first += 1
+        page = _page(pages, first, last, P, BLOCK_N)
     p_P, two = tl.arange(0, BLOCK_C // 2), tl.arange(0, 2)
     rope = rope_SC + position * C + p_P[:, None] * 2 + two[None, :]
     rope_P2 = tl.load(rope, (p_P < C // 2)[:, None], other=0.0)
     if PDL:
         tl.extra.cuda.gdc_wait()
 
-    qkv = qkv_BP + row.to(tl.int64) * qkv_stride
+    qkv = qkv_BQ + row.to(tl.int64) * qkv_stride
     q_GC = tl.load(qkv + (kv_head * GROUP + g_G)[:, None] * C + c_C[None, :], real_GC, other=0.0)
     own = qkv + (kv_heads * GROUP + kv_head) * C + c_C[None, :]
     own_k_1C = tl.load(own, real_C[None, :], other=0.0)
@@ -115,7 +145,7 @@ def _decode_attention(
     q_GC = _turned(q_GC, rope_P2, BLOCK_G, BLOCK_C).to(q_GC.dtype)
     own_k_1C = _turned(own_k_1C, rope_P2, 1, BLOCK_C).to(q_GC.dtype)
     if split == 0:
-        place = cached + position.to(tl.int64) * C + c_C[None, :]
+        place = own_page.to(tl.int64) * page_stride + position % P * C + c_C[None, :]
         tl.store(keys + place, own_k_1C, real_C[None, :])
         tl.store(values + place, own_v_1C, real_C[None, :])
 
@@ -126,15 +156,15 @@ def _decode_attention(
     acc_GC = tl.where(split == 0, own_v_1C.to(tl.float32), 0.0) + tl.zeros((BLOCK_G, BLOCK_C), tl.float32)
     if EARLY:
         top_G, sum_G, acc_GC = _attend_tile(
-            q_GC, k_NC, v_NC, start, position, top_G, sum_G, acc_GC, scale, BLOCK_N, PRECISION
+            q_GC, k_NC, v_NC, start, begin, position, top_G, sum_G, acc_GC, scale, BLOCK_N, WINDOW, PRECISION
         )
-        first += 1
     for tile in range(first, last):
-        start = begin + tile * BLOCK_N
-        k_NC = _load_tile(keys + cached, start, position, C, BLOCK_C, BLOCK_N)
-        v_NC = _load_tile(values + cached, start, position, C, BLOCK_C, BLOCK_N)
+        start = tile * BLOCK_N
+        k_NC = _load_tile(keys, page, start, begin, position, page_stride, C, P, BLOCK_C, BLOCK_N, WINDOW)
+        v_NC = _load_tile(values, page, start, begin, position, page_stride, C, P, BLOCK_C, BLOCK_N, WINDOW)
+        page = _page(pages, tile + 1, last, P, BLOCK_N)
         top_G, sum_G, acc_GC = _attend_tile(
-            q_GC, k_NC, v_NC, start, position, top_G, sum_G, acc_GC, scale, BLOCK_N, PRECISION
+            q_GC, k_NC, v_NC, start, begin, position, top_G, sum_G, acc_GC, scale, BLOCK_N, WINDOW, PRECISION
         )
 
     if SPLITS == 1 or active == 1:
@@ -185,9 +215,10 @@ def _merge(
 
 
 def launch_decode_attention(
-    qkv_BP: torch.Tensor,
-    keys_NJSC: torch.Tensor,
-    values_NJSC: torch.Tensor,
+    qkv_BQ: torch.Tensor,
+    keys_NJPC: torch.Tensor,
+    values_NJPC: torch.Tensor,
+    tables_SM: torch.Tensor,
     slots_B: torch.Tensor,
     positions_B: torch.Tensor,
     rope_SC: torch.Tensor,
@@ -197,26 +228,29 @@ def launch_decode_attention(
     settings: dict[str, int] | None = None,
 ) -> torch.Tensor:
     """``attention.decode_attention`` by Triton."""
-    rows, device = qkv_BP.shape[0], qkv_BP.device
-    _, kv_heads, max_seq_len, head_dim = keys_NJSC.shape
+    rows, device = qkv_BQ.shape[0], qkv_BQ.device
+    _, kv_heads, page_size, head_dim = keys_NJPC.shape
     group = heads // kv_heads
-    _check(qkv_BP, keys_NJSC, values_NJSC, rope_SC, heads)
+    _check(qkv_BQ, keys_NJPC, values_NJPC, tables_SM, rope_SC, heads)
     if out is None:
-        out = qkv_BP.new_empty(rows, heads * head_dim)
-    shape = {"kv_heads": kv_heads, "group": group, "head_dim": head_dim, "max_seq_len": max_seq_len}
+        out = qkv_BQ.new_empty(rows, heads * head_dim)
+    shape = {"kv_heads": kv_heads, "group": group, "head_dim": head_dim}
     if settings is None:
-        settings = tuned("decode_attention", device, rows, **shape) or _default(rows, device, qkv_BP.dtype, **shape)
+        settings = tuned("decode_attention", device, rows, **shape) or _default(rows, device, qkv_BQ.dtype, **shape)
     splits = settings["splits"] if rows * kv_heads <= MAX_PAIRS else 1
+    block_n = min(settings["block_n"], page_size)
+    finer = settings["block_n"] // block_n
     block_c = triton.next_power_of_2(head_dim)
     parts = torch.empty(rows * kv_heads * splits * group * (block_c + 2) * (splits > 1), device=device)
     tops, sums = parts[len(parts) // (block_c + 2) * block_c :].chunk(2) if splits > 1 else (parts, parts)
     pdl = overlaps_launches(device)
     _decode_attention[(kv_heads, rows, splits)](
-        qkv_BP, keys_NJSC, values_NJSC, slots_B, positions_B, rope_SC, out, parts, tops, sums, _arrivals(device),
-        qkv_BP.stride(0), keys_NJSC.stride(0), keys_NJSC.stride(1), out.stride(0), head_dim**-0.5 * LOG2_E,
-        settings["whole_tiles"], settings["min_tiles"], GROUP=group, C=head_dim, WINDOW=window or 0, SPLITS=splits,
-        BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK_C=block_c, BLOCK_N=settings["block_n"],
-        EARLY=settings["early"], PRECISION="ieee" if qkv_BP.dtype == torch.float32 else "tf32",  # for float32 only
+        qkv_BQ, keys_NJPC, values_NJPC, tables_SM, slots_B, positions_B, rope_SC, out, parts, tops, sums,
+        _arrivals(device), qkv_BQ.stride(0), keys_NJPC.stride(0), keys_NJPC.stride(1), tables_SM.stride(0),
+        out.stride(0), head_dim**-0.5 * LOG2_E, finer * settings["whole_tiles"], finer * settings["min_tiles"],
+        GROUP=group, C=head_dim, P=page_size, WINDOW=window or 0, SPLITS=splits,
+        BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK_C=block_c, BLOCK_N=block_n,
+        EARLY=settings["early"], PRECISION="ieee" if qkv_BQ.dtype == torch.float32 else "tf32",  # for float32 only
         PDL=pdl, num_warps=settings["num_warps"], num_stages=settings["num_stages"],
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
@@ -269,22 +303,27 @@ def _arrivals(device: torch.device) -> torch.Tensor:
     return torch.zeros(MAX_PAIRS, dtype=torch.int32, device=device)
 
 
-def _check(qkv_TP, keys_NJSC, values_NJSC, rope_SC, heads: int) -> None:
+def _check(qkv_TQ, keys_NJPC, values_NJPC, tables_SM, rope_SC, heads: int) -> None:
     """What the kernels' addresses take for granted."""
-    _, kv_heads, max_seq_len, head_dim = keys_NJSC.shape
-    assert qkv_TP.shape[1] == (heads + 2 * kv_heads) * head_dim
-    assert keys_NJSC.stride() == values_NJSC.stride()
-    assert keys_NJSC.stride()[2:] == (head_dim, 1)
-    assert rope_SC.shape == (max_seq_len, head_dim // 2, 2)
-    assert qkv_TP.stride(1) == 1
+    _, kv_heads, page_size, head_dim = keys_NJPC.shape
+    assert page_size >= 16
+    assert page_size & (page_size - 1) == 0
+    assert tables_SM.dtype == torch.int32
+    assert tables_SM.stride(1) == 1
+    assert rope_SC.shape[0] <= tables_SM.shape[1] * page_size
+    assert qkv_TQ.shape[1] == (heads + 2 * kv_heads) * head_dim
+    assert keys_NJPC.stride() == values_NJPC.stride()
+    assert keys_NJPC.stride()[2:] == (head_dim, 1)
+    assert rope_SC.shape[1:] == (head_dim // 2, 2)
+    assert qkv_TQ.stride(1) == 1
     assert rope_SC.is_contiguous()
 
 
 @triton.jit
 def _rotate_and_store(
-    qkv_TP, keys, values, slots_T, positions_T, rope_SC, q_THC,
-    qkv_stride, slot_stride, head_stride,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, C: tl.constexpr,
+    qkv_TQ, keys, values, tables_SM, slots_T, positions_T, rope_SC, q_THC,
+    qkv_stride, page_stride, head_stride, table_stride,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -293,6 +332,7 @@ def _rotate_and_store(
         tl.extra.cuda.gdc_wait()
     slot = tl.load(slots_T + token).to(tl.int64)
     position = tl.load(positions_T + token).to(tl.int64)
+    page = tl.load(tables_SM + slot * table_stride + position // P).to(tl.int64)
     p_P, two, c_C = tl.arange(0, BLOCK_C // 2), tl.arange(0, 2), tl.arange(0, BLOCK_C)
     h_H, j_J = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_J)
     real_HC = (h_H < HEADS)[:, None] & (c_C < C)[None, :]
@@ -301,36 +341,38 @@ def _rotate_and_store(
     at_JC = j_J[:, None] * C + c_C[None, :]
     rope = rope_SC + position * C + p_P[:, None] * 2 + two[None, :]
     rope_P2 = tl.load(rope, (p_P < C // 2)[:, None], other=0.0)
-    qkv = qkv_TP + token * qkv_stride
+    qkv = qkv_TQ + token * qkv_stride
     q_HC = tl.load(qkv + at_HC, real_HC, other=0.0)
     k_JC = tl.load(qkv + HEADS * C + at_JC, real_JC, other=0.0)
     v_JC = tl.load(qkv + (HEADS + KV_HEADS) * C + at_JC, real_JC, other=0.0)
     q_HC = _turned(q_HC, rope_P2, BLOCK_H, BLOCK_C).to(q_HC.dtype)
     k_JC = _turned(k_JC, rope_P2, BLOCK_J, BLOCK_C).to(k_JC.dtype)
     tl.store(q_THC + token * HEADS * C + at_HC, q_HC, real_HC)
-    place_JC = slot * slot_stride + position * C + j_J.to(tl.int64)[:, None] * head_stride + c_C[None, :]
+    place_JC = page * page_stride + position % P * C + j_J.to(tl.int64)[:, None] * head_stride + c_C[None, :]
     tl.store(keys + place_JC, k_JC, real_JC)
     tl.store(values + place_JC, v_JC, real_JC)
 
 
 def launch_rotate_and_store(
-    qkv_TP: torch.Tensor,
-    keys_NJSC: torch.Tensor,
-    values_NJSC: torch.Tensor,
+    qkv_TQ: torch.Tensor,
+    keys_NJPC: torch.Tensor,
+    values_NJPC: torch.Tensor,
+    tables_SM: torch.Tensor,
     slots_T: torch.Tensor,
     positions_T: torch.Tensor,
     rope_SC: torch.Tensor,
     heads: int,
 ) -> torch.Tensor:
     """``attention.rotate_and_store`` by Triton: one program a token."""
-    tokens, device = qkv_TP.shape[0], qkv_TP.device
-    kv_heads, head_dim = keys_NJSC.shape[1], keys_NJSC.shape[3]
-    _check(qkv_TP, keys_NJSC, values_NJSC, rope_SC, heads)
-    q_THC = qkv_TP.new_empty(tokens, heads, head_dim)
+    tokens, device = qkv_TQ.shape[0], qkv_TQ.device
+    _, kv_heads, page_size, head_dim = keys_NJPC.shape
+    _check(qkv_TQ, keys_NJPC, values_NJPC, tables_SM, rope_SC, heads)
+    q_THC = qkv_TQ.new_empty(tokens, heads, head_dim)
     pdl = overlaps_launches(device)
     _rotate_and_store[(tokens,)](
-        qkv_TP, keys_NJSC, values_NJSC, slots_T, positions_T, rope_SC, q_THC,
-        qkv_TP.stride(0), keys_NJSC.stride(0), keys_NJSC.stride(1), HEADS=heads, KV_HEADS=kv_heads, C=head_dim,
+        qkv_TQ, keys_NJPC, values_NJPC, tables_SM, slots_T, positions_T, rope_SC, q_THC, qkv_TQ.stride(0),
+        keys_NJPC.stride(0), keys_NJPC.stride(1), tables_SM.stride(0), HEADS=heads, KV_HEADS=kv_heads, C=head_dim,
+        P=page_size,
         BLOCK_H=triton.next_power_of_2(heads), BLOCK_J=triton.next_power_of_2(kv_heads),
         BLOCK_C=triton.next_power_of_2(head_dim), PDL=pdl, num_warps=4, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

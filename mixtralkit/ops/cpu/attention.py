@@ -13,8 +13,9 @@ from mixtralkit.ops.cpu.products import TYPES, rows_of
 
 def attention_cpu(
     q_THC: torch.Tensor,
-    keys_NJSC: torch.Tensor,
-    values_NJSC: torch.Tensor,
+    keys_NJPC: torch.Tensor,
+    values_NJPC: torch.Tensor,
+    tables_SM: torch.Tensor,
     slots_T: torch.Tensor,
     positions_T: torch.Tensor,
     window: int | None = None,
@@ -25,22 +26,26 @@ def attention_cpu(
     """
     rows, heads, head_dim = q_THC.shape
     out_THC, q_TP = torch.empty_like(q_THC, memory_format=torch.contiguous_format), q_THC.reshape(rows, -1)
-    assert keys_NJSC.stride() == values_NJSC.stride()
-    assert keys_NJSC.stride(3) == 1
+    assert keys_NJPC.stride() == values_NJPC.stride()
+    assert keys_NJPC.stride(3) == 1
     slots_T, positions_T = slots_T.contiguous(), positions_T.contiguous()
     assert slots_T.dtype == positions_T.dtype == torch.int64
+    assert tables_SM.dtype == torch.int32
+    assert tables_SM.is_contiguous()
     kernels().mk_attention(
-        torch.get_num_threads(), rows, heads, keys_NJSC.shape[1], head_dim, rows_of(q_TP), TYPES[keys_NJSC.dtype],
-        keys_NJSC.data_ptr(), values_NJSC.data_ptr(), *keys_NJSC.stride()[:3], slots_T.data_ptr(),
-        positions_T.data_ptr(), window or 0, rows_of(out_THC.view(rows, -1)),
+        torch.get_num_threads(), rows, heads, keys_NJPC.shape[1], head_dim, rows_of(q_TP), TYPES[keys_NJPC.dtype],
+        keys_NJPC.data_ptr(), values_NJPC.data_ptr(), *keys_NJPC.stride()[:3], keys_NJPC.shape[2],
+        tables_SM.data_ptr(), tables_SM.shape[1], slots_T.data_ptr(), positions_T.data_ptr(), window or 0,
+        rows_of(out_THC.view(rows, -1)),
     )  # fmt: skip
     return out_THC
 
 
 def decode_attention_cpu(
-    qkv_BP: torch.Tensor,
-    keys_NJSC: torch.Tensor,
-    values_NJSC: torch.Tensor,
+    qkv_BQ: torch.Tensor,
+    keys_NJPC: torch.Tensor,
+    values_NJPC: torch.Tensor,
+    tables_SM: torch.Tensor,
     slots_B: torch.Tensor,
     positions_B: torch.Tensor,
     rope_SC: torch.Tensor,
@@ -49,23 +54,24 @@ def decode_attention_cpu(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``ops.attention.decode_attention``."""
-    memory = (keys_NJSC, values_NJSC)
+    cache = (keys_NJPC, values_NJPC, tables_SM)
     if bool((slots_B < 0).any()):  # rows that only fill the shape store nothing
         rows_R = (slots_B >= 0).nonzero().flatten()
-        found = qkv_BP.new_zeros(qkv_BP.shape[0], heads * keys_NJSC.shape[3])
+        found = qkv_BQ.new_zeros(qkv_BQ.shape[0], heads * keys_NJPC.shape[3])
         if len(rows_R):
             rest = (slots_B[rows_R], positions_B[rows_R], rope_SC, heads, window)
-            found[rows_R] = decode_attention_cpu(qkv_BP[rows_R], *memory, *rest)
+            found[rows_R] = decode_attention_cpu(qkv_BQ[rows_R], *cache, *rest)
     else:
-        q_BHC = rotate_and_store_reference(qkv_BP, *memory, slots_B, positions_B, rope_SC, heads)
-        found = attention_cpu(q_BHC, *memory, slots_B, positions_B, window).flatten(1)
+        q_BHC = rotate_and_store_reference(qkv_BQ, *cache, slots_B, positions_B, rope_SC, heads)
+        found = attention_cpu(q_BHC, *cache, slots_B, positions_B, window).flatten(1)
     return found if out is None else out.copy_(found)
 
 
 def ragged_attention_cpu(
     q_THC: torch.Tensor,
-    keys_NJSC: torch.Tensor,
-    values_NJSC: torch.Tensor,
+    keys_NJPC: torch.Tensor,
+    values_NJPC: torch.Tensor,
+    tables_SM: torch.Tensor,
     spans: Sequence[tuple[int, int, int]],
     window: int | None = None,
 ) -> torch.Tensor:
@@ -73,4 +79,5 @@ def ragged_attention_cpu(
     slots_B, firsts_B, counts_B = torch.tensor(spans).unbind(1)
     starts_B = firsts_B - (counts_B.cumsum(0) - counts_B)
     positions_T = torch.arange(q_THC.shape[0]) + starts_B.repeat_interleave(counts_B)
-    return attention_cpu(q_THC, keys_NJSC, values_NJSC, slots_B.repeat_interleave(counts_B), positions_T, window)
+    cache = (keys_NJPC, values_NJPC, tables_SM)
+    return attention_cpu(q_THC, *cache, slots_B.repeat_interleave(counts_B), positions_T, window)

@@ -102,7 +102,7 @@ def _load(library: Path) -> ctypes.CDLL:
     loaded.mk_linear.argtypes = (INT, *(LONG,) * 3, *(POINTER,) * 4)
     loaded.mk_expert_sum.argtypes = (INT, *(LONG,) * 5, *(POINTER,) * 7)
     loaded.mk_attention.argtypes = (
-        INT, *(LONG,) * 4, POINTER, INT, POINTER, POINTER, *(LONG,) * 3, POINTER, POINTER, LONG, POINTER,
+        INT, *(LONG,) * 4, POINTER, INT, POINTER, POINTER, *(LONG,) * 4, POINTER, LONG, POINTER, POINTER, LONG, POINTER,
     )  # fmt: skip
     loaded.mk_read.argtypes, loaded.mk_read.restype = (INT, POINTER, LONG), ctypes.c_float
     return loaded

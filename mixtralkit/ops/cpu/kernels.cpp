@@ -353,10 +353,11 @@ void mk_expert_sum(int threads, long R, long D, long F, long S, long K, const mk
 }
 
 // Softmax attention of T queries [H, C] to the keys of their slots up to their positions; slots below 0 give zeros.
-// Keys and values are [slots, J, positions, C], distances in numbers. `window` keys, its own included; 0 for all.
+// Keys and values are [pages, J, P, C], distances in numbers; `tables` [slots, M] has the pages of each slot.
+// `window` keys, its own included; 0 for all.
 void mk_attention(int threads, long T, long H, long J, long C, const mk_rows* q, int type, const void* keys,
-                  const void* values, long slot, long head, long position, const int64_t* slots,
-                  const int64_t* positions, long window, const mk_rows* out) {
+                  const void* values, long page, long head, long row, long P, const int32_t* tables, long M,
+                  const int64_t* slots, const int64_t* positions, long window, const mk_rows* out) {
     long G = H / J, wide = (C + VW - 1) / VW * VW;
 #pragma omp parallel num_threads(threads)
     {
@@ -370,10 +371,11 @@ void mk_attention(int threads, long T, long H, long J, long C, const mk_rows* q,
                 for (long g = 0; g < G; g++)
                     read_row(q->type, (const char*)q->data, t * q->ld + (j * G + g) * C, C, query.get() + g * wide);
                 long first = window ? std::max(0L, positions[t] + 1 - window) : 0;
-                long from = slots[t] * slot + j * head;
-                if (type == F32) attend((const float*)keys + from, (const float*)values + from, position, first, positions[t], G, C, query.get(), sums.get());
-                else if (type == BF16) attend((const bf16*)keys + from, (const bf16*)values + from, position, first, positions[t], G, C, query.get(), sums.get());
-                else attend((const f16*)keys + from, (const f16*)values + from, position, first, positions[t], G, C, query.get(), sums.get());
+                long from = j * head;
+                Pages pages{tables + slots[t] * M, P, page, row};
+                if (type == F32) attend((const float*)keys + from, (const float*)values + from, pages, first, positions[t], G, C, query.get(), sums.get());
+                else if (type == BF16) attend((const bf16*)keys + from, (const bf16*)values + from, pages, first, positions[t], G, C, query.get(), sums.get());
+                else attend((const f16*)keys + from, (const f16*)values + from, pages, first, positions[t], G, C, query.get(), sums.get());
             }
             for (long g = 0; g < G; g++)
                 write_row(out->type, sums.get() + g * wide, C, (char*)out->data, t * out->ld + (j * G + g) * C);

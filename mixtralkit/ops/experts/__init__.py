@@ -28,6 +28,7 @@ def expert_sum(
     out_RD: torch.Tensor | None = None,
     likely_rows: int | None = None,
     storage_S: torch.Tensor | None = None,
+    likely_slots: int | None = None,
 ) -> torch.Tensor:
     """Σ_k weights_RK · w2 · (silu(w1 · x) * (w3 · x)) [+ residual_RD], in the dtype of ``x_RD``, summed in float32.
 
@@ -41,6 +42,8 @@ def expert_sum(
             that; settings are for this number. None for R.
         storage_S: int64 on the device, the place in ``w13_SGD`` and ``w2_SDF`` at which each slot lies. Read when the
             kernels run, so copies may be exchanged under a CUDA graph. None where slots are places.
+        likely_slots: how many slots most rows fall on, where others are seldom named; settings are for this number.
+            None for all.
     """
     assert x_RD.shape[0] == slots_RK.shape[0] == weights_RK.shape[0]
     arguments = (x_RD, slots_RK, weights_RK, w13_SGD, w2_SDF, residual_RD, out_RD, storage_S)
@@ -52,9 +55,9 @@ def expert_sum(
     if triton and x_RD.shape[0] <= SMALL_BATCH:
         from mixtralkit.ops.experts.triton_small import expert_sum_small
 
-        return expert_sum_small(*arguments)
+        return expert_sum_small(*arguments, likely_slots=likely_slots)
     if triton and w2_SDF.shape[1] % 8 == w2_SDF.shape[2] % 8 == 0:  # tensor descriptors want rows of whole 16 bytes
         from mixtralkit.ops.experts.triton_grouped import expert_sum_grouped
 
-        return expert_sum_grouped(*arguments, likely_rows=likely_rows)
+        return expert_sum_grouped(*arguments, likely_rows=likely_rows, likely_slots=likely_slots)
     return expert_sum_reference(*arguments)

@@ -41,6 +41,7 @@ def expert_sum_grouped(
     storage_S: torch.Tensor | None = None,
     settings: dict[str, int] | None = None,
     likely_rows: int | None = None,
+    likely_slots: int | None = None,
 ) -> torch.Tensor:
     """``experts.expert_sum`` for large batches, with any skew; D and F must be multiples of 8.
 
@@ -51,7 +52,7 @@ def expert_sum_grouped(
     slots = len(w2_SDF if storage_S is None else storage_S)
     assert width % 8 == hidden % 8 == 0, "tensor descriptors want rows of whole 16 bytes"
     if settings is None:
-        shape = {"slots": slots, "top_k": top_k, "width": width, "hidden": hidden}
+        shape = {"slots": likely_slots or slots, "top_k": top_k, "width": width, "hidden": hidden}
         likely = rows if likely_rows is None else likely_rows
         settings = tuned("experts_grouped", x_RD.device, likely, **shape)
         settings = settings or default_settings(likely, **shape, processors=multiprocessors(x_RD.device))

@@ -33,6 +33,7 @@ def expert_sum_small(
     out_RD: torch.Tensor | None = None,
     storage_S: torch.Tensor | None = None,
     settings: dict[str, int] | None = None,
+    likely_slots: int | None = None,
 ) -> torch.Tensor:
     """``experts.expert_sum`` on a GPU for 1 to 16 rows, each of which has no slot twice.
 
@@ -44,7 +45,7 @@ def expert_sum_small(
     slots = len(w2_SDF if storage_S is None else storage_S)
     assert 0 < rows <= BLOCK_R
     if settings is None:
-        shape = {"slots": slots, "top_k": top_k, "width": width, "hidden": hidden}
+        shape = {"slots": likely_slots or slots, "top_k": top_k, "width": width, "hidden": hidden}
         settings = default_settings(rows, **shape, element_size=x_RD.element_size())
         found = tuned("experts_small", x_RD.device, rows, **shape)
         if found is not None and found.keys() == settings.keys():  # else measured for the other way of multiplying

@@ -16,8 +16,9 @@ from mixtralkit.ops.runtime import runs_cpu, runs_triton
 
 def ragged_attention(
     q_THC: torch.Tensor,
-    keys_NJSC: torch.Tensor,
-    values_NJSC: torch.Tensor,
+    keys_NJPC: torch.Tensor,
+    values_NJPC: torch.Tensor,
+    tables_SM: torch.Tensor,
     spans: Sequence[tuple[int, int, int]],
     spans_B4: torch.Tensor,
     window: int | None = None,
@@ -26,22 +27,23 @@ def ragged_attention(
 
     Args:
         q_THC: the sequences' queries, one sequence after the other.
-        keys_NJSC, values_NJSC: one layer's cache, the queries' own keys and values stored.
+        keys_NJPC, values_NJPC, tables_SM: one layer's cache as in ``ops.attention``, the queries' own keys and values
+            stored.
         spans: (slot, position of the first query, queries) of each sequence.
         spans_B4: ``span_table(spans)`` on the device.
         window: how many keys, its own included, a query sees; None for all.
     """
-    if runs_cpu(q_THC, keys_NJSC):
+    if runs_cpu(q_THC, keys_NJPC):
         from mixtralkit.ops.cpu.attention import ragged_attention_cpu
 
-        return ragged_attention_cpu(q_THC, keys_NJSC, values_NJSC, spans, window)
+        return ragged_attention_cpu(q_THC, keys_NJPC, values_NJPC, tables_SM, spans, window)
     # The copy engine wants rows of whole 16 bytes; in float32 the tiles, multiplied exactly, outgrow the registers.
     if not runs_triton(q_THC) or q_THC.element_size() != 2 or q_THC.shape[2] % 8:
-        return ragged_attention_reference(q_THC, keys_NJSC, values_NJSC, spans, window)
+        return ragged_attention_reference(q_THC, keys_NJPC, values_NJPC, tables_SM, spans, window)
     from mixtralkit.ops.ragged_attention.triton import launch_ragged_attention
 
     longest = max(queries for _, _, queries in spans)
-    return launch_ragged_attention(q_THC, keys_NJSC, values_NJSC, spans_B4, longest, window)
+    return launch_ragged_attention(q_THC, keys_NJPC, values_NJPC, tables_SM, spans_B4, longest, window)
 
 
 def span_table(spans: Sequence[tuple[int, int, int]]) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 A program takes a block of one head's queries in one sequence. Tiles of keys that all its queries see come first and
 need no mask; the rest are masked, and their values too: rows after a sequence's last hold whatever was there, and
-0 · NaN is NaN.
+0 · NaN is NaN. A tile lies within one page, and the page of the next one is read a tile ahead.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def _attend_tile(
 
 @triton.jit
 def _ragged_attention(
-    q_THC, k_tiles, v_tiles, values, spans_B4, out_THC, slot_rows, head_rows, scale,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, WINDOW: tl.constexpr,
+    q_THC, k_tiles, v_tiles, values, tables_SM, spans_B4, out_THC, table_stride, scale, HEADS: tl.constexpr,
+    GROUP: tl.constexpr, C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     head, sequence = tl.program_id(1), tl.program_id(2)
@@ -61,8 +61,8 @@ def _ragged_attention(
     real_MC = (m_M < queries)[:, None] & (c_C < C)[None, :]
     q_MC = tl.load(q_THC + at_MC, real_MC, other=0.0)
     query_M = position + m_M
-    row = slot * slot_rows + head // GROUP * head_rows  # of the sequence's first key, the cache being rows of C
-    values += row.to(tl.int64) * C
+    pages, page_rows = tables_SM + slot.to(tl.int64) * table_stride, HEADS // GROUP * P  # the cache being rows of C
+    first_row = head // GROUP * P  # of the head in a page
 
     first = position + block * BLOCK_M  # position of the block's first query
     end = tl.minimum(first + BLOCK_M, position + queries)
@@ -73,16 +73,21 @@ def _ragged_attention(
     top_M = tl.full((BLOCK_M,), HIDDEN, tl.float32)
     sum_M = tl.zeros((BLOCK_M,), tl.float32)
     acc_MC = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    page = tl.load(pages + begin // P)
     for n in range(begin, unmasked_end, BLOCK_N):
-        k_NC = k_tiles.load([row + n, 0])
-        v_NC = v_tiles.load([row + n, 0])
+        row = page * page_rows + first_row + n % P
+        k_NC = k_tiles.load([row, 0])
+        v_NC = v_tiles.load([row, 0])
+        page = tl.load(pages + (n + BLOCK_N) // P, n + BLOCK_N < end, other=0)
         top_M, sum_M, acc_MC = _attend_tile(
             q_MC, k_NC, v_NC, query_M, n + n_N, top_M, sum_M, acc_MC, scale, WINDOW > 0, WINDOW, PRECISION
         )
     for n in range(tl.maximum(begin, unmasked_end), end, BLOCK_N):
-        k_NC = k_tiles.load([row + n, 0])
+        row = page * page_rows + first_row + n % P
+        k_NC = k_tiles.load([row, 0])
         v_real_NC = (n + n_N < end)[:, None] & (c_C < C)[None, :]
-        v_NC = tl.load(values + (n + n_N)[:, None] * C + c_C[None, :], v_real_NC, other=0.0)
+        v_NC = tl.load(values + (row.to(tl.int64) + n_N)[:, None] * C + c_C[None, :], v_real_NC, other=0.0)
+        page = tl.load(pages + (n + BLOCK_N) // P, n + BLOCK_N < end, other=0)
         top_M, sum_M, acc_MC = _attend_tile(
             q_MC, k_NC, v_NC, query_M, n + n_N, top_M, sum_M, acc_MC, scale, True, WINDOW, PRECISION
         )
@@ -91,8 +96,9 @@ def _ragged_attention(
 
 def launch_ragged_attention(
     q_THC: torch.Tensor,
-    keys_NJSC: torch.Tensor,
-    values_NJSC: torch.Tensor,
+    keys_NJPC: torch.Tensor,
+    values_NJPC: torch.Tensor,
+    tables_SM: torch.Tensor,
     spans_B4: torch.Tensor,
     longest: int,
     window: int | None = None,
@@ -100,27 +106,28 @@ def launch_ragged_attention(
 ) -> torch.Tensor:
     """``ragged_attention.ragged_attention`` by Triton; ``longest`` is the most queries of any sequence."""
     tokens, heads, head_dim = q_THC.shape
-    slots, kv_heads, max_seq_len, _ = keys_NJSC.shape
+    pages, kv_heads, page_size, _ = keys_NJPC.shape
     assert q_THC.is_contiguous()
-    assert keys_NJSC.is_contiguous()
-    assert values_NJSC.is_contiguous()
+    assert keys_NJPC.is_contiguous()
+    assert values_NJPC.is_contiguous()
+    assert tables_SM.dtype == torch.int32
+    assert tables_SM.stride(1) == 1
     group, device = heads // kv_heads, q_THC.device
     if settings is None:
         shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
         settings = tuned("ragged_attention", device, tokens, **shape) or _default(q_THC)
     block_c = max(16, triton.next_power_of_2(head_dim))
+    block_n = min(settings["block_n"], page_size)
     k_tiles, v_tiles = (
-        TensorDescriptor(
-            cache, [slots * kv_heads * max_seq_len, head_dim], [head_dim, 1], [settings["block_n"], block_c]
-        )
-        for cache in (keys_NJSC, values_NJSC)
+        TensorDescriptor(cache, [pages * kv_heads * page_size, head_dim], [head_dim, 1], [block_n, block_c])
+        for cache in (keys_NJPC, values_NJPC)
     )
     out_THC = torch.empty_like(q_THC)
     pdl = overlaps_launches(device)
     _ragged_attention[(triton.cdiv(longest, settings["block_m"]), heads, len(spans_B4))](
-        q_THC, k_tiles, v_tiles, values_NJSC, spans_B4, out_THC, kv_heads * max_seq_len, max_seq_len,
-        head_dim**-0.5 * LOG2_E, HEADS=heads, GROUP=group, C=head_dim, BLOCK_C=block_c, WINDOW=window or 0,
-        BLOCK_M=settings["block_m"], BLOCK_N=settings["block_n"],
+        q_THC, k_tiles, v_tiles, values_NJPC, tables_SM, spans_B4, out_THC, tables_SM.stride(0),
+        head_dim**-0.5 * LOG2_E, HEADS=heads, GROUP=group, C=head_dim, P=page_size, BLOCK_C=block_c,
+        WINDOW=window or 0, BLOCK_M=settings["block_m"], BLOCK_N=block_n,
         PRECISION="ieee" if q_THC.dtype == torch.float32 else "tf32",  # only float32 products heed it
         PDL=pdl, num_warps=settings["num_warps"], num_stages=settings["num_stages"],
         **({"launch_pdl": True} if pdl else {}),

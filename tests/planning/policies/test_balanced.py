@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.plans import eplb
 from mixtralkit.planning.policies.balanced import balanced, rebalance_experts
 from mixtralkit.planning.policies.inputs import Budget
 from mixtralkit.planning.policies.poured import pour
 from mixtralkit.planning.policies.quality import measure
-from mixtralkit.planning.replicas import spread_rows
-from tests.planning.policies import eplb
+from mixtralkit.planning.replicas import pour_batches
 
 
 def peak_as_run(on_gpus: list[list[int]], loads: np.ndarray) -> float:
@@ -20,7 +20,7 @@ def peak_as_run(on_gpus: list[list[int]], loads: np.ndarray) -> float:
     for gpu, experts in enumerate(on_gpus):
         holds_WE[gpu, experts] = True
     rows_E = np.rint(loads * 1e6).astype(int)
-    return spread_rows(rows_E, np.zeros(len(on_gpus), int), holds_WE).sum(0).max() / 1e6
+    return pour_batches(rows_E[None], np.zeros((1, len(on_gpus)), int), holds_WE.T)[0].sum(0).max() / 1e6
 
 
 def random_case(case: int) -> tuple[np.ndarray, int, int, int, int]:
@@ -109,7 +109,7 @@ def test_more_slots_are_better_on_loads_like_mixtrals():
 
 def test_all_slots_put_everything_everywhere():
     plan = balanced(np.ones((2, 8)), 4, Budget(slots_per_rank=99))
-    assert plan.hot_LE.all()
+    assert plan.holds_LWE.all()
 
 
 def test_uneven_counts_and_loads_of_nothing():

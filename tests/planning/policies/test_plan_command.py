@@ -78,6 +78,11 @@ def test_loads_of_sglang_and_a_picture(tmp_path, capsys):
         ({"format": "xml"}, r"format \('xml'\) must be one of mixtralkit"),
         ({"world_size": 0}, r"world_size \(0\) must be a whole number of at least 1"),
         ({"policy": "hot_cold", "hot_per": "node"}, "needs ranks_per_node"),
+        ({"hot_experts": 2}, r"hot_experts \(2\) is an option of policy hot_cold, not of 'auto'"),
+        ({"policy": "hot_cold+1", "hot_experts": 2}, r"hot_experts \(2\) .* not of 'hot_cold\+1'"),
+        ({"policy": "balanced", "cut_order": "arrival"}, "of policy hot_cold, hot_cold/node, not of 'balanced'"),
+        ({"policy": "balanced/node", "num_groups": 2, "ranks_per_node": 2}, r"of policy balanced, not of"),
+        ({"policy": "balanced", "dispatcher": "static"}, "of policy auto, not of 'balanced'"),
     ],
 )
 def test_bad_options_are_one_sentence(trace, tmp_path, options, sentence):
