@@ -18,7 +18,8 @@ from mixtralkit.planning.policies.joined import EVEN_ENOUGH, join
 from mixtralkit.planning.policies.packing import swap_down
 from mixtralkit.planning.policies.poured import count_copies, holds, pour
 
-_TRIES, _WORK = 32, 12_000  # plans for other loads, for layers that are not even; slots of them all
+_TRIES, _WORK = 16, 4_000  # plans for other loads, for layers that are not even; slots of them all
+_SMALL = 6_000  # ranks of all layers times experts, up to which plans are compared as they run
 _NOISE = 0.15  # how different, a standard deviation
 _AS_RUN = 20  # rounds of pouring that say how even a plan runs
 _TRIFLE = 2e-3  # over the even load as run, from which others are looked at
@@ -108,10 +109,10 @@ def _check_sizes(num_experts: int, num_replicas: int, num_groups: int, num_nodes
 def _search(loads_LE: np.ndarray, world_size: int, slots: int, groups: int, nodes: int, surplus: int = 0) -> np.ndarray:
     """Slots [L, W, S], sorted; ``surplus`` ranks of each layer, others in each, have one less (-2)."""
     num_layers, gpus = len(loads_LE), world_size // nodes
+    # nodes in turn, so that none lacks more than another
+    nth_LX = (np.arange(num_layers)[:, None] * surplus + np.arange(surplus)) % world_size
     lacks_LW = np.zeros((num_layers, world_size), bool)
-    lacks_LW[
-        np.arange(num_layers)[:, None], (np.arange(num_layers)[:, None] * surplus + np.arange(surplus)) % world_size
-    ] = True
+    np.put_along_axis(lacks_LW, nth_LX % nodes * gpus + nth_LX // nodes, True, 1)
     found_LWS, peak_L = np.empty((num_layers, world_size, slots), np.int64), np.full(num_layers, np.inf)
     packings = [_experts_of_nodes(loads_LE, groups, nodes, swaps) for swaps in (False, True)[: 1 if nodes == 1 else 2]]
     for experts_LNE in packings:
@@ -143,7 +144,7 @@ def spread_replicas(
     found_BWS, part_BWS = _joined(loads_BE, lacks_BW, slots, own)
     even_B, free_B = loads_BE.sum(1) / lacks_BW.shape[1], part_BWS.sum(2).max(1)
     peak_B = free_B.copy()
-    if small := lacks_BW.size * slots <= _WORK:  # with more ranks what they have of their own matters less
+    if small := lacks_BW.size * loads_BE.shape[1] <= _SMALL:  # with more ranks what they have of their own matters less
         peak_B = pour(found_BWS, loads_BE, own, part_BWS, _AS_RUN).sum(2).max(1)
     rows = np.flatnonzero((free_B > even_B * (1 + EVEN_ENOUGH)) | (peak_B > even_B * (1 + _TRIFLE)))
     if not len(rows):
@@ -157,10 +158,8 @@ def spread_replicas(
         tried = _joined(noisy.reshape(-1, loads.shape[1]), np.tile(lacks, (tries, 1)), slots, own)[0]
         plans = np.concatenate([plans, tried.reshape(tries, *plans.shape[1:])])
     flat, all_loads = plans.reshape(-1, *plans.shape[2:]), np.tile(loads, (len(plans), 1))
-    free, as_run = (
-        pour(flat, all_loads, least, rounds=rounds).sum(2).max(1).reshape(len(plans), -1)
-        for least, rounds in ((0.0, 100), (own * small, _AS_RUN))
-    )
+    free = pour(flat, all_loads, rounds=100).sum(2).max(1).reshape(len(plans), -1)
+    as_run = pour(flat, all_loads, own, rounds=_AS_RUN).sum(2).max(1).reshape(len(plans), -1) if small else free.copy()
     free[1], as_run[1] = np.minimum(free[1], free_B[rows]), np.minimum(as_run[1], peak_B[rows])
     best = np.where(free <= free[0] * (1 + 1e-9), as_run + free, np.inf).argmin(0)
     found_BWS[rows], peak_B[rows] = plans[best, np.arange(len(rows))], as_run[best, np.arange(len(rows))]
