@@ -44,7 +44,7 @@ def join(
     short_BP = np.clip(short - before_BP, 0, most_BP)
     room_BP = ranks_BP * (slots - 1) + 1 - short_BP if packs > 1 else np.full((batches, 1), num_experts)
     items_BPN = _pack(loads_BE, ranks_BP, room_BP)
-    if packs > 1:
+    if packs > 1 and items_BPN.shape[2] > 1:
         _anneal(items_BPN, loads_BE, ranks_BP)
         _swap_down(items_BPN, loads_BE, ranks_BP)
     first_BP = ranks_BP.cumsum(1) - ranks_BP
