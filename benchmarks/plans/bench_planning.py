@@ -124,7 +124,7 @@ def _least_of_node(loads_E: np.ndarray, replicas: int, gpus: int) -> float:
 
 
 def random_case(seed: int) -> tuple[np.ndarray, int, int, int, int]:
-    """Loads of 4 to 32 layers, 8 in the mean, of 8 to 256 experts, replicas, groups, nodes and GPUs: 0 to 3 replicas a GPU."""
+    """Loads of 4 to 32 layers, 8 in the mean, replicas (0 to 3 a GPU), groups, nodes and GPUs."""
     random = np.random.default_rng(seed)
     experts, layers = int(random.choice([8, 16, 64, 256])), int(min(4 + random.exponential(4), 32))
     nodes = int(random.choice([1, 2]))

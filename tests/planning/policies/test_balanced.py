@@ -35,9 +35,12 @@ def random_case(case: int) -> tuple[np.ndarray, int, int, int, int]:
     return random.dirichlet(np.full(experts, random.choice([15, 4, 0.5])), 4), slots * gpus, groups, nodes, gpus
 
 
-@pytest.mark.parametrize("case", range(30))
+@pytest.mark.parametrize("case", range(200))
 def test_poured_never_heavier_than_eplb_and_never_twice_on_a_rank(case):
-    """benchmarks/plans/bench_planning.py does the same for 2,000 matrices."""
+    """Poured only: with equal parts, which no dispatcher here takes, the plan can be heavier than EPLB's.
+
+    benchmarks/plans/bench_planning.py does the same for 2,000 matrices.
+    """
     loads_LE, replicas, groups, nodes, gpus = random_case(case)
     ours = rebalance_experts(loads_LE, replicas, groups, nodes, gpus)[0].reshape(len(loads_LE), gpus, -1).tolist()
     for loads_E, of_layer in zip(loads_LE, ours, strict=True):
