@@ -114,6 +114,14 @@ def least_peak(loads_E: np.ndarray, replicas: int, groups: int, nodes: int, gpus
 
 def _least_of_node(loads_E: np.ndarray, replicas: int, gpus: int) -> float:
     low, high = loads_E.sum() / gpus, max(loads_E.max(), loads_E.sum() / gpus)
+    if replicas == len(loads_E):
+        # of the j · gpus + 1 heaviest some j + 1 are on one GPU, with the lightest there are in its other slots
+        heaviest, slots = np.sort(loads_E)[::-1], replicas // gpus
+        ends = [(j * gpus + 1, slots - j - 1) for j in range(slots)]
+        together = [
+            heaviest[end - slots + rest : end].sum() + heaviest[len(loads_E) - rest :].sum() for end, rest in ends
+        ]
+        return float(max(low, *together))
     fits = lambda peak: np.ceil(loads_E / peak - 1e-12).clip(1).sum() <= replicas  # noqa: E731
     if fits(low):
         return float(low)
