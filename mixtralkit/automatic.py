@@ -53,6 +53,7 @@ def choose_automatically(
         model.max_batch_size, model.max_seq_len, config.limits.prefill_budget,
         moe.symmetric_rows if wanted and context.world_size <= MOST_RANKS else 0,
         dtype.itemsize, moe.shadow_memory_gb if moe.copies_experts else 0.0, config.cache.page_size,
+        config.cache.cache_tokens,
     )  # fmt: skip
     situation = Situation(
         model, hardware, context.world_size, room, attention, asked.experts,

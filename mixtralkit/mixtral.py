@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,15 @@ import torch
 
 from mixtralkit.automatic import choose_automatically, with_free_memory
 from mixtralkit.checkpoint import CheckpointReader, load_into, open_checkpoint
-from mixtralkit.config import EngineConfig, LimitOptions, ModelConfig, ParallelConfig, SourceOptions, parse_dtype
+from mixtralkit.config import (
+    CacheOptions,
+    EngineConfig,
+    LimitOptions,
+    ModelConfig,
+    ParallelConfig,
+    SourceOptions,
+    parse_dtype,
+)
 from mixtralkit.distributed import RankContext
 from mixtralkit.engine.chat import Message, encode_chat
 from mixtralkit.engine.generation import Engine
@@ -29,11 +37,14 @@ class Mixtral:
 
     def __init__(
         self, model: Transformer, tokenizer: Tokenizer, limits: LimitOptions | None = None,
-        weight_hash: str | None = None,
+        weight_hash: str | None = None, prefix_reuse: bool = CacheOptions.prefix_reuse,
     ) -> None:  # fmt: skip
         self.model, self.tokenizer, self.weight_hash = model, tokenizer, weight_hash
         limits = limits or LimitOptions()
-        self.engine = Engine(model, tokenizer, limits.prefill_budget, cuda_graphs=limits.cuda_graphs)
+        self.engine = Engine(
+            model, tokenizer, limits.prefill_budget, cuda_graphs=limits.cuda_graphs,
+            mixed_budget=limits.mixed_budget, prefix_reuse=prefix_reuse,
+        )  # fmt: skip
         self.defaults = SamplingOptions(seed=limits.seed)
 
     @classmethod
@@ -89,9 +100,9 @@ class Mixtral:
             architecture = reader.config.with_limits(config.cache.max_seq_len, config.limits.max_batch_size)
             layout = choose_layout(architecture, context, config)
             model = Transformer(layout, context, choose_dtype(config.limits.dtype, context.device), config.moe)
-            model.allocate_cache(config.cache.page_size)
+            model.allocate_cache(config.cache.page_size, pages_of(config, layout))
         weight_hash = load_into(model.named_tensors(), layout, reader, context, progress, hashes=hashes)
-        return cls(model, tokenizer, config.limits, weight_hash)
+        return cls(model, tokenizer, config.limits, weight_hash, config.cache.prefix_reuse)
 
     @classmethod
     def from_parts(cls, model: Transformer, tokenizer: Tokenizer, seed: int = 1) -> Mixtral:
@@ -200,6 +211,11 @@ class Mixtral:
         requests = [self.request(i, prompt, max_gen_len, **options) for i, prompt in enumerate(prompts)]
         return self.engine.run(requests, should_stop)
 
+    def generate_many(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        """Whole answers as they end, to any number of requests (``request``); of an iterator they are taken as there is
+        room."""
+        return (event.completion for event in self.engine.run(requests) if event.completion is not None)
+
     def complete(
         self,
         prompts: Sequence[str | Sequence[int] | Sequence[Message]],
@@ -279,6 +295,14 @@ def choose_layout(model: ModelConfig, context: RankContext, config: EngineConfig
         plan = load_plan(plan, num_experts=model.num_experts, world_size=world)
     parallel = ParallelConfig(attention, "ep" if asked.experts == "auto" else asked.experts)
     return RankLayout(model, parallel, plan, context.rank)
+
+
+def pages_of(config: EngineConfig, layout: RankLayout) -> int | None:
+    """Pages of a rank's cache by ``cache_tokens``; None for as many as its sequences can need."""
+    if config.cache.cache_tokens is None:
+        return None
+    ranks = layout.plan.world_size if layout.parallel.attention == "dp" else 1
+    return max(1, config.cache.cache_tokens // (ranks * config.cache.page_size))
 
 
 def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:

@@ -63,10 +63,9 @@ def generate(
         results,
         _progress(context, len(requests), results.done, engine.limits.max_batch_size) as bar,
     ):
-        for event in mixtral.engine.run(requests[results.done :]):
-            if event.completion is not None:
-                results.add(event.completion)
-                bar.update()
+        for completion in mixtral.generate_many(requests[results.done :]):
+            results.add(completion)
+            bar.update()
     if manager is not None and context.is_first:
         print(manager.statistics, file=sys.stderr)
     mixtral.close()

@@ -171,10 +171,15 @@ class CacheOptions(Options):
 
     Attributes:
         max_seq_len: Most tokens of a sequence, prompt and answer; left out, what the model can or the command needs.
+        cache_tokens: Most tokens in the cache, over all ranks; sequences wait for room, or are computed again later,
+            where they outgrow it. Left out, max_batch_size sequences of max_seq_len.
+        prefix_reuse: What is in the cache of earlier prompts that began alike is not computed again.
         page_size: Tokens of a page. A sequence takes memory page by page.
     """
 
     max_seq_len: Count | None = None
+    cache_tokens: Count | None = None
+    prefix_reuse: bool = True
     page_size: PageSize = 128
 
 
@@ -185,6 +190,7 @@ class LimitOptions(Options):
     Attributes:
         max_batch_size: Sequences that run at a time, over all ranks; more of them wait.
         prefill_budget: Most prompt tokens that a rank runs in one step; more take more memory.
+        mixed_budget: Most of them in a step while most sequences decode, which it keeps waiting.
         cuda_graphs: Capture decode steps as CUDA graphs, where the device has them.
         seed: Decides what is drawn at a temperature above 0; the same seed gives the same text.
         dtype: bfloat16, float16 or float32; left out, bfloat16 on a GPU and float32 on a CPU.
@@ -194,6 +200,7 @@ class LimitOptions(Options):
 
     max_batch_size: Count = 8
     prefill_budget: Count = 8192
+    mixed_budget: Count = 1024
     cuda_graphs: bool = True
     seed: Natural = 1
     dtype: Dtype | None = None

@@ -62,11 +62,15 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class KernelCounts:
-    """Kernels of a layer's steps, as the operations of ``MoELayer`` in plain torch are counted."""
+    """Kernels of a layer's steps, as the operations of ``MoELayer`` in plain torch are counted.
+
+    ``dispatch`` is of counted rows, ``replicas`` more where those are poured, ``static`` of rows in fixed shapes.
+    """
 
     attention: int = 30
     gate: int = 10
     dispatch: int = 60
+    static: int = 17
     replicas: int = 20
     experts: int = 25
     combine: int = 5
@@ -108,10 +112,11 @@ class TimeModel:
     def experts_s(self, rows_WE: np.ndarray, split: int = 1) -> np.ndarray:
         """All experts of each rank, one after the other: rows [..., W, E] → seconds [..., W]."""
         rows_WE = np.asarray(rows_WE)
-        return self.experts_start_s(rows_WE.max(-1, initial=0)) + self.expert_s(rows_WE, split).sum(-1)
+        mean_rows_W = rows_WE.sum(-1) / np.maximum((rows_WE > 0).sum(-1), 1)
+        return self.experts_start_s(mean_rows_W) + self.expert_s(rows_WE, split).sum(-1)
 
-    def experts_start_s(self, most_rows: np.ndarray | float) -> np.ndarray | float:
-        """What a layer's experts take beside their products; ``most_rows`` are those of the busiest expert."""
+    def experts_start_s(self, mean_rows: np.ndarray | float) -> np.ndarray | float:
+        """What a rank's experts take beside their products; ``mean_rows`` are those of an expert that has any."""
         return self.launches_s(self.kernels.experts)
 
     def gate_s(self, tokens_W: np.ndarray) -> np.ndarray:
@@ -174,6 +179,10 @@ class TimeModel:
     def launches_s(self, kernels: int) -> float:
         """So many kernels that have nothing to do."""
         return kernels * self.hardware.launch_s
+
+    def captured_s(self, kernels: int) -> float:
+        """So many small kernels of a step that a graph holds; plain torch launches it like any other."""
+        return self.launches_s(kernels)
 
     def exchange_s(self, out_NW: Sequence[np.ndarray], into_NW: Sequence[np.ndarray], messages: int = 1) -> np.ndarray:
         """Rows between ranks: over before the busiest rank's busier direction is, on the slower of the networks.

@@ -20,7 +20,7 @@ class RankMemory:
 
     Attributes:
         weights: parameters.
-        cache: keys and values of all the rank's sequences at full length.
+        cache: keys and values, of all the rank's sequences at full length where ``cache_tokens`` says nothing else.
         exchange: memory that other ranks' kernels write, and for copies of their experts.
         working: rows inside a step of prompts, and the logits.
     """
@@ -47,6 +47,7 @@ class Room:
         data_bytes: of a number.
         copies_gb: 10⁹ bytes a rank keeps for copies of other ranks' experts (shadows, two phases).
         page_size: positions of a page of the cache.
+        cache_tokens: as ``CacheOptions.cache_tokens``.
     """
 
     batch: int
@@ -56,6 +57,7 @@ class Room:
     data_bytes: int = 2
     copies_gb: float = 0.0
     page_size: int = CacheOptions.page_size
+    cache_tokens: int | None = None
 
 
 def rank_memory(config: ModelConfig, parallel: ParallelConfig, plan: ExpertPlan, room: Room) -> RankMemory:
@@ -65,11 +67,14 @@ def rank_memory(config: ModelConfig, parallel: ParallelConfig, plan: ExpertPlan,
     """
     world, b = plan.world_size, room.data_bytes
     heads_split = world if parallel.attention == "tp" else 1
-    sequences = -(-room.batch // (1 if parallel.attention == "tp" else world))
+    owners = 1 if parallel.attention == "tp" else world
     kv_heads = max(-(-config.n_kv_heads // heads_split), 1)
-    pages = -(-room.max_seq_len // room.page_size)  # of a sequence
-    cache = 2 * config.n_layers * sequences * kv_heads * pages * room.page_size * config.head_dim * b
-    cache += sequences * pages * 4 + room.max_seq_len * config.head_dim * 4  # tables and angles
+    sequences, most = -(-room.batch // owners), -(-room.max_seq_len // room.page_size)  # pages of a sequence
+    pages = sequences * most
+    if room.cache_tokens is not None:
+        pages = max(1, room.cache_tokens // (owners * room.page_size))
+    cache = 2 * config.n_layers * kv_heads * pages * room.page_size * config.head_dim * b
+    cache += sequences * most * 4 + room.max_seq_len * config.head_dim * 4  # tables and angles
     tokens = min(room.prefill_budget, sequences * room.max_seq_len)
     middle = config.hidden_dim / (world if parallel.experts == "tp" else 1) * config.num_experts_per_tok
     working = tokens * (_ROWS_ALIVE * config.dim + middle) * b + 2 * sequences * config.vocab_size * 4

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mixtralkit.engine.requests import Request, Sequence, StopFilter, check_prompt, echoed_texts
+from mixtralkit.engine.requests import Answer, Request, StopFilter, check_prompt, echoed_texts
 from mixtralkit.engine.tokenizer import TextStream, Tokenizer
 from tests.engine.parts import VOCAB_SIZE, make_tokenizer
 
@@ -67,7 +67,7 @@ def test_prompts_that_do_not_fit_are_named(prompt, says):
 
 
 def answered(tokenizer, ids, stop=()):
-    sequence = Sequence(Request(0, (1, 5), len(ids) + 1, stop=stop), 0, 0, len(ids) + 1, tokenizer)
+    sequence = Answer(Request(0, (1, 5), len(ids) + 1, stop=stop), len(ids) + 1, tokenizer)
     events = []
     for token in ids:
         events.append(sequence.accept(token, 0.0))
