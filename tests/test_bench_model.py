@@ -159,7 +159,7 @@ def test_auto_chooses_by_the_hardware_file(architecture, tmp_path):
         ({"layers": 9}, r"layers \(9\) must lie in 1 … 3"),
         ({"batch": "1,zwei"}, "batch .* must be whole numbers"),
         ({"prefill": "8*2048"}, r"prefill \('8\*2048'\) must be COUNTxLENGTH"),
-        ({"new_tokens": 1}, r"new_tokens \(0\) must be at least 2"),
+        ({"new_tokens": 1}, r"new_tokens \(1\) must be at least 2"),
         ({"plan": Path("hot_cold+reroute")}, r"plan \('hot_cold\+reroute'\) must have a capacity with reroute"),
     ],
 )
