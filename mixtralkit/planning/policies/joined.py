@@ -1,4 +1,4 @@
-"""Even ranks by joining them: k ranks with k - 1 slots to spare can be made exactly even, whatever experts they have.
+"""Even ranks by joining them: k ranks with k - 1 slots to spare can nearly always be made exactly even.
 
 One after the other, the lightest rank with a free slot takes what it lacks from the heaviest, as a replica of one of
 its experts, and is done (Walker's alias method). As the layer runs, a rank keeps the rows of its own tokens, so that a
