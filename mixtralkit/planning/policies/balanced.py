@@ -32,6 +32,7 @@ def balanced(
     ranks_per_node: int | None = None,
     num_groups: int | None = None,
     extra: int | None = None,
+    shares: str = "poured",
 ) -> ExpertPlan:
     """Replicas in every slot of the budget, so that the heaviest rank of each layer is light; none without a budget.
 
@@ -41,9 +42,11 @@ def balanced(
         num_groups: groups of consecutive experts that stay on one node each (hierarchical); None lets replicas be
             on any node (global).
         extra: slots of a layer, over all ranks, beyond one for each expert, instead of all of the budget's.
+        shares: what is made even: "poured", as the layer here divides an expert's rows, or "equal", as SGLang, vLLM and
+            TensorRT-LLM do.
 
     Raises:
-        ValueError: for a budget too small, or sizes that do not divide.
+        ValueError: for a budget too small, sizes that do not divide, or other shares.
     """
     loads_LE, budget = checked_loads(loads_LE, world_size), budget or Budget()
     num_layers, num_experts = loads_LE.shape
@@ -58,7 +61,7 @@ def balanced(
     _check_sizes(num_experts, slots * world_size, groups, nodes, world_size)
     surplus = slots * world_size - num_experts - extra
     return ExpertPlan(
-        np.maximum(_search(loads_LE, world_size, slots, groups, nodes, surplus), -1),
+        np.maximum(_search(loads_LE, world_size, slots, groups, nodes, surplus, shares), -1),
         num_experts,
         ranks_per_node=ranks_per_node,
         policy="balanced",
@@ -106,8 +109,12 @@ def _check_sizes(num_experts: int, num_replicas: int, num_groups: int, num_nodes
         raise ValueError(f"num_replicas ({num_replicas}) must be at most {most}: no rank holds an expert twice")
 
 
-def _search(loads_LE: np.ndarray, world_size: int, slots: int, groups: int, nodes: int, surplus: int = 0) -> np.ndarray:
+def _search(
+    loads_LE: np.ndarray, world_size: int, slots: int, groups: int, nodes: int, surplus: int = 0, shares: str = "poured"
+) -> np.ndarray:
     """Slots [L, W, S], sorted; ``surplus`` ranks of each layer, others in each, have one less (-2)."""
+    if shares not in ("poured", "equal"):
+        raise ValueError(f"shares ({shares!r}) must be 'poured' or 'equal'")
     num_layers, gpus = len(loads_LE), world_size // nodes
     # nodes in turn, so that none lacks more than another
     nth_LX = (np.arange(num_layers)[:, None] * surplus + np.arange(surplus)) % world_size
@@ -121,7 +128,12 @@ def _search(loads_LE: np.ndarray, world_size: int, slots: int, groups: int, node
             break
         experts_LNE, per_node = experts_LNE[layers], experts_LNE.shape[2]
         part_BE = np.take_along_axis(loads_LE[layers, None], experts_LNE, 2).reshape(-1, per_node)
-        slots_BWS, peak_B = spread_replicas(part_BE, lacks_LW[layers].reshape(-1, gpus), slots, 1 / world_size)
+        lacks_BW = lacks_LW[layers].reshape(-1, gpus)
+        if shares == "poured":
+            slots_BWS, peak_B = spread_replicas(part_BE, lacks_BW, slots, 1 / world_size)
+        else:
+            slots_BWS = _as_eplb(part_BE, lacks_BW, slots)
+            peak_B = pour(slots_BWS, part_BE, rounds=0).sum(2).max(1)
         names = np.take_along_axis(experts_LNE.reshape(-1, 1, per_node), np.maximum(slots_BWS, 0), 2)
         slots_LWS = np.where(slots_BWS >= 0, names, slots_BWS).reshape(len(layers), world_size, slots)
         peaks = peak_B.reshape(len(layers), nodes).max(1)

@@ -29,7 +29,7 @@ def pour(
     Args:
         own: part of an expert's load that each of its ranks has at least: its own tokens', as the layer runs.
         part_BWS: amounts to begin with; None are equal ones.
-        rounds: most of them; it stops where no peak falls any more.
+        rounds: most of them; it stops where no peak falls any more. 0 leaves the amounts as they are.
     """
     batches, world, slots = slots_BWS.shape
     loads_BE = np.pad(loads_BE, ((0, 0), (0, 1)))

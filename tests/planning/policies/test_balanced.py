@@ -113,6 +113,28 @@ def test_without_a_budget_there_are_no_replicas():
     assert sorted(plan.holds_LWE[0].sum(1)) == [2, 3, 3]
 
 
+def test_equal_shares_are_what_other_engines_need():
+    """Where EPLB has no expert twice on a rank, its plan; made for pouring, the busiest rank has more."""
+    loads_LE = np.random.default_rng(0).dirichlet(np.full(256, 4), 3)
+    peaks = []
+    for shares in ("equal", "poured"):
+        plan = balanced(loads_LE, 32, Budget(9), shares=shares)
+        each_LE = loads_LE / plan.copies_LWE.sum(1)
+        peaks.append(np.einsum("lwe,le->lw", plan.holds_LWE, each_LE).max(1))
+    public = [eplb.rebalance(loads_E, 288, 1, 1, 32) for loads_E in loads_LE]
+    unlike = [any(len(set(gpu)) < 9 for gpu in plan) for plan in public]
+    theirs = [
+        (x / np.bincount(np.ravel(p), minlength=256))[np.array(p)].sum(1).max()
+        for x, p in zip(loads_LE, public, strict=True)
+    ]
+    assert not all(unlike)
+    for equal, poured, public_peak, differs in zip(*peaks, theirs, unlike, strict=True):
+        assert equal < poured
+        assert differs or equal == pytest.approx(public_peak)
+    with pytest.raises(ValueError, match=r"shares \('even'\) must be 'poured' or 'equal'"):
+        balanced(loads_LE, 32, Budget(9), shares="even")
+
+
 def test_groups_stay_on_one_node():
     loads = np.random.default_rng(0).dirichlet(np.full(16, 2), size=5)
     phy2log = rebalance_experts(loads, 24, 8, 2, 4)[0]
