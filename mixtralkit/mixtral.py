@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -236,9 +237,15 @@ class Mixtral:
         stop: str | Sequence[str] | None = None,
         prompt_logprobs: bool = False,
         stop_token_ids: Sequence[int] | None = None,
+        ignore_eos: bool = False,
+        min_tokens: int = 0,
+        json_schema: str | Mapping[str, Any] | None = None,
         **sampling: Any,
     ) -> Request:
-        """A request for the engine; ``id`` names the prompt in errors and, with the seed, decides what is drawn."""
+        """A request for the engine; ``id`` names the prompt in errors and, with the seed, decides what is drawn.
+
+        See ``Request``, and for ``sampling`` ``SamplingOptions``.
+        """
         unknown = set(sampling) - set(SamplingOptions.__dataclass_fields__)
         if unknown:
             raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
@@ -247,7 +254,8 @@ class Mixtral:
         stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
         return Request(
             id, encode_prompt(self.tokenizer, id, prompt), length, chosen, stops, bool(prompt_logprobs),
-            tuple(stop_token_ids or ()),
+            tuple(stop_token_ids or ()), ignore_eos=ignore_eos, min_tokens=min_tokens,
+            json_schema=json.dumps(json_schema) if isinstance(json_schema, Mapping) else json_schema,
         )  # fmt: skip
 
 
