@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,9 @@ class Mixtral:
             architecture = reader.config.with_limits(config.cache.max_seq_len, config.limits.max_batch_size)
             layout = choose_layout(architecture, context, config)
             model = Transformer(layout, context, choose_dtype(config.limits.dtype, context.device), config.moe)
-            model.allocate_cache(config.cache.page_size, pages_of(config, layout))
+        pages = pages_of(config.cache, model)
+        with context.agreed():
+            model.allocate_cache(config.cache.page_size, pages)
         weight_hash = load_into(model.named_tensors(), layout, reader, context, progress, hashes=hashes)
         return cls(model, tokenizer, config.limits, weight_hash, config.cache.prefix_reuse)
 
@@ -234,9 +237,15 @@ class Mixtral:
         stop: str | Sequence[str] | None = None,
         prompt_logprobs: bool = False,
         stop_token_ids: Sequence[int] | None = None,
+        ignore_eos: bool = False,
+        min_tokens: int = 0,
+        json_schema: str | Mapping[str, Any] | None = None,
         **sampling: Any,
     ) -> Request:
-        """A request for the engine; ``id`` names the prompt in errors and, with the seed, decides what is drawn."""
+        """A request for the engine; ``id`` names the prompt in errors and, with the seed, decides what is drawn.
+
+        See ``Request``, and for ``sampling`` ``SamplingOptions``.
+        """
         unknown = set(sampling) - set(SamplingOptions.__dataclass_fields__)
         if unknown:
             raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
@@ -245,7 +254,8 @@ class Mixtral:
         stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
         return Request(
             id, encode_prompt(self.tokenizer, id, prompt), length, chosen, stops, bool(prompt_logprobs),
-            tuple(stop_token_ids or ()),
+            tuple(stop_token_ids or ()), ignore_eos=ignore_eos, min_tokens=min_tokens,
+            json_schema=json.dumps(json_schema) if isinstance(json_schema, Mapping) else json_schema,
         )  # fmt: skip
 
 
@@ -297,12 +307,21 @@ def choose_layout(model: ModelConfig, context: RankContext, config: EngineConfig
     return RankLayout(model, parallel, plan, context.rank)
 
 
-def pages_of(config: EngineConfig, layout: RankLayout) -> int | None:
-    """Pages of a rank's cache by ``cache_tokens``; None for as many as its sequences can need."""
-    if config.cache.cache_tokens is None:
+def pages_of(options: CacheOptions, model: Transformer) -> int | None:
+    """Pages of a rank's cache, the same on all; None for as many as its sequences can need. Collective."""
+    context, size = model.context, options.page_size
+    if options.cache_tokens is not None:
+        return max(1, options.cache_tokens // (model.ranks_with_own_sequences * size))
+    if options.cache_share is None:
         return None
-    ranks = layout.plan.world_size if layout.parallel.attention == "dp" else 1
-    return max(1, config.cache.cache_tokens // (ranks * config.cache.page_size))
+    with context.agreed():
+        if context.device.type != "cuda":
+            raise ValueError(f"cache_share ({options.cache_share}) needs GPUs; cache_tokens says the same in tokens")
+        free = torch.cuda.mem_get_info(context.device)[0]
+    layout, params = model.layout, model.params
+    page_bytes = 2 * params.n_layers * (layout.kv_heads[1] - layout.kv_heads[0]) * size * params.head_dim
+    pages = min(context.all_gather_objects(int(options.cache_share * free) // (page_bytes * model.dtype.itemsize)))
+    return max(1, min(pages, model.sequences_per_rank * -(-params.max_seq_len // size)))
 
 
 def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:

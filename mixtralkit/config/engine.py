@@ -173,14 +173,20 @@ class CacheOptions(Options):
         max_seq_len: Most tokens of a sequence, prompt and answer; left out, what the model can or the command needs.
         cache_tokens: Most tokens in the cache, over all ranks; sequences wait for room, or are computed again later,
             where they outgrow it. Left out, max_batch_size sequences of max_seq_len.
+        cache_share: Instead, this share of the GPUs' memory that the weights leave; steps need some of it, too.
         prefix_reuse: What is in the cache of earlier prompts that began alike is not computed again.
         page_size: Tokens of a page. A sequence takes memory page by page.
     """
 
     max_seq_len: Count | None = None
     cache_tokens: Count | None = None
+    cache_share: Share | None = None
     prefix_reuse: bool = True
     page_size: PageSize = 128
+
+    def check(self) -> None:
+        if self.cache_tokens is not None and self.cache_share is not None:
+            raise ValueError(f"cache_share ({self.cache_share}) cannot be given with cache_tokens: both say how much")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from dataclasses import replace
 from mixtralkit.config import CacheOptions, LimitOptions
 from mixtralkit.distributed import RankFailed
 from mixtralkit.engine.control import Control
+from mixtralkit.engine.grammar import Grammars
 from mixtralkit.engine.plan_manager import PlanManager
 from mixtralkit.engine.requests import Abort, Answer, Completion, Request, StreamEvent, Top, check_prompt
 from mixtralkit.engine.runner import Flight, Runner
@@ -67,6 +68,7 @@ class Engine:
         self.cuda_graphs, self.mixed_budget, self.prefix_reuse = cuda_graphs, mixed_budget, prefix_reuse
         self._control: Control | None = None
         self._turn = threading.Condition()
+        self._grammars = Grammars(tokenizer, model.params.vocab_size)
         self._driver: int | None = None  # the thread that makes a turn
         self._all_know = False  # that a turn has failed
         self._runs: dict[int, Run] = {}
@@ -123,6 +125,9 @@ class Engine:
         """ValueError with one sentence where the request can never run. Any thread may ask."""
         params = self.model.params
         check_prompt(request.id, request.prompt, params.max_seq_len, params.vocab_size)
+        request.sampling.check_vocabulary(params.vocab_size)
+        if request.json_schema is not None:
+            self._grammars.check(request.json_schema)
         cache = self.model.cache
         if cache is not None and len(request.prompt) > cache.pages * cache.page_size:
             raise ValueError(
@@ -385,6 +390,8 @@ class Engine:
                 )
             top = top[: answer.request.top_logprobs]
             event = answer.accept(token, logprob, top)
+            if sequence.grammar is not None and not answer.ended:
+                sequence.mask = sequence.grammar.allowed(answer.tokens).tobytes()
         except Exception as error:
             self._lose(sequence, error, news)
             return
@@ -477,6 +484,9 @@ class Engine:
     def _begin(self, run: Run, request: Request) -> Sequence:
         number = run.numbers_from + request.id
         sequence = Sequence(self._next_key, self._answer(request), number, run)
+        if request.json_schema is not None:
+            sequence.grammar = self._grammars.begin(request.json_schema)
+            sequence.mask = sequence.grammar.allowed(()).tobytes()
         self._next_key += 1
         self._next_number = max(self._next_number, number + 1)
         self._prompted += len(request.prompt)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 
-from mixtralkit.engine.sampler import SamplingOptions
+from mixtralkit.engine.sampler import Asked, SamplingOptions
 from mixtralkit.engine.tokenizer import TextStream, Tokenizer
 
 MOST_TOP_LOGPROBS = 20
@@ -28,6 +28,8 @@ class Request:
         top_logprobs: how many of the likeliest tokens are told with each token, the prompt's too where
             ``prompt_logprobs`` asks for these.
         ignore_eos: the tokenizer's end tokens are tokens like others.
+        min_tokens: no end token comes before so many others.
+        json_schema: a JSON text that the answer is to fit.
     """
 
     id: int
@@ -41,6 +43,8 @@ class Request:
     logprobs: bool = False
     top_logprobs: int = 0
     ignore_eos: bool = False
+    min_tokens: int = 0
+    json_schema: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.max_gen_len, bool) or not isinstance(self.max_gen_len, int) or self.max_gen_len < 0:
@@ -49,11 +53,20 @@ class Request:
             raise ValueError(f"stop ({self.stop!r}) must be texts of at least one character")
         if not 0 <= self.top_logprobs <= MOST_TOP_LOGPROBS:
             raise ValueError(f"top_logprobs ({self.top_logprobs}) must lie in 0 … {MOST_TOP_LOGPROBS}")
+        if isinstance(self.min_tokens, bool) or not isinstance(self.min_tokens, int) or self.min_tokens < 0:
+            raise ValueError(f"min_tokens ({self.min_tokens!r}) must be a whole number of at least 0")
+        if self.json_schema is not None and (self.min_tokens or self.ignore_eos):
+            raise ValueError("json_schema needs an answer that ends where it fits: no min_tokens and no ignore_eos")
 
     @property
     def drawn_by(self) -> tuple[int, int]:
         """What, with the position, decides what is drawn."""
         return self.sampling.seed, self.id if self.draw_id is None else self.draw_id
+
+    @property
+    def asks(self) -> bool:
+        """Whether logits are changed before its tokens are chosen."""
+        return self.sampling.asks or self.min_tokens > 0 or self.json_schema is not None
 
 
 @dataclass(frozen=True)
@@ -208,6 +221,14 @@ class Answer:
             return prompt[start:stop]
         return (*prompt[start:], *self.tokens[max(0, start - len(prompt)) : stop - len(prompt)])
 
+    @property
+    def asked(self) -> Asked | None:
+        """What the request asks of the logits, if anything."""
+        request = self.request
+        if not request.asks:
+            return None
+        return Asked(request.sampling, request.prompt, tuple(self.tokens), request.min_tokens, tuple(self._ends))
+
     def accept(self, token: int, logprob: float, top: Top = ()) -> StreamEvent | None:
         """Takes the next token; the event is None when it completes no text and ends nothing."""
         if token in self._ends:
@@ -259,7 +280,8 @@ class Answer:
         """Tokens that no event has carried yet: those whose text is certain, up to the last one with any, or all with
         the ``texts`` that an answer at its end has."""
         own, end, certain = self._texts if texts is None else texts, self._told, self._told_certain
-        for place in range(self._told, len(own)):
+        last = len(own) - (texts is None and self._stream.is_unfinished)
+        for place in range(self._told, last):
             certain += len(own[place])
             if texts is None and certain > self._certain:
                 break

@@ -25,6 +25,7 @@ from mixtralkit.distributed import RankContext
 from mixtralkit.engine.graphs import Graphs, Run
 from mixtralkit.engine.requests import MOST_TOP_LOGPROBS, Top
 from mixtralkit.engine.sampler import (
+    SlotRules,
     gather_vocabulary,
     logprobs_of,
     sample_each,
@@ -175,6 +176,7 @@ class Runner:
         self._relocations = model.store.relocations
         self._in: dict[int, Arrival] = {}  # by slot
         self._rows, self._filled = Rows(), 0
+        self._rules: SlotRules | None = None  # from the first request on that asks
         layers, experts = model.params.n_layers, model.params.num_experts
         self._first_key_L11 = torch.arange(layers, device=self.context.device)[:, None, None] * experts
         self.counts_choices = counts_choices
@@ -194,7 +196,21 @@ class Runner:
         tables = plan.tables[self._owner]
         self.cache.place([(slot, at + i, page) for slot, at, pages in tables for i, page in enumerate(pages)])
         self._in.update({new.slot: new for new in plan.arrivals if new.owner == self._owner})
+        self._heed(plan)
         return self._mixed(plan, observed) if plan.has_chunks else self._decode(plan, observed, may_capture)
+
+    def _heed(self, plan: StepPlan) -> None:
+        """What sequences ask of their logits goes to their slots."""
+        mine = [new for new in plan.arrivals if new.owner == self._owner]
+        if self._rules is None and (plan.asks or any(new.asked is not None for new in mine)):
+            self._rules = SlotRules(self.cache.slots, self.model.params.vocab_size, self.context.device)
+        if self._rules is None:
+            return
+        for new in mine:
+            self._rules.place(new.slot, new.asked)
+        if plan.masks and plan.masks[self._owner]:
+            slots, masks = zip(*plan.masks[self._owner], strict=True)
+            self._rules.allow(slots, np.stack([np.frombuffer(mask, dtype=np.int32) for mask in masks]))
 
     def observed(self, flight: Flight, surplus: Many[int]) -> tuple[ForwardBatch, list[MoEReport]] | None:
         """This rank's rows as an ``Observe`` takes them, but for those of the slots in ``surplus`` and those that were
@@ -234,7 +250,7 @@ class Runner:
         if observed:
             kept = (own.tokens_B[:rows], own.positions_B[:rows], own.slots_B[:rows])
             batch = ForwardBatch(*(x.clone() for x in kept), self._spans([1] * len(self._rows.slots), self._rows))
-        kind = (plan.draws, True) if plan.tops else (plan.draws,)
+        kind = (plan.draws, plan.asks, bool(plan.tops))
         run = self._graphs.run(
             (rows, *kind),
             lambda: self._decoded(own, rows, *kind),
@@ -272,11 +288,11 @@ class Runner:
         keys = [(*self._in[slot].drawn_by, position + 1) for slot, position in zip(slots, positions, strict=True)]
         self._own.uniforms_B[: len(keys)].copy_(self._upload([uniform(*key) for key in keys], torch.float32))
 
-    def _decoded(self, of: _Memory, rows: int, draws: bool, tops: bool = False) -> _Answers:
+    def _decoded(self, of: _Memory, rows: int, draws: bool, asks: bool, tops: bool) -> _Answers:
         batch = ForwardBatch.of_rows(of.tokens_B[:rows], of.positions_B[:rows], of.slots_B[:rows], rows)
         hidden, reports = self.model.hidden(self.model.attend_to(replace(batch, observed=self._counts), self.cache))
         part_BV = self.model.logits(hidden)
-        self._sample(part_BV, of, draws)
+        self._sample(part_BV, of, draws, (batch.slots_T, batch.positions_T) if asks else None)
         of.positions_B[:rows].add_(of.advance_B[:rows])
         counts_LE = self._counted(reports, of.slots_B[:rows]) if self._counts else None
         more = [self._tops(part_BV, len(of.slots_B))] if tops else []
@@ -310,7 +326,10 @@ class Runner:
         if plan.draws and sampled:
             self._set([self._in[slot] for slot, _, _ in sampled])
             self._draw([slot for slot, _, _ in sampled], [position for _, _, position in sampled])
-        self._sample(part_BV, own, plan.draws)
+        asking = None
+        if plan.asks:
+            asking = self._upload([[s for s, _, _ in sampled], [p for _, _, p in sampled]], torch.int64).unbind()
+        self._sample(part_BV, own, plan.draws, asking)
         counts_LE = torch.stack([_choices(report) for report in reports]) if self._counts else None
         most_scored = max(sum(len(chunk.targets) for chunk in of) for of in plan.chunks)
         scores_M = torch.zeros(most_scored, device=self.context.device)
@@ -332,11 +351,23 @@ class Runner:
             start += length
         return tuple(spans)
 
-    def _sample(self, part_BV: torch.Tensor, of: _Memory, draws: bool) -> None:
-        """The next token of each row, into the first of ``of``; nothing waits."""
+    def _sample(
+        self, part_BV: torch.Tensor, of: _Memory, draws: bool, asking: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> None:
+        """The next token of each row, into the first of ``of``; nothing waits.
+
+        ``asking``: the rows' slots and positions where some ask something of their logits.
+        """
         rows = len(part_BV)
-        if draws:  # all ranks with a part of the vocabulary have the same rows
-            tokens_B, logprobs_B = sample_each(self._whole(part_BV), of.settings_4B[:, :rows], of.uniforms_B[:rows])
+        if draws or asking is not None:  # all ranks with a part of the vocabulary have the same rows
+            logits_BV, drawn, adjusted_BV = self._whole(part_BV), (None, None), None
+            if draws:
+                drawn = (of.settings_4B[:, :rows], of.uniforms_B[:rows])
+            if asking is not None:
+                adjusted_BV = self._rules.adjusted(logits_BV, *asking)
+            tokens_B, logprobs_B = sample_each(logits_BV, *drawn, adjusted_BV)
+            if asking is not None:
+                self._rules.count(asking[0], tokens_B)
         else:
             tokens_B, logprobs_B = sample_likeliest(part_BV, self.model.layout.vocab[0], self._parts)
         of.tokens_B[:rows].copy_(tokens_B)

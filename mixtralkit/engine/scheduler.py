@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from mixtralkit.cache.pages import KnownPage, PagePool
+from mixtralkit.engine.grammar import Grammar
 from mixtralkit.engine.requests import Answer
 from mixtralkit.engine.step_plan import Arrival, Chunk, Rows, StepPlan
 
@@ -37,6 +38,7 @@ class Sequence:
         prefilling: less is computed than all but its last token.
         scored: prompt tokens whose log-probabilities were asked for in a launched step.
         stops: it gets no more steps.
+        mask: bits of the tokens that may come next, where a grammar says so. Then no step can run ahead of its tokens.
     """
 
     key: int
@@ -54,6 +56,8 @@ class Sequence:
     prefilling: bool = True
     scored: int = 1
     stops: bool = False
+    grammar: Grammar | None = None
+    mask: bytes | None = None
 
     @property
     def longest(self) -> int:
@@ -197,6 +201,8 @@ class Scheduler:
         for sequence in list(owner.running):
             if sequence.slot < 0 or sequence.prefilling or not sequence.goes_on:
                 continue
+            if sequence.unread and sequence.mask is not None:
+                continue
             if sequence.computed == len(sequence.pages) * self.page_size:
                 if not self._make_room(owner, sequence):
                     is_short = True
@@ -287,7 +293,9 @@ class Scheduler:
         self._extend(owner, sequence, self._pages_of(answer.length) - len(known), made, [page.page for page in known])
         bisect.insort(owner.running, sequence, key=lambda s: s.key)
         request = answer.request
-        made.arrivals.append(Arrival(owner.number, sequence.slot, sequence.number, request.sampling, request.drawn_by))
+        made.arrivals.append(
+            Arrival(owner.number, sequence.slot, sequence.number, request.sampling, request.drawn_by, answer.asked)
+        )
 
     def _chunk(self, sequence: Sequence, made: _Making, budget: int) -> int:
         """Plans as much of what a sequence has as the budget allows; how many tokens these are."""
@@ -359,6 +367,7 @@ class Scheduler:
         plan = StepPlan(
             self.step, rows and [Rows(*columns) for columns in rows], made.chunks, made.arrivals, made.tables,
             any(r.sampling.temperature > 0 for r in running), max((r.top_logprobs for r in running), default=0),
+            any(r.asks for r in running), [[(s.slot, s.mask) for s in own if s.mask is not None] for own in sampled],
         )  # fmt: skip
         self._last = sampled if is_decode else None
         for own in self._newest:

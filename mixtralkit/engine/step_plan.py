@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from mixtralkit.engine.requests import Top
-from mixtralkit.engine.sampler import SamplingOptions
+from mixtralkit.engine.sampler import Asked, SamplingOptions
 
 
 class Rows(msgspec.Struct, array_like=True):
@@ -38,13 +38,14 @@ class Chunk(msgspec.Struct, array_like=True):
 
 
 class Arrival(msgspec.Struct, array_like=True):
-    """A sequence that takes a slot of an owner: what decides its draws, and its number for observers."""
+    """A sequence that takes a slot of an owner: what decides its draws, its number for observers, what it asks."""
 
     owner: int
     slot: int
     number: int
     sampling: SamplingOptions
     drawn_by: tuple[int, int]
+    asked: Asked | None = None
 
 
 class StepPlan(msgspec.Struct, array_like=True):
@@ -57,6 +58,7 @@ class StepPlan(msgspec.Struct, array_like=True):
         arrivals: sequences with a slot since the last step.
         tables: (slot, which pages of the sequence from here on, pages) that have changed.
         draws: some row is not greedy. tops: how many of the likeliest tokens are told with each.
+        asks: some row's logits are changed. masks: (slot, bits of the tokens that a grammar allows next) of rows.
     """
 
     number: int
@@ -66,6 +68,8 @@ class StepPlan(msgspec.Struct, array_like=True):
     tables: list[list[tuple[int, int, list[int]]]]
     draws: bool
     tops: int = 0
+    asks: bool = False
+    masks: list[list[tuple[int, bytes]]] = []
 
     @property
     def has_chunks(self) -> bool:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
-from mixtralkit.config import EngineConfig, ParallelConfig
+from mixtralkit.config import CacheOptions, EngineConfig, ParallelConfig
 from mixtralkit.distributed import RankContext
-from mixtralkit.mixtral import Mixtral
+from mixtralkit.mixtral import Mixtral, pages_of
 from mixtralkit.planning.memory import Room, rank_memory
 from mixtralkit.planning.plan import contiguous
-from tests.engine.parts import engine_config, make_checkpoint
+from tests.engine.parts import engine_config, make_checkpoint, make_model
 from tests.ranks import run_ranks
 
 
@@ -47,4 +48,23 @@ def test_the_memory_model_knows(tmp_path, cache_tokens):
     _, size, *_ = _loaded(RankContext(), folder, "tp", {"cache_tokens": cache_tokens})
     room = Room(4, 64, 100, data_bytes=4, page_size=16, cache_tokens=cache_tokens)
     plan = contiguous(config.n_layers, config.num_experts, 1)
-    assert rank_memory(config, ParallelConfig("tp", "ep"), plan, room).cache == size
+    assert rank_memory(config, ParallelConfig("tp", "ep"), plan, room).cache == pytest.approx(size / 1e9)
+
+
+def test_a_share_of_the_gpus_memory_is_that_many_pages(tmp_path, monkeypatch):
+    config = engine_config()
+    folder = make_checkpoint(tmp_path, config)
+    model = make_model(RankContext(), config)
+    own = CacheOptions(cache_share=0.5, page_size=16)
+    with pytest.raises(ValueError, match=r"cache_share \(0.5\) needs GPUs; cache_tokens says the same in tokens"):
+        Mixtral.load(EngineConfig.of(model=folder, cache=own), RankContext())
+    with pytest.raises(ValueError, match=r"cache_share \(0.5\) cannot be given with cache_tokens"):
+        CacheOptions(cache_share=0.5, cache_tokens=9)
+    page = model.allocate_cache(16, 1)
+    size = page.keys.nbytes + page.values.nbytes
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (11 * size, 99 * size))
+    model.context = RankContext(device=torch.device("cuda"))
+    assert pages_of(own, model) == 5
+    assert pages_of(CacheOptions(cache_share=0.01, page_size=16), model) == 1
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**12, 10**12))
+    assert pages_of(own, model) == 4 * 4  # no more than all sequences can need
