@@ -112,7 +112,7 @@ class _Load:
             **_latencies("ttft", [e.times_s[0] - e.asked_s for e in poisson if e.times_s]),
             **_latencies("itl", [b - a for e in poisson for a, b in zip(e.times_s, e.times_s[1:], strict=False)]),
             "memory_mb_before": before["memory_mb"], "memory_mb_after": after["memory_mb"],
-            "pages_left": after["pages"], "preemptions": after["preemptions"],
+            "pages_left": after["pages"], "preemptions": after["preemptions"], "ranks": after["ranks"],
         }  # fmt: skip
 
     async def _poisson(self, seconds: float, rate: float) -> list[Seen]:
