@@ -29,6 +29,7 @@ from mixtralkit.engine.sampler import SamplingOptions
 from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.layout import RankLayout
 from mixtralkit.model.transformer import Transformer
+from mixtralkit.moe.weights import parse_weights
 from mixtralkit.planning.formats import load_plan
 from mixtralkit.planning.plan import ExpertPlan, contiguous
 
@@ -96,7 +97,7 @@ class Mixtral:
         with context.agreed():
             check_world_size(context.world_size, config.limits.num_gpus)
             reader, tokenizer = open_source(config.source) if source is None else source
-        config = with_free_memory(config, context)
+        config = with_free_memory(with_weights(config, reader), context)
         with context.agreed():
             architecture = reader.config.with_limits(config.cache.max_seq_len, config.limits.max_batch_size)
             layout = choose_layout(architecture, context, config)
@@ -285,14 +286,21 @@ def open_source(source: SourceOptions) -> tuple[CheckpointReader, Tokenizer]:
     return reader, tokenizer
 
 
+def with_weights(config: EngineConfig, reader: CheckpointReader) -> EngineConfig:
+    """The same, with a ``quantize`` that is left out as the checkpoint has it; names are whole."""
+    asked = parse_weights(config.limits.quantize) if config.limits.quantize else reader.weights
+    return config if asked.is_plain else config.but(quantize=asked.name)
+
+
 def choose_layout(model: ModelConfig, context: RankContext, config: EngineConfig | None = None) -> RankLayout:
     """This rank's share of the model; plan ``auto`` takes what fits ``memory_gb``, see ``with_free_memory``."""
     config = EngineConfig() if config is None else config
     world, asked, plan = context.world_size, config.parallel, config.parallel.plan
+    weights = parse_weights(config.limits.quantize)
     if not isinstance(plan, ExpertPlan) and str(plan) == "auto":
         chosen = choose_automatically(model, context, config)
         if chosen is not None:
-            return RankLayout(model, *chosen, context.rank)
+            return RankLayout(model, *chosen, context.rank, weights)
         plan = None
     attention = asked.attention
     if attention == "auto":
@@ -304,7 +312,7 @@ def choose_layout(model: ModelConfig, context: RankContext, config: EngineConfig
     elif not isinstance(plan, ExpertPlan):
         plan = load_plan(plan, num_experts=model.num_experts, world_size=world)
     parallel = ParallelConfig(attention, "ep" if asked.experts == "auto" else asked.experts)
-    return RankLayout(model, parallel, plan, context.rank)
+    return RankLayout(model, parallel, plan, context.rank, weights)
 
 
 def pages_of(options: CacheOptions, model: Transformer) -> int | None:

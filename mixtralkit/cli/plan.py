@@ -10,8 +10,9 @@ from typing import Literal
 
 from mixtralkit.cli.run import command
 from mixtralkit.config import ModelConfig, parse_dtype, shipped
-from mixtralkit.config.engine import Dtype
+from mixtralkit.config.engine import Dtype, Quantize
 from mixtralkit.config.options import Count, Natural, Options, Positive, Share
+from mixtralkit.moe.weights import parse_weights
 from mixtralkit.planning.cost import ModelShape
 from mixtralkit.planning.formats import save_plan
 from mixtralkit.planning.hardware import Hardware
@@ -41,6 +42,7 @@ class PlanRequest(Options):
         num_experts: Experts of the model, for a trace that does not say.
         model: params.json or config.json with the sizes of the model, or the name of one in configs/models.
         dtype: Of the weights.
+        quantize: Format of the experts' weights (docs/quantised.md); left out, dtype.
         hardware: Machine for shadow and auto, a file or the name of one in configs/hardware.
         batch: shadow and auto: tokens of a step on each rank.
     """
@@ -52,6 +54,7 @@ class PlanRequest(Options):
     num_experts: Count | None = None
     model: Path = Path("mixtral-8x7b")
     dtype: Dtype = "bfloat16"
+    quantize: Quantize | None = None
     hardware: Path = Path("h200")
     batch: Count = 64
 
@@ -70,6 +73,7 @@ class PolicyOptions(Options):
         cut_order: hot_cold: which rows these are; weight keeps the heaviest choices, arrival the first.
         load_cap: affinity: most load of a rank in a layer, as a multiple of the mean.
         num_groups: balanced: groups of experts that stay on one node each (hierarchical); global without it.
+        shares: balanced: what is made even, loads as they are poured here, or in equal parts of replicas, as in SGLang.
         finetune_threshold: two_phase: total-variation distance above which a layer is corrected; Lina's rule without.
         shadow_steps: shadow: steps over which sending the weights is paid.
         dispatcher: auto: how the plan will run: exact, static, two_stage, coherent, replicated or symmetric.
@@ -84,6 +88,7 @@ class PolicyOptions(Options):
     cut_order: Literal["weight", "arrival"] = "weight"
     load_cap: Positive | None = None
     num_groups: Count | None = None
+    shares: Literal["poured", "equal"] = "poured"
     finetune_threshold: Share | None = None
     shadow_steps: Positive = 1.0
     dispatcher: str = "exact"
@@ -146,7 +151,7 @@ def _options(policy: str, only: PolicyOptions) -> dict[str, object]:
 def _read(path: Path, request: PlanRequest) -> Given:
     trace, loads_LE = load_routing(path, request.num_experts)
     model = ModelConfig.from_file(shipped("models", request.model))
-    shape = ModelShape.of(model, parse_dtype(request.dtype).itemsize)
+    shape = ModelShape.of(model, parse_dtype(request.dtype).itemsize, parse_weights(request.quantize))
     shape = replace(shape, num_experts=loads_LE.shape[1], top_k=shape.top_k if trace is None else trace.top_k)
     budget = Budget(request.slots_per_rank, request.memory_gb, shape.expert_bytes)
     budget.slots(*loads_LE.shape, request.world_size)

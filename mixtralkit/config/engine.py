@@ -17,7 +17,9 @@ from mixtralkit.config.options import (
     Share,
     Variable,
 )  # fmt: skip
+from mixtralkit.moe.weights import FORMATS
 
+Quantize = Annotated[str, Rule(f"one of {', '.join(FORMATS)}", FORMATS.__contains__)]
 Dtype = Annotated[str, Rule(f"one of {', '.join(DTYPES)}", lambda dtype: str(dtype).removeprefix("torch.") in DTYPES)]
 PageSize = Annotated[
     int, Rule("that is a power of two of at least 16", lambda size: size >= 16 and size & (size - 1) == 0)
@@ -200,16 +202,19 @@ class LimitOptions(Options):
         cuda_graphs: Capture decode steps as CUDA graphs, where the device has them.
         seed: Decides what is drawn at a temperature above 0; the same seed gives the same text.
         dtype: bfloat16, float16 or float32; left out, bfloat16 on a GPU and float32 on a CPU.
+        quantize: Round the experts' weights to this format while they load; int4 is int4:32, fp8 is fp8:channel. Left
+            out, they stay as the checkpoint has them (docs/quantised.md).
         device: cpu or cuda; left out, cuda where there is one.
         num_gpus: The number of ranks, for scripts that state it; torchrun decides it.
     """
 
     max_batch_size: Count = 8
     prefill_budget: Count = 8192
-    mixed_budget: Count = 1024
+    mixed_budget: Count = 768
     cuda_graphs: bool = True
     seed: Natural = 1
     dtype: Dtype | None = None
+    quantize: Quantize | None = None
     device: str | None = None
     num_gpus: Count | None = None
 

@@ -116,7 +116,7 @@ class MoELayer(nn.Module):
         rows = StepRows() if rows is None else rows
         routing, hidden = self.gate(hidden)
         phases = None if rows.flight is None else rows.flight.at(self.layer, routing.experts_TK)
-        trains = torch.is_grad_enabled() and self.experts.w13.requires_grad
+        trains = self.experts.trains
         experts, table, report = self.experts, self.table, None
         if self.shadows is not None and trains:
             self.shadows.forget()  # the weights are about to change

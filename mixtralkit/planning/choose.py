@@ -102,7 +102,7 @@ def candidates(situation: Situation) -> list[Candidate]:
     config, world, room = situation.config, situation.world_size, situation.room
     given = Given(
         situation.loads_LE, world, situation.trace, situation.ranks_per_node,
-        shape=ModelShape.of(config, room.data_bytes), hardware=situation.hardware,
+        shape=ModelShape.of(config, room.data_bytes, room.weights), hardware=situation.hardware,
         rows=room.batch * config.num_experts_per_tok,
     )  # fmt: skip
     names = candidate_names(given, config.num_experts) if world > 1 else ["contiguous"]

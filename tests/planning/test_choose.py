@@ -12,6 +12,7 @@ import torch
 from mixtralkit.config import ModelConfig, ParallelConfig
 from mixtralkit.layout import RankLayout
 from mixtralkit.model.kv_cache import KVCache
+from mixtralkit.moe.weights import parse_weights
 from mixtralkit.ops.all_reduce import ONE_TRIP_ROWS, TWO_TRIP_ROWS, ReducerMemory
 from mixtralkit.ops.symmetric_exchange import ExchangeMemory
 from mixtralkit.planning.choose import Situation, candidates, choose, table
@@ -51,6 +52,25 @@ def test_weights_and_cache_are_those_of_the_fullest_rank(parallel, name):
         caches = [KVCache.allocate(layout, *kind) for layout in layouts]
         sizes = [sum(x.nbytes for x in (c.keys, c.values, c.tables_SM, c.rope_SC)) for c in caches]
         assert found.cache == pytest.approx(max(sizes) / 1e9)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4:128:zeros", "fp8:block"])
+@pytest.mark.parametrize("experts", ["tp", "ep"])
+def test_experts_in_fewer_bits_take_what_their_tensors_do(experts, name):
+    config, weights = replace(MIXTRAL, n_layers=2), parse_weights(name)
+    parallel, plan = ParallelConfig("tp", experts), contiguous(2, 8, 4)
+    layout = RankLayout(config, parallel, plan, 0, weights)
+    sizes = {name: part.itemsize(2) for matrix in ("w13", "w2") for name, part in weights.parameters(matrix)}
+    held = sum(int(np.prod(s)) * sizes.get(n.rpartition(".")[2], 2) for n, s in layout.shapes().items())
+    found = rank_memory(config, parallel, plan, Room(6, 100, 50, weights=weights))
+    assert found.weights == pytest.approx(held / 1e9)
+    assert found.weights < 0.65 * rank_memory(config, parallel, plan, Room(6, 100, 50)).weights
+
+
+def test_a_budget_takes_fewer_bits_where_it_needs_them():
+    room = replace(situation().room, weights=parse_weights("int4"))
+    plain, packed = (min(c.memory.weights for c in candidates(situation(room=r))) for r in (situation().room, room))
+    assert packed < 0.35 * plain
 
 
 def test_exchange_memory_is_what_the_kernels_take():
