@@ -52,7 +52,7 @@ def bench_throughput(
     cache_tokens: Count = 300_000,
     page_size: Count = 128,
     prefill_budget: Count = 8192,
-    mixed_budget: Count = 1024,
+    mixed_budget: Count = 768,
     layers: Count | None = None,
     seed: int = 0,
     output: Path | None = None,

@@ -210,7 +210,7 @@ class LimitOptions(Options):
 
     max_batch_size: Count = 8
     prefill_budget: Count = 8192
-    mixed_budget: Count = 1024
+    mixed_budget: Count = 768
     cuda_graphs: bool = True
     seed: Natural = 1
     dtype: Dtype | None = None

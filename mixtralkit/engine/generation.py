@@ -21,6 +21,7 @@ from dataclasses import replace
 from mixtralkit.config import CacheOptions, LimitOptions
 from mixtralkit.distributed import RankFailed
 from mixtralkit.engine.control import Control
+from mixtralkit.engine.expert_rows import ExpertRows
 from mixtralkit.engine.grammar import Grammars
 from mixtralkit.engine.plan_manager import PlanManager
 from mixtralkit.engine.requests import Abort, Answer, Completion, Request, StreamEvent, Top, check_prompt
@@ -48,6 +49,9 @@ class Engine:
             kernel by kernel.
         mixed_budget: prompt tokens of a step while most sequences decode; None for as many as ever.
         prefix_reuse: what is in the cache of earlier requests that began alike is not computed again.
+
+    Attributes:
+        expert_rows: where each step counts the experts that its rows chose; on every rank or on none.
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class Engine:
         self._step_s = 0.0
         self._taken_at: float | None = None
         self._busy_since: float | None = None
+        self.expert_rows: ExpertRows | None = None
         self.reset()
 
     def complete(self, requests: Iterable[Request]) -> list[Completion]:
@@ -142,8 +147,11 @@ class Engine:
             prompt_tokens=self._prompted, generation_tokens=self._generated, step_s=self._step_s,
             busy_since=self._busy_since,
         )  # fmt: skip
-        if scheduler is None:
-            return totals
+        if scheduler is None:  # before the first step
+            cache, owners = self.model.cache, self.model.ranks_with_own_sequences
+            if cache is None:
+                return totals
+            return replace(totals, pages=owners * cache.pages, page_size=cache.page_size)
         pools = [owner.pool for owner in scheduler.owners]
         pages, free = sum(pool.pages for pool in pools), sum(pool.free for pool in pools)
         return replace(
@@ -273,7 +281,8 @@ class Engine:
             self._control = Control(self.context)
         if self.model.cache is None:
             self.model.allocate_cache()
-        cache, counts, runner = self.model.cache, self.plan_manager is not None, self._runner
+        counts = self.plan_manager is not None or self.expert_rows is not None
+        cache, runner = self.model.cache, self._runner
         if runner is not None and runner.cache is cache and runner.counts_choices == counts:
             return
         if self._flights or any(run.sequences for run in self._runs.values()):  # what runs needs what it has
@@ -338,6 +347,8 @@ class Engine:
         may_capture = manager is None or not manager.in_pass
         flight = self._runner.launch(message.plan, self.observe is not None, may_capture)
         flights.append((flight, planned))
+        if self.expert_rows is not None:
+            self.expert_rows.add(flight.counts_LE)
         if manager is not None and flight.counts_LE is not None:
             manager.launched(flight)
 

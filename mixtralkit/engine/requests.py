@@ -97,7 +97,8 @@ class Completion:
     prompt's tokens, 0.0 for the first, which nothing predicts; None unless asked for. ``finish_reason`` is
     ``"stop"`` (end token or stop string), ``"length"``, ``"interrupted"``, ``"aborted"`` or ``"error"``.
     ``token_texts`` are what each token adds to an answer that goes on from its prompt; joined they are ``text``, but
-    for the space that its first word loses. ``end_token`` is the one that ended it, None where none did.
+    for the space that its first word loses. ``end_token`` is the one that ended it, None where none did; ``end`` tells
+    its log-probability too.
     ``top_logprobs`` and ``prompt_top_logprobs`` are the likeliest tokens at each place, None unless asked for.
     ``cached_tokens`` of the prompt had not to be computed.
     """
@@ -113,6 +114,7 @@ class Completion:
     top_logprobs: list[Top] | None = None
     prompt_top_logprobs: list[Top] | None = None
     cached_tokens: int = 0
+    end: Token | None = None
 
     @property
     def texts(self) -> list[str]:
@@ -232,7 +234,7 @@ class Answer:
     def accept(self, token: int, logprob: float, top: Top = ()) -> StreamEvent | None:
         """Takes the next token; the event is None when it completes no text and ends nothing."""
         if token in self._ends:
-            return self.finish("stop", end_token=token)
+            return self.finish("stop", end=Token(token, logprob, "", top))
         self.tokens.append(token)
         self.logprobs.append(logprob)
         if self.request.top_logprobs:
@@ -250,9 +252,7 @@ class Answer:
         self.deltas.append(delta)
         return StreamEvent(self.request.id, delta, tokens=self._newly_told() if self.request.logprobs else ())
 
-    def finish(
-        self, reason: str, delta: str = "", end_token: int | None = None, error: str | None = None
-    ) -> StreamEvent:
+    def finish(self, reason: str, delta: str = "", end: Token | None = None, error: str | None = None) -> StreamEvent:
         """The last event, with whatever text was held back."""
         if not self._stops.stopped:
             rest = self._stream.finish()
@@ -265,8 +265,9 @@ class Answer:
         told = self._newly_told(texts) if request.logprobs else ()
         completion = Completion(
             request.id, self.tokens, self.logprobs, self.prompt_logprobs if request.prompt_logprobs else None,
-            "".join(self.deltas), reason, texts, end_token, self.top_logprobs if request.top_logprobs else None,
+            "".join(self.deltas), reason, texts, end and end.id, self.top_logprobs if request.top_logprobs else None,
             self.prompt_top_logprobs if request.top_logprobs and request.prompt_logprobs else None, self.cached_tokens,
+            end,
         )  # fmt: skip
         return StreamEvent(request.id, delta, reason, completion, told, error)
 

@@ -364,9 +364,10 @@ class Scheduler:
             for row, sequence in enumerate(own):
                 sequence.row = row
         running = [s.answer.request for own in sampled for s in own]
+        told = [*running, *(s.answer.request for own in made.scored for s, _ in own)]
         plan = StepPlan(
             self.step, rows and [Rows(*columns) for columns in rows], made.chunks, made.arrivals, made.tables,
-            any(r.sampling.temperature > 0 for r in running), max((r.top_logprobs for r in running), default=0),
+            any(r.sampling.temperature > 0 for r in running), max((r.top_logprobs for r in told), default=0),
             any(r.asks for r in running), [[(s.slot, s.mask) for s in own if s.mask is not None] for own in sampled],
         )  # fmt: skip
         self._last = sampled if is_decode else None
