@@ -9,6 +9,7 @@ import torch
 
 from mixtralkit.config import EngineConfig, ModelConfig, ParallelConfig, parse_dtype, shipped
 from mixtralkit.distributed import RankContext
+from mixtralkit.moe.weights import parse_weights
 from mixtralkit.planning.choose import Situation, candidates, choose, table
 from mixtralkit.planning.fused_cost import MOST_RANKS
 from mixtralkit.planning.hardware import Hardware, nearest
@@ -53,6 +54,8 @@ def choose_automatically(
         model.max_batch_size, model.max_seq_len, config.limits.prefill_budget,
         moe.symmetric_rows if wanted and context.world_size <= MOST_RANKS else 0,
         dtype.itemsize, moe.shadow_memory_gb if moe.copies_experts else 0.0, config.cache.page_size,
+        config.cache.cache_tokens,
+        parse_weights(config.limits.quantize),
     )  # fmt: skip
     situation = Situation(
         model, hardware, context.world_size, room, attention, asked.experts,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from mixtralkit.config import ModelConfig, ParallelConfig
+from mixtralkit.moe.weights import PLAIN, ExpertWeights
 from mixtralkit.planning.plan import ExpertPlan, contiguous
 
 
@@ -18,7 +19,7 @@ from mixtralkit.planning.plan import ExpertPlan, contiguous
 class Piece:
     """``parameters[target][at] = checkpoint[source][rows, columns]``.
 
-    ``source`` is a name of Mistral's one-file format (see ``canonical_shapes``). ``rows`` and ``columns`` are
+    ``source`` is a name of ``canonical_shapes``. ``rows`` and ``columns`` are
     half-open bounds; columns is None for a vector. ``at`` is (rows,) of a matrix or vector, or (slot, rows) of
     stacked experts, with rows half-open bounds as well.
     """
@@ -29,9 +30,17 @@ class Piece:
     target: str
     at: tuple[int | slice, ...]
 
+    @property
+    def is_expert(self) -> bool:
+        """Whether it is of an expert's matrix, which may be in some format of fewer bits."""
+        return len(self.at) > 1
 
-def canonical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a whole checkpoint in Mistral's one-file format, in its usual order."""
+
+def canonical_shapes(config: ModelConfig, weights: ExpertWeights = PLAIN) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a whole checkpoint in Mistral's one-file format, in its usual order.
+
+    Experts in another format have its parts in place of ``weight``: ``layers.0.feed_forward.experts.0.w1.data`` ….
+    """
     dim, hidden = config.dim, config.hidden_dim
     q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (config.vocab_size, dim)}
@@ -46,9 +55,9 @@ def canonical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes[prefix + "feed_forward.gate.weight"] = (config.num_experts, dim)
         for expert in range(config.num_experts):
             expert_prefix = f"{prefix}feed_forward.experts.{expert}."
-            shapes[expert_prefix + "w1.weight"] = (hidden, dim)
-            shapes[expert_prefix + "w2.weight"] = (dim, hidden)
-            shapes[expert_prefix + "w3.weight"] = (hidden, dim)
+            for matrix, size in (("w1", (hidden, dim)), ("w2", (dim, hidden)), ("w3", (hidden, dim))):
+                for part in weights.parts:
+                    shapes[f"{expert_prefix}{matrix}.{part.name}"] = weights.shape(part, *size)
     shapes["norm.weight"] = (dim,)
     shapes["output.weight"] = (config.vocab_size, dim)
     return shapes
@@ -65,12 +74,15 @@ class RankLayout:
         output.weight [V of rank, D]                 layers.i.feed_forward.w2  [S, D, F]
         layers.i.attention_norm.weight [D]           layers.i.attention.wqkv.weight [(H + 2J)·C, D]
         layers.i.ffn_norm.weight [D]                 layers.i.attention.wo.weight [D, H·C]
+
+    Where ``weights`` is not plain, w13 and w2 are the parts of that format, ``w13_data`` …, of w1 above those of w3.
     """
 
     config: ModelConfig
     parallel: ParallelConfig
     plan: ExpertPlan
     rank: int = 0
+    weights: ExpertWeights = PLAIN
 
     def __post_init__(self) -> None:
         config, world = self.config, self.plan.world_size
@@ -89,6 +101,7 @@ class RankLayout:
                 )
         if self.parallel.experts == "tp" and config.hidden_dim < world:
             raise ValueError(f"hidden_dim ({config.hidden_dim}) must be at least the world size ({world})")
+        self.weights.check_cut("hidden_dim", config.hidden_dim, self.hidden)
 
     @classmethod
     def single(cls, config: ModelConfig) -> RankLayout:
@@ -145,14 +158,18 @@ class RankLayout:
             shapes[prefix + "attention_norm.weight"] = (config.dim,)
             shapes[prefix + "ffn_norm.weight"] = (config.dim,)
             shapes[prefix + "feed_forward.gate.weight"] = (config.num_experts, config.dim)
-            shapes[prefix + "feed_forward.w13"] = (slots, 2 * hidden, config.dim)
-            shapes[prefix + "feed_forward.w2"] = (slots, config.dim, hidden)
+            for matrix, size in (("w13", (hidden, config.dim, 2)), ("w2", (config.dim, hidden))):
+                for name, part in self.weights.parameters(f"{prefix}feed_forward.{matrix}"):
+                    shapes[name] = (slots, *self.weights.shape(part, *size))
         shapes["norm.weight"] = (config.dim,)
         shapes["output.weight"] = (vocab, config.dim)
         return shapes
 
     def pieces(self) -> Iterator[Piece]:
-        """Every piece of the checkpoint this rank needs, each element of its parameters exactly once."""
+        """Every piece of the checkpoint this rank needs, each element of its parameters exactly once.
+
+        Experts' are those of the plain format; ``parts`` has what holds them here.
+        """
         config = self.config
         whole_dim = (0, config.dim)
         yield _rows("tok_embeddings.weight", (0, config.vocab_size), whole_dim, "tok_embeddings.weight")
@@ -163,6 +180,18 @@ class RankLayout:
             yield from self._expert_pieces(layer)
         yield _rows("norm.weight", whole_dim, None, "norm.weight")
         yield _rows("output.weight", self.vocab, whole_dim, "output.weight")
+
+    def parts(self, piece: Piece) -> tuple[Piece, ...]:
+        """The pieces of the format's tensors that hold a piece of an expert; of any other, itself."""
+        if not piece.is_expert or self.weights.is_plain:
+            return (piece,)
+        (slot, at), found = piece.at, []
+        for target, part in self.weights.parameters(piece.target):
+            rows, columns = self.weights.bounds(part, piece.rows, piece.columns)
+            place = at.start // (at.stop - at.start) * (rows[1] - rows[0])  # w3 behind w1
+            source = f"{piece.source.removesuffix('weight')}{part.name}"
+            found.append(Piece(source, rows, columns, target, (slot, slice(place, place + rows[1] - rows[0]))))
+        return tuple(found)
 
     def _attention_pieces(self, prefix: str) -> Iterator[Piece]:
         head_dim, start = self.config.head_dim, 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,15 @@ import torch
 
 from mixtralkit.automatic import choose_automatically, with_free_memory
 from mixtralkit.checkpoint import CheckpointReader, load_into, open_checkpoint
-from mixtralkit.config import EngineConfig, LimitOptions, ModelConfig, ParallelConfig, SourceOptions, parse_dtype
+from mixtralkit.config import (
+    CacheOptions,
+    EngineConfig,
+    LimitOptions,
+    ModelConfig,
+    ParallelConfig,
+    SourceOptions,
+    parse_dtype,
+)
 from mixtralkit.distributed import RankContext
 from mixtralkit.engine.chat import Message, encode_chat
 from mixtralkit.engine.generation import Engine
@@ -20,6 +29,7 @@ from mixtralkit.engine.sampler import SamplingOptions
 from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.layout import RankLayout
 from mixtralkit.model.transformer import Transformer
+from mixtralkit.moe.weights import parse_weights
 from mixtralkit.planning.formats import load_plan
 from mixtralkit.planning.plan import ExpertPlan, contiguous
 
@@ -29,11 +39,14 @@ class Mixtral:
 
     def __init__(
         self, model: Transformer, tokenizer: Tokenizer, limits: LimitOptions | None = None,
-        weight_hash: str | None = None,
+        weight_hash: str | None = None, prefix_reuse: bool = CacheOptions.prefix_reuse,
     ) -> None:  # fmt: skip
         self.model, self.tokenizer, self.weight_hash = model, tokenizer, weight_hash
         limits = limits or LimitOptions()
-        self.engine = Engine(model, tokenizer, limits.prefill_budget, cuda_graphs=limits.cuda_graphs)
+        self.engine = Engine(
+            model, tokenizer, limits.prefill_budget, cuda_graphs=limits.cuda_graphs,
+            mixed_budget=limits.mixed_budget, prefix_reuse=prefix_reuse,
+        )  # fmt: skip
         self.defaults = SamplingOptions(seed=limits.seed)
 
     @classmethod
@@ -84,14 +97,16 @@ class Mixtral:
         with context.agreed():
             check_world_size(context.world_size, config.limits.num_gpus)
             reader, tokenizer = open_source(config.source) if source is None else source
-        config = with_free_memory(config, context)
+        config = with_free_memory(with_weights(config, reader), context)
         with context.agreed():
             architecture = reader.config.with_limits(config.cache.max_seq_len, config.limits.max_batch_size)
             layout = choose_layout(architecture, context, config)
             model = Transformer(layout, context, choose_dtype(config.limits.dtype, context.device), config.moe)
-            model.allocate_cache(config.cache.page_size)
+        pages = pages_of(config.cache, model)
+        with context.agreed():
+            model.allocate_cache(config.cache.page_size, pages)
         weight_hash = load_into(model.named_tensors(), layout, reader, context, progress, hashes=hashes)
-        return cls(model, tokenizer, config.limits, weight_hash)
+        return cls(model, tokenizer, config.limits, weight_hash, config.cache.prefix_reuse)
 
     @classmethod
     def from_parts(cls, model: Transformer, tokenizer: Tokenizer, seed: int = 1) -> Mixtral:
@@ -200,6 +215,11 @@ class Mixtral:
         requests = [self.request(i, prompt, max_gen_len, **options) for i, prompt in enumerate(prompts)]
         return self.engine.run(requests, should_stop)
 
+    def generate_many(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        """Whole answers as they end, to any number of requests (``request``); of an iterator they are taken as there is
+        room."""
+        return (event.completion for event in self.engine.run(requests) if event.completion is not None)
+
     def complete(
         self,
         prompts: Sequence[str | Sequence[int] | Sequence[Message]],
@@ -218,9 +238,15 @@ class Mixtral:
         stop: str | Sequence[str] | None = None,
         prompt_logprobs: bool = False,
         stop_token_ids: Sequence[int] | None = None,
+        ignore_eos: bool = False,
+        min_tokens: int = 0,
+        json_schema: str | Mapping[str, Any] | None = None,
         **sampling: Any,
     ) -> Request:
-        """A request for the engine; ``id`` names the prompt in errors and, with the seed, decides what is drawn."""
+        """A request for the engine; ``id`` names the prompt in errors and, with the seed, decides what is drawn.
+
+        See ``Request``, and for ``sampling`` ``SamplingOptions``.
+        """
         unknown = set(sampling) - set(SamplingOptions.__dataclass_fields__)
         if unknown:
             raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
@@ -229,7 +255,8 @@ class Mixtral:
         stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
         return Request(
             id, encode_prompt(self.tokenizer, id, prompt), length, chosen, stops, bool(prompt_logprobs),
-            tuple(stop_token_ids or ()),
+            tuple(stop_token_ids or ()), ignore_eos=ignore_eos, min_tokens=min_tokens,
+            json_schema=json.dumps(json_schema) if isinstance(json_schema, Mapping) else json_schema,
         )  # fmt: skip
 
 
@@ -259,14 +286,21 @@ def open_source(source: SourceOptions) -> tuple[CheckpointReader, Tokenizer]:
     return reader, tokenizer
 
 
+def with_weights(config: EngineConfig, reader: CheckpointReader) -> EngineConfig:
+    """The same, with a ``quantize`` that is left out as the checkpoint has it; names are whole."""
+    asked = parse_weights(config.limits.quantize) if config.limits.quantize else reader.weights
+    return config if asked.is_plain else config.but(quantize=asked.name)
+
+
 def choose_layout(model: ModelConfig, context: RankContext, config: EngineConfig | None = None) -> RankLayout:
     """This rank's share of the model; plan ``auto`` takes what fits ``memory_gb``, see ``with_free_memory``."""
     config = EngineConfig() if config is None else config
     world, asked, plan = context.world_size, config.parallel, config.parallel.plan
+    weights = parse_weights(config.limits.quantize)
     if not isinstance(plan, ExpertPlan) and str(plan) == "auto":
         chosen = choose_automatically(model, context, config)
         if chosen is not None:
-            return RankLayout(model, *chosen, context.rank)
+            return RankLayout(model, *chosen, context.rank, weights)
         plan = None
     attention = asked.attention
     if attention == "auto":
@@ -278,7 +312,24 @@ def choose_layout(model: ModelConfig, context: RankContext, config: EngineConfig
     elif not isinstance(plan, ExpertPlan):
         plan = load_plan(plan, num_experts=model.num_experts, world_size=world)
     parallel = ParallelConfig(attention, "ep" if asked.experts == "auto" else asked.experts)
-    return RankLayout(model, parallel, plan, context.rank)
+    return RankLayout(model, parallel, plan, context.rank, weights)
+
+
+def pages_of(options: CacheOptions, model: Transformer) -> int | None:
+    """Pages of a rank's cache, the same on all; None for as many as its sequences can need. Collective."""
+    context, size = model.context, options.page_size
+    if options.cache_tokens is not None:
+        return max(1, options.cache_tokens // (model.ranks_with_own_sequences * size))
+    if options.cache_share is None:
+        return None
+    with context.agreed():
+        if context.device.type != "cuda":
+            raise ValueError(f"cache_share ({options.cache_share}) needs GPUs; cache_tokens says the same in tokens")
+        free = torch.cuda.mem_get_info(context.device)[0]
+    layout, params = model.layout, model.params
+    page_bytes = 2 * params.n_layers * (layout.kv_heads[1] - layout.kv_heads[0]) * size * params.head_dim
+    pages = min(context.all_gather_objects(int(options.cache_share * free) // (page_bytes * model.dtype.itemsize)))
+    return max(1, min(pages, model.sequences_per_rank * -(-params.max_seq_len // size)))
 
 
 def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:

@@ -6,12 +6,15 @@ import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks.model import bench_cpu as bench
 from mixtralkit.config import ModelConfig
+from mixtralkit.layout import RankLayout
+from mixtralkit.moe.weights import parse_weights
 from tests.configs import small_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,13 +56,22 @@ def test_our_weights_are_those_of_the_file(architecture, tmp_path):
     config = ModelConfig.from_file(architecture)
     path = tmp_path / "weights.gguf"
     peer.write_model(path, config, TOKENIZER, "f16")
-    ours = bench.Ours(config, bench.RankContext(), bench.parse_dtype("float16"), lambda t: peer.fill(t, path))
+    layout = RankLayout.single(config)
+    ours = bench.Ours(layout, bench.RankContext(), bench.parse_dtype("float16"), lambda t: peer.fill(t, layout, path))
     written = {tensor.name: tensor.data for tensor in peer.gguf.GGUFReader(path).tensors}
     tensors = ours.model.named_tensors()
     assert (tensors["layers.1.feed_forward.w2"].numpy() == written["blk.1.ffn_down_exps.weight"]).all()
     wo = tensors["layers.0.attention.wo.weight"].numpy()
     assert (wo == written["blk.0.attn_output.weight"]).all()
     assert abs(wo).max() > 0
+    packed = replace(layout, weights=parse_weights("int8"))
+    rounded = bench.Ours(
+        packed, bench.RankContext(), bench.parse_dtype("float16"), lambda t: peer.fill(t, packed, path)
+    )
+    found = rounded.model.store.experts[1].matrices[1].float()
+    assert found.equal(packed.weights.quantize(tensors["layers.1.feed_forward.w2"]).float())
+    one = sum(weights.expert_bytes(64, 96) for weights in (packed.weights, layout.weights))
+    assert ours.bytes_of_one() - rounded.bytes_of_one() == 2 * 3 * (2 * layout.weights.expert_bytes(64, 96) - one)
 
 
 @needs_both

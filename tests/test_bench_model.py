@@ -122,7 +122,7 @@ def test_what_is_written_behind_a_plan(architecture):
     assert [line["plan"]["name"] for line in decodes] == ["contiguous", "hot_cold+1", "hot_cold+1", "contiguous"]
     assert len([line for line in lines if line["measurement"] == "check"]) == 2, "not where choices are dropped"
     assert all(line["dispatchers"] == {"prefill": "symmetric", "decode": "symmetric"} for line in decodes)
-    assert all(line["steps"] == {"plain": 1, "launched": 8} for line in decodes)
+    assert all(line["steps"] == {"mixed": 1, "launched": 8} for line in decodes)
     assert decodes[3]["plans"]["considered"] > 0
     assert not any("plans" in line for line in decodes[:3])
 
@@ -159,7 +159,7 @@ def test_auto_chooses_by_the_hardware_file(architecture, tmp_path):
         ({"layers": 9}, r"layers \(9\) must lie in 1 … 3"),
         ({"batch": "1,zwei"}, "batch .* must be whole numbers"),
         ({"prefill": "8*2048"}, r"prefill \('8\*2048'\) must be COUNTxLENGTH"),
-        ({"new_tokens": 1}, r"new_tokens \(0\) must be at least 2"),
+        ({"new_tokens": 1}, r"new_tokens \(1\) must be at least 2"),
         ({"plan": Path("hot_cold+reroute")}, r"plan \('hot_cold\+reroute'\) must have a capacity with reroute"),
     ],
 )

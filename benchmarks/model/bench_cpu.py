@@ -26,10 +26,12 @@ from benchmarks.common.machine import describe_run
 from benchmarks.model.bounds import decode_bytes
 from benchmarks.model.source import RandomWords, random_requests
 from mixtralkit.cli.run import run_tool
-from mixtralkit.config import ModelConfig, MoEOptions, parse_dtype, shipped
+from mixtralkit.config import EngineConfig, ModelConfig, MoEOptions, parse_dtype, shipped
+from mixtralkit.config.engine import Quantize
 from mixtralkit.distributed import RankContext
 from mixtralkit.engine.generation import Engine
 from mixtralkit.engine.requests import Request
+from mixtralkit.layout import RankLayout
 from mixtralkit.mixtral import choose_layout
 from mixtralkit.model.transformer import Transformer
 from mixtralkit.ops.cpu.build import kernels
@@ -45,6 +47,7 @@ def bench_cpu(
     layers: int = 2,
     kind: str = "f16",
     dtype: str = "bfloat16",
+    quantize: Quantize | None = None,
     batch: str = "1,4,16,64",
     prompts: str = "64,512",
     threads: str = "1,2",
@@ -61,6 +64,7 @@ def bench_cpu(
         layers: blocks of the model, at most those it has.
         kind: of llama.cpp's weights: f16, q8_0 or q4_0.
         dtype: of ours.
+        quantize: of our experts; left out, dtype.
         batch: sequences of a step, between commas.
         prompts: tokens of a prompt, between commas.
         threads: numbers of threads, between commas.
@@ -83,12 +87,13 @@ def bench_cpu(
     paths = files(peer, folder, model.stem, config, tokenizer, {"f16", kind})
     context = RankContext.start("cpu")
     about = {
-        **describe_run(context), "model": model.stem, "layers": layers, "ours": dtype, "llama_cpp": kind,
+        **describe_run(context), "model": model.stem, "layers": layers, "ours": quantize or dtype, "llama_cpp": kind,
         "compiled": kernels() is not None, "turns": turns,
     }  # fmt: skip
     if output is not None:
         output.write_text("", encoding="utf-8")
-    ours = Ours(config, context, parse_dtype(dtype), lambda tensors: peer.fill(tensors, paths["f16"]))
+    layout = choose_layout(config, context, EngineConfig.of(quantize=quantize))
+    ours = Ours(layout, context, parse_dtype(dtype), lambda tensors: peer.fill(tensors, layout, paths["f16"]))
     both = Both(ours, peer, paths[kind], turns, new_tokens, about, output)
     for count in counts:
         torch.set_num_threads(count)
@@ -177,10 +182,11 @@ class Ours:
     """The model in our engine; ``fill`` writes its weights, by name."""
 
     def __init__(
-        self, config: ModelConfig, context: RankContext, dtype: torch.dtype,
+        self, layout: RankLayout, context: RankContext, dtype: torch.dtype,
         fill: Callable[[dict[str, torch.Tensor]], None],
     ) -> None:  # fmt: skip
-        self.model = Transformer(choose_layout(config, context), context, dtype, MoEOptions())
+        config = layout.config
+        self.model = Transformer(layout, context, dtype, MoEOptions())
         fill(self.model.named_tensors())
         self.words = RandomWords(config.vocab_size)
         self.engine = Engine(self.model, self.words, prefill_budget=config.max_seq_len * config.max_batch_size)

@@ -99,21 +99,11 @@ def bench_model(
     """
     import_s = seconds_since_start()
     batches, prompts = _numbers("batch", batch), _prefills(prefill or "")
-    for name, value in (("prompt_len", prompt_len), ("new_tokens", new_tokens - 1), ("repeats", repeats)):
-        if value < 1:
-            raise ValueError(f"{name} ({value}) must be at least {1 + (name == 'new_tokens')}")
-    if random_weights == (ckpt is not None):
-        raise ValueError("give either --random_weights or --ckpt, for the weights")
-    if ckpt is not None and layers is not None:
-        raise ValueError("layers works with random weights only")
+    _check({"prompt_len": prompt_len, "new_tokens": new_tokens, "repeats": repeats}, random_weights, ckpt, layers)
     context = RankContext.start(device)
     kind = parse_dtype(dtype or ("bfloat16" if context.device.type == "cuda" else "float32"))
     reader = None if ckpt is None else open_checkpoint(ckpt)
-    config = ModelConfig.from_file(shipped("models", model)) if reader is None else reader.config
-    if layers is not None:
-        if not 1 <= layers <= config.n_layers:
-            raise ValueError(f"layers ({layers}) must lie in 1 … {config.n_layers}")
-        config = replace(config, n_layers=layers)
+    config = reader.config if reader is not None else _architecture(model, layers)
     engine = EngineConfig.of(parallel=parallel, moe=moe, dtype=dtype)
     most = max(batches + [count for count, _ in prompts])
     source = Source(config.with_limits(prompt_len + new_tokens, most), reader, context, kind, engine, seed)
@@ -125,6 +115,7 @@ def bench_model(
         "dtype": str(kind).removeprefix("torch."), "weights": "random" if random_weights else "checkpoint",
     }  # fmt: skip
     bench = Bench(RandomWords(config.vocab_size), context, seed, repeats, prefill_budget, common, output)
+    traces = None if profile is None else Traces(profile, profile_steps)
     for number, variant in enumerate(variants):
         bench.release()
         model = source.build(variant, loads_LE)
@@ -140,15 +131,38 @@ def bench_model(
         # what a capacity drops is no error, and float32 may drop other rows
         for count in batches if check_layers > 0 and variant.capacity is None else []:
             bench.check(check_layers, count)
-        for count in batches:
-            bench.decode(count, prompt_len, new_tokens)
-            if profile is not None:
-                bench.profile_decode(count, prompt_len, profile_steps, profile)
-        for count, length in prompts:
-            bench.prefill(count, length)
-            if profile is not None:
-                bench.profile_prefill(count, length, profile)
+        bench.measure(batches, prompt_len, new_tokens, prompts, traces)
     context.stop()
+
+
+def _check(numbers: dict[str, int], random_weights: bool, ckpt: Path | None, layers: int | None) -> None:
+    """ValueError for options that do not go together."""
+    for name, value in numbers.items():
+        least = 1 + (name == "new_tokens")
+        if value < least:
+            raise ValueError(f"{name} ({value}) must be at least {least}")
+    if random_weights == (ckpt is not None):
+        raise ValueError("give either --random_weights or --ckpt, for the weights")
+    if ckpt is not None and layers is not None:
+        raise ValueError("layers works with random weights only")
+
+
+def _architecture(model: Path, layers: int | None) -> ModelConfig:
+    """A model's configuration, with fewer blocks if asked for."""
+    config = ModelConfig.from_file(shipped("models", model))
+    if layers is None:
+        return config
+    if not 1 <= layers <= config.n_layers:
+        raise ValueError(f"layers ({layers}) must lie in 1 … {config.n_layers}")
+    return replace(config, n_layers=layers)
+
+
+@dataclass(frozen=True)
+class Traces:
+    """Where traces go, and the decode steps in one."""
+
+    path: Path
+    steps: int
 
 
 @dataclass
@@ -240,6 +254,20 @@ class Bench:
         with self.context.agreed():
             if not found.passes(self.model.dtype):
                 raise RuntimeError(f"the engine's answers differ from float32 by more than rounding: {found}")
+
+    def measure(
+        self, batches: list[int], prompt_len: int, new_tokens: int, prompts: list[tuple[int, int]],
+        traces: Traces | None,
+    ) -> None:  # fmt: skip
+        """Every batch's decode steps and every set of prompts, profiled as well where ``traces`` says."""
+        for count in batches:
+            self.decode(count, prompt_len, new_tokens)
+            if traces is not None:
+                self.profile_decode(count, prompt_len, traces.steps, traces.path)
+        for count, length in prompts:
+            self.prefill(count, length)
+            if traces is not None:
+                self.profile_prefill(count, length, traces.path)
 
     def decode(self, count: int, prompt_len: int, new_tokens: int) -> None:
         """Milliseconds of a decode step with ``count`` sequences, and the share of its bound."""

@@ -242,7 +242,7 @@ class Bench:
             "same_tokens": answers == self.wanted,
             "steps": dict(Counter(watch.kinds)),
             "step_ms": _spread_ms(slowest_s),
-            "decode_step_ms": _spread_ms(slowest_s[np.array(watch.kinds) != "plain"]),
+            "decode_step_ms": _spread_ms(slowest_s[np.array(watch.kinds) != "mixed"]),
         }
         return found if manager is None else {**found, **manager_fields(manager, self.context)}
 

@@ -27,16 +27,16 @@ def decode_bytes(
     """
     shapes, config = layout.shapes(), layout.config
     linear = prod(shapes["output.weight"]) + len(contexts_B) * config.dim  # the embedding's rows
-    experts = gate = 0.0
-    for layer, touched in enumerate(experts_L):
+    gate = 0.0
+    for layer in range(len(experts_L)):
         prefix = f"layers.{layer}."
         linear += prod(shapes[prefix + "attention.wqkv.weight"]) + prod(shapes[prefix + "attention.wo.weight"])
         gate += prod(shapes[prefix + "feed_forward.gate.weight"])
-        experts += touched * _expert_weights(layout)
     kv_heads = layout.kv_heads[1] - layout.kv_heads[0]
     attention = 2.0 * config.n_layers * kv_heads * config.head_dim * sum(_seen(config, n) for n in contexts_B)
-    parts = {"experts": experts, "linear": linear, "attention": attention, "gate": gate}
-    return {part: itemsize * numbers for part, numbers in parts.items()}
+    experts = sum(experts_L) * layout.weights.expert_bytes(config.dim, layout.hidden[1] - layout.hidden[0], itemsize)
+    numbers = {"linear": linear, "attention": attention, "gate": gate}
+    return {"experts": experts} | {part: itemsize * count for part, count in numbers.items()}
 
 
 def prefill_operations(layout: RankLayout, lengths_B: Sequence[int], all_tokens: int | None = None) -> float:

@@ -14,8 +14,11 @@ import xllamacpp
 from gguf import GGMLQuantizationType
 from sentencepiece import SentencePieceProcessor
 
+from mixtralkit.checkpoint.quantising import put_packed
 from mixtralkit.config import ModelConfig
+from mixtralkit.layout import RankLayout
 
+ROWS = 1024  # of a matrix that are rounded at a time
 FORMATS = {"f16": GGMLQuantizationType.F16, "q8_0": GGMLQuantizationType.Q8_0, "q4_0": GGMLQuantizationType.Q4_0}
 
 
@@ -97,30 +100,33 @@ def _stored(name: str, shape: Sequence[int], kind: str) -> GGMLQuantizationType:
     return GGMLQuantizationType.F32 if len(shape) == 1 or "gate_inp" in name else FORMATS[kind]
 
 
-def fill(parameters: dict[str, torch.Tensor], path: Path) -> None:
-    """Copies the weights of a file of kind f16 to a model's parameters, by the names of ``RankLayout.shapes``."""
-    tensors = {tensor.name.removesuffix(".weight"): tensor.data for tensor in gguf.GGUFReader(path).tensors}
+def fill(parameters: dict[str, torch.Tensor], layout: RankLayout, path: Path) -> None:
+    """Copies the weights of a file of kind f16 to a model on one rank, experts in the layout's format."""
+    tensors = {tensor.name.removesuffix(".weight"): tensor.data for tensor in gguf.GGUFReader(path, "c").tensors}
+    ends = {"tok_embeddings": "token_embd", "norm": "output_norm", "output": "output"}
+    inside = {
+        "attention_norm": "attn_norm", "ffn_norm": "ffn_norm", "attention.wq": "attn_q", "attention.wk": "attn_k",
+        "attention.wv": "attn_v", "attention.wo": "attn_output", "feed_forward.gate": "ffn_gate_inp",
+        "w1": "ffn_gate_exps", "w2": "ffn_down_exps", "w3": "ffn_up_exps",
+    }  # fmt: skip
 
-    def stacked(*names: str) -> torch.Tensor:
-        return torch.cat([torch.from_numpy(tensors[name]) for name in names], dim=-2)
+    def stored(source: str) -> torch.Tensor:
+        name = source.removesuffix(".weight")
+        if name in ends:
+            return torch.from_numpy(tensors[ends[name]])
+        _, layer, leaf = name.split(".", 2)
+        if ".experts." not in leaf:
+            return torch.from_numpy(tensors[f"blk.{layer}.{inside[leaf]}"])
+        _, _, expert, matrix = leaf.split(".")
+        return torch.from_numpy(tensors[f"blk.{layer}.{inside[matrix]}"][int(expert)])
 
-    for name, parameter in parameters.items():
-        _, _, inside = name.partition("layers.")
-        layer, _, leaf = inside.partition(".")
-        prefix = f"blk.{layer}."
-        values = {
-            "tok_embeddings.weight": lambda: torch.from_numpy(tensors["token_embd"]),
-            "norm.weight": lambda: torch.from_numpy(tensors["output_norm"]),
-            "output.weight": lambda: torch.from_numpy(tensors["output"]),
-            "attention_norm.weight": lambda p=prefix: torch.from_numpy(tensors[p + "attn_norm"]),
-            "ffn_norm.weight": lambda p=prefix: torch.from_numpy(tensors[p + "ffn_norm"]),
-            "attention.wqkv.weight": lambda p=prefix: stacked(p + "attn_q", p + "attn_k", p + "attn_v"),
-            "attention.wo.weight": lambda p=prefix: torch.from_numpy(tensors[p + "attn_output"]),
-            "feed_forward.gate.weight": lambda p=prefix: torch.from_numpy(tensors[p + "ffn_gate_inp"]),
-            "feed_forward.w13": lambda p=prefix: stacked(p + "ffn_gate_exps", p + "ffn_up_exps"),
-            "feed_forward.w2": lambda p=prefix: torch.from_numpy(tensors[p + "ffn_down_exps"]),
-        }[leaf or name]()
-        parameter.data.copy_(values)
+    for piece in layout.pieces():
+        w = stored(piece.source)
+        if piece.is_expert and not layout.weights.is_plain:
+            for first in range(0, len(w), ROWS):
+                put_packed(parameters, layout, piece, w[first : first + ROWS], first)
+        else:
+            parameters[piece.target].data[piece.at] = w.to(parameters[piece.target].dtype)
 
 
 class LlamaCpp:

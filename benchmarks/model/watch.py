@@ -8,14 +8,15 @@ from contextlib import contextmanager
 from unittest.mock import patch
 
 from mixtralkit.distributed import RankContext
-from mixtralkit.engine.decoding import DecodeSteps
 from mixtralkit.engine.plan_manager import PlanManager, with_layer
+from mixtralkit.engine.runner import Runner
 from mixtralkit.model.transformer import Transformer
 from mixtralkit.planning.plan import ExpertPlan
 
 
 class Watch:
-    """When each step of an engine began (s), and how it ran: ``plain``, ``launched`` kernel by kernel, or ``graph``."""
+    """When each step of an engine began (s), and how it ran: ``mixed`` with prompts, ``launched`` kernel by kernel, or
+    ``graph``."""
 
     def __init__(self) -> None:
         self.starts: list[float] = []
@@ -23,20 +24,15 @@ class Watch:
 
     @contextmanager
     def on(self) -> Iterator[None]:
-        step, launch = Transformer.step, DecodeSteps.launch
-
-        def watched_step(*args):
-            self.starts.append(time.perf_counter())
-            self.kinds.append("plain")
-            return step(*args)
+        launch = Runner.launch
 
         def watched_launch(*args):
             self.starts.append(time.perf_counter())
             flight = launch(*args)
-            self.kinds.append("graph" if flight.replayed else "launched")
+            self.kinds.append(flight.kind)
             return flight
 
-        with patch.object(Transformer, "step", watched_step), patch.object(DecodeSteps, "launch", watched_launch):
+        with patch.object(Runner, "launch", watched_launch):
             yield
 
 

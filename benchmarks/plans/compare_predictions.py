@@ -1,6 +1,6 @@
 """The time model against what was measured: predicted and measured milliseconds, and their differences.
 
-    python -m benchmarks.plans.compare_predictions benchmarks/results/fitted/*.json --plot scatter.png
+    python -m benchmarks.plans.compare_predictions benchmarks/results/model-*.json --plot scatter.png
 
 Whole models are lines of bench_model.py, layers alone those of bench_moe_layer.py. Predictions take what a line says
 of model, ranks, dispatcher, plan, rows and routing, and nothing that it measured: unless its routing is skewed, every
@@ -10,6 +10,7 @@ expert is as likely as another, as random weights make it. docs/cost-model.md ha
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,17 +22,18 @@ import numpy as np
 from mixtralkit.cli.run import run_tool
 from mixtralkit.config import ModelConfig, parse_dtype
 from mixtralkit.planning.cost import ModelShape
+from mixtralkit.planning.dispatchers import Surroundings, choose_dispatcher
 from mixtralkit.planning.hardware import Hardware, nearest
 from mixtralkit.planning.policies.registry import named_plan
 from mixtralkit.planning.replay import PHASES, Execution
+from mixtralkit.planning.replicas import SMALL_BATCH_CHOICES
 from mixtralkit.planning.simulate import sample_routing, simulate
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 MACHINES = tuple(CONFIGS / "hardware" / f"{name}.json" for name in ("h200x2", "h200x4"))
 MODELS, LAYERS = ("decode", "prefill"), ("moe_layer_over_ranks",)
-# What bench_moe_layer.py adds to a plan's name, and the dispatcher of such a layer's steps.
-EXCHANGES = {"": "exact", "+peer": "symmetric", "+symmetric": "symmetric"}
-PLANS = ("contiguous", "hot_cold", "balanced", "everywhere")
+# Names of bench_moe_layer.py whose layers are modelled: plans as they are, and parts of every expert.
+LAYER = re.compile(r"(contiguous|hot_cold|balanced|everywhere)(\+(exact|static|symmetric))?|tensor_parallel")
 SAMPLED_TOKENS, MOST_STEPS = 512, 8  # of a model's steps
 LAYER_SAMPLES = 4  # the inputs of a round of bench_moe_layer.py
 
@@ -88,16 +90,13 @@ def compare_predictions(
 
 
 def is_modelled(line: dict[str, Any]) -> bool:
-    """Whether the line is one of a model's steps, or of a layer whose dispatcher the model knows."""
+    """Whether the line is one of a model's steps, or of a layer, that is nothing but a plan and a dispatcher.
+
+    Shadows, capacities, managers, schedules, two phases and coherent rows are not predicted here.
+    """
     if line.get("measurement") in MODELS:
-        return True
-    return line.get("measurement") in LAYERS and line.get("variant") in layer_dispatchers()
-
-
-def layer_dispatchers() -> dict[str, str]:
-    """Layout of each variant of bench_moe_layer.py that is modelled."""
-    found = {plan + way: dispatcher for plan in PLANS for way, dispatcher in EXCHANGES.items()}
-    return found | {"tensor_parallel+sums": "split_width"}
+        return not line.get("with")
+    return line.get("measurement") in LAYERS and "ms" in line and LAYER.fullmatch(line["variant"]) is not None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -128,11 +127,11 @@ def compare(line: dict[str, Any], hardware: Hardware) -> Compared:
     span = 1 if decodes else line["prompt_len"]
     context = line["prompt_len"] + line["new_tokens"] // 2 if decodes else 0
     dispatcher = dispatcher_of(line)
-    few = line.get("small_batch_choices", 0)  # lines without it are older than the rule
     tokens = batch * span
-    execution = Execution(dispatcher, step_tokens=tokens, context=context, span=span, small_choices=few)
-    if dispatcher == "static":
-        hardware = replace(hardware, fused=None)  # these lines are of plain torch
+    execution = Execution(
+        dispatcher, step_tokens=tokens, context=context, span=span, exchange_rows=line.get("symmetric_rows") or None,
+        small_choices=line.get("small_batch_choices", SMALL_BATCH_CHOICES),
+    )  # fmt: skip
     loads_LE = np.ones((config.n_layers, config.num_experts))
     plan = named_plan(line.get("plan", {}).get("name", "contiguous"), loads_LE, ranks)
     steps = min(MOST_STEPS, max(2, SAMPLED_TOKENS // tokens))
@@ -147,22 +146,26 @@ def compare(line: dict[str, Any], hardware: Hardware) -> Compared:
 def compare_layer(line: dict[str, Any], hardware: Hardware) -> Compared:
     """Predicts the time of one layer, without its attention."""
     ranks, dispatcher = line["ranks"], dispatcher_of(line)
-    shape = ModelShape(
-        line["dim"], line["hidden"], line["num_experts"], line["top_k"], heads=1, kv_heads=1, head_dim=1, vocab=1,
-        data_bytes=parse_dtype(line["dtype"]).itemsize,
-    )  # fmt: skip
+    shape = shape_of_layer(line)
     loads_LE = loads_of(line["routing"], shape)
-    plan = named_plan(_plan_of_layer(line), loads_LE, ranks)
-    execution = Execution(dispatcher, small_choices=line.get("small_batch_choices", 0))
+    plan = named_plan(plan_of_layer(line), loads_LE, ranks)
+    execution = Execution(dispatcher)
     tokens = line["tokens_per_rank"] * ranks
     samples = [sample_routing(loads_LE, tokens, shape.top_k, seed) for seed in range(LAYER_SAMPLES)]
     phases = [simulate(plan, sample, shape, hardware, execution).phases_LP for sample in samples]
     attention = PHASES.index("attention")
     seconds = np.mean([found_LP.sum() - found_LP[:, attention].sum() for found_LP in phases])
-    kind = "counted rows" if dispatcher == "exact" else dispatcher
     place = (line["variant"], f"{line['routing']}, {line['tokens_per_rank']}")
-    group = f"{ranks} ranks, layer, {kind}"
+    group = f"{ranks} ranks, layer, {dispatcher}"
     return Compared(describe(line), group, dispatcher, line["ms"], 1e3 * float(seconds), place)
+
+
+def shape_of_layer(line: dict[str, Any]) -> ModelShape:
+    """Sizes of a line's layer; it has next to no attention."""
+    return ModelShape(
+        line["dim"], line["hidden"], line["num_experts"], line["top_k"], heads=1, kv_heads=1, head_dim=1, vocab=1,
+        data_bytes=parse_dtype(line["dtype"]).itemsize,
+    )  # fmt: skip
 
 
 def loads_of(routing: str, shape: ModelShape) -> np.ndarray:
@@ -176,7 +179,7 @@ def loads_of(routing: str, shape: ModelShape) -> np.ndarray:
     return loads_LE
 
 
-def _plan_of_layer(line: dict[str, Any]) -> str:
+def plan_of_layer(line: dict[str, Any]) -> str:
     """Name of the plan; bench_moe_layer.py's balanced one has a slot a rank more than the experts need."""
     plan = line["variant"].partition("+")[0]
     if plan == "balanced":
@@ -186,18 +189,14 @@ def _plan_of_layer(line: dict[str, Any]) -> str:
 
 
 def dispatcher_of(line: dict[str, Any]) -> str:
-    """The dispatcher that a line's steps had, as ``replay.Execution`` names it."""
+    """The dispatcher of a line's steps: what the line says, else what ``choose_dispatcher`` says of its layout."""
     if line["measurement"] in LAYERS:
-        return layer_dispatchers()[line["variant"]]
-    if line["ranks"] == 1 or (line["attention"], line["experts"]) == ("tp", "tp"):
-        return "split_width"
-    if line["attention"] == "tp":
-        return "replicated"
-    if line["experts"] == "tp":
-        return "gathered"
-    if line["measurement"] == "prefill":
-        return "exact"
-    return "static" if line.get("symmetric_rows", 0) == 0 else "symmetric"
+        return line["dispatcher"]
+    if "dispatchers" in line:
+        return line["dispatchers"][line["measurement"]]
+    symmetric = line.get("symmetric_rows") != 0
+    here = Surroundings(line["attention"], line["experts"], line["ranks"], symmetric=symmetric)
+    return choose_dispatcher(here, rows_known=True, decode=line["measurement"] == "decode")
 
 
 def describe(line: dict[str, Any]) -> str:
@@ -248,16 +247,18 @@ def table_of_groups(compared: Sequence[Compared]) -> str:
 
 def draw(compared: Sequence[Compared], path: Path) -> None:
     """Predicted against measured times, both logarithmic, with the lines of 25% above and below."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 6), layout="constrained")
     axes = figure.subplots()
+    axes.set_prop_cycle(color=colormaps["tab20"].colors[::2] + colormaps["tab20"].colors[1::2])
     times = [value for one in compared for value in (one.measured_ms, one.predicted_ms)]
     ends = np.array([min(times) / 1.5, max(times) * 1.5])
     axes.fill_between(ends, ends * 0.75, ends * 1.25, color="0.92", label="within 25%")
     axes.plot(ends, ends, color="0.6", linewidth=1)
     groups = sorted({one.group for one in compared})
-    for marker, group in zip("osD^v<>Px*" * len(groups), groups, strict=False):
+    for marker, group in zip("osD^v<>Px*hp" * len(groups), groups, strict=False):
         times_ms = [(one.measured_ms, one.predicted_ms) for one in compared if one.group == group]
         axes.scatter(*zip(*times_ms, strict=True), s=28, marker=marker, label=group)
     axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel="measured, ms", ylabel="predicted, ms")

@@ -15,6 +15,7 @@ from mixtralkit.checkpoint.quantised import method_of_files, refusal, stated_met
 from mixtralkit.config import ModelConfig, ParallelConfig
 from mixtralkit.json_file import conform, load_json, read_as, shown
 from mixtralkit.layout import RankLayout
+from mixtralkit.moe.weights import PLAIN, ExpertWeights, parse_weights
 from mixtralkit.planning.plan import ExpertPlan
 
 OURS_JSON = "checkpoint.json"
@@ -57,6 +58,11 @@ class Found:
     parameters: Path
     layouts: tuple[RankLayout, ...] = ()
     weight_map: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> ExpertWeights:
+        """The format of the experts."""
+        return self.layouts[0].weights if self.layouts else PLAIN
 
 
 def recognise(folder: str | Path, format: str | None = None) -> Found:
@@ -220,6 +226,7 @@ class _OursJson(msgspec.Struct):
     config: dict[str, Any]
     parallel: dict[str, str]
     plan: dict[str, Any]
+    quantize: str | None = None
 
 
 def _ours(folder: Path, paths: Sequence[Path]) -> Found:
@@ -240,7 +247,8 @@ def _layouts(content: Any) -> tuple[ModelConfig, tuple[RankLayout, ...]]:
         raise ValueError(f"parallel ({shown(said.parallel)}) must have attention and experts")
     parallel = ParallelConfig(**said.parallel)
     plan.check_fits(config.n_layers, config.num_experts, plan.world_size)
-    return config, tuple(RankLayout(config, parallel, plan, rank) for rank in range(plan.world_size))
+    weights = parse_weights(said.quantize)
+    return config, tuple(RankLayout(config, parallel, plan, rank, weights) for rank in range(plan.world_size))
 
 
 def _some(names: Sequence[str], most: int = 8) -> str:

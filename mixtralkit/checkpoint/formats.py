@@ -11,6 +11,7 @@ from mixtralkit.checkpoint.discover import OURS_JSON, OURS_VERSION
 from mixtralkit.checkpoint.names import Stored, rank_tensors, stored_tensors
 from mixtralkit.config import ModelConfig, ParallelConfig
 from mixtralkit.layout import RankLayout
+from mixtralkit.moe.weights import PLAIN, ExpertWeights
 from mixtralkit.planning.plan import ExpertPlan, contiguous
 
 FORMATS = {
@@ -35,11 +36,12 @@ _CUT_COLUMNS = ("wo.weight", "w2.weight", "tok_embeddings.weight")
 
 @dataclass(frozen=True)
 class RankFiles:
-    """How our own format is cut; a plan of None is contiguous."""
+    """How our own format is cut, and the format of its experts; a plan of None is contiguous."""
 
     world_size: int = 1
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     plan: ExpertPlan | None = None
+    weights: ExpertWeights = PLAIN
 
     def layouts(self, config: ModelConfig) -> tuple[RankLayout, ...]:
         """The layout of each rank."""
@@ -47,7 +49,7 @@ class RankFiles:
             raise ValueError(f"world_size ({self.world_size}) must be at least 1")
         plan = self.plan or contiguous(config.n_layers, config.num_experts, self.world_size)
         plan.check_fits(config.n_layers, config.num_experts, self.world_size)
-        return tuple(RankLayout(config, self.parallel, plan, rank) for rank in range(self.world_size))
+        return tuple(RankLayout(config, self.parallel, plan, rank, self.weights) for rank in range(self.world_size))
 
 
 def weight_files(
@@ -90,6 +92,8 @@ def side_files(
             "version": OURS_VERSION, "dtype": dtype, "parallel": parallel, "config": config.to_mistral(),
             "plan": layout.plan.to_dict(),
         }  # fmt: skip
+        if not layout.weights.is_plain:
+            content["quantize"] = layout.weights.name
         return {OURS_JSON: _text(content)}
     if format == "mistral-stacked":
         return {"params.json": _text(config.to_hugging_face(dtype))}

@@ -28,6 +28,7 @@ MOST_PICKLE_BYTES = 64 << 20  # of the names and sizes alone
 SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
 }  # fmt: skip
+PACKED_DTYPES = {"U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn}  # of our own format alone
 
 _STORAGE_DTYPES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32,
@@ -35,16 +36,17 @@ _STORAGE_DTYPES = {
 }  # fmt: skip
 
 
-def read_index(file: ByteFile) -> dict[str, Region]:
+def read_index(file: ByteFile, packed: bool = False) -> dict[str, Region]:
     """Names and places of the tensors of a ``.safetensors``, ``.pth`` or ``.pt`` file, by its content.
 
-    ValueError, naming the file, for a damaged file and for a pickle that asks for more than tensors.
+    ``packed`` lets safetensors have the dtypes of experts in fewer bits. ValueError, naming the file, for a damaged
+    file and for a pickle that asks for more than tensors.
     """
     head = file.read(0, min(file.size, 64))
     if head.startswith(b"version https://git-lfs"):
         raise ValueError(f"{file}: is a Git LFS pointer and not the file itself; fetch it with git lfs pull")
     if ".safetensors" in file.paths[0].suffixes:
-        return _read_safetensors_index(file)
+        return _read_safetensors_index(file, SAFETENSORS_DTYPES | (PACKED_DTYPES if packed else {}))
     if head.startswith(b"PK"):
         return _read_torch_index(file)
     if head.startswith(b"\x80"):
@@ -52,7 +54,7 @@ def read_index(file: ByteFile) -> dict[str, Region]:
     raise ValueError(f"{file}: is not a torch file (it starts with {head[:8]!r})")
 
 
-def _read_safetensors_index(file: ByteFile) -> dict[str, Region]:
+def _read_safetensors_index(file: ByteFile, dtypes: Mapping[str, torch.dtype]) -> dict[str, Region]:
     length = int.from_bytes(file.read(0, 8), "little") if file.size >= 8 else file.size
     if length > file.size - 8:
         raise ValueError(f"{file}: truncated: its header wants {length} bytes, the file has {file.size}")
@@ -65,15 +67,15 @@ def _read_safetensors_index(file: ByteFile) -> dict[str, Region]:
     except ValueError as error:
         raise ValueError(f"{file}: its safetensors header is not readable ({error})") from None
     stored = dict.fromkeys(entry.dtype for entry in entries.values())
-    unknown = next((dtype for dtype in stored if dtype not in SAFETENSORS_DTYPES), None)
+    unknown = next((dtype for dtype in stored if dtype not in dtypes), None)
     if unknown is not None:
         method = method_of_tensors(entries)
         name = next(name for name, entry in entries.items() if entry.dtype == unknown)
-        what = f"; {refusal(method)}" if method else f"; only {', '.join(SAFETENSORS_DTYPES)} are read"
+        what = f"; {refusal(method)}" if method else f"; only {', '.join(dtypes)} are read"
         raise ValueError(f"{file}: {shown(name)} is stored as {shown(unknown)}{what}")
     index = {}
     for name, entry in entries.items():
-        shape, (start, end), torch_dtype = entry.shape, entry.data_offsets, SAFETENSORS_DTYPES[entry.dtype]
+        shape, (start, end), torch_dtype = entry.shape, entry.data_offsets, dtypes[entry.dtype]
         if end - start != math.prod(shape) * torch_dtype.itemsize:
             raise ValueError(f"{file}: {name} has {end - start} bytes, its shape {list(shape)} wants another number")
         pitch = (shape[-1] if len(shape) > 1 else 1) * torch_dtype.itemsize

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from mixtralkit.checkpoint.quantising import RoundedBlock, rounded_blocks, rows_read
 from mixtralkit.checkpoint.reader import Block, CheckpointReader
 from mixtralkit.checkpoint.staging import Stage
 from mixtralkit.checkpoint.weight_hash import WeightHash
@@ -49,9 +50,11 @@ def load_into(
 ) -> str | None:
     """Fills ``parameters`` (named and shaped as ``layout.shapes()``) from ``reader``, each in its own dtype.
 
-    Every rank calls it. ``threads`` read at a time (None for ``reading_threads``); ``progress`` draws a bar on rank 0.
-    When it returns, the bytes are there, on a GPU too. With ``hashes`` it returns a hash of all weights, the same on
-    every rank and for every layout, made of what is read anyway (``weight_hash``).
+    Experts are rounded on the way where the layout has them in another format than a plain checkpoint
+    (``quantising``). Every rank calls it. ``threads`` read at a time (None for ``reading_threads``); ``progress`` draws
+    a bar on rank 0. When it returns, the bytes are there, on a GPU too. With ``hashes`` it returns a hash of all
+    weights of the checkpoint, the same on every rank and for every layout, made of what is read anyway
+    (``weight_hash``).
 
     ValueError, or RankFailed where another rank failed, when the parameters or the checkpoint do not fit the layout
     (before any byte is read), and when a file cannot be read.
@@ -63,10 +66,10 @@ def load_into(
     received = {t.key for t in transfers if t.owner != context.rank}
     with torch.no_grad():
         pieces = [piece for piece in layout.pieces() if _key(piece) not in received]
-        counted = _counted(layout, transfers) if hashes else frozenset()
+        counted = _counted(layout, reader, transfers) if hashes else frozenset()
         weight_hash = WeightHash()
         with context.agreed():
-            reads = _reads(parameters, reader, pieces, counted, weight_hash)
+            reads = _reads(parameters, layout, reader, pieces, counted, weight_hash)
             _read_all(reads, reader, context, progress, threads)
         _share(transfers, parameters, layout, context)
     return weight_hash.digest(reader.regions, context) if hashes else None
@@ -93,6 +96,11 @@ def _check(
     for name in dict.fromkeys((*shapes, *found)):
         if shapes.get(name) != found.get(name):
             raise ValueError(f"{reader.folder}: {name}: found {found.get(name)}, the model wants {shapes.get(name)}")
+    if not reader.weights.is_plain and layout.weights != reader.weights:
+        raise ValueError(
+            f"{reader.folder}: quantize ({layout.weights.name!r}) must be {reader.weights.name!r}, in which the "
+            "checkpoint is, or left out"
+        )
     wanted = layout.shapes()
     wrong = [
         f"{name}: found {tuple(parameters[name].shape) if name in parameters else None}, wanted {wanted.get(name)}"
@@ -113,10 +121,8 @@ def _plan_transfers(layout: RankLayout, parameters: Mapping[str, torch.Tensor]) 
     sizes: dict[_Key, int] = {}
     for rank in range(layout.world_size):
         for piece in replace(layout, rank=rank).pieces():
-            first, last = piece.columns or (0, 1)
             holders.setdefault(_key(piece), []).append(rank)
-            itemsize = parameters[piece.target].dtype.itemsize
-            sizes[_key(piece)] = (piece.rows[1] - piece.rows[0]) * (last - first) * itemsize
+            sizes[_key(piece)] = sum(_bytes(part, parameters[part.target]) for part in layout.parts(piece))
     load = [0] * layout.world_size
     for key, ranks in holders.items():
         if len(ranks) == 1:
@@ -131,33 +137,56 @@ def _plan_transfers(layout: RankLayout, parameters: Mapping[str, torch.Tensor]) 
     return transfers
 
 
-def _counted(layout: RankLayout, transfers: Iterable[Transfer]) -> frozenset[_Key]:
-    """The pieces that this rank adds to the hash: of all that hold one, its owner, or the first where all read it."""
+def _bytes(piece: Piece, parameter: torch.Tensor) -> int:
+    first, last = piece.columns or (0, 1)
+    return (piece.rows[1] - piece.rows[0]) * (last - first) * parameter.dtype.itemsize
+
+
+def _read_key(piece: Piece, layout: RankLayout, reader: CheckpointReader) -> _Key:
+    """What is read for a piece: to be rounded, whole rows."""
+    if not piece.is_expert or layout.weights == reader.weights:
+        return _key(piece)
+    outputs, columns = reader.shapes()[piece.source]
+    return piece.source, rows_read(layout, piece, outputs), (0, columns)
+
+
+def _counted(layout: RankLayout, reader: CheckpointReader, transfers: Iterable[Transfer]) -> frozenset[_Key]:
+    """What this rank reads and adds to the hash: of all that read it, the owner of a transfer, or the first."""
     owners = {transfer.key: transfer.owner for transfer in transfers}
     for rank in range(layout.rank + 1):
         for piece in replace(layout, rank=rank).pieces():
-            owners.setdefault(_key(piece), rank)
+            owners.setdefault(_read_key(piece, layout, reader), rank)
     return frozenset(key for key, owner in owners.items() if owner == layout.rank)
 
 
 def _reads(
     parameters: Mapping[str, torch.Tensor],
+    layout: RankLayout,
     reader: CheckpointReader,
     pieces: Iterable[Piece],
     counted: frozenset[_Key],
     weight_hash: WeightHash,
-) -> list[tuple[Block, WeightHash | None]]:
+) -> list[tuple[Block | RoundedBlock, WeightHash | None]]:
     """The reads of ``pieces``, in the order of the files, each with the hash that it is added to."""
+
+    def blocks(piece: Piece) -> Iterable[Block | RoundedBlock]:
+        if piece.is_expert and layout.weights != reader.weights:
+            return rounded_blocks(reader, parameters, layout, piece)
+        return (
+            block for part in layout.parts(piece)
+            for block in reader.blocks(part.source, part.rows, part.columns, parameters[part.target][part.at])
+        )  # fmt: skip
+
     reads = [
-        (block, weight_hash if _key(piece) in counted else None)
+        (block, weight_hash if _read_key(piece, layout, reader) in counted else None)
         for piece in pieces
-        for block in reader.blocks(piece.source, piece.rows, piece.columns, parameters[piece.target][piece.at])
+        for block in blocks(piece)
     ]
     return sorted(reads, key=lambda read: reader.order(read[0]))
 
 
 def _read_all(
-    reads: Sequence[tuple[Block, WeightHash | None]],
+    reads: Sequence[tuple[Block | RoundedBlock, WeightHash | None]],
     reader: CheckpointReader,
     context: RankContext,
     progress: bool,
@@ -204,15 +233,15 @@ def _share(
     for transfer in transfers:
         if context.rank not in transfer.ranks:
             continue
-        piece = own[transfer.key]
-        content = parameters[piece.target][piece.at]
-        assert content.is_contiguous()  # only whole rows are ever shared
-        content = content.view(-1).view(torch.uint8)
-        if len(transfer.ranks) == context.world_size:
-            dist.broadcast(content, src=transfer.owner, group=context.group)
-        elif context.rank == transfer.owner:
-            for rank in transfer.ranks:
-                if rank != transfer.owner:
-                    dist.send(content, rank, group=context.group)
-        else:
-            dist.recv(content, transfer.owner, group=context.group)
+        for part in layout.parts(own[transfer.key]):
+            content = parameters[part.target][part.at]
+            assert content.is_contiguous()  # only whole rows are ever shared
+            content = content.view(-1).view(torch.uint8)
+            if len(transfer.ranks) == context.world_size:
+                dist.broadcast(content, src=transfer.owner, group=context.group)
+            elif context.rank == transfer.owner:
+                for rank in transfer.ranks:
+                    if rank != transfer.owner:
+                        dist.send(content, rank, group=context.group)
+            else:
+                dist.recv(content, transfer.owner, group=context.group)

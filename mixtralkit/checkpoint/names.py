@@ -81,7 +81,7 @@ def rank_tensors(layout: RankLayout) -> dict[str, Stored]:
     """The parameters of one rank as stacks of slabs: our own format."""
     slabs: dict[str, list[tuple[int, Slab]]] = {name: [] for name in layout.shapes()}
     shapes = layout.shapes()
-    for piece in layout.pieces():
+    for piece in (part for whole in layout.pieces() for part in layout.parts(whole)):
         *slot, rows = piece.at
         first = rows.start + (slot[0] * shapes[piece.target][1] if slot else 0)
         slab = Slab(piece.source, range(*piece.rows), range(*(piece.columns or (0, 1))))

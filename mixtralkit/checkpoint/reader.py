@@ -16,6 +16,7 @@ from mixtralkit.checkpoint.names import STYLES, Slab, Stored, rank_tensors, stor
 from mixtralkit.checkpoint.quantised import method_of_tensors, refusal
 from mixtralkit.checkpoint.weight_hash import WeightHash
 from mixtralkit.layout import canonical_shapes
+from mixtralkit.moe.weights import ExpertWeights
 
 BLOCK_BYTES = 16 << 20
 MOST_LISTED = 8
@@ -112,6 +113,11 @@ class CheckpointReader:
             file.close()
 
     @property
+    def weights(self) -> ExpertWeights:
+        """The format of its experts."""
+        return self.found.weights
+
+    @property
     def file_bytes(self) -> int:
         """Size of all weight files together."""
         return sum(file.size for file in self._files)
@@ -124,7 +130,7 @@ class CheckpointReader:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Canonical names and shapes, in the order of the model."""
-        return canonical_shapes(self.config)
+        return canonical_shapes(self.config, self.weights)
 
     def dtype(self, name: str) -> torch.dtype:
         """Stored dtype of a canonical tensor."""
@@ -176,7 +182,7 @@ def open_checkpoint(folder: str | Path, format: str | None = None) -> Checkpoint
         indices = []
         for paths in found.files:
             files.append(ByteFile(paths))
-            indices.append(read_index(files[-1]))
+            indices.append(read_index(files[-1], packed=not found.weights.is_plain))
         tiles = _place_ranks(found, indices) if found.layouts else _place(found, indices)
     except BaseException:
         for file in files:
@@ -300,11 +306,12 @@ def _complete(
     found: Found, tiles: Sequence[Tile], extra: list[str], misshapen: list[str], broken: set[str]
 ) -> dict[str, tuple[Tile, ...]]:
     """Tiles by canonical name, each slab once; ValueError unless they fill every canonical tensor."""
-    by_name: dict[str, dict[Slab, Tile]] = {name: {} for name in canonical_shapes(found.config)}
+    shapes = canonical_shapes(found.config, found.weights)
+    by_name: dict[str, dict[Slab, Tile]] = {name: {} for name in shapes}
     for tile in tiles:
         by_name[tile.slab.source].setdefault(_untransposed(tile.slab), tile)
     missing = []
-    for name, shape in canonical_shapes(found.config).items():
+    for name, shape in shapes.items():
         covered = sum(len(slab.rows) * len(slab.columns) for slab in by_name[name])
         if covered > math.prod(shape):
             misshapen.append(f"{name}: stored twice, as {' and '.join(_sources(by_name[name].values()))}")

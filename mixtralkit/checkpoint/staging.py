@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mixtralkit.checkpoint.quantising import RoundedBlock
 from mixtralkit.checkpoint.reader import BLOCK_BYTES, Block
 from mixtralkit.checkpoint.weight_hash import WeightHash
 
@@ -27,7 +28,7 @@ class Stage:
         stream.wait_stream(torch.cuda.current_stream(device))
         return cls(torch.empty(BLOCK_BYTES, dtype=torch.uint8, pin_memory=True), stream)
 
-    def read(self, block: Block, weight_hash: WeightHash | None = None) -> None:
+    def read(self, block: Block | RoundedBlock, weight_hash: WeightHash | None = None) -> None:
         """Reads ``block``; on a GPU its copy may still be under way after that, until ``wait``."""
         self.wait()  # host waits for the device: the buffer is read from until then
         with contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream):

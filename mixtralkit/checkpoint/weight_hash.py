@@ -60,7 +60,7 @@ class WeightHash:
 def _as_elements(block_RC: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Elements as unsigned numbers, and the coefficients by which they add up to what their words would."""
     size, columns = block_RC.element_size(), block_RC.shape[1]
-    kind = {2: np.uint16, 4: np.uint32, 8: np.uint64}[size]
+    kind = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}[size]
     raw = block_RC.contiguous().view(-1).view(torch.uint8).numpy().view(kind).reshape(block_RC.shape)
     places = start + size * np.arange(columns)
     first = start // _WORD

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -22,25 +21,19 @@ from mixtralkit.checkpoint.carried import carried_files
 from mixtralkit.checkpoint.discover import OURS_JSON, checkpoint_files
 from mixtralkit.checkpoint.files import ByteFile, Region
 from mixtralkit.checkpoint.formats import DEFAULT_SHARDS, FORMATS, RankFiles, side_files, weight_files
-from mixtralkit.checkpoint.index import SAFETENSORS_DTYPES, read_index
+from mixtralkit.checkpoint.index import PACKED_DTYPES, SAFETENSORS_DTYPES, read_index
 from mixtralkit.checkpoint.names import Slab, Stored
+from mixtralkit.checkpoint.quantising import InFormat, Source
 from mixtralkit.checkpoint.reader import BLOCK_BYTES, CheckpointReader
 from mixtralkit.config import DTYPES, ModelConfig, parse_dtype
 from mixtralkit.json_file import read_bytes
 from mixtralkit.layout import canonical_shapes
+from mixtralkit.moe.weights import PLAIN
 
 __all__ = ["FORMATS", "RankFiles", "save_checkpoint"]
 
 _SIDE_NAMES = ("params.json", "config.json", "model.safetensors.index.json", OURS_JSON)
 _COPY_BYTES = 64 << 20
-
-
-class Source(Protocol):
-    """Canonical tensors to write: a ``CheckpointReader`` is one."""
-
-    def dtype(self, name: str) -> torch.dtype: ...
-
-    def read(self, name: str, rows: tuple[int, int] | None, columns: tuple[int, int] | None) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -54,7 +47,7 @@ class _InMemory:
 
     def read(self, name: str, rows: tuple[int, int] | None, columns: tuple[int, int] | None) -> torch.Tensor:
         part = self.tensors[name].detach()[slice(*rows or (None,))]
-        return (part[:, slice(*columns)] if columns else part).cpu()
+        return (part[:, slice(*columns)] if columns and part.dim() > 1 else part).cpu()
 
 
 def save_checkpoint(
@@ -75,7 +68,8 @@ def save_checkpoint(
         format: one of ``FORMATS``.
         shards: number of files, for the formats that have several.
         dtype: stored dtype; None keeps that of each tensor.
-        ranks: how ``format="mixtralkit"`` is cut; one rank when None.
+        ranks: how ``format="mixtralkit"`` is cut, and the format of its experts; one rank, and plain, when None.
+            Other formats are plain.
         tokenizer: a ``tokenizer.model`` to copy; None takes the one beside a reader's files, if there is one. Other
             side files of a reader go along byte for byte (``carried.carried_files``).
         overwrite: replaces a checkpoint that is in ``folder``; other files there stay.
@@ -87,6 +81,13 @@ def save_checkpoint(
     folder, ranks = Path(folder), ranks or RankFiles()
     dtype = None if dtype is None else parse_dtype(dtype)
     source = tensors if isinstance(tensors, CheckpointReader) else _checked(config, tensors)
+    held = tensors.weights if isinstance(tensors, CheckpointReader) else PLAIN
+    if not ranks.weights.is_plain and format != "mixtralkit":
+        raise ValueError(f"quantize ({ranks.weights.name!r}) needs format 'mixtralkit', not {format!r}")
+    if not (held.is_plain or ranks.weights.is_plain) and held != ranks.weights:
+        raise ValueError(f"quantize ({ranks.weights.name!r}) must be {held.name!r}, in which the checkpoint is")
+    if held != ranks.weights:
+        source = InFormat(source, config, held, ranks.weights)
     files = weight_files(format, config, shards, ranks)
     old = _old_files(folder, overwrite)
     main = dtype or source.dtype("output.weight")
@@ -187,6 +188,8 @@ class _FileWriter:
 
     def dtype(self, stored: Stored) -> torch.dtype:
         held = [self.source.dtype(slab.source) for slab in stored.slabs] or [torch.float32]
+        if any(not slab.source.endswith(".weight") for slab in stored.slabs):  # of a format of fewer bits
+            return held[0]
         return self.target_dtype or reduce(torch.promote_types, held)
 
     def nbytes(self, stored: Stored) -> int:
@@ -198,7 +201,7 @@ class _FileWriter:
         make(path, {name: (stored.shape, self.dtype(stored)) for name, stored in tensors.items()})
         file = ByteFile((path,))
         try:
-            index = read_index(file)
+            index = read_index(file, packed=True)
         finally:
             file.close()
         with open(path, "r+b", buffering=0) as out:
@@ -221,9 +224,7 @@ class _FileWriter:
         """Rows of a slab as they are stored."""
         part = slice(stored_rows.start, stored_rows.stop)
         rows, columns = (slab.rows, slab.columns[part]) if slab.transposed else (slab.rows[part], slab.columns)
-        vector = columns == range(1) and not slab.transposed
-        bounds = None if vector else (columns.start, columns.stop)
-        block = self.source.read(slab.source, (rows[0], rows[-1] + 1), bounds)[:: rows.step]
+        block = self.source.read(slab.source, (rows[0], rows[-1] + 1), (columns.start, columns.stop))[:: rows.step]
         return block.T if slab.transposed else block
 
 
@@ -234,7 +235,7 @@ def _write_fully(descriptor: int, content: memoryview, offset: int) -> None:
 
 
 def _make_safetensors(path: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
-    names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+    names = {dtype: name for name, dtype in (SAFETENSORS_DTYPES | PACKED_DTYPES).items()}
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, (shape, dtype) in tensors.items():
         size = dtype.itemsize

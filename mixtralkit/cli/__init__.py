@@ -10,6 +10,7 @@ from mixtralkit.cli.ending import end
 COMMANDS = {
     "generate": "mixtralkit.cli.generate:generate",
     "chat": "mixtralkit.cli.chat:chat",
+    "serve": "mixtralkit.cli.serve:serve",
     "evaluate": "mixtralkit.cli.evaluate:evaluate",
     "lm-eval": "mixtralkit.cli.lm_eval:lm_eval",
     "convert": "mixtralkit.cli.convert:convert",

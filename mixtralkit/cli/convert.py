@@ -7,8 +7,9 @@ from pathlib import Path
 from mixtralkit.checkpoint import RankFiles, open_checkpoint, save_checkpoint
 from mixtralkit.cli.run import command
 from mixtralkit.config import ParallelConfig
-from mixtralkit.config.engine import Dtype
+from mixtralkit.config.engine import Dtype, Quantize
 from mixtralkit.config.options import Count
+from mixtralkit.moe.weights import parse_weights
 from mixtralkit.planning.plan import ExpertPlan
 
 
@@ -21,6 +22,7 @@ def convert(
     dtype: Dtype | None = None,
     world_size: Count | None = None,
     plan: Path | None = None,
+    quantize: Quantize | None = None,
     overwrite: bool = False,
     source_format: str | None = None,
     *,
@@ -38,15 +40,19 @@ def convert(
         dtype: float32, bfloat16 or float16; as stored when not given.
         world_size: ranks to cut for (format mixtralkit); that of the plan, or 1.
         plan: plan.json with the experts of each rank (format mixtralkit).
+        quantize: round the experts' weights to this format (format mixtralkit; docs/quantised.md); left out, they are
+            as SOURCE has them, or in dtype where the format has no other.
         overwrite: replaces a checkpoint that TARGET holds.
         source_format: which checkpoint to read where SOURCE holds several; named as format.
     """
     with open_checkpoint(source, source_format) as reader:
+        keeps = format == "mixtralkit" and not reader.weights.is_plain
         loaded = None if plan is None else ExpertPlan.load(plan)
         ranks = RankFiles(
             world_size=world_size or (loaded.world_size if loaded else 1),
             parallel=parallel,
             plan=loaded,
+            weights=parse_weights(quantize or (reader.weights.name if keeps else None)),
         )
         print(f"{source}: {reader.kind}, {reader.file_bytes:,} bytes")
         files = save_checkpoint(

@@ -29,7 +29,7 @@ from mixtralkit.evaluation.run import Ran, Results
 from mixtralkit.evaluation.run import run as run_works
 from mixtralkit.evaluation.run_record import facts_of_plan, fingerprint, write_json
 from mixtralkit.evaluation.work import AnswerOptions, Work, make_works
-from mixtralkit.mixtral import Mixtral, check_world_size, choose_dtype, choose_layout, open_source
+from mixtralkit.mixtral import Mixtral, check_world_size, choose_dtype, choose_layout, open_source, with_weights
 from mixtralkit.planning.plan import ExpertPlan
 from mixtralkit.planning.trace import RoutingTrace
 from mixtralkit.whole_file import check_free
@@ -159,7 +159,7 @@ class _Run:
             max_seq_len, max_batch_size = engine.cache.max_seq_len, engine.limits.max_batch_size
             for work in works:
                 work.check(max_seq_len)
-        engine = with_free_memory(engine, context)
+        engine = with_free_memory(with_weights(engine, reader), context)
         with context.agreed():
             layout = choose_layout(reader.config.with_limits(max_seq_len, max_batch_size), context, engine)
             engine = engine.but(**asdict(layout.parallel), plan=cut.applied(layout.plan))
@@ -168,7 +168,10 @@ class _Run:
                 engine.parallel.plan, context.world_size, layout.parallel.attention, max_batch_size, dtype
             )
             files = [path for part in reader.found.files for path in part]
-            facts = fingerprint(reader.config, files, tokenizer, records, asdict(options), dtype, max_seq_len, placed)
+            rounded = {} if engine.limits.quantize is None else {"quantize": engine.limits.quantize}
+            facts = fingerprint(
+                reader.config, files, tokenizer, records, asdict(options) | rounded, dtype, max_seq_len, placed
+            )
         return cls(context, engine, source, prompts, records, works, options, facts)
 
     def answer(self, results: Results, watch: WatchOptions) -> tuple[Mixtral, Mapping[int, Ran]]:

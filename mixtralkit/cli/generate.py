@@ -18,7 +18,7 @@ from mixtralkit.engine.requests import Completion
 from mixtralkit.engine.sampler import SamplingOptions
 from mixtralkit.evaluation.prompt_sets import PromptRecord, ResultsWriter, read_prompts
 from mixtralkit.evaluation.run_record import RunRecord, claim_output, facts_of_plan, fingerprint
-from mixtralkit.mixtral import Mixtral, check_world_size, choose_dtype, open_source
+from mixtralkit.mixtral import Mixtral, check_world_size, choose_dtype, open_source, with_weights
 
 
 @command
@@ -49,8 +49,11 @@ def generate(
         check_world_size(context.world_size, engine.limits.num_gpus)
         records = read_prompts(shipped("prompts", prompts), context.world_size)
         source = open_source(engine.source)
+        engine = with_weights(engine, source[0])
         requests, engine = requests_of(source, records, engine, max_gen_len, sampling, stop)
         answering = {**asdict(sampling), "max_gen_len": max_gen_len, "stop": stop}
+        if engine.limits.quantize is not None:
+            answering["quantize"] = engine.limits.quantize
         dtype = str(choose_dtype(engine.limits.dtype, context.device)).removeprefix("torch.")
         files = [path for part in source[0].found.files for path in part]
         facts = fingerprint(source[0].config, files, source[1], records, answering, dtype, engine.cache.max_seq_len)
@@ -63,10 +66,9 @@ def generate(
         results,
         _progress(context, len(requests), results.done, engine.limits.max_batch_size) as bar,
     ):
-        for event in mixtral.engine.run(requests[results.done :]):
-            if event.completion is not None:
-                results.add(event.completion)
-                bar.update()
+        for completion in mixtral.generate_many(requests[results.done :]):
+            results.add(completion)
+            bar.update()
     if manager is not None and context.is_first:
         print(manager.statistics, file=sys.stderr)
     mixtral.close()

@@ -10,8 +10,9 @@ from typing import Literal
 
 from mixtralkit.cli.run import command
 from mixtralkit.config import ModelConfig, parse_dtype, shipped
-from mixtralkit.config.engine import Dtype
+from mixtralkit.config.engine import Dtype, Quantize
 from mixtralkit.config.options import Count, Natural, Options, Positive, Ranks, Share
+from mixtralkit.moe.weights import parse_weights
 from mixtralkit.planning.cost import ModelShape
 from mixtralkit.planning.formats import save_plan
 from mixtralkit.planning.hardware import Hardware
@@ -42,6 +43,7 @@ class PlanRequest(Options):
         num_experts: Experts of the model, for a trace that does not say.
         model: params.json or config.json with the sizes of the model, or the name of one in configs/models.
         dtype: Of the weights.
+        quantize: Format of the experts' weights (docs/quantised.md); left out, dtype.
         hardware: Machine for shadow and auto, a file or the name of one in configs/hardware.
         batch: shadow and auto: tokens of a step on each rank.
     """
@@ -53,6 +55,7 @@ class PlanRequest(Options):
     num_experts: Count | None = None
     model: Path = Path("mixtral-8x7b")
     dtype: Dtype = "bfloat16"
+    quantize: Quantize | None = None
     hardware: Path = Path("h200")
     batch: Count = 64
 
@@ -151,7 +154,7 @@ def _options(policy: str, only: PolicyOptions) -> dict[str, object]:
 def _read(path: Path, request: PlanRequest) -> Given:
     trace, loads_LE = load_routing(path, request.num_experts)
     model = ModelConfig.from_file(shipped("models", request.model))
-    shape = ModelShape.of(model, parse_dtype(request.dtype).itemsize)
+    shape = ModelShape.of(model, parse_dtype(request.dtype).itemsize, parse_weights(request.quantize))
     shape = replace(shape, num_experts=loads_LE.shape[1], top_k=shape.top_k if trace is None else trace.top_k)
     budget = Budget(request.slots_per_rank, request.memory_gb, shape.expert_bytes)
     budget.slots(*loads_LE.shape, request.world_size)

@@ -55,8 +55,8 @@ def profile(
         watched(mixtral, WatchOptions(record_routing=output, overwrite=overwrite), meta),
         tqdm(total=len(requests), unit="prompt", disable=not is_watched(context)) as bar,
     ):
-        for event in mixtral.engine.run(requests):
-            bar.update(event.completion is not None)
+        for _ in mixtral.generate_many(requests):
+            bar.update()
     with context.agreed():
         if context.is_first:
             _present(RoutingTrace.load(output), output, plot)

@@ -10,7 +10,9 @@ import numpy as np
 
 from mixtralkit.cli.run import command
 from mixtralkit.config import ModelConfig, shipped
+from mixtralkit.config.engine import Quantize
 from mixtralkit.config.options import Count, Natural, Ranks
+from mixtralkit.moe.weights import parse_weights
 from mixtralkit.planning import simulate as simulator
 from mixtralkit.planning.cost import ModelShape
 from mixtralkit.planning.formats import load_plan
@@ -40,6 +42,7 @@ def simulate(
     model: Path = Path("mixtral-8x7b"),
     num_experts: Count | None = None,
     data_bytes: Count | None = None,
+    quantize: Quantize | None = None,
     plot: Path | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -61,6 +64,7 @@ def simulate(
             choices are the trace's.
         num_experts: experts, for a trace that does not say.
         data_bytes: of a number in rows and weights; the hardware's when not given.
+        quantize: format of the experts' weights (docs/quantised.md); left out, numbers of data_bytes.
         plot: picture to write, .png.
         overwrite: replace the picture where it is there already.
     """
@@ -68,7 +72,7 @@ def simulate(
     routing = RoutingTrace.load(trace, num_experts)
     machine = Hardware.load(shipped("hardware", hardware))
     config = ModelConfig.from_file(shipped("models", model))
-    sizes = ModelShape.of(config, data_bytes or machine.data_bytes)
+    sizes = ModelShape.of(config, data_bytes or machine.data_bytes, parse_weights(quantize))
     shape = replace(sizes, num_experts=routing.num_experts, top_k=routing.top_k)
     results: dict[str, Simulation] = {}
     for name in plan:

@@ -11,9 +11,10 @@ from mixtralkit.config.engine import (
     TopologyOptions,
 )  # fmt: skip
 from mixtralkit.config.model import DTYPES, ModelConfig, ParallelConfig, parse_dtype
+from mixtralkit.config.server import ServerOptions
 from mixtralkit.config.shipped import shipped
 
 __all__ = [
     "DTYPES", "CacheOptions", "EngineConfig", "FasterOptions", "LimitOptions", "MoEOptions", "ModelConfig",
-    "ParallelConfig", "ParallelOptions", "SourceOptions", "TopologyOptions", "parse_dtype", "shipped",
+    "ParallelConfig", "ParallelOptions", "ServerOptions", "SourceOptions", "TopologyOptions", "parse_dtype", "shipped",
 ]  # fmt: skip

@@ -17,7 +17,9 @@ from mixtralkit.config.options import (
     Share,
     Variable,
 )  # fmt: skip
+from mixtralkit.moe.weights import FORMATS
 
+Quantize = Annotated[str, Rule(f"one of {', '.join(FORMATS)}", FORMATS.__contains__)]
 Dtype = Annotated[str, Rule(f"one of {', '.join(DTYPES)}", lambda dtype: str(dtype).removeprefix("torch.") in DTYPES)]
 PageSize = Annotated[
     int, Rule("that is a power of two of at least 16", lambda size: size >= 16 and size & (size - 1) == 0)
@@ -171,11 +173,22 @@ class CacheOptions(Options):
 
     Attributes:
         max_seq_len: Most tokens of a sequence, prompt and answer; left out, what the model can or the command needs.
+        cache_tokens: Most tokens in the cache, over all ranks; sequences wait for room, or are computed again later,
+            where they outgrow it. Left out, max_batch_size sequences of max_seq_len.
+        cache_share: Instead, this share of the GPUs' memory that the weights leave; steps need some of it, too.
+        prefix_reuse: What is in the cache of earlier prompts that began alike is not computed again.
         page_size: Tokens of a page. A sequence takes memory page by page.
     """
 
     max_seq_len: Count | None = None
+    cache_tokens: Count | None = None
+    cache_share: Share | None = None
+    prefix_reuse: bool = True
     page_size: PageSize = 128
+
+    def check(self) -> None:
+        if self.cache_tokens is not None and self.cache_share is not None:
+            raise ValueError(f"cache_share ({self.cache_share}) cannot be given with cache_tokens: both say how much")
 
 
 @dataclass(frozen=True)
@@ -185,18 +198,23 @@ class LimitOptions(Options):
     Attributes:
         max_batch_size: Sequences that run at a time, over all ranks; more of them wait.
         prefill_budget: Most prompt tokens that a rank runs in one step; more take more memory.
+        mixed_budget: Most of them in a step while most sequences decode, which it keeps waiting.
         cuda_graphs: Capture decode steps as CUDA graphs, where the device has them.
         seed: Decides what is drawn at a temperature above 0; the same seed gives the same text.
         dtype: bfloat16, float16 or float32; left out, bfloat16 on a GPU and float32 on a CPU.
+        quantize: Round the experts' weights to this format while they load; int4 is int4:32, fp8 is fp8:channel. Left
+            out, they stay as the checkpoint has them (docs/quantised.md).
         device: cpu or cuda; left out, cuda where there is one.
         num_gpus: The number of ranks, for scripts that state it; torchrun decides it.
     """
 
     max_batch_size: Count = 8
     prefill_budget: Count = 8192
+    mixed_budget: Count = 768
     cuda_graphs: bool = True
     seed: Natural = 1
     dtype: Dtype | None = None
+    quantize: Quantize | None = None
     device: str | None = None
     num_gpus: Count | None = None
 

@@ -17,3 +17,8 @@ def environ_int(environ: Mapping[str, str], name: str, default: int) -> int:
     if not text.isdigit():
         raise ValueError(f"{name} ({text!r}) must be a whole number")
     return int(text)
+
+
+def main_address(environ: Mapping[str, str] | None = None) -> str:
+    """The machine of rank 0, as the others reach it."""
+    return (os.environ if environ is None else environ).get("MASTER_ADDR", "127.0.0.1")

@@ -107,6 +107,10 @@ class JsonPieces:
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
+    def encode_inside(self, text: str) -> list[int]:
+        """Ids of text that does not begin a text: no space comes before its first word."""
+        return self.encode(_APART + text)[len(self.encode(_APART)) :]
+
     def piece_bytes(self) -> Iterator[bytes]:
         """UTF-8 bytes that each id adds to a text."""
         for id in range(self.size):

@@ -50,7 +50,8 @@ class MoveJudge:
         """For this model as it runs."""
         plan, dispatchers = model.layout.plan, model.dispatchers
         hardware.networks(plan.world_size, plan.ranks_per_node)
-        shape, rows = ModelShape.of(model.params, model.dtype.itemsize), dispatchers.most_rows or None
+        shape = ModelShape.of(model.params, model.dtype.itemsize, model.layout.weights)
+        rows = dispatchers.most_rows or None
         return cls(shape, hardware, steps, dispatchers.surroundings, rows, model.sequences_per_rank, margin)
 
     def pays(self, now: ExpertPlan, wish: ExpertPlan, loads_1E: np.ndarray, tokens: int) -> bool:

@@ -19,15 +19,12 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from mixtralkit.distributed import RankFailed
-from mixtralkit.engine.decoding import Flight
 from mixtralkit.engine.plan_judge import MoveJudge
 from mixtralkit.engine.plan_policies import Policy
 from mixtralkit.engine.plan_statistics import PlanStatistics
-from mixtralkit.model.batch import ForwardBatch
+from mixtralkit.engine.runner import Flight
 from mixtralkit.model.transformer import Transformer
-from mixtralkit.moe.layer import MoEReport
 from mixtralkit.moe.transfers import open_links
-from mixtralkit.ops.counting import count_keys
 from mixtralkit.planning.plan import ExpertPlan
 
 
@@ -50,8 +47,8 @@ class _Wish:
 class PlanManager:
     """Keeps a running model's plan near what a policy makes of the loads it sees.
 
-    Engine and manager meet in two places: the manager is told of every step, whose choices it counts on the device, and
-    ``between_steps`` may move one layer. The same on every rank: rank 0 plans and tells the others. Every choice of
+    Engine and manager meet in two places: the manager is told of every step, whose choices the device has counted,
+    and ``between_steps`` may move one layer. The same on every rank: rank 0 plans and tells the others. Every choice of
     experts stays as it was, so that no token of an answer changes.
 
     Attributes:
@@ -76,7 +73,6 @@ class PlanManager:
         self.statistics = PlanStatistics()
         layers, num_experts = model.params.n_layers, model.params.num_experts
         self._shape_HLE = (2, layers, num_experts)
-        self._first_key_L1 = (torch.arange(layers, device=self.context.device) * num_experts)[:, None]
         self._window: _Window | None = None
         self._next_layer = layers
         self._wish: _Wish | None = None
@@ -85,24 +81,14 @@ class PlanManager:
         self._restart()
         open_links(self.context)
 
-    def __call__(self, batch: ForwardBatch, reports: list[MoEReport]) -> None:
-        """Counts a plain step (an ``Observe``); nothing waits for the device."""
-        _, layers, experts = self._shape_HLE
-        chosen_LN = torch.stack([report.routing.experts_TK.flatten() for report in reports])
-        keys_LN = chosen_LN + self._first_key_L1
-        self._add(count_keys(keys_LN, layers * experts).view(layers, experts))
-        self._count(plain_steps=1)
-
     def launched(self, flight: Flight) -> None:
-        """Counts a decode step that is in flight, before the next is launched; nothing waits for the device.
+        """Counts a step that is in flight, before the next is launched; nothing waits for the device.
 
         Meanwhile rank 0 plans the next layer of a pass.
         """
         self._add(flight.counts_LE)
-        self._count(
-            launched_steps=int(not flight.replayed), graph_steps=int(flight.replayed),
-            recaptures=int(flight.recapture_s > 0), recapture_s=flight.recapture_s,
-        )  # fmt: skip
+        kind = {"mixed": "plain_steps", "launched": "launched_steps", "graph": "graph_steps"}[flight.kind]
+        self._count(**{kind: 1}, recaptures=int(flight.recapture_s > 0), recapture_s=flight.recapture_s)
         if self.in_pass and self.context.is_first:
             started = time.perf_counter()
             self._wish = self._decide(self._next_layer)

@@ -42,7 +42,7 @@ class PlanStatistics:
         layers_kept: layers whose new slots were those they had, or did not pay.
         layers_moved, experts_moved, bytes_moved: layers that moved, and what crossed from rank to rank.
         layers_relocated: those of ``layers_moved`` whose slots got other addresses, so that graphs were forgotten.
-        plain_steps: steps of ``Transformer.step``: those with prompts, and all where decode steps are not possible.
+        plain_steps: steps with prompts, launched kernel by kernel.
         launched_steps: decode steps run kernel by kernel.
         graph_steps: decode steps that were replays of a graph.
         recaptures, recapture_s: graphs captured again after they were forgotten, and seconds that steps waited for it.

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 
-from mixtralkit.engine.sampler import SamplingOptions
+from mixtralkit.engine.sampler import Asked, SamplingOptions
 from mixtralkit.engine.tokenizer import TextStream, Tokenizer
+
+MOST_TOP_LOGPROBS = 20
 
 
 @dataclass(frozen=True)
@@ -14,12 +16,20 @@ class Request:
     """One prompt to continue.
 
     Attributes:
-        id: unique in a run; with the seed it decides what is drawn, so the same id gives the same text in any batch.
+        id: unique among the requests of a run; with the seed it decides what is drawn, so the same id gives the same
+            text in any batch.
         prompt: token ids, at least one.
-        max_gen_len: most tokens to generate; the model's ``max_seq_len`` may end it earlier.
+        max_gen_len: most tokens to generate; the model's ``max_seq_len`` or the cache's room may end it earlier.
         stop: texts that end the answer; they are not part of its text.
         prompt_logprobs: also give the log-probabilities of the prompt's tokens.
         stop_token_ids: ids that end the answer, beside the tokenizer's own.
+        draw_id: takes the place of ``id`` in what is drawn.
+        logprobs: events carry each token with its log-probability.
+        top_logprobs: how many of the likeliest tokens are told with each token, the prompt's too where
+            ``prompt_logprobs`` asks for these.
+        ignore_eos: the tokenizer's end tokens are tokens like others.
+        min_tokens: no end token comes before so many others.
+        json_schema: a JSON text that the answer is to fit.
     """
 
     id: int
@@ -29,12 +39,44 @@ class Request:
     stop: tuple[str, ...] = ()
     prompt_logprobs: bool = False
     stop_token_ids: tuple[int, ...] = ()
+    draw_id: int | None = None
+    logprobs: bool = False
+    top_logprobs: int = 0
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    json_schema: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.max_gen_len, bool) or not isinstance(self.max_gen_len, int) or self.max_gen_len < 0:
             raise ValueError(f"max_gen_len ({self.max_gen_len!r}) must be a whole number of at least 0")
         if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
             raise ValueError(f"stop ({self.stop!r}) must be texts of at least one character")
+        if not 0 <= self.top_logprobs <= MOST_TOP_LOGPROBS:
+            raise ValueError(f"top_logprobs ({self.top_logprobs}) must lie in 0 … {MOST_TOP_LOGPROBS}")
+        if isinstance(self.min_tokens, bool) or not isinstance(self.min_tokens, int) or self.min_tokens < 0:
+            raise ValueError(f"min_tokens ({self.min_tokens!r}) must be a whole number of at least 0")
+        if self.json_schema is not None and (self.min_tokens or self.ignore_eos):
+            raise ValueError("json_schema needs an answer that ends where it fits: no min_tokens and no ignore_eos")
+
+    @property
+    def drawn_by(self) -> tuple[int, int]:
+        """What, with the position, decides what is drawn."""
+        return self.sampling.seed, self.id if self.draw_id is None else self.draw_id
+
+    @property
+    def asks(self) -> bool:
+        """Whether logits are changed before its tokens are chosen."""
+        return self.sampling.asks or self.min_tokens > 0 or self.json_schema is not None
+
+
+@dataclass(frozen=True)
+class Abort:
+    """The request with this id is not wanted any more."""
+
+    id: int
+
+
+Top = tuple[tuple[int, float], ...]  # token ids and their log-probabilities, the likeliest first
 
 
 def check_prompt(id: int, prompt: Many[int], max_seq_len: int, vocab_size: int) -> None:
@@ -53,9 +95,12 @@ class Completion:
 
     ``tokens`` are the generated ids without the end token, ``logprobs`` theirs. ``prompt_logprobs`` are those of the
     prompt's tokens, 0.0 for the first, which nothing predicts; None unless asked for. ``finish_reason`` is
-    ``"stop"`` (end token or stop string), ``"length"`` or ``"interrupted"``. ``token_texts`` are what each token adds
-    to an answer that goes on from its prompt; joined they are ``text``, but for the space that its first word loses.
-    ``end_token`` is the one that ended it, None where none did.
+    ``"stop"`` (end token or stop string), ``"length"``, ``"interrupted"``, ``"aborted"`` or ``"error"``.
+    ``token_texts`` are what each token adds to an answer that goes on from its prompt; joined they are ``text``, but
+    for the space that its first word loses. ``end_token`` is the one that ended it, None where none did; ``end`` tells
+    its log-probability too.
+    ``top_logprobs`` and ``prompt_top_logprobs`` are the likeliest tokens at each place, None unless asked for.
+    ``cached_tokens`` of the prompt had not to be computed.
     """
 
     id: int
@@ -66,6 +111,10 @@ class Completion:
     finish_reason: str
     token_texts: list[str] = field(default_factory=list)
     end_token: int | None = None
+    top_logprobs: list[Top] | None = None
+    prompt_top_logprobs: list[Top] | None = None
+    cached_tokens: int = 0
+    end: Token | None = None
 
     @property
     def texts(self) -> list[str]:
@@ -78,13 +127,29 @@ class Completion:
 
 
 @dataclass(frozen=True)
+class Token:
+    """A token of an answer and what it adds to its text; ``top`` are the likeliest ones in its place."""
+
+    id: int
+    logprob: float
+    text: str
+    top: Top = ()
+
+
+@dataclass(frozen=True)
 class StreamEvent:
-    """More text of an answer; the last event of a request carries the reason and the whole answer."""
+    """More text of an answer; the last event of a request carries the reason and the whole answer.
+
+    ``tokens`` are those whose text is certain now, where the request asks for them; of all events together they are
+    the answer's, and their texts joined its text. ``error`` is a sentence where the reason is ``"error"``.
+    """
 
     id: int
     text: str
     finish_reason: str | None = None
     completion: Completion | None = None
+    tokens: tuple[Token, ...] = ()
+    error: str | None = None
 
 
 class StopFilter:
@@ -120,21 +185,18 @@ class StopFilter:
 
 
 @dataclass(eq=False)
-class Sequence:
-    """A request that runs: its place in the cache and what it has so far.
-
-    ``cached`` counts its tokens whose keys and values are in the cache, as far as the host has seen.
-    """
+class Answer:
+    """What a request has so far."""
 
     request: Request
-    rank: int
-    slot: int
     limit: int
     tokenizer: Tokenizer
-    cached: int = 0
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[Top] = field(default_factory=list)
     prompt_logprobs: list[float] = field(default_factory=lambda: [0.0])
+    prompt_top_logprobs: list[Top] = field(default_factory=lambda: [()])
+    cached_tokens: int = 0
     deltas: list[str] = field(default_factory=list)
     ended: bool = False
 
@@ -143,32 +205,40 @@ class Sequence:
         self._stops = StopFilter(self.request.stop)
         self._texts: list[str] = []
         self._certain = 0  # characters of these that no stop text can take any more
+        self._told = self._told_certain = 0  # tokens that events have carried, and their characters
         self._loses_space: bool | None = None  # known with the first token that has a text
+        self._ends = frozenset(self.request.stop_token_ids)
+        if not self.request.ignore_eos:
+            self._ends |= self.tokenizer.end_ids
 
     @property
     def length(self) -> int:
         """Tokens so far, prompt and answer."""
         return len(self.request.prompt) + len(self.tokens)
 
-    @property
-    def remaining(self) -> int:
-        """Most tokens that are still to come."""
-        return 0 if self.ended else self.limit - len(self.tokens)
-
     def ids(self, start: int, stop: int) -> tuple[int, ...]:
         """Token ids of positions start … stop-1."""
         prompt = self.request.prompt
-        if start >= len(prompt):
-            return tuple(self.tokens[start - len(prompt) : stop - len(prompt)])
-        assert stop <= len(prompt)
-        return prompt[start:stop]
+        if stop <= len(prompt):
+            return prompt[start:stop]
+        return (*prompt[start:], *self.tokens[max(0, start - len(prompt)) : stop - len(prompt)])
 
-    def accept(self, token: int, logprob: float) -> StreamEvent | None:
+    @property
+    def asked(self) -> Asked | None:
+        """What the request asks of the logits, if anything."""
+        request = self.request
+        if not request.asks:
+            return None
+        return Asked(request.sampling, request.prompt, tuple(self.tokens), request.min_tokens, tuple(self._ends))
+
+    def accept(self, token: int, logprob: float, top: Top = ()) -> StreamEvent | None:
         """Takes the next token; the event is None when it completes no text and ends nothing."""
-        if token in self.tokenizer.end_ids or token in self.request.stop_token_ids:
-            return self.finish("stop", end_token=token)
+        if token in self._ends:
+            return self.finish("stop", end=Token(token, logprob, "", top))
         self.tokens.append(token)
         self.logprobs.append(logprob)
+        if self.request.top_logprobs:
+            self.top_logprobs.append(top)
         if self._loses_space is None and token < self.tokenizer.n_words and self.tokenizer.piece_bytes[token]:
             self._loses_space = self.tokenizer.drops_first_space and self.tokenizer.begins_with_space(token)
         self._texts.append(self._stream.push(token))
@@ -180,9 +250,9 @@ class Sequence:
         if not delta:
             return None
         self.deltas.append(delta)
-        return StreamEvent(self.request.id, delta)
+        return StreamEvent(self.request.id, delta, tokens=self._newly_told() if self.request.logprobs else ())
 
-    def finish(self, reason: str, delta: str = "", end_token: int | None = None) -> StreamEvent:
+    def finish(self, reason: str, delta: str = "", end: Token | None = None, error: str | None = None) -> StreamEvent:
         """The last event, with whatever text was held back."""
         if not self._stops.stopped:
             rest = self._stream.finish()
@@ -191,18 +261,42 @@ class Sequence:
             delta += self._shown(self._stops.push(rest) + self._stops.finish())
         self.deltas.append(delta)
         self.ended = True
-        prompt_logprobs = self.prompt_logprobs if self.request.prompt_logprobs else None
+        request, texts = self.request, cut(self._texts, self._certain)
+        told = self._newly_told(texts) if request.logprobs else ()
         completion = Completion(
-            self.request.id, self.tokens, self.logprobs, prompt_logprobs, "".join(self.deltas), reason,
-            cut(self._texts, self._certain), end_token,
+            request.id, self.tokens, self.logprobs, self.prompt_logprobs if request.prompt_logprobs else None,
+            "".join(self.deltas), reason, texts, end and end.id, self.top_logprobs if request.top_logprobs else None,
+            self.prompt_top_logprobs if request.top_logprobs and request.prompt_logprobs else None, self.cached_tokens,
+            end,
         )  # fmt: skip
-        return StreamEvent(self.request.id, delta, reason, completion)
+        return StreamEvent(request.id, delta, reason, completion, told, error)
 
     def _shown(self, certain: str) -> str:
         """Text that is certain now as the answer has it: without the space of its first word."""
         is_first = self._certain == 0 and certain != ""
         self._certain += len(certain)
         return certain[1:] if is_first and self._loses_space else certain
+
+    def _newly_told(self, texts: Many[str] | None = None) -> tuple[Token, ...]:
+        """Tokens that no event has carried yet: those whose text is certain, up to the last one with any, or all with
+        the ``texts`` that an answer at its end has."""
+        own, end, certain = self._texts if texts is None else texts, self._told, self._told_certain
+        last = len(own) - (texts is None and self._stream.is_unfinished)
+        for place in range(self._told, last):
+            certain += len(own[place])
+            if texts is None and certain > self._certain:
+                break
+            if texts is not None or own[place]:
+                end, self._told_certain = place + 1, certain
+        found = []
+        for place in range(self._told, end):
+            text = own[place]
+            if text and self._loses_space and not any(own[:place]):
+                text = text[1:]
+            top = self.top_logprobs[place] if self.top_logprobs else ()
+            found.append(Token(self.tokens[place], self.logprobs[place], text, top))
+        self._told = end
+        return tuple(found)
 
 
 def cut(texts: Many[str], length: int) -> list[str]:

@@ -127,6 +127,10 @@ class Tokenizer:
         """Token ids of a rendered chat template, in which the special tokens stand by name."""
         return self._encode(s, self._special_pattern)
 
+    def encode_inside(self, s: str) -> list[int]:
+        """Token ids of a text that goes on from another; special tokens are not found in it."""
+        return self._pieces.encode_inside(s)
+
     def decode(self, t: Sequence[int]) -> str:
         """Text of the ids: control ids (and ``pad_id`` -1) are nothing, the first word's leading space is dropped."""
         stream = TextStream(self)
@@ -272,6 +276,11 @@ class TextStream:
             if self._tokenizer.begins_with_space(token):
                 data = data[1:]
         return self._utf8.decode(data).translate(_REPLACED)
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether bytes of a character are still to come, which may give the last token more text."""
+        return bool(self._utf8.getstate()[0])
 
     def finish(self) -> str:
         """What an unfinished character leaves: replacement characters, or nothing."""

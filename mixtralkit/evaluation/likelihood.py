@@ -80,10 +80,9 @@ def token_logprobs(mixtral: Mixtral, pairs: Sequence[Pair], progress: bool = Fal
     found: dict[Ids, list[float]] = {}
     is_shown = progress and mixtral.model.context.is_first
     with tqdm(total=len(requests), unit="sequence", disable=not is_shown) as bar:
-        for event in mixtral.engine.run(requests):
-            if event.completion is not None:
-                found[sequences[event.id]] = event.completion.prompt_logprobs
-                bar.update()
+        for done in mixtral.generate_many(requests):
+            found[sequences[done.id]] = done.prompt_logprobs
+            bar.update()
     own = [found[context + continuation][len(context) :] for context, continuation in pairs]
     for i, values in enumerate(own):
         check_finite(values, f"pair {i}", mixtral)

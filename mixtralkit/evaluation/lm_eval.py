@@ -146,6 +146,7 @@ class MixtralLM(TemplateLM):
         return {
             "mixtralkit_version": __version__,
             "model_dtype": str(model.dtype),
+            "quantize": None if model.layout.weights.is_plain else model.layout.weights.name,
             "ranks": self.context.world_size,
             "attention": model.layout.parallel.attention,
             "experts": model.layout.parallel.experts,
@@ -240,11 +241,10 @@ class MixtralLM(TemplateLM):
         answers = [""] * len(asked)
         is_shown = self.context.is_first and not disable_tqdm
         with tqdm(total=len(asked), unit="answer", disable=not is_shown) as bar:
-            for event in self.mixtral.engine.run(questions):
-                if event.completion is not None:
-                    answers[event.id] = _until(event.completion.text, requests[event.id])
-                    self.cache_hook.add_partial("generate_until", requests[event.id].args, answers[event.id])
-                    bar.update()
+            for done in self.mixtral.generate_many(questions):
+                answers[done.id] = _until(done.text, requests[done.id])
+                self.cache_hook.add_partial("generate_until", requests[done.id].args, answers[done.id])
+                bar.update()
         return answers
 
     def _question(self, id: int, request: Instance) -> tuple[Request, bool]:

@@ -205,15 +205,14 @@ def _run_chunk(
     owner = {id: place for place in places for id in range(first_ids[place], first_ids[place + 1])}
     found: dict[int, dict[int, Completion]] = {place: {} for place in places}
     ran: dict[int, Ran] = {}
-    for event in mixtral.engine.run(requests):
-        if event.completion is None:
-            continue
-        place = owner[event.id]
+    mixtral.engine.forget_prefixes()  # so that a chunk is the same to the bit, whatever ran before
+    for done in mixtral.generate_many(requests):
+        place = owner[done.id]
         work = works[place]
-        ran[event.id] = Ran(place, *work.ran(event.id - first_ids[place], event.completion))
-        found[place][event.id] = event.completion
+        ran[done.id] = Ran(place, *work.ran(done.id - first_ids[place], done))
+        found[place][done.id] = done
         if len(found[place]) == len(work.sequences):
-            completions = [done for _, done in sorted(found.pop(place).items())]
+            completions = [one for _, one in sorted(found.pop(place).items())]
             results.add(place, lambda work=work, done=completions: work.result(mixtral, done))
             bar.update()
         elif len(work.sequences) >= _MANY_SEQUENCES:

@@ -25,7 +25,8 @@ class AnswerOptions:
     Attributes:
         max_gen_len: most tokens of a generation, where the record does not say.
         stop: texts that end a generation, beside the record's own ``stop``.
-        temperature, top_p, top_k, min_p, seed: how it is drawn; at temperature 0 it is the likeliest.
+        temperature, top_p, top_k, min_p, seed, presence_penalty, frequency_penalty, repetition_penalty, logit_bias: how
+            it is drawn (``SamplingOptions``); at temperature 0 it is the likeliest.
         window, context: tokens of a piece of a text, and fewest before each scored token (``likelihood.windows``).
     """
 
@@ -36,6 +37,10 @@ class AnswerOptions:
     top_k: int = 0
     min_p: float = 0.0
     seed: int = 1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[str, ...] = ()
     window: int = 1024
     context: int = 512
 
@@ -48,7 +53,7 @@ class AnswerOptions:
     @property
     def sampling(self) -> dict[str, Any]:
         """The keywords of ``Mixtral.request`` that say how to draw."""
-        return {name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "min_p", "seed")}
+        return {name: getattr(self, name) for name in SamplingOptions.__dataclass_fields__}
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ class FastMoELayer(nn.Module):
         pos, local, everyone, per_expert, received = functions.prepare_forward(experts_NK, self.slots, world)
         row_N = pos.div(experts_NK.shape[1], rounding_mode="floor")
         x_RD = functions.MOEScatter.apply(x_ND, row_N, local, everyone, received, world)
-        y_RD = swiglu_grouped(x_RD, per_expert.to(x_RD.device), self.experts.w13, self.experts.w2)
+        y_RD = swiglu_grouped(x_RD, per_expert.to(x_RD.device), *self.experts.matrices)
         return functions.MOEGather.apply(y_RD, pos, local, everyone, experts_NK.numel(), world)
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mixtralkit.checkpoint.quantising import put_packed
 from mixtralkit.config import CacheOptions, ModelConfig, MoEOptions
 from mixtralkit.distributed import RankContext
 from mixtralkit.fastmoe.backend import FastMoELayer
@@ -147,6 +148,9 @@ class Transformer(nn.Module):
     def decodes_in_graphs(self) -> bool:
         """Whether a decode step is the same launches on the same addresses whatever the routing is."""
         ours = self.options.backend == "mixtralkit" and self.two_phase is None
+        ours = ours and (
+            self.layout.weights.is_plain or self.context.device.type == "cpu"
+        )  # the reference asks the host
         trains = any(p.requires_grad for p in self.parameters())
         return ours and not trains and self.dispatchers.name(True, True) in IN_GRAPHS
 
@@ -272,11 +276,13 @@ class Transformer(nn.Module):
         shapes = canonical_shapes(self.params)
         numbers = {name: number for number, name in enumerate(shapes)}
         for piece in self.layout.pieces():
-            target = tensors[piece.target][piece.at]
             if piece.columns is None:
-                target.fill_(1.0)
+                tensors[piece.target][piece.at].fill_(1.0)
                 continue
             generator = torch.Generator(self.context.device).manual_seed(seed * len(numbers) + numbers[piece.source])
-            whole = torch.empty(shapes[piece.source], dtype=target.dtype, device=target.device)
+            whole = torch.empty(shapes[piece.source], dtype=self.dtype, device=self.context.device)
             whole.normal_(0.0, std, generator=generator)
-            target.copy_(whole[slice(*piece.rows), slice(*piece.columns)])
+            if piece.is_expert and not self.layout.weights.is_plain:
+                put_packed(tensors, self.layout, piece, whole)
+            else:
+                tensors[piece.target][piece.at].copy_(whole[slice(*piece.rows), slice(*piece.columns)])

@@ -13,6 +13,7 @@ from mixtralkit.distributed import RankContext
 from mixtralkit.layout import RankLayout
 from mixtralkit.moe.capacity import CutRouting
 from mixtralkit.moe.dispatch import Dispatcher, Dispatchers
+from mixtralkit.moe.dispatch.exact import ExactHandle
 from mixtralkit.moe.dispatch.schedule import num_chunks, run_in_chunks
 from mixtralkit.moe.router import Router, Routing
 from mixtralkit.moe.shadow import ShadowReport, Shadows
@@ -52,14 +53,14 @@ class MoEReport:
     Attributes:
         routing: the router's choice, before any capacity.
         dropped, rerouted: int64 scalars, choices over a cold expert's capacity.
-        handles: what dispatch learnt, one for each chunk or piece (``exact.ExactHandle`` for exact exchanges).
+        handles: one for each chunk or piece: an ``exact.ExactHandle`` without its rows for exact exchanges, else None.
         shadows: experts that are on every rank by a copy, None in a layer without shadows.
     """
 
     routing: Routing
     dropped: torch.Tensor
     rerouted: torch.Tensor
-    handles: tuple[Any, ...] = ()
+    handles: tuple[ExactHandle | None, ...] = ()
     shadows: ShadowReport | None = None
 
 
@@ -115,7 +116,7 @@ class MoELayer(nn.Module):
         rows = StepRows() if rows is None else rows
         routing, hidden = self.gate(hidden)
         phases = None if rows.flight is None else rows.flight.at(self.layer, routing.experts_TK)
-        trains = torch.is_grad_enabled() and self.experts.w13.requires_grad
+        trains = self.experts.trains
         experts, table, report = self.experts, self.table, None
         if self.shadows is not None and trains:
             self.shadows.forget()  # the weights are about to change
@@ -133,7 +134,9 @@ class MoELayer(nn.Module):
             hidden, handles = self._run(name, dispatcher, experts, hidden, cut, table, rows.per_rank, following)
         if rows.flight is not None:
             rows.flight.ahead(self.layer)
-        return hidden, MoEReport(routing, cut.dropped, cut.rerouted, tuple(handles), report)
+        # a step keeps its layers' reports: with the rows in them each layer's would stay until the step ends
+        kept = tuple(replace(handle, x_TD=None) if isinstance(handle, ExactHandle) else None for handle in handles)
+        return hidden, MoEReport(routing, cut.dropped, cut.rerouted, kept, report)
 
     def _run(
         self, name: str, dispatcher: Dispatcher, experts, hidden: Hidden, cut: CutRouting, table: LayerTable,

@@ -64,7 +64,7 @@ def shadow_room(layout: RankLayout, context: RankContext, dtype: torch.dtype, op
     if not (options.copies_experts and travels):
         return 0
     config = layout.config
-    expert_bytes = 3 * config.dim * config.hidden_dim * dtype.itemsize
+    expert_bytes = layout.weights.expert_bytes(config.dim, config.hidden_dim, dtype.itemsize)
     room = min(int(options.shadow_memory_gb * 1e9) // expert_bytes, config.n_layers * config.num_experts)
     if room < 1:
         least = expert_bytes / 1e9
@@ -91,6 +91,7 @@ class Shadows:
             "gpu_throughput": options.gpu_throughput,
             "matrices": 3,
             "data_bytes": store.dtype.itemsize,
+            "weight_bytes": store.expert_bytes / (3 * config.dim * config.hidden_dim),
         }
         self.inference, self.training = ShadowModel.for_inference(**figures), ShadowModel.for_training(**figures)
         self.resident = replace(self.inference, broadcast_bandwidth=RESIDENT_STEPS * self.inference.net_bandwidth)
@@ -222,7 +223,7 @@ class Lent:
     def __call__(self, rows: RoutedRows) -> torch.Tensor:
         if self.copies is None:
             return self.own(rows)
-        slots = self.own.w13.shape[0]
+        slots = self.own.slots
         is_copy_RK = rows.slots_RK >= slots
         own = RoutedRows(rows.x_RD, rows.slots_RK.masked_fill(is_copy_RK, -1), rows.weights_RK, rows.residual_RD)
         copies = RoutedRows(rows.x_RD, (rows.slots_RK - slots).masked_fill(~is_copy_RK, -1), rows.weights_RK)

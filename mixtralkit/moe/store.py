@@ -26,7 +26,8 @@ from mixtralkit.moe.table import LayerTable
 from mixtralkit.moe.transfers import MoveReport, move_experts, stays_in_place, transfers
 from mixtralkit.planning.replicas import ReplicaTable
 
-# (weights, owner, theirs): the owner's weights into this rank's; ``theirs`` is its memory, None where nobody reaches it
+# (weights, owner, theirs), bytes: the owner's weights into this rank's; ``theirs`` is its memory, None where nobody
+# reaches it.
 Carry = Callable[[torch.Tensor, int, "torch.Tensor | None"], None]
 
 
@@ -69,28 +70,38 @@ class ExpertStore:
     @property
     def expert_bytes(self) -> int:
         """Weights of one expert, or of this rank's part of its hidden width."""
-        config = self.layout.config
-        return 3 * config.dim * (self.layout.hidden[1] - self.layout.hidden[0]) * self.dtype.itemsize
+        return self.layout.weights.expert_bytes(*self._columns, self.dtype.itemsize)
 
-    def _empty(self, slots: int, device: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        dim, hidden = self.layout.config.dim, self.layout.hidden[1] - self.layout.hidden[0]
-        like = {"dtype": self.dtype, "device": device or self.context.device}
-        return torch.empty(slots, 2 * hidden, dim, **like), torch.empty(slots, dim, hidden, **like)
+    @property
+    def _columns(self) -> tuple[int, int]:
+        """Of w13 and of w2."""
+        return self.layout.config.dim, self.layout.hidden[1] - self.layout.hidden[0]
 
-    def _storage(self, slots_LW: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    def _empty(self, slots: int, device: str | None = None) -> tuple[torch.Tensor, ...]:
+        """Memory for the parts of w13, then of w2."""
+        (dim, hidden), weights = self._columns, self.layout.weights
+        shapes = [(part, weights.shape(part, hidden, dim, 2)) for part in weights.parts]
+        shapes += [(part, weights.shape(part, dim, hidden)) for part in weights.parts]
+        dtypes = [self.dtype if part.dtype is None else getattr(torch, part.dtype) for part, _ in shapes]
+        return tuple(
+            torch.empty(slots, *shape, dtype=dtype, device=device or self.context.device)
+            for (_, shape), dtype in zip(shapes, dtypes, strict=True)
+        )
+
+    def _storage(self, slots_LW: np.ndarray) -> tuple[torch.Tensor, ...]:
         """One memory for all layers and copies, which other ranks read where GPUs reach each other. Collective.
 
         As large on every rank as the one with most slots needs: such memory has one size.
         """
         self._memories = None
-        shapes = [weights.shape for weights in self._empty(int(slots_LW.sum(0).max()) + self.room, "meta")]
-        memories = [self.context.symmetric_memory(tuple(shape), self.dtype, 0) for shape in shapes]
+        like = self._empty(int(slots_LW.sum(0).max()) + self.room, "meta")
+        memories = [self.context.symmetric_memory(tuple(part.shape), part.dtype, 0) for part in like]
         if None in memories:
             return self._empty(int(slots_LW[:, self.context.rank].sum()) + self.room)
         self._memories = tuple(memories)
         firsts_LW = slots_LW.cumsum(0) - slots_LW
         self._first_W = dict(zip(self.layers, firsts_LW, strict=True))
-        return memories[0].own, memories[1].own
+        return tuple(memory.own for memory in memories)
 
     def _slots_LW(self) -> np.ndarray:
         """How many slots each rank has in each layer."""
@@ -100,6 +111,7 @@ class ExpertStore:
         """Memory of every layer by itself, or one for all where copies need places that any layer can name."""
         slots_L = [len(self.layout.experts(layer)) for layer in self.layers]
         storage = self._storage(self._slots_LW()) if self.room else None
+        self._held = storage
         first = 0
         for layer, slots in zip(self.layers, slots_L, strict=True):
             own, storage_S = self._empty(slots) if storage is None else None, None
@@ -107,7 +119,8 @@ class ExpertStore:
                 own = tuple(weights[first : first + slots] for weights in storage)
                 storage_S = self._own_places(slots)
                 storage_S += first
-            self.experts[layer] = Experts(*own, None if storage is None else (*storage, storage_S))
+            stored = None if storage is None else (storage, storage_S)
+            self.experts[layer] = Experts(own, stored, self.layout.weights, self._columns)
             self.tables[layer] = LayerTable(self.replicas(layer), self.context, self.room > 0)
             first += slots
         self._places = list(range(first, first + self.room))
@@ -166,13 +179,13 @@ class ExpertStore:
         place = next(place for place in self._places if place not in taken)
         numbers = {copy.number for (of, _), copy in self.copies.items() if of == layer}
         owner, slot = self.owner(layer, expert)
-        experts, memories = self.experts[layer], self._memories or (None, None)
+        experts, memories = self.experts[layer], self._memories or [None] * len(self._held)
         if carry is None and self._memories is not None:
             self._memories[0].meet()
-        for storage, own, memory in zip(experts.storage, (experts.w13, experts.w2), memories, strict=False):
+        for storage, own, memory in zip(self._held, experts.tensors, memories, strict=True):
             target = own[slot] if owner == self.context.rank else storage[place]
             theirs = None if memory is None else memory.of_rank(owner)[self._first_W[layer][owner] + slot]
-            (carry or self._carry)(target, owner, theirs)
+            (carry or self._carry)(_bytes(target), owner, None if theirs is None else _bytes(theirs))
         number = next(n for n in range(self._most_copies) if n not in numbers)
         self.copies[layer, expert] = Copy(place, number)
 
@@ -218,7 +231,7 @@ class ExpertStore:
         if self._memories is not None:
             self._memories[0].meet()  # others may be reading what changes now
         in_place, experts = stays_in_place(old_WE, new_WE), self.experts[layer]
-        targets = move_experts((experts.w13, experts.w2), old_WE, new_WE, moves, in_place, self.context)
+        targets = move_experts(experts.tensors, old_WE, new_WE, moves, in_place, self.context)
         self.layout = layout
         if not in_place:
             self._relocate(layer, targets)
@@ -229,7 +242,7 @@ class ExpertStore:
         old, new = self.layout.plan, layout.plan
         if layout.parallel.experts != "ep":
             raise ValueError(f"experts ({layout.parallel.experts!r}) must be 'ep' for a new plan between steps")
-        if self.experts[layer].w13.requires_grad:
+        if self.experts[layer].tensors[0].requires_grad:
             raise ValueError("a new plan between steps needs weights that do not train")
         ranks = [(plan.world_size, plan.ranks_per_node) for plan in (old, new)]
         if replace(layout, plan=old) != self.layout or ranks[0] != ranks[1]:
@@ -238,18 +251,24 @@ class ExpertStore:
     def _relocate(self, layer: int, targets: Sequence[torch.Tensor]) -> None:
         """New memory for the layer, or for all where they share one."""
         if not self.room:
-            for weights, target in zip((self.experts[layer].w13, self.experts[layer].w2), targets, strict=True):
+            for weights, target in zip(self.experts[layer].tensors, targets, strict=True):
                 weights.data = target
             return
-        old = {of: (experts.w13.data, experts.w2.data) for of, experts in self.experts.items()} | {layer: targets}
+        old = {of: [w.data for w in experts.tensors] for of, experts in self.experts.items()} | {layer: targets}
         self.drop(list(self.copies))
         slots = [len(old[of][0]) for of in self.layers]
         storage, first = self._storage(self._slots_LW()), 0
+        self._held = storage
         for of, count in zip(self.layers, slots, strict=True):
             experts = self.experts[of]
-            for weights, memory, values in zip((experts.w13, experts.w2), storage, old[of], strict=True):
+            for weights, memory, values in zip(experts.tensors, storage, old[of], strict=True):
                 weights.data = memory[first : first + count].copy_(values)
             storage_S = self._own_places(count) + first
-            experts.storage = (*storage, storage_S)
+            experts.store_in(storage, storage_S)
             first += count
         self._places = list(range(first, first + self.room))
+
+
+def _bytes(weights: torch.Tensor) -> torch.Tensor:
+    """The same memory as bytes, which collectives carry of any format."""
+    return weights.view(torch.uint8)

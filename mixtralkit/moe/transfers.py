@@ -129,7 +129,7 @@ def open_links(context: RankContext) -> None:
 
 
 def _operation(kind, weights: torch.Tensor, other: int, context: RankContext) -> dist.P2POp:
-    return dist.P2POp(kind, weights, group=context.group, group_peer=other)
+    return dist.P2POp(kind, weights.view(torch.uint8), group=context.group, group_peer=other)
 
 
 def _holds(table_WE: np.ndarray) -> np.ndarray:

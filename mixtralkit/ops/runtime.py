@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from mixtralkit.config import shipped
+from mixtralkit.moe.weights import PackedWeight
 
 CPU_TYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of the compiled kernels' numbers
 AMX_ROWS = 32  # from which torch's bfloat16 product is taken where the processor multiplies matrices
@@ -27,19 +28,22 @@ def runs_triton(x: torch.Tensor, *others: torch.Tensor) -> bool:
     return all(not (t.requires_grad and grad) and t.dtype == x.dtype and t.numel() > 0 for t in (x, *others))
 
 
-def runs_cpu(x: torch.Tensor, *weights: torch.Tensor) -> bool:
+def runs_cpu(x: torch.Tensor, *weights: torch.Tensor | PackedWeight) -> bool:
     """The guard of every op on a CPU: whether it runs its compiled kernels on these tensors, else its reference.
 
-    It does where a compiler is and no gradient and no autocast is wanted. ``weights`` may be packed (``ops.cpu``).
+    It does where a compiler is and no gradient and no autocast is wanted, and has kernels for the weights' format.
     """
     if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
     grad = torch.is_grad_enabled()
     for tensor in (x, *weights):
-        if isinstance(tensor, torch.Tensor):
-            fits = tensor.dtype in CPU_TYPES and tensor.numel() > 0 and tensor.stride(-1) == 1
-            if not fits or (tensor.requires_grad and grad):
+        if isinstance(tensor, PackedWeight):
+            if tensor.weights.cpu_type is None:
                 return False
+            continue
+        fits = tensor.dtype in CPU_TYPES and tensor.numel() > 0 and tensor.stride(-1) == 1
+        if not fits or (tensor.requires_grad and grad):
+            return False
     from mixtralkit.ops.cpu.build import kernels
 
     if x.dtype == torch.bfloat16 and x.shape[0] >= AMX_ROWS and torch.cpu._is_amx_tile_supported():

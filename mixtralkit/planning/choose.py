@@ -21,6 +21,8 @@ from mixtralkit.planning.trace import RoutingTrace
 
 # Tokens that a prediction replays at least, and the steps that it averages at most.
 _SAMPLED_TOKENS, _MOST_STEPS = 512, 8
+# Times that differ by less than this part are the same: the routing of the sample alone makes as much.
+_ALIKE = 0.01
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def candidates(situation: Situation) -> list[Candidate]:
     config, world, room = situation.config, situation.world_size, situation.room
     given = Given(
         situation.loads_LE, world, situation.trace, situation.ranks_per_node,
-        shape=ModelShape.of(config, room.data_bytes), hardware=situation.hardware,
+        shape=ModelShape.of(config, room.data_bytes, room.weights), hardware=situation.hardware,
         rows=room.batch * config.num_experts_per_tok,
     )  # fmt: skip
     names = candidate_names(given, config.num_experts) if world > 1 else ["contiguous"]
@@ -140,7 +142,7 @@ def _layouts(situation: Situation, names: Sequence[str]) -> list[tuple[ParallelC
 
 
 def choose(found: Sequence[Candidate], memory_gb: float | None) -> Candidate:
-    """The fastest that fits; among equals the one that takes least memory.
+    """The fastest that fits; of those that are as good as equal (1%) the one that takes least memory.
 
     ValueError that names the budget and what the smallest needs, where none fits.
     """
@@ -157,7 +159,9 @@ def choose(found: Sequence[Candidate], memory_gb: float | None) -> Candidate:
             f"({memory.weights:.1f} weights, {memory.cache:.1f} keys and values, {memory.exchange:.2f} exchange, "
             f"{memory.working:.1f} working memory); take fewer or shorter sequences, or more ranks"
         )
-    return min(fitting, key=lambda candidate: (candidate.step_ms, candidate.memory.total))
+    most_ms = (1 + _ALIKE) * min(candidate.step_ms for candidate in fitting)
+    alike = [candidate for candidate in fitting if candidate.step_ms <= most_ms]
+    return min(alike, key=lambda candidate: (candidate.memory.total, candidate.step_ms))
 
 
 def table(found: Sequence[Candidate], chosen: Candidate, memory_gb: float | None) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mixtralkit.moe.weights import PLAIN, ExpertWeights
 from mixtralkit.planning.hardware import Hardware
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ class ModelShape:
 
     Attributes:
         dim, hidden, num_experts, top_k, heads, kv_heads, head_dim, vocab: as in the model's configuration.
-        data_bytes: of a number in rows and weights.
+        data_bytes: of a number in rows, and in weights that are not of another format.
+        weights: format of the experts.
     """
 
     dim: int
@@ -35,19 +37,20 @@ class ModelShape:
     head_dim: int
     vocab: int
     data_bytes: int = 2
+    weights: ExpertWeights = PLAIN
 
     @classmethod
-    def of(cls, config: ModelConfig, data_bytes: int = 2) -> ModelShape:
-        """The sizes of ``config``, with numbers of ``data_bytes``."""
+    def of(cls, config: ModelConfig, data_bytes: int = 2, weights: ExpertWeights = PLAIN) -> ModelShape:
+        """The sizes of ``config``, with numbers of ``data_bytes`` and experts in such a format."""
         return cls(
             config.dim, config.hidden_dim, config.num_experts, config.num_experts_per_tok,
-            config.n_heads, config.n_kv_heads, config.head_dim, config.vocab_size, data_bytes,
+            config.n_heads, config.n_kv_heads, config.head_dim, config.vocab_size, data_bytes, weights,
         )  # fmt: skip
 
     @property
     def expert_bytes(self) -> int:
         """Weights of one expert."""
-        return 3 * self.dim * self.hidden * self.data_bytes
+        return self.weights.expert_bytes(self.dim, self.hidden, self.data_bytes)
 
     @property
     def row_bytes(self) -> int:
@@ -62,11 +65,15 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class KernelCounts:
-    """Kernels of a layer's steps, as the operations of ``MoELayer`` in plain torch are counted."""
+    """Kernels of a layer's steps, as the operations of ``MoELayer`` in plain torch are counted.
+
+    ``dispatch`` is of counted rows, ``replicas`` more where those are poured, ``static`` of rows in fixed shapes.
+    """
 
     attention: int = 30
     gate: int = 10
     dispatch: int = 60
+    static: int = 17
     replicas: int = 20
     experts: int = 25
     combine: int = 5
@@ -88,12 +95,15 @@ class TimeModel:
     def __post_init__(self) -> None:
         self.hardware.networks(self.world_size, self.ranks_per_node)
 
-    def product_s(self, rows: np.ndarray | float, weights: float) -> np.ndarray:
-        """A product of ``rows`` rows with a matrix of so many ``weights``: the slower of arithmetic and reading."""
+    def product_s(self, rows: np.ndarray | float, weights: float, size: float | None = None) -> np.ndarray:
+        """A product of ``rows`` rows with a matrix of so many ``weights``: the slower of arithmetic and reading.
+
+        ``size`` is the bytes of the matrix; None those of numbers like the rows'.
+        """
         rows = np.asarray(rows, float)
         with np.errstate(invalid="ignore", divide="ignore"):
             arithmetic = np.where(rows > 0, 2 * weights * rows / self.hardware.matrix_rate(rows), 0.0)
-        reading = weights * self.shape.data_bytes / self.hardware.memory_bandwidth
+        reading = (weights * self.shape.data_bytes if size is None else size) / self.hardware.memory_bandwidth
         return np.where(rows > 0, np.maximum(arithmetic, reading), 0.0)
 
     def expert_s(self, rows: np.ndarray | float, split: int = 1) -> np.ndarray:
@@ -103,15 +113,17 @@ class TimeModel:
         """
         shape, hidden = self.shape, self.shape.hidden / split
         copies = (4 * shape.dim + 6 * hidden) * shape.data_bytes / self.hardware.memory_bandwidth
-        return self.product_s(rows, 3 * shape.dim * hidden) + np.asarray(rows, float) * copies
+        product_s = self.product_s(rows, 3 * shape.dim * hidden, shape.expert_bytes / split)
+        return product_s + np.asarray(rows, float) * copies
 
     def experts_s(self, rows_WE: np.ndarray, split: int = 1) -> np.ndarray:
         """All experts of each rank, one after the other: rows [..., W, E] → seconds [..., W]."""
         rows_WE = np.asarray(rows_WE)
-        return self.experts_start_s(rows_WE.max(-1, initial=0)) + self.expert_s(rows_WE, split).sum(-1)
+        mean_rows_W = rows_WE.sum(-1) / np.maximum((rows_WE > 0).sum(-1), 1)
+        return self.experts_start_s(mean_rows_W) + self.expert_s(rows_WE, split).sum(-1)
 
-    def experts_start_s(self, most_rows: np.ndarray | float) -> np.ndarray | float:
-        """What a layer's experts take beside their products; ``most_rows`` are those of the busiest expert."""
+    def experts_start_s(self, mean_rows: np.ndarray | float) -> np.ndarray | float:
+        """What a rank's experts take beside their products; ``mean_rows`` are those of an expert that has any."""
         return self.launches_s(self.kernels.experts)
 
     def gate_s(self, tokens_W: np.ndarray) -> np.ndarray:
@@ -175,6 +187,10 @@ class TimeModel:
         """So many kernels that have nothing to do."""
         return kernels * self.hardware.launch_s
 
+    def captured_s(self, kernels: int) -> float:
+        """So many small kernels of a step that a graph holds; plain torch launches it like any other."""
+        return self.launches_s(kernels)
+
     def exchange_s(self, out_NW: Sequence[np.ndarray], into_NW: Sequence[np.ndarray], messages: int = 1) -> np.ndarray:
         """Rows between ranks: over before the busiest rank's busier direction is, on the slower of the networks.
 
@@ -237,6 +253,7 @@ class ShadowModel:
         compute_rounds: products with each matrix, a backward pass counting twice.
         exchanges: times that a row travels.
         broadcast_bandwidth: bytes/s at which weights reach every rank; None, as in the paper, takes W.
+        weight_bytes: of a weight; None, as in the paper, takes b.
     """
 
     d_model: int
@@ -248,11 +265,12 @@ class ShadowModel:
     compute_rounds: int
     exchanges: int
     broadcast_bandwidth: float | None = None
+    weight_bytes: float | None = None
 
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name == "broadcast_bandwidth" and value is None:
+            if f.name in ("broadcast_bandwidth", "weight_bytes") and value is None:
                 continue
             if not 0 < value < float("inf"):
                 raise ValueError(f"{f.name} ({value!r}) must be a number above 0")
@@ -266,9 +284,13 @@ class ShadowModel:
         gpu_throughput: float,
         matrices: int = 2,
         data_bytes: int = 4,
+        weight_bytes: float | None = None,
     ) -> ShadowModel:
         """A training step: the paper's form as it stands by default."""
-        return cls(d_model, alpha, net_bandwidth, gpu_throughput, data_bytes, matrices, compute_rounds=3, exchanges=4)
+        return cls(
+            d_model, alpha, net_bandwidth, gpu_throughput, data_bytes, matrices, compute_rounds=3, exchanges=4,
+            weight_bytes=weight_bytes,
+        )  # fmt: skip
 
     @classmethod
     def for_inference(
@@ -279,9 +301,13 @@ class ShadowModel:
         gpu_throughput: float,
         matrices: int = 3,
         data_bytes: int = 2,
+        weight_bytes: float | None = None,
     ) -> ShadowModel:
         """A forward pass: Mixtral in 16 bits by default."""
-        return cls(d_model, alpha, net_bandwidth, gpu_throughput, data_bytes, matrices, compute_rounds=1, exchanges=2)
+        return cls(
+            d_model, alpha, net_bandwidth, gpu_throughput, data_bytes, matrices, compute_rounds=1, exchanges=2,
+            weight_bytes=weight_bytes,
+        )  # fmt: skip
 
     @classmethod
     def from_hardware(cls, shape: ModelShape, hardware: Hardware) -> ShadowModel:
@@ -290,6 +316,7 @@ class ShadowModel:
             shape.dim, shape.hidden / shape.dim, hardware.inside.exchange.bandwidth, hardware.peak_flops,
             shape.data_bytes, matrices=3, compute_rounds=1, exchanges=2,
             broadcast_bandwidth=hardware.inside.broadcast.bandwidth,
+            weight_bytes=shape.expert_bytes / (3 * shape.dim * shape.hidden),
         )  # fmt: skip
 
     @property
@@ -307,7 +334,7 @@ class ShadowModel:
     def s_per_shadow(self) -> float:
         """Seconds that the weights of an expert take to every rank."""
         weights = self.matrices * self.alpha * self.d_model**2
-        return weights * self.data_bytes / (self.broadcast_bandwidth or self.net_bandwidth)
+        return weights * (self.weight_bytes or self.data_bytes) / (self.broadcast_bandwidth or self.net_bandwidth)
 
 
 def choose_shadows(

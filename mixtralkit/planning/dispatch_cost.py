@@ -78,9 +78,8 @@ class Static(DispatchCost):
         out_S = room_S * (model.shape.row_bytes + model.shape.packed_bytes)
         back_S = room_S * model.shape.row_bytes
         replay.add_links(layer, (1 - np.eye(replay.world)) * (out_S + back_S).sum())
-        launches = model.launches_s(model.kernels.dispatch), model.launches_s(model.kernels.combine)
-        dispatch_S = launches[0] + model.all_gather_s(out_S) + model.all_gather_s(0.0)
-        combine_S = launches[1] + model.all_gather_s(back_S)
+        dispatch_S = model.captured_s(model.kernels.static) + model.all_gather_s(out_S) + model.all_gather_s(0.0)
+        combine_S = model.captured_s(model.kernels.combine) + model.all_gather_s(back_S)
         experts_S = replay.experts_s(replay.step_T, replay.steps, ranks_TK, experts_TK)
         return ranks_TK, (dispatch_S, experts_S, combine_S)
 

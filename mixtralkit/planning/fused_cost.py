@@ -12,9 +12,9 @@ from mixtralkit.planning.hardware import FusedKernels, ProductPoints, WirePoints
 # Ranks that reach into each other's memory, on one node (``ops.all_reduce``, ``ops.symmetric_exchange``).
 MOST_RANKS = 8
 # Embedding, first norm, choice of the token, and its exchange.
-_SMALL_AT_ENDS = 4
+SMALL_AT_ENDS = 4
 # A norm reads what is added and what it is added to, and writes their sum and its norm.
-_PASSES_OF_NORM, _PASSES_OF_GATE = 4, 2
+PASSES_OF_NORM, PASSES_OF_GATE = 4, 2
 
 
 @dataclass(frozen=True)
@@ -35,18 +35,26 @@ class FusedTimeModel(TimeModel):
         return start_s + per_weight_s * weights * self._size_of_numbers
 
     def expert_s(self, rows: np.ndarray | float, split: int = 1) -> np.ndarray:
-        """One expert's share of the kernel that computes all of them; 0 for no rows."""
-        _, per_weight_s = _product(self._fused.experts, rows)
-        return per_weight_s * 3 * self.shape.dim * self.shape.hidden / split * self._size_of_numbers
+        """One expert's share of the kernel that computes all of them; 0 for no rows.
 
-    def experts_start_s(self, most_rows: np.ndarray | float) -> np.ndarray | float:
+        Figures are of plain weights: another format saves the reading of the bytes that it lacks, which all of the time
+        can be but what reading the rest takes.
+        """
+        _, per_weight_s = _product(self._fused.experts, rows)
+        weights = 3 * self.shape.dim * self.shape.hidden / split
+        plain_s = per_weight_s * weights * self._size_of_numbers
+        size, bandwidth = self.shape.expert_bytes / split, self._fused.memory_bandwidth
+        saved_s = (weights * self.shape.data_bytes - size) / bandwidth
+        return np.where(plain_s > 0, np.maximum(plain_s - saved_s, np.minimum(plain_s, size / bandwidth)), 0.0)
+
+    def experts_start_s(self, mean_rows: np.ndarray | float) -> np.ndarray | float:
         """Sorting, and the beginning and end of the two products; nothing on a rank that no row reaches."""
-        start_s, _ = _product(self._fused.experts, most_rows)
+        start_s, _ = _product(self._fused.experts, mean_rows)
         return start_s
 
     def gate_s(self, tokens_W: np.ndarray) -> np.ndarray:
         """Norm and gate, and the passes over the rows of both norms of a layer."""
-        passes = 2 * _PASSES_OF_NORM + _PASSES_OF_GATE
+        passes = 2 * PASSES_OF_NORM + PASSES_OF_GATE
         return self._fused.small_s + self._pass_s(tokens_W, passes)
 
     def attention_s(
@@ -72,7 +80,7 @@ class FusedTimeModel(TimeModel):
 
     def head_s(self, rows_W: np.ndarray, split: int = 1) -> np.ndarray:
         """The output matrix, the vocabulary shared by ``split`` ranks, and the small kernels at both ends."""
-        ends_s = _SMALL_AT_ENDS * self._fused.small_s
+        ends_s = SMALL_AT_ENDS * self._fused.small_s
         return ends_s + self.product_s(rows_W, self.shape.dim * self.shape.vocab / split)
 
     def between_steps_s(self) -> float:
@@ -96,6 +104,10 @@ class FusedTimeModel(TimeModel):
             raise ValueError(f"dispatcher 'symmetric' needs all ranks on one node, at most {MOST_RANKS}")
         busiest = np.maximum(out_W, into_W).max(-1)
         return np.full(busiest.shape, 0.0) if self.world_size == 1 else _on_wire(self._fused.exchange, busiest)
+
+    def captured_s(self, kernels: int) -> float:
+        """So many small kernels, one after the other on the device."""
+        return kernels * self._fused.small_s
 
     def host_s(self) -> list[float]:
         """The host's launches of each phase."""

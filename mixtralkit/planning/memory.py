@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mixtralkit.config import CacheOptions, ModelConfig, ParallelConfig
+from mixtralkit.moe.weights import PLAIN, ExpertWeights
 from mixtralkit.planning.plan import ExpertPlan
 
 # Rows of the memory of ``ops.all_reduce``, which holds for any number of rows.
@@ -20,7 +21,7 @@ class RankMemory:
 
     Attributes:
         weights: parameters.
-        cache: keys and values of all the rank's sequences at full length.
+        cache: keys and values, of all the rank's sequences at full length where ``cache_tokens`` says nothing else.
         exchange: memory that other ranks' kernels write, and for copies of their experts.
         working: rows inside a step of prompts, and the logits.
     """
@@ -47,6 +48,8 @@ class Room:
         data_bytes: of a number.
         copies_gb: 10⁹ bytes a rank keeps for copies of other ranks' experts (shadows, two phases).
         page_size: positions of a page of the cache.
+        cache_tokens: as ``CacheOptions.cache_tokens``.
+        weights: format of the experts.
     """
 
     batch: int
@@ -56,6 +59,8 @@ class Room:
     data_bytes: int = 2
     copies_gb: float = 0.0
     page_size: int = CacheOptions.page_size
+    cache_tokens: int | None = None
+    weights: ExpertWeights = PLAIN
 
 
 def rank_memory(config: ModelConfig, parallel: ParallelConfig, plan: ExpertPlan, room: Room) -> RankMemory:
@@ -65,21 +70,24 @@ def rank_memory(config: ModelConfig, parallel: ParallelConfig, plan: ExpertPlan,
     """
     world, b = plan.world_size, room.data_bytes
     heads_split = world if parallel.attention == "tp" else 1
-    sequences = -(-room.batch // (1 if parallel.attention == "tp" else world))
+    owners = 1 if parallel.attention == "tp" else world
     kv_heads = max(-(-config.n_kv_heads // heads_split), 1)
-    pages = -(-room.max_seq_len // room.page_size)  # of a sequence
-    cache = 2 * config.n_layers * sequences * kv_heads * pages * room.page_size * config.head_dim * b
-    cache += sequences * pages * 4 + room.max_seq_len * config.head_dim * 4  # tables and angles
+    sequences, most = -(-room.batch // owners), -(-room.max_seq_len // room.page_size)  # pages of a sequence
+    pages = sequences * most
+    if room.cache_tokens is not None:
+        pages = max(1, room.cache_tokens // (owners * room.page_size))
+    cache = 2 * config.n_layers * kv_heads * pages * room.page_size * config.head_dim * b
+    cache += sequences * most * 4 + room.max_seq_len * config.head_dim * 4  # tables and angles
     tokens = min(room.prefill_budget, sequences * room.max_seq_len)
     middle = config.hidden_dim / (world if parallel.experts == "tp" else 1) * config.num_experts_per_tok
     working = tokens * (_ROWS_ALIVE * config.dim + middle) * b + 2 * sequences * config.vocab_size * 4
     exchange = _exchange(config, parallel, world, sequences, room) + room.copies_gb * 1e9
-    sizes = (_weights(config, parallel, plan) * b, cache, exchange, working)
+    sizes = (_weights(config, parallel, plan, room), cache, exchange, working)
     return RankMemory(*(float(size) / 1e9 for size in sizes))
 
 
-def _weights(config: ModelConfig, parallel: ParallelConfig, plan: ExpertPlan) -> int:
-    """Parameters of the fullest rank."""
+def _weights(config: ModelConfig, parallel: ParallelConfig, plan: ExpertPlan, room: Room) -> int:
+    """Bytes of the fullest rank's parameters."""
     world, dim = plan.world_size, config.dim
     split = world if parallel.attention == "tp" else 1
     heads, kv_heads = config.n_heads // split, max(config.n_kv_heads // split, 1)
@@ -90,7 +98,7 @@ def _weights(config: ModelConfig, parallel: ParallelConfig, plan: ExpertPlan) ->
         slots, hidden = config.n_layers * config.num_experts, -(-config.hidden_dim // world)
     else:
         slots, hidden = int(plan.holds_LWE.sum((0, 2)).max()), config.hidden_dim
-    return ends + layers + slots * 3 * dim * hidden
+    return (ends + layers) * room.data_bytes + slots * room.weights.expert_bytes(dim, hidden, room.data_bytes)
 
 
 def _exchange(config: ModelConfig, parallel: ParallelConfig, world: int, sequences: int, room: Room) -> int:

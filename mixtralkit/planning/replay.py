@@ -210,12 +210,12 @@ class Replay:
         group_N = np.broadcast_to(group_T[:, None], ranks_TK.shape)[kept_TK]
         place_N = (group_N * self.world + ranks_TK[kept_TK]) * self.plan.num_experts + experts_TK[kept_TK]
         place_P, rows_P = np.unique(place_N, return_counts=True)
-        seconds_GW = np.bincount(
-            place_P // self.plan.num_experts, self.model.expert_s(rows_P), minlength=groups * self.world
+        rank_P, ranks = place_P // self.plan.num_experts, groups * self.world
+        touched_G, rows_G, seconds_G = (
+            np.bincount(rank_P, values_P, ranks) for values_P in (None, rows_P, self.model.expert_s(rows_P))
         )
-        most_G = np.zeros(groups)
-        np.maximum.at(most_G, place_P // (self.plan.num_experts * self.world), rows_P)
-        return self.model.experts_start_s(most_G) + seconds_GW.reshape(groups, self.world).max(1)
+        seconds_G = seconds_G + self.model.experts_start_s(rows_G / np.maximum(touched_G, 1))
+        return seconds_G.reshape(groups, self.world).max(1)
 
     def _hidden_s(self, dispatch_G: np.ndarray, experts_G: np.ndarray, combine_G: np.ndarray) -> float:
         """What overlapping the chunks saves, by ``moe.schedule``: S0 S1 R0 S2 R1 … beside C0 C1 C2 …"""

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from mixtralkit.config import ModelConfig
-from mixtralkit.layout import canonical_shapes
+from mixtralkit.layout import RankLayout, canonical_shapes
 
 CONFIGS = {
     "grouped": ModelConfig(
@@ -32,6 +32,18 @@ def random_tensors(config: ModelConfig, dtype: torch.dtype = torch.bfloat16, see
     """Canonical tensors; no two rows of them are alike."""
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in canonical_shapes(config).items()}
+
+
+def empty_parameters(layout: RankLayout, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """A rank's parameters, to be loaded into."""
+    dtypes = {
+        name: dtype if part.dtype is None else getattr(torch, part.dtype)
+        for matrix in ("w13", "w2") for name, part in layout.weights.parameters(matrix)
+    }  # fmt: skip
+    return {
+        name: torch.empty(shape, dtype=dtypes.get(name.rpartition(".")[2], dtype))
+        for name, shape in layout.shapes().items()
+    }
 
 
 def write_params(folder: Path, config: ModelConfig) -> None:

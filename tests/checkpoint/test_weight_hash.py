@@ -14,22 +14,24 @@ from mixtralkit.checkpoint.weight_hash import WeightHash
 from mixtralkit.config import ParallelConfig
 from mixtralkit.distributed import RankContext
 from mixtralkit.layout import RankLayout
+from mixtralkit.moe.weights import PLAIN, parse_weights
 from mixtralkit.planning.plan import contiguous, everywhere
-from tests.checkpoint.models import CONFIGS, random_tensors
+from tests.checkpoint.models import CONFIGS, empty_parameters, random_tensors
 
 CONFIG = CONFIGS["grouped"]
 
 
-def sums_over_ranks(reader, world_size, attention, experts, plan, dtype=torch.float32) -> dict:
+def sums_over_ranks(reader, world_size, attention, experts, plan, dtype=torch.float32, weights=PLAIN) -> dict:
     """What all ranks of a layout add up, without any of them being there."""
     total: dict = {}
     for rank in range(world_size):
-        layout = RankLayout(CONFIG, ParallelConfig(attention, experts), plan, rank)
-        parameters = {name: torch.empty(shape, dtype=dtype) for name, shape in layout.shapes().items()}
+        layout = RankLayout(CONFIG, ParallelConfig(attention, experts), plan, rank, weights)
+        parameters = empty_parameters(layout, dtype)
         transfers, found = _plan_transfers(layout, parameters), WeightHash()
         received = {t.key for t in transfers if t.owner != rank}
         pieces = [piece for piece in layout.pieces() if _key(piece) not in received]
-        for block, weight_hash in _reads(parameters, reader, pieces, _counted(layout, transfers), found):
+        counted = _counted(layout, reader, transfers)
+        for block, weight_hash in _reads(parameters, layout, reader, pieces, counted, found):
             block.read(None, weight_hash)
         for key, value in found._sums.items():
             total[key] = (total.get(key, 0) + value) % 2**64
@@ -46,6 +48,12 @@ def test_every_layout_adds_up_to_the_same(tmp_path: Path, format: str) -> None:
             for plan in (contiguous(2, 4, world_size), everywhere(2, 4, world_size)):
                 for dtype in (torch.float32, torch.bfloat16):
                     assert sums_over_ranks(reader, world_size, attention, experts, plan, dtype) == alone
+                for name in (
+                    "fp8:channel",
+                    "fp8:tensor",
+                ):  # rounded while they are read, w2 by whole rows on every rank
+                    rounds = torch.float32, parse_weights(name)
+                    assert sums_over_ranks(reader, world_size, attention, experts, plan, *rounds) == alone
 
 
 def hashed(folder: Path) -> str:

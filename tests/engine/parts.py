@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import sentencepiece
@@ -11,8 +12,9 @@ import torch
 
 from mixtralkit.config import ModelConfig, MoEOptions, ParallelConfig
 from mixtralkit.distributed import RankContext
-from mixtralkit.engine.batching import Batcher
 from mixtralkit.engine.generation import Engine
+from mixtralkit.engine.requests import StreamEvent
+from mixtralkit.engine.step_plan import Message
 from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.layout import RankLayout, canonical_shapes
 from mixtralkit.model.transformer import Transformer
@@ -54,19 +56,21 @@ def make_tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer(path)
 
 
-class PlainBatcher(Batcher):
-    """Never leaves decoding to steps that run ahead."""
-
-    only_decodes = False
-
-
 class PlainEngine(Engine):
-    """One step after the other, of sequences that the host knows: the oracle of steps that run ahead."""
+    """One request after the other, and one step after the other: the oracle of many at once that run ahead."""
 
-    def _admitted(self, requests) -> Batcher:
-        batcher = super()._admitted(requests)
-        batcher.__class__ = PlainBatcher
-        return batcher
+    def run(self, requests, should_stop=None) -> Iterator[StreamEvent]:
+        self.prefix_reuse = False
+        for request in requests:
+            self._next_number = 0
+            yield from super().run([request], should_stop)
+
+    def _decide(self):
+        if self._flights:  # nothing is planned before all is known
+            message = Message(surplus=self._flights[0][1].surplus)
+            self._take(message)
+            return message, None
+        return super()._decide()
 
 
 def engine_config(**changes) -> ModelConfig:

@@ -116,7 +116,7 @@ def _text(context: RankContext, ways: list[Way]) -> list[tuple[list[list[int]], 
         layout = mixtral.model.layout
         shapes = {name: tuple(tensor.shape) for name, tensor in mixtral.model.named_tensors().items()}
         assert shapes == layout.shapes()
-        assert mixtral.engine._steps is not None
+        assert mixtral.engine._runner is not None
         if counted is not None:
             assert sum(layer.shadows for layer in counted.totals()) > 0
             assert sum(layer.estimates for layer in counted.phases.totals()) > 0

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from mixtralkit.distributed import RankContext
-from mixtralkit.engine import decoding
-from mixtralkit.engine.decoding import DecodeSteps
+from mixtralkit.engine import runner
 from mixtralkit.engine.graphs import Graphs, Run
 from mixtralkit.engine.plan_manager import PlanManager
 from mixtralkit.engine.requests import Request
+from mixtralkit.engine.runner import Runner
 from mixtralkit.engine.sampler import SamplingOptions
 from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.mixtral import Mixtral
@@ -27,7 +27,7 @@ from tests.ranks import RankError, run_ranks
 class AddressGraphs:
     """Graphs as a GPU has them, but for the capture: a replay needs what the steps read to be where it was then."""
 
-    def __init__(self, steps: Callable[[], DecodeSteps]) -> None:
+    def __init__(self, steps: Callable[[], Runner]) -> None:
         self.steps, self.captured, self.forgotten = steps, {}, set()
 
     def addresses(self) -> list[tuple]:
@@ -59,11 +59,11 @@ def _requests(count: int) -> list[Request]:
 
 
 def _with_graphs(context: RankContext, folder: Path, attention: str, policy: AnyPlan | None, follows: bool = True):
-    """Answers, statistics, and kinds of the decode steps in their order: g for a graph, l for launched."""
+    """Answers, statistics, and kinds of the steps in their order: g for a graph, l for launched, m for mixed."""
     mixtral = Mixtral.from_parts(small_model(context, attention), Tokenizer(folder / "tokenizer.model"))
     engine, kinds = mixtral.engine, []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoding, "Graphs", lambda device, enabled: AddressGraphs(lambda: engine._steps))
+        patch.setattr(runner, "Graphs", lambda device, enabled: AddressGraphs(lambda: engine._runner))
         if not follows:
             adopt = ExpertStore.adopt
 
@@ -78,7 +78,7 @@ def _with_graphs(context: RankContext, folder: Path, attention: str, policy: Any
             launched = engine.plan_manager.launched
 
             def noted(flight) -> None:
-                kinds.append("g" if flight.replayed else "l")
+                kinds.append(flight.kind[0])
                 launched(flight)
 
             engine.plan_manager.launched = noted
@@ -99,7 +99,8 @@ def test_graphs_follow_the_plan(world_size, attention, policy, tmp_path):
         assert statistics.launched_steps == kinds.count("l")
         assert statistics.plain_steps > 2
         assert statistics.considered > 3
-        assert kinds[0] == "g"
+        assert statistics.plain_steps == kinds.count("m")
+        assert kinds[0] == "m"
         assert kinds.count("g") > 20
         if world_size == 1:
             assert statistics.layers_moved == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,7 @@ def record_until_killed(context: RankContext, folder: Path, path: Path, steps: i
         recorder(batch, reports)
         left -= 1
         if not left:
+            time.sleep(2 * context.is_first)  # the others hear of the step from rank 0
             os.kill(os.getpid(), signal.SIGKILL)
 
     Engine(model, Tokenizer(folder / "tokenizer.model"), observe=observe).complete(some_requests())

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mixtralkit.engine.requests import Request, Sequence, StopFilter, check_prompt, echoed_texts
+from mixtralkit.engine.requests import Answer, Request, StopFilter, check_prompt, echoed_texts
 from mixtralkit.engine.tokenizer import TextStream, Tokenizer
 from tests.engine.parts import VOCAB_SIZE, make_tokenizer
 
@@ -67,7 +67,7 @@ def test_prompts_that_do_not_fit_are_named(prompt, says):
 
 
 def answered(tokenizer, ids, stop=()):
-    sequence = Sequence(Request(0, (1, 5), len(ids) + 1, stop=stop), 0, 0, len(ids) + 1, tokenizer)
+    sequence = Answer(Request(0, (1, 5), len(ids) + 1, stop=stop), len(ids) + 1, tokenizer)
     events = []
     for token in ids:
         events.append(sequence.accept(token, 0.0))
@@ -114,3 +114,32 @@ def test_any_end_token_ends_an_answer(tokenizer):
     ]  # fmt: skip
     with pytest.raises(ValueError, match=r"stop_token_ids \(-1\)"):
         Tokenizer(tokenizer.path, stop_token_ids=[-1])
+
+
+@given(
+    st.lists(st.integers(0, VOCAB_SIZE + 9), max_size=30),
+    st.lists(st.text(alphabet="ab the", min_size=1, max_size=3), max_size=2),
+)
+@example([197, 1, 131], [])  # bytes of one character, and a control token between them
+@settings(deadline=None, max_examples=300)
+def test_events_carry_each_token_once_when_its_text_is_certain(tokenizer, ids, stop):
+    """Whatever a stop text holds back, the tokens of all events are the answer's, and their texts its text."""
+    request = Request(0, (1, 5), len(ids) + 1, stop=tuple(stop), logprobs=True)
+    answer, told, text = Answer(request, len(ids) + 1, tokenizer), [], ""
+    for place, token in enumerate([i for i in ids if i != tokenizer.eos_id]):
+        event = answer.accept(token, -float(place))
+        if event is not None:
+            told += event.tokens
+            text += event.text
+        assert len("".join(t.text for t in told)) <= len(text), "no token before its text"
+        if answer.ended:
+            break
+    if not answer.ended:
+        event = answer.finish("length")
+        told += event.tokens
+        text += event.text
+    done = event.completion
+    assert [token.id for token in told] == done.tokens
+    assert [token.logprob for token in told] == done.logprobs
+    assert "".join(token.text for token in told) == done.text == text
+    assert [token.text for token in told] == done.texts

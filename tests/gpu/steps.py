@@ -1,4 +1,4 @@
-"""How an engine's decode steps ran: as replays of graphs, or launched kernel by kernel."""
+"""How an engine's steps ran: as replays of graphs, launched kernel by kernel, or with chunks of prompts."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from contextlib import contextmanager
 
 import pytest
 
-from mixtralkit.engine.decoding import DecodeSteps
+from mixtralkit.engine.runner import Runner
 
 
 @contextmanager
 def counted_steps() -> Iterator[Counter[str]]:
-    """Counts ``replayed`` and ``launched`` decode steps of this process."""
-    kinds, launch = Counter(), DecodeSteps.launch
+    """Counts ``graph``, ``launched`` and ``mixed`` steps of this process."""
+    kinds, launch = Counter(), Runner.launch
 
     def counting(*args):
         flight = launch(*args)
-        kinds["replayed" if flight.replayed else "launched"] += 1
+        kinds[flight.kind] += 1
         return flight
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DecodeSteps, "launch", counting)
+        patch.setattr(Runner, "launch", counting)
         yield kinds

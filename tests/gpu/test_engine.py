@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import jsonschema
 import pytest
 import torch
 
 from mixtralkit import Mixtral
-from mixtralkit.engine.decoding import DecodeSteps
 from mixtralkit.engine.requests import Completion
+from mixtralkit.engine.runner import Runner
 from tests.gpu.steps import counted_steps
 
 pytestmark = pytest.mark.gpu
@@ -18,6 +20,12 @@ PROMPTS = [
     "In the beginning", "def read(path):\n", "NAME\n       tar -", "class", "The function returns", "Moses", "import",
     "And it came to pass", "SYNOPSIS\n", "for i in range(", "Who are you?",
 ]  # fmt: skip
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"enum": ["x", "yy", 1]}},
+    "required": ["a"],
+    "additionalProperties": False,
+}
 
 
 def build(dtype: str, batch: int, cuda_graphs: bool = True) -> Mixtral:
@@ -48,7 +56,7 @@ def test_float32_text_is_that_of_steps_without_graphs(batch, temperature):
     wanted = answers(plain, temperature, stop=("\n\n", "and the"))
     with counted_steps() as kinds:
         got = answers(ahead, temperature, stop=("\n\n", "and the"))
-    assert kinds["replayed"] > 20
+    assert kinds["graph"] > 20
     assert not kinds["launched"]
     assert told(got) == told(wanted)
     for one, other in zip(got, wanted, strict=True):
@@ -69,23 +77,47 @@ def test_greedy_and_drawn_rows_share_a_step():
     assert told(mixtral.engine.complete(mixed)) == told(alone)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_what_rows_ask_of_their_logits_is_in_graphs(temperature):
+    """Beside rows that ask for nothing, whose answers stay; a schema's answers fit it."""
+    penalties = {"presence_penalty": 1.0, "frequency_penalty": 0.3, "repetition_penalty": 1.2, "logit_bias": {300: 4}}
+    asks = [{}, {**penalties, "min_tokens": 9}, {"json_schema": SCHEMA}]
+    found = []
+    for graphs in (False, True):
+        mixtral = build("float32", 8, graphs)
+        requests = [
+            mixtral.request(i, prompt, 60, temperature=temperature, seed=3, **asks[i % 3])
+            for i, prompt in enumerate(PROMPTS)
+        ]
+        with counted_steps() as kinds:
+            found.append(mixtral.engine.complete(requests))
+        assert kinds["graph" if graphs else "launched"] > 20
+        assert told(mixtral.engine.complete(requests[::3])) == told(found[-1][::3])
+    assert told(found[0]) == told(found[1])
+    for answer in found[1][2::3]:
+        if answer.finish_reason == "stop":
+            jsonschema.validate(json.loads(answer.text), SCHEMA)
+    assert {answer.finish_reason for answer in found[1][2::3]} >= {"stop"}
+    assert all(len(answer.tokens) >= 9 for answer in found[1][1::3])
+
+
 def test_graphs_are_captured_once_and_serve_in_any_order():
     mixtral = build("bfloat16", 8)
     first = {count: told(answers(mixtral, count=count)) for count in (3, 8, 1)}
-    captured = dict(mixtral.engine._steps._graphs._captured)
-    assert {key for key in captured if key[1]} == set()
+    captured = dict(mixtral.engine._runner._graphs._captured)
+    assert not any(any(kind) for _, *kind in captured)
     # the answers end in pairs, so that steps have 8, 6, 4 and 2 rows, or 3, 2 and 1
-    assert {rows for rows, _ in captured} == {1, 2, 3, 4, 6, 8}
+    assert {rows for rows, *_ in captured} == {1, 2, 3, 4, 6, 8}
     for count in (8, 3, 1, 3, 8):
         assert told(answers(mixtral, count=count)) == first[count]
-    assert mixtral.engine._steps._graphs._captured == captured
+    assert mixtral.engine._runner._graphs._captured == captured
 
 
 def test_launches_never_wait_for_the_device(monkeypatch):
     mixtral = build("bfloat16", 8)
     requests = [mixtral.request(i, p, 20, temperature=0.5 * (i % 2)) for i, p in enumerate(PROMPTS)]
     wanted = told(mixtral.engine.complete(requests))  # captures
-    launch = DecodeSteps.launch
+    launch = Runner.launch
 
     def watched(*args):
         torch.cuda.set_sync_debug_mode("error")
@@ -94,12 +126,12 @@ def test_launches_never_wait_for_the_device(monkeypatch):
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(DecodeSteps, "launch", watched)
+    monkeypatch.setattr(Runner, "launch", watched)
     assert told(mixtral.engine.complete(requests)) == wanted
     kernel_by_kernel = build("bfloat16", 8, cuda_graphs=False)
-    monkeypatch.setattr(DecodeSteps, "launch", launch)
+    monkeypatch.setattr(Runner, "launch", launch)
     kernel_by_kernel.engine.complete(requests)  # compiles
-    monkeypatch.setattr(DecodeSteps, "launch", watched)
+    monkeypatch.setattr(Runner, "launch", watched)
     assert told(kernel_by_kernel.engine.complete(requests)) == wanted
 
 

@@ -11,7 +11,7 @@ import torch
 from mixtralkit import Mixtral
 from mixtralkit.config import EngineConfig, MoEOptions
 from mixtralkit.distributed import RankContext
-from mixtralkit.engine.decoding import DecodeSteps
+from mixtralkit.engine.runner import Runner
 from mixtralkit.planning.plan import ExpertPlan, contiguous
 from tests.gpu.ranks import RANKS, SHARED, run_on_gpus
 from tests.gpu.steps import counted_steps
@@ -76,7 +76,7 @@ def _same_text(context: RankContext, plan: str) -> None:
             wanted = answers(plain, temperature, count, stop=("\n\n", "and the"))
             with counted_steps() as kinds:
                 got = answers(ahead, temperature, count, stop=("\n\n", "and the"))
-            assert kinds["replayed"] > 20
+            assert kinds["graph"] > 20
             assert not kinds["launched"]
             assert told(got) == told(wanted)
             for one, other in zip(got, wanted, strict=True):
@@ -107,8 +107,8 @@ def _late(context: RankContext) -> None:
     """Every rank starts its steps late at random; a second run takes the graphs of the first."""
     mixtral, own = load(context, "hot_cold", 2 * RANKS, "bfloat16"), random.Random(context.rank)
     wanted = told(answers(mixtral, count=MANY))
-    captured = dict(mixtral.engine._steps._graphs._captured)
-    launch = DecodeSteps.launch
+    captured = dict(mixtral.engine._runner._graphs._captured)
+    launch = Runner.launch
 
     def late(*args):
         if own.random() < 0.3:
@@ -116,10 +116,10 @@ def _late(context: RankContext) -> None:
         return launch(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DecodeSteps, "launch", late)
+        patch.setattr(Runner, "launch", late)
         for _ in range(2 if SHARED else 5):
             assert told(answers(mixtral, count=MANY)) == wanted
-    assert mixtral.engine._steps._graphs._captured == captured
+    assert mixtral.engine._runner._graphs._captured == captured
 
 
 def test_ranks_that_come_late_get_the_same_text():
@@ -127,7 +127,7 @@ def test_ranks_that_come_late_get_the_same_text():
 
 
 def _without_waiting(context: RankContext) -> None:
-    mixtral, launch = load(context, "anyhow", 2 * RANKS, "bfloat16"), DecodeSteps.launch
+    mixtral, launch = load(context, "anyhow", 2 * RANKS, "bfloat16"), Runner.launch
     wanted = told(answers(mixtral, 0.7, MANY))  # captures
 
     def watched(*args):
@@ -138,7 +138,7 @@ def _without_waiting(context: RankContext) -> None:
             torch.cuda.set_sync_debug_mode("default")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DecodeSteps, "launch", watched)
+        patch.setattr(Runner, "launch", watched)
         assert told(answers(mixtral, 0.7, MANY)) == wanted
 
 

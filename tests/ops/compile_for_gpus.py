@@ -119,6 +119,15 @@ def attention(rows: int, page_size: int = 128, window: int | None = None, heads:
     launch_ragged_attention(q_THC, *cache, torch.zeros(1, 4, dtype=torch.int32), rows, window)
 
 
+def sampling(rows: int, vocab: int = 32000, slots: int = 9) -> None:
+    from mixtralkit.engine.sampler import SlotRules
+    from mixtralkit.ops.sampling.triton import adjust_rows, best_of_rows
+
+    rules = SlotRules(slots, vocab, torch.device("cpu")).rules
+    adjusted_NV = adjust_rows(torch.empty(rows, vocab), rules, *torch.zeros(2, rows, dtype=torch.int64))
+    best_of_rows(adjusted_NV)
+
+
 def exchange(stays: bool, rows: int = 16, ranks: int = 4, width: int = 4096) -> None:
     from mixtralkit.ops.symmetric_exchange.triton import fetch_owned, fetch_sums, send_rows
     from mixtralkit.ops.symmetric_exchange.types import ExchangeMemory
@@ -153,6 +162,7 @@ if __name__ == "__main__":
         experts(count, stored=True)
     for count in (1, 8, 256, 16384):
         rest(count)
+    sampling(8)
     for count in (1, 256):
         attention(count)
         attention(count, page_size=32, window=100)

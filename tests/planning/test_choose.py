@@ -7,9 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from mixtralkit.config import ModelConfig, ParallelConfig
 from mixtralkit.layout import RankLayout
+from mixtralkit.model.kv_cache import KVCache
+from mixtralkit.moe.weights import parse_weights
 from mixtralkit.ops.all_reduce import ONE_TRIP_ROWS, TWO_TRIP_ROWS, ReducerMemory
 from mixtralkit.ops.symmetric_exchange import ExchangeMemory
 from mixtralkit.planning.choose import Situation, candidates, choose, table
@@ -42,13 +45,32 @@ def test_weights_and_cache_are_those_of_the_fullest_rank(parallel, name):
         plan = named_plan(name, np.random.default_rng(0).random((config.n_layers, config.num_experts)), world)
         layouts = [RankLayout(config, parallel, plan, rank) for rank in range(world)]
         weights = max(sum(int(np.prod(shape)) for shape in layout.shapes().values()) for layout in layouts)
-        found = rank_memory(config, parallel, plan, Room(6, 100, 50, data_bytes=4))
+        found = rank_memory(config, parallel, plan, Room(6, 100, 50, data_bytes=4, page_size=16))
         assert found.weights == pytest.approx(4 * weights / 1e9)
-        kv_heads = max(layout.kv_heads[1] - layout.kv_heads[0] for layout in layouts)
         sequences = 6 if parallel.attention == "tp" else -(-6 // world)
-        numbers = 2 * config.n_layers * sequences * kv_heads * 100 * config.head_dim
-        angles = 100 * config.head_dim * 4
-        assert found.cache == pytest.approx((4 * numbers + angles) / 1e9)
+        kind = (sequences, 100, torch.float32, torch.device("meta"), 16)
+        caches = [KVCache.allocate(layout, *kind) for layout in layouts]
+        sizes = [sum(x.nbytes for x in (c.keys, c.values, c.tables_SM, c.rope_SC)) for c in caches]
+        assert found.cache == pytest.approx(max(sizes) / 1e9)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4:128:zeros", "fp8:block"])
+@pytest.mark.parametrize("experts", ["tp", "ep"])
+def test_experts_in_fewer_bits_take_what_their_tensors_do(experts, name):
+    config, weights = replace(MIXTRAL, n_layers=2), parse_weights(name)
+    parallel, plan = ParallelConfig("tp", experts), contiguous(2, 8, 4)
+    layout = RankLayout(config, parallel, plan, 0, weights)
+    sizes = {name: part.itemsize(2) for matrix in ("w13", "w2") for name, part in weights.parameters(matrix)}
+    held = sum(int(np.prod(s)) * sizes.get(n.rpartition(".")[2], 2) for n, s in layout.shapes().items())
+    found = rank_memory(config, parallel, plan, Room(6, 100, 50, weights=weights))
+    assert found.weights == pytest.approx(held / 1e9)
+    assert found.weights < 0.65 * rank_memory(config, parallel, plan, Room(6, 100, 50)).weights
+
+
+def test_a_budget_takes_fewer_bits_where_it_needs_them():
+    room = replace(situation().room, weights=parse_weights("int4"))
+    plain, packed = (min(c.memory.weights for c in candidates(situation(room=r))) for r in (situation().room, room))
+    assert packed < 0.35 * plain
 
 
 def test_exchange_memory_is_what_the_kernels_take():
@@ -89,7 +111,8 @@ def test_the_fastest_that_fits(batch, memory_gb):
     chosen = choose(found, memory_gb)
     fitting = [one for one in found if memory_gb is None or one.memory.total <= memory_gb]
     assert chosen in fitting
-    assert chosen.step_ms == min(one.step_ms for one in fitting)
+    alike = [one for one in fitting if one.step_ms <= 1.01 * min(other.step_ms for other in fitting)]
+    assert chosen.memory.total == min(one.memory.total for one in alike)
     text = table(found, chosen, memory_gb)
     assert len(text.splitlines()) == len(found) + 2
     assert text.count("  chosen") == 1
@@ -131,7 +154,8 @@ def test_without_symmetric_memory_decode_takes_static_shapes_and_is_slower():
     plain = candidates(situation(attention="dp", room=room))
     graph = candidates(situation(attention="dp"))
     assert {one.dispatcher for one in plain} == {"static"}
-    assert all(slow.step_ms > 2 * fast.step_ms for slow, fast in zip(plain, graph, strict=True))
+    # collectives and small kernels of torch, in a graph as well: over two H200s a layer took up to 1.24 times as long
+    assert all(slow.step_ms > 1.2 * fast.step_ms for slow, fast in zip(plain, graph, strict=True))
 
 
 def test_a_trace_is_planned_by():

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from mixtralkit.moe.weights import PLAIN, parse_weights
 from mixtralkit.ops import all_reduce, symmetric_exchange
 from mixtralkit.planning.cost import KernelCounts, ModelShape
 from mixtralkit.planning.fused_cost import MOST_RANKS, FusedTimeModel
@@ -50,12 +51,26 @@ def test_a_product_has_a_fixed_price_and_one_for_its_weights():
     assert (np.diff(model.product_s(rows, 1e6)) >= 0).all()
 
 
+def test_experts_in_fewer_bits_save_what_is_not_read():
+    models = [
+        FusedTimeModel(replace(SHAPE, weights=weights), _hardware()) for weights in (PLAIN, parse_weights("int8"))
+    ]
+    saved = (models[0].shape.expert_bytes - models[1].shape.expert_bytes) / 2e12
+    for rows in (1, 101):
+        plain, packed = (float(model.expert_s(rows)) for model in models)
+        assert packed == pytest.approx(plain - saved)
+    quick = FusedTimeModel(models[1].shape, _hardware(experts=((1, 0.0, 1e14), (101, 0.0, 1e14))))
+    assert float(quick.expert_s(1)) == pytest.approx(2 * 3 * 1000 * 2000 / 1e14)  # as measured, not below nothing
+    assert models[1].expert_s(0) == 0
+
+
 def test_experts_share_one_fixed_price():
+    """By the rows of the mean expert that has any, as it was measured: sorting and copies are of all rows."""
     rows_WE = np.array([[101, 0, 1], [0, 0, 0]])
     weights = 3 * 1000 * 2000
-    seconds = 9e-6 + weights * (2 * 101 / 5e13 + 2 / 1e12)
+    seconds = 6e-6 + weights * (2 * 101 / 5e13 + 2 / 1e12)
     np.testing.assert_allclose(_model().experts_s(rows_WE), [seconds, 0])
-    halves = 9e-6 + weights / 2 * (2 * 101 / 5e13 + 2 / 1e12)
+    halves = 6e-6 + weights / 2 * (2 * 101 / 5e13 + 2 / 1e12)
     np.testing.assert_allclose(_model().experts_s(rows_WE, split=2)[0], halves)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from mixtralkit.moe.weights import PLAIN, parse_weights
 from mixtralkit.planning.cost import KernelCounts, ModelShape, ShadowModel, TimeModel
 from mixtralkit.planning.hardware import Hardware
 from mixtralkit.planning.plan import contiguous
@@ -39,6 +41,21 @@ def test_an_expert_is_its_products_and_the_copies_of_its_rows():
     half = 6 * 1000 * 1000 * 300 / 1e14 + 300 * (4 * 1000 + 6 * 1000) * 2 / 1e12
     assert _model().expert_s(300, split=2) == pytest.approx(half)
     assert _model().expert_s(0) == 0
+
+
+def test_experts_in_fewer_bits_are_read_sooner_and_move_sooner():
+    packed = ModelShape.of(small_config(dim=1024, hidden_dim=2048), 2, parse_weights("int4:128"))
+    plain = replace(packed, weights=PLAIN)
+    size = 3 * 1024 * 2048
+    assert (plain.expert_bytes, packed.expert_bytes) == (2 * size, size * (4 + 16 / 128) / 8)
+    slow = machine(across=True, memory_bandwidth=1e11)
+    models = [TimeModel(shape, slow, 4, None, FREE) for shape in (plain, packed)]
+    one, many = ([model.expert_s(rows) for model in models] for rows in (1, 100_000))
+    assert one[0] - one[1] == pytest.approx((plain.expert_bytes - packed.expert_bytes) / 1e11)
+    assert many[0] == many[1]  # arithmetic is the same
+    shadows = [ShadowModel.from_hardware(shape, machine()) for shape in (plain, packed)]
+    assert shadows[0].s_per_row == shadows[1].s_per_row
+    assert shadows[1].s_per_shadow == pytest.approx(shadows[0].s_per_shadow * 4.125 / 16)
 
 
 def test_experts_of_a_rank_add_up():

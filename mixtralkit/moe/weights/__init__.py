@@ -1,20 +1,31 @@
-"""Formats of expert weights that take fewer bits: what they hold, how they round, what they mean."""
+"""Formats of expert weights, a file each: what holds them, their bytes, how they round, what they mean.
 
+``planning`` and ``layout`` ask a format for bytes and shapes, the loader and the writer round by it, the store keeps
+its tensors, kernels and the reference read them. torch is imported only where numbers are made: names are options.
+"""
+
+from mixtralkit.moe.weights.base import PLAIN, ExpertWeights, PackedWeight, Part
+from mixtralkit.moe.weights.fp8 import Fp8
 from mixtralkit.moe.weights.int4 import Int4
 from mixtralkit.moe.weights.int8 import Int8
 
-__all__ = ["Int4", "Int8", "parse_format"]
+__all__ = ["FORMATS", "PLAIN", "ExpertWeights", "Fp8", "Int4", "Int8", "PackedWeight", "Part", "parse_weights"]
+
+_ALL = (
+    Int8(), Int4(32), Int4(64), Int4(128), Int4(32, True), Int4(64, True), Int4(128, True),
+    Fp8("channel"), Fp8("tensor"), Fp8("block"),
+)  # fmt: skip
+FORMATS: dict[str, ExpertWeights] = {"int4": Int4(32), "fp8": Fp8("channel")} | {one.name: one for one in _ALL}
 
 
-def parse_format(text: str) -> Int8 | Int4:
-    """``int8``, ``int4`` (groups of 32), ``int4:128``, and ``int4:32:zeros`` with zero points.
+def parse_weights(name: str | None) -> ExpertWeights:
+    """The format of a name in ``FORMATS``; None is the plain one.
 
     Raises:
-        ValueError: another name or group.
+        ValueError: another name.
     """
-    name, *rest = text.split(":")
-    if name == "int8" and not rest:
-        return Int8()
-    if name == "int4" and len(rest) <= 2 and rest[:1] in ([], ["32"], ["128"]) and rest[1:] in ([], ["zeros"]):
-        return Int4(int(rest[0]) if rest else 32, zero_points=len(rest) == 2)
-    raise ValueError(f"quantize ({text!r}) must be int8, int4, int4:32 or int4:128, the last two maybe with ':zeros'")
+    if name is None:
+        return PLAIN
+    if name not in FORMATS:
+        raise ValueError(f"quantize ({name!r}) must be one of {', '.join(FORMATS)}")
+    return FORMATS[name]

@@ -3,37 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
+from mixtralkit.moe.weights.base import ExpertWeights, PackedWeight, Part
 
-from mixtralkit.ops.cpu.packed import PackedWeight, pack_int8
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
-class Int8:
-    """w ≈ q · s_o with q in -127 … 127 and s_o = max |w_o| / 127."""
+class Int8(ExpertWeights):
+    """w ≈ q · s_o with q in -127 … 127 and s_o = max |w_o| / 127, the scales in float32."""
 
-    name = "int8"
+    name: ClassVar[str] = "int8"
+    parts: ClassVar = (Part("data", "int8"), Part("scales", "float32", columns=None))
+    unit: ClassVar[int] = 64
+    cpu_type: ClassVar[int] = 3
 
-    def tensors(self, outputs: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of each tensor that holds a matrix [outputs, columns]."""
-        return {"q": ((outputs, columns), torch.int8), "scale": ((outputs,), torch.float32)}
+    def quantize(self, w_OK: torch.Tensor) -> PackedWeight:
+        import torch
+        import torch.nn.functional as F
 
-    def quantize(self, w: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The tensors of matrices [..., O, K], each weight at the nearest step."""
-        w = w.float()
-        scale = w.abs().amax(-1) / 127
-        steps = w / torch.where(scale > 0, scale, 1.0)[..., None]
-        return {"q": steps.round().clamp(-127, 127).to(torch.int8), "scale": scale}
+        w_OK, columns = w_OK.float(), w_OK.shape[-1]
+        scales_O1 = w_OK.abs().amax(-1, keepdim=True) / 127
+        steps_OK = w_OK / torch.where(scales_O1 > 0, scales_O1, 1.0)
+        data_OK = steps_OK.round_().clamp_(-127, 127).to(torch.int8)
+        return PackedWeight(self, columns, (F.pad(data_OK, (0, -columns % self.unit)), scales_O1))
 
-    def dequantize(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The reference: float32 [..., O, K]."""
-        return tensors["q"].float() * tensors["scale"][..., None]
-
-    def pack(self, tensors: dict[str, torch.Tensor]) -> PackedWeight:
-        """As the CPU's kernels read them."""
-        return pack_int8(tensors["q"], tensors["scale"])
-
-    def bytes(self, outputs: int, columns: int) -> int:
-        """Of a matrix [outputs, columns]."""
-        return outputs * (columns + 4)
+    def dequantize(self, packed: PackedWeight) -> torch.Tensor:
+        data_OK, scales_O1 = packed.tensors
+        return data_OK[..., : packed.columns].float() * scales_O1

@@ -34,7 +34,6 @@ constexpr long PART = CHUNK + 16;   // floats from row to row there, not in the 
 constexpr long FEW = 24;            // rows up to which converting in registers beats converting into the first cache
 constexpr long BLOCK = 48;          // rows of x whose chunk stays in the second cache
 constexpr long AHEAD = 1024;        // bytes from what is read to what is asked for
-constexpr long FEW_PACKED = 8;      // rows up to which integers beat float32 beside weights of 8 and 4 bits
 constexpr long OUTPUTS = 32;        // of one piece of work
 
 enum Type { F32, BF16, F16, INT8, INT4 };
@@ -53,10 +52,36 @@ inline void hold(vfloat& v) {
 #endif
 }
 
+#if defined(MK_HAS_THREE)
+// The whole vectors of `tile<4, 3, FIRST>`, with its sums in variables of their own, which stay in registers.
+template <bool FIRST, class T>
+inline long tile_3x4(const T* w, long ldw, const float* const* x, long k0, long n, vfloat (&acc)[3][4], long turn, long jump) {
+    vfloat a0{}, a1{}, a2{}, a3{}, b0{}, b1{}, b2{}, b3{}, c0{}, c1{}, c2{}, c3{};
+    const float *x0 = x[0] + k0, *x1 = x[1] + k0, *x2 = x[2] + k0;
+    const T *w0 = w, *w1 = w + ldw, *w2 = w + 2 * ldw, *w3 = w + 3 * ldw;
+    long k = 0;
+    for (; k + VW <= n; k += VW) {
+        if (FIRST && k * (long)sizeof(T) % 64 == 0) {
+            long ahead = AHEAD + (k * (long)sizeof(T) >= turn ? jump : 0);
+            for (const T* p : {w0, w1, w2, w3}) __builtin_prefetch((const char*)(p + k) + ahead);
+        }
+        vfloat xv[3] = {load(x0 + k), load(x1 + k), load(x2 + k)};
+        three(w0 + k, xv, a0, b0, c0);
+        three(w1 + k, xv, a1, b1, c1);
+        three(w2 + k, xv, a2, b2, c2);
+        three(w3 + k, xv, a3, b3, c3);
+    }
+    vfloat found[3][4] = {{a0, a1, a2, a3}, {b0, b1, b2, b3}, {c0, c1, c2, c3}};
+    memcpy(acc, found, sizeof found);
+    return k;
+}
+#endif
+
 // NR outputs times MR rows, over n columns from k0 of one chunk: out[m][r] += x_m · w_r. FIRST of those that read these
-// weights, which are still in memory.
+// weights, which are still in memory: what is AHEAD of them is asked for, from byte `turn` on by `jump` further.
 template <int NR, int MR, bool FIRST, class T>
-inline void tile(const T* w, long ldw, const float* const* x, long k0, long n, float* const* out) {
+inline void tile(const T* w, long ldw, const float* const* x, long k0, long n, float* const* out, long turn = 1L << 40,
+                 long jump = 0) {
     constexpr int LINE = FIRST ? 64 / (VW * (int)sizeof(T)) : 1;  // vectors of a step
     vfloat acc[MR][NR] = {};
     long k = 0;
@@ -68,8 +93,12 @@ inline void tile(const T* w, long ldw, const float* const* x, long k0, long n, f
             for (int m = 0; m < MR; m++) acc[m][r] = fma(xv[m], wv, acc[m][r]);
         }
     };
+#if defined(MK_HAS_THREE)
+    if constexpr (MR == 3 && NR == 4) k = tile_3x4<FIRST>(w, ldw, x, k0, n, acc, turn, jump);
+#endif
     for (; LINE > 1 && k + LINE * VW <= n; k += LINE * VW) {
-        for (int r = 0; r < NR; r++) __builtin_prefetch((const char*)(w + r * ldw + k) + AHEAD);
+        long ahead = AHEAD + (k * (long)sizeof(T) >= turn ? jump : 0);
+        for (int r = 0; r < NR; r++) __builtin_prefetch((const char*)(w + r * ldw + k) + ahead);
 #pragma GCC unroll 8
         for (int i = 0; i < LINE; i++) step(k + i * VW);
     }
@@ -96,8 +125,9 @@ constexpr int MOST = 3;
 #endif
 
 template <int MR, bool FIRST, class T>
-inline void tile_of(int count, const T* w, long ldw, const float* const* x, long k0, long n, float* const* out) {
-    if (count == 4) return tile<4, MR, FIRST>(w, ldw, x, k0, n, out);
+inline void tile_of(int count, const T* w, long ldw, const float* const* x, long k0, long n, float* const* out, long turn,
+                    long jump) {
+    if (count == 4) return tile<4, MR, FIRST>(w, ldw, x, k0, n, out, turn, jump);
     for (int r = 0; r < count; r++) {
         float* at[MR];
         for (int m = 0; m < MR; m++) at[m] = out[m] + r;
@@ -106,14 +136,15 @@ inline void tile_of(int count, const T* w, long ldw, const float* const* x, long
 }
 
 template <bool FIRST, class T>
-void tile_of(int rows, int count, const T* w, long ldw, const float* const* x, long k0, long n, float* const* out) {
+void tile_of(int rows, int count, const T* w, long ldw, const float* const* x, long k0, long n, float* const* out,
+             long turn = 1L << 40, long jump = 0) {
     switch (rows) {
-        case 1: return tile_of<1, FIRST>(count, w, ldw, x, k0, n, out);
-        case 2: return tile_of<2, FIRST>(count, w, ldw, x, k0, n, out);
-        case 3: return tile_of<3, FIRST>(count, w, ldw, x, k0, n, out);
-        case 4: return tile_of<std::min(4, MOST), FIRST>(count, w, ldw, x, k0, n, out);
-        case 5: return tile_of<std::min(5, MOST), FIRST>(count, w, ldw, x, k0, n, out);
-        default: return tile_of<MOST, FIRST>(count, w, ldw, x, k0, n, out);
+        case 1: return tile_of<1, FIRST>(count, w, ldw, x, k0, n, out, turn, jump);
+        case 2: return tile_of<2, FIRST>(count, w, ldw, x, k0, n, out, turn, jump);
+        case 3: return tile_of<3, FIRST>(count, w, ldw, x, k0, n, out, turn, jump);
+        case 4: return tile_of<std::min(4, MOST), FIRST>(count, w, ldw, x, k0, n, out, turn, jump);
+        case 5: return tile_of<std::min(5, MOST), FIRST>(count, w, ldw, x, k0, n, out, turn, jump);
+        default: return tile_of<MOST, FIRST>(count, w, ldw, x, k0, n, out, turn, jump);
     }
 }
 
@@ -130,7 +161,8 @@ void few(const T* w, long ldw, long outputs, long K, const float* const* x, long
             const T* from = w + o * ldw + k;
             long n = std::min(CHUNK, K - k);
             int step = tile_rows(rows, 0);
-            tile_of<true>(step, count, from, ldw, x, k, n, at);
+            long turn = (K - k) * (long)sizeof(T) - AHEAD, jump = (4 * ldw - K) * (long)sizeof(T);  // to the next outputs
+            tile_of<true>(step, count, from, ldw, x, k, n, at, turn, jump);
             for (long m = step; m < rows; m += step) tile_of<false>(step = tile_rows(rows, m), count, from, ldw, x + m, k, n, at + m);
         }
     }
@@ -188,7 +220,7 @@ bool is_packed(const mk_weight& w) { return w.type >= INT8; }
 long unit(const mk_weight& w) { return w.type == INT8 ? X_GROUP : std::max(64L, w.group); }  // of columns
 long columns(const mk_weight& w, long K) { return is_packed(w) ? (K + unit(w) - 1) / unit(w) * unit(w) : K; }
 
-// out[m][0 … outputs) = x_m · w_o for outputs `first` and the next ones of a slot. `narrow` is x in 16 bits, for few rows.
+// out[m][0 … outputs) = x_m · w_o for outputs `first` and the next ones of a slot. `narrow` is x in 16 bits, for packed weights.
 void product(const mk_weight& w, long slot, long first, long outputs, long K, const float* const* x, const Narrow* narrow,
              long rows, float* const* out) {
     const char* from = w.data + slot * w.slot + first * w.ld;
@@ -197,14 +229,7 @@ void product(const mk_weight& w, long slot, long first, long outputs, long K, co
     if (w.type == F16) return product((const f16*)from, w.ld, outputs, K, x, rows, out);
     const uint8_t* zeros = w.zeros ? (const uint8_t*)w.zeros + slot * w.zeros_slot : nullptr;
     Packed packed{w.data + slot * w.slot, w.ld, w.scales + slot * w.scales_slot, zeros, w.type == INT8 ? 0 : w.group};
-    long whole = columns(w, K);
-    if (rows <= FEW_PACKED) return few_packed(packed, first, outputs, whole, narrow, rows, out);
-    long per_byte = w.type == INT8 ? 1 : 2;
-    auto convert = [&](long o, int count, long k, long n, float* to) {
-        for (int r = 0; r < count; r++) unpack(packed, first + o + r, whole, k, n, to + r * PART);
-    };
-    auto at = [&](long o, long k) { return from + o * w.ld + k / per_byte; };
-    many(convert, at, w.ld, CHUNK / per_byte, outputs, whole, x, rows, out);
+    product_packed(packed, first, outputs, columns(w, K), narrow, rows, out);
 }
 
 template <class T> void read_row(const T* from, long n, float* to) { for (long i = 0; i < n; i++) to[i] = to_float(from[i]); }

@@ -6,8 +6,8 @@ import ctypes
 
 import torch
 
+from mixtralkit.moe.weights import PackedWeight
 from mixtralkit.ops.cpu.build import Rows, Weight, kernels
-from mixtralkit.ops.cpu.packed import PackedWeight
 from mixtralkit.ops.runtime import CPU_TYPES
 
 TYPES = {dtype: number for number, dtype in enumerate(CPU_TYPES)}
@@ -23,7 +23,7 @@ def linear_cpu(
     """x · wᵀ [+ residual], summed in float32, rounded once: [T, O].
 
     A row's result depends on nothing but the row and the weights: not on other rows, not on the number of threads.
-    For packed weights it may also depend on whether more than eight rows are there (docs/cpu.md).
+    Beside packed weights x is rounded to 16 bits for each group of columns (``quantised.h``).
     """
     if out is None:
         out = x_TI.new_empty(x_TI.shape[0], w_OI.shape[0], dtype=out_dtype)
@@ -81,6 +81,7 @@ def weight_of(w: torch.Tensor | PackedWeight) -> ctypes.Structure:
         assert w.stride(-1) == 1
         rows, slots = (w.stride(dim) * w.element_size() for dim in (-2, 0))
         return ctypes.byref(Weight(TYPES[w.dtype], 0, w.data_ptr(), rows, slots, None, 0, None, 0))
-    parts = [(None, 0) if part is None else (part.data_ptr(), part.stride(0) * part.element_size()) for part in w.parts]
-    (data, slots), scales, zeros = parts
-    return ctypes.byref(Weight(4 if w.group else 3, w.group, data, w.data.stride(-2), slots, *scales, *zeros))
+    parts = [(part.data_ptr(), part.stride(0) * part.element_size()) for part in w.tensors]
+    (data, slots), scales, zeros = *parts, *[(None, 0)] * (3 - len(parts))
+    group = getattr(w.weights, "group", 0)
+    return ctypes.byref(Weight(w.weights.cpu_type, group, data, w.tensors[0].stride(-2), slots, *scales, *zeros))

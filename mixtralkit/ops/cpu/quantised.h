@@ -1,5 +1,6 @@
-// Products with weights of 8 and 4 bits. For few rows, integers: weights of 8 bits by x in 16 bits, which is as exact as
-// the float32 product of rounded weights to one part in 10^4 of a group's largest x. For many, float32 (kernels.cpp).
+// Products with weights of 8 and 4 bits: of integers, weights by x in 16 bits with a scale for each group of x, which is
+// as exact as the float32 product of the rounded weights to one part in 10^4 of a group's largest x. Products and sums of
+// a group are exact.
 //
 // INT8: a signed byte a weight, one float32 scale an output.
 // INT4: weights 64c … 64c + 63 of an output are 16 words of 16 bits; bits 4j … 4j + 3 of word i are weight 64c + 16j + i.
@@ -11,7 +12,9 @@
 
 #include "vectors.h"
 
-constexpr long X_GROUP = 64;  // x of one scale beside INT8
+constexpr long X_GROUP = 64;          // x of one scale beside INT8
+constexpr long NARROW_CHUNK = 2048;   // columns: weights and 4 rows of x in 16 bits fit the first cache
+constexpr long NARROW_ROWS = 64;      // of which a chunk fits the second
 
 struct Packed {
     const char* data;
@@ -78,117 +81,104 @@ static inline vshort bytes16(const char* p) {
     return __builtin_convertvector(load_as<b16>(p), vshort);
 }
 
-constexpr int MOST_GROUPS = 1024;  // scales at a time
-
-// MR rows times one output after the other.
+// MR rows times columns k … k + n of one output, added to out[m]. Every path sums chunks of NARROW_CHUNK columns like this,
+// so a row's result does not depend on how many there are.
 template <int MR>
-static void few_int8(const Packed& w, long first, long outputs, long K, const Narrow* x, float* const* out) {
-    for (long o = first; o < first + outputs; o++) {
-        const char* p = w.data + o * w.ld;
-        vfloat8 acc[MR] = {};
-        for (long k = 0, g = 0; k < K; k += X_GROUP, g++) {
-            __builtin_prefetch(p + k + 1024);
-            vshort part[4];
-            for (int j = 0; j < 4; j++) part[j] = bytes16(p + k + 16 * j);
-            for (int m = 0; m < MR; m++) {
-                vint8w dots = {};
-                for (int j = 0; j < 4; j++) dots += pairs(part[j], load_as<vshort>(x[m].x + k + 16 * j));
-                acc[m] = fma8(dots, x[m].scale[g], acc[m]);
-            }
+static inline void chunk_int8(const Packed& w, long o, long, long k0, long n, const Narrow* x, float* const* out, long at) {
+    const char* p = w.data + o * w.ld + k0;
+    vfloat8 acc[MR] = {};
+    for (long k = 0; k < n; k += X_GROUP) {
+        __builtin_prefetch(p + k + 1024);
+        vshort part[4];
+        for (int j = 0; j < 4; j++) part[j] = bytes16(p + k + 16 * j);
+        for (int m = 0; m < MR; m++) {
+            vint8w dots = {};
+            for (int j = 0; j < 4; j++) dots += pairs(part[j], load_as<vshort>(x[m].x + k0 + k + 16 * j));
+            acc[m] = fma8(dots, x[m].scale[(k0 + k) / X_GROUP], acc[m]);
         }
-        float scale;
-        memcpy(&scale, w.scales + 4 * o, 4);
-        for (int m = 0; m < MR; m++) out[m][o - first] = sum8(acc[m]) * scale;
     }
+    float scale;
+    memcpy(&scale, w.scales + 4 * o, 4);
+    for (int m = 0; m < MR; m++) out[m][at] += sum8(acc[m]) * scale;
 }
 
 template <int MR, int GROUP>
-static void few_int4(const Packed& w, long first, long outputs, long K, const Narrow* x, float* const* out) {
-    long groups = K / GROUP;
-    float scale[MR][MOST_GROUPS];
-    for (long o = first; o < first + outputs; o++) {
-        const char* p = w.data + o * w.ld;
-        const f16* scales = (const f16*)w.scales + o * groups;
-        const uint8_t* zeros = w.zeros ? w.zeros + o * groups : nullptr;
-        vfloat8 acc[MR] = {};
-        float less[MR] = {};
-        for (long g0 = 0; g0 < groups; g0 += MOST_GROUPS) {
-            long count = std::min<long>(MOST_GROUPS, groups - g0), g = 0;
-            vfloat off[MR] = {};
-            for (; g + VW <= count; g += VW) {
-                vfloat s = load(scales + g0 + g), z = splat(8.f);
-                if (zeros) z = __builtin_convertvector(load_as<vubyte>(zeros + g0 + g), vfloat);
-                for (int m = 0; m < MR; m++) {
-                    store(scale[m] + g, s * load(x[m].scale + g0 + g));
-                    off[m] = fma(s * z, load(x[m].sum + g0 + g), off[m]);
-                }
-            }
-            for (int m = 0; m < MR; m++) { float one; sums_of<1>(off + m, &one); less[m] += one; }
-            for (; g < count; g++) {
-                float s = to_float(scales[g0 + g]), z = zeros ? zeros[g0 + g] : 8.f;
-                for (int m = 0; m < MR; m++) scale[m][g] = s * x[m].scale[g0 + g], less[m] += s * z * x[m].sum[g0 + g];
-            }
-            constexpr int STEP = GROUP < 64 ? 64 : GROUP;  // weights of a step: whole groups and whole words
-            for (long k = g0 * GROUP, i = 0; i < count; k += STEP, i += STEP / GROUP) {
-                __builtin_prefetch(p + k / 2 + 1024);
-                vshort part[STEP / 16];
-                for (int c = 0; c < STEP / 64; c++) {
-                    typedef uint16_t words __attribute__((vector_size(32)));
-                    words bits = load_as<words>(p + k / 2 + 32 * c);
-                    for (int j = 0; j < 4; j++) part[4 * c + j] = (vshort)((bits >> (4 * j)) & 15);
-                }
-                for (int m = 0; m < MR; m++)
-                    for (int s = 0; s < STEP / GROUP; s++) {
-                        vint8w dots = {};
-                        for (int j = s * GROUP / 16; j < (s + 1) * GROUP / 16; j++)
-                            dots += pairs(part[j], load_as<vshort>(x[m].x + k + 16 * j));
-                        acc[m] = fma8(dots, scale[m][i + s], acc[m]);
-                    }
-            }
+static inline void chunk_int4(const Packed& w, long o, long K, long k0, long n, const Narrow* x, float* const* out, long at) {
+    constexpr int MOST_GROUPS = NARROW_CHUNK / GROUP;
+    long count = n / GROUP, g0 = k0 / GROUP, g = 0;
+    const char* p = w.data + o * w.ld + k0 / 2;
+    const f16* scales = (const f16*)w.scales + o * (K / GROUP) + g0;
+    const uint8_t* zeros = w.zeros ? w.zeros + o * (K / GROUP) + g0 : nullptr;
+    float scale[MR][MOST_GROUPS], less[MR] = {};
+    vfloat off[MR] = {};
+    for (; g + VW <= count; g += VW) {
+        vfloat s = load(scales + g), z = splat(8.f);
+        if (zeros) z = __builtin_convertvector(load_as<vubyte>(zeros + g), vfloat);
+        for (int m = 0; m < MR; m++) {
+            store(scale[m] + g, s * load(x[m].scale + g0 + g));
+            off[m] = fma(s * z, load(x[m].sum + g0 + g), off[m]);
         }
-        for (int m = 0; m < MR; m++) out[m][o - first] = sum8(acc[m]) - less[m];
+    }
+    for (int m = 0; m < MR; m++) sums_of<1>(off + m, less + m);
+    for (; g < count; g++) {
+        float s = to_float(scales[g]), z = zeros ? zeros[g] : 8.f;
+        for (int m = 0; m < MR; m++) scale[m][g] = s * x[m].scale[g0 + g], less[m] += s * z * x[m].sum[g0 + g];
+    }
+    constexpr int STEP = GROUP < 64 ? 64 : GROUP, SUMS = STEP / GROUP;  // whole groups and whole words; a sum for each
+    vfloat8 acc[MR][SUMS] = {};
+    for (long k = 0, i = 0; k < n; k += STEP, i += SUMS) {
+        __builtin_prefetch(p + k / 2 + 1024);
+        vshort part[STEP / 16];
+        for (int c = 0; c < STEP / 64; c++) {
+            typedef uint16_t words __attribute__((vector_size(32)));
+            words bits = load_as<words>(p + k / 2 + 32 * c);
+            for (int j = 0; j < 4; j++) part[4 * c + j] = (vshort)((bits >> (4 * j)) & 15);
+        }
+        for (int m = 0; m < MR; m++)
+            for (int s = 0; s < SUMS; s++) {
+                vint8w dots = {};
+                for (int j = s * GROUP / 16; j < (s + 1) * GROUP / 16; j++)
+                    dots += pairs(part[j], load_as<vshort>(x[m].x + k0 + k + 16 * j));
+                acc[m][s] = fma8(dots, scale[m][i + s], acc[m][s]);
+            }
+    }
+    for (int m = 0; m < MR; m++) {
+        for (int s = 1; s < SUMS; s++) acc[m][0] += acc[m][s];
+        out[m][at] += sum8(acc[m][0]) - less[m];
     }
 }
 
-template <int MR>
-static void few_packed(const Packed& w, long first, long outputs, long K, const Narrow* x, float* const* out) {
-    if (w.group == 0) few_int8<MR>(w, first, outputs, K, x, out);
-    else if (w.group == 32) few_int4<MR, 32>(w, first, outputs, K, x, out);
-    else few_int4<MR, 128>(w, first, outputs, K, x, out);
-}
-
-static void few_packed(const Packed& w, long first, long outputs, long K, const Narrow* x, long rows, float* const* out) {
-    for (; rows > 0;) {  // each step unpacks the weights again, which by then are in the second cache
-        int step = rows >= 4 ? 4 : (int)rows;
-        switch (step) {
-            case 1: few_packed<1>(w, first, outputs, K, x, out); break;
-            case 2: few_packed<2>(w, first, outputs, K, x, out); break;
-            case 3: few_packed<3>(w, first, outputs, K, x, out); break;
-            default: few_packed<4>(w, first, outputs, K, x, out);
-        }
-        rows -= step, x += step, out += step;
+using Chunk = void (*)(const Packed&, long, long, long, long, const Narrow*, float* const*, long);
+template <int MR> static Chunk chunk_of(long group) {
+    switch (group) {
+        case 0: return chunk_int8<MR>;
+        case 32: return chunk_int4<MR, 32>;
+        case 64: return chunk_int4<MR, 64>;
+        default: return chunk_int4<MR, 128>;
     }
 }
 
-// Weights k … k + n of an output as float32; k and n are multiples of 64 and of the group.
-static inline void unpack(const Packed& w, long o, long K, long k, long n, float* to) {
-    const char* p = w.data + o * w.ld;
-    if (w.group == 0) {
-        float scale;
-        memcpy(&scale, w.scales + 4 * o, 4);
-        for (long i = 0; i < n; i += VW)
-            store(to + i, __builtin_convertvector(load_as<vbyte>(p + k + i), vfloat) * scale);
+// out[m][0 … outputs) = x_m · w_o for outputs `first` …. Blocks of rows, whose chunk of x stays in the second cache; weights
+// are unpacked anew for every four rows, from the first.
+static void product_packed(const Packed& w, long first, long outputs, long K, const Narrow* x, long rows, float* const* out) {
+    const Chunk chunk[] = {chunk_of<1>(w.group), chunk_of<2>(w.group), chunk_of<3>(w.group), chunk_of<4>(w.group)};
+    for (long m = 0; m < rows; m++) std::fill_n(out[m], outputs, 0.f);
+    if (rows <= 4) {  // each output's weights in one go
+        for (long o = 0; o < outputs; o++)
+            for (long k = 0; k < K; k += NARROW_CHUNK)
+                chunk[rows - 1](w, first + o, K, k, std::min(NARROW_CHUNK, K - k), x, out, o);
         return;
     }
-    long groups = K / w.group;
-    const f16* scales = (const f16*)w.scales + o * groups;
-    for (long i = 0; i < n; i += 64) {
-        uint16_t words[16];
-        memcpy(words, p + (k + i) / 2, sizeof words);
-        for (int j = 0; j < 4; j++) {
-            long g = (k + i + 16 * j) / w.group;
-            float s = to_float(scales[g]), z = (w.zeros ? w.zeros[o * groups + g] : 8.f);
-            for (int l = 0; l < 16; l++) to[i + 16 * j + l] = (float)((words[l] >> (4 * j)) & 15) * s - s * z;
+    for (long m0 = 0; m0 < rows; m0 += NARROW_ROWS) {
+        long m1 = std::min(rows, m0 + NARROW_ROWS);
+        for (long k = 0; k < K; k += NARROW_CHUNK) {
+            long n = std::min(NARROW_CHUNK, K - k);
+            for (long o = 0; o < outputs; o++)
+                for (long m = m0; m < m1;) {
+                    long step = std::min(4L, m1 - m);
+                    chunk[step - 1](w, first + o, K, k, n, x + m, out + m, o);
+                    m += step;
+                }
         }
     }
 }

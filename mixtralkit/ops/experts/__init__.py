@@ -1,13 +1,15 @@
 """Rows through a rank's experts: the weighted sum of each row's choices, the heart of the layer.
 
 Four ways to the same sums. On a GPU, by the number of rows: reading as few bytes as possible (small batches), or
-products of sorted rows (large batches). On a CPU compiled kernels. The reference elsewhere, and for gradients.
+products of sorted rows (large batches). On a CPU compiled kernels. The reference elsewhere, for gradients, and for
+weights in formats without kernels there.
 """
 
 from __future__ import annotations
 
 import torch
 
+from mixtralkit.moe.weights import PackedWeight
 from mixtralkit.ops.experts.reference import expert_sum_reference, swiglu_grouped
 from mixtralkit.ops.runtime import runs_cpu, runs_triton
 
@@ -22,8 +24,8 @@ def expert_sum(
     x_RD: torch.Tensor,
     slots_RK: torch.Tensor,
     weights_RK: torch.Tensor,
-    w13_SGD: torch.Tensor,
-    w2_SDF: torch.Tensor,
+    w13_SGD: torch.Tensor | PackedWeight,
+    w2_SDF: torch.Tensor | PackedWeight,
     residual_RD: torch.Tensor | None = None,
     out_RD: torch.Tensor | None = None,
     likely_rows: int | None = None,
@@ -35,7 +37,8 @@ def expert_sum(
     Args:
         slots_RK: int64 expert of each choice, -1 for a choice that is computed elsewhere and adds nothing here.
         weights_RK: float32 weight of each choice.
-        w13_SGD: w1 above w3 of every slot, or of every place of a storage that ``storage_S`` points into.
+        w13_SGD: w1 above w3 of every slot, or of every place of a storage that ``storage_S`` points into; in any
+            format, the same as ``w2_SDF``.
         residual_RD: added before the sum is rounded.
         out_RD: where the result goes; None takes new memory.
         likely_rows: as many rows as would have about all of these choices here, where the shape has more rows than
@@ -51,7 +54,7 @@ def expert_sum(
         from mixtralkit.ops.cpu.products import expert_sum_cpu
 
         return expert_sum_cpu(*arguments)
-    triton = runs_triton(x_RD, w13_SGD, w2_SDF)
+    triton = not isinstance(w13_SGD, PackedWeight) and runs_triton(x_RD, w13_SGD, w2_SDF)
     if triton and x_RD.shape[0] <= SMALL_BATCH:
         from mixtralkit.ops.experts.triton_small import expert_sum_small
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from mixtralkit.moe.weights import PackedWeight
 from mixtralkit.ops.counting import count_keys
+
+TILE = 1024  # outputs of a packed matrix that are numbers at a time
 
 
 def expert_sum_reference(
     x_RD: torch.Tensor,
     slots_RK: torch.Tensor,
     weights_RK: torch.Tensor,
-    w13_SGD: torch.Tensor,
-    w2_SDF: torch.Tensor,
+    w13_SGD: torch.Tensor | PackedWeight,
+    w2_SDF: torch.Tensor | PackedWeight,
     residual_RD: torch.Tensor | None = None,
     out_RD: torch.Tensor | None = None,
     storage_S: torch.Tensor | None = None,
@@ -48,18 +51,19 @@ def expert_sum_reference(
 def swiglu_grouped(
     x_ND: torch.Tensor,
     counts_S: torch.Tensor,
-    w13_SGD: torch.Tensor,
-    w2_SDF: torch.Tensor,
+    w13_SGD: torch.Tensor | PackedWeight,
+    w2_SDF: torch.Tensor | PackedWeight,
     storage_S: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Each group of rows through its expert; rows after the last group come back undefined.
 
     ``counts_S`` (int64) rows of ``x_ND`` belong to slot 0, the next to slot 1, and so on.
     """
-    if torch.is_autocast_enabled(x_ND.device.type):
+    packed = isinstance(w13_SGD, PackedWeight)
+    if torch.is_autocast_enabled(x_ND.device.type) and not packed:
         dtype = torch.get_autocast_dtype(x_ND.device.type)
         x_ND, w13_SGD, w2_SDF = x_ND.to(dtype), w13_SGD.to(dtype), w2_SDF.to(dtype)
-    aligned = w13_SGD.shape[2] % 8 == w2_SDF.shape[2] % 8 == 0  # grouped_mm wants rows of whole 16 bytes
+    aligned = not packed and w13_SGD.shape[2] % 8 == w2_SDF.shape[2] % 8 == 0  # grouped_mm: rows of whole 16 bytes
     product = _grouped_mm if x_ND.is_cuda and x_ND.dtype == torch.bfloat16 and aligned else _looped_mm
     counts = counts_S.cumsum(0, dtype=torch.int32) if product is _grouped_mm else counts_S.tolist()  # host sync
     gate_NF, up_NF = product(x_ND, w13_SGD, counts, storage_S).chunk(2, dim=-1)
@@ -74,11 +78,21 @@ def _grouped_mm(
 
 
 def _looped_mm(
-    x_NI: torch.Tensor, w_SOI: torch.Tensor, counts_S: list[int], storage_S: torch.Tensor | None
+    x_NI: torch.Tensor, w_SOI: torch.Tensor | PackedWeight, counts_S: list[int], storage_S: torch.Tensor | None
 ) -> torch.Tensor:
     """The same by one product for each group that has rows; on CPU this beats ``grouped_mm`` several times."""
     groups = x_NI.split([*counts_S, x_NI.shape[0] - sum(counts_S)])
     places = range(len(counts_S)) if storage_S is None else storage_S.tolist()  # host sync
-    parts = [F.linear(group, w_SOI[place]) for place, group in zip(places, groups[:-1], strict=True) if len(group)]
+    linear = _packed_linear if isinstance(w_SOI, PackedWeight) else F.linear
+    parts = [linear(group, w_SOI[place]) for place, group in zip(places, groups[:-1], strict=True) if len(group)]
     rest_NO = x_NI.new_zeros(len(groups[-1]), w_SOI.shape[1])
     return torch.cat([*parts, rest_NO])
+
+
+def _packed_linear(x_NI: torch.Tensor, w_OI: PackedWeight) -> torch.Tensor:
+    """Makes numbers of a tile of the weights at a time, so that no matrix is ever there in full."""
+    tiles = [
+        matrix.take(first, min(first + TILE, len(matrix))) for matrix in w_OI.unstacked()
+        for first in range(0, len(matrix), TILE)
+    ]  # fmt: skip
+    return torch.cat([F.linear(x_NI, tile.float().to(x_NI.dtype)) for tile in tiles], dim=1)

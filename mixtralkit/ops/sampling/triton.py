@@ -1,4 +1,5 @@
-"""Largest logits in Triton: a program takes a piece of a row, a second kernel brings a row's pieces together."""
+"""Largest logits in Triton: a program takes a piece of a row, a second kernel brings a row's pieces together; and the
+rules in front of that, a piece of a row a program as well."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import triton
 import triton.language as tl
 
 from mixtralkit.ops.runtime import overlaps_launches
-from mixtralkit.ops.sampling.types import Best
+from mixtralkit.ops.sampling.types import Best, Rules
 
 PIECE = 2048  # logits of one program, in its registers: 16 programs share a row of 32,000, so one row is read quickly
 
@@ -64,6 +65,63 @@ def merge_parts(values_WN: torch.Tensor, tokens_WN: torch.Tensor, logsumexp_WN: 
         **({"launch_pdl": True} if overlaps else {}),
     )
     return Best(tokens_N, values_N, logsumexp_N)
+
+
+def adjust_rows(
+    logits_NV: torch.Tensor, rules: Rules, slots_N: torch.Tensor, positions_N: torch.Tensor, piece: int = PIECE
+) -> torch.Tensor:
+    """``sampling.adjust_logits`` on a GPU."""
+    if logits_NV.stride(1) != 1:
+        logits_NV = logits_NV.contiguous()
+    rows, vocab = logits_NV.shape
+    out_NV = torch.empty((rows, vocab), dtype=torch.float32, device=logits_NV.device)
+    overlaps = overlaps_launches(logits_NV.device)
+    _adjust_kernel[(rows, triton.cdiv(vocab, piece))](
+        logits_NV,
+        out_NV,
+        *rules,
+        slots_N,
+        positions_N,
+        vocab,
+        logits_NV.stride(0),
+        rules.bias_SV.shape[0],
+        rules.allowed_SW.shape[1],
+        PIECE=piece,
+        PDL=overlaps,
+        num_warps=4,
+        **({"launch_pdl": True} if overlaps else {}),
+    )
+    return out_NV
+
+
+@triton.jit
+def _adjust_kernel(
+    logits, out, asks, penalties, biases, counts, in_prompt, allowed, ends, free_from, slots, positions,
+    vocab, stride, all_slots, words, PIECE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    row, v_V = tl.program_id(0).to(tl.int64), tl.program_id(1) * PIECE + tl.arange(0, PIECE)
+    inside_V = v_V < vocab
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    x_V = tl.load(logits + row * stride + v_V, inside_V, 0.0)
+    slot = tl.load(slots + row)
+    slot = tl.where(slot < 0, all_slots - 1, slot)
+    if tl.load(asks + slot):
+        place_V = slot * vocab + v_V
+        count_V = tl.load(counts + place_V, inside_V, 0)
+        is_seen_V = (count_V > 0) | (tl.load(in_prompt + place_V, inside_V, 0) != 0)
+        presence, frequency, repetition = (
+            tl.load(penalties + slot * 3), tl.load(penalties + slot * 3 + 1), tl.load(penalties + slot * 3 + 2)
+        )  # fmt: skip
+        x_V += tl.load(biases + place_V, inside_V, 0.0)
+        x_V = tl.where(is_seen_V, tl.where(x_V > 0, x_V / repetition, x_V * repetition), x_V)
+        x_V = x_V - frequency * count_V.to(tl.float32) - tl.where(count_V > 0, presence, 0.0)
+        word_V = tl.load(allowed + slot * words + v_V // 32, inside_V, 0)
+        if tl.load(positions + row) + 1 < tl.load(free_from + slot):
+            word_V = word_V & ~tl.load(ends + slot * words + v_V // 32, inside_V, 0)
+        x_V = tl.where((word_V >> (v_V % 32)) & 1 == 1, x_V, -float("inf"))
+    tl.store(out + row * vocab + v_V, x_V, inside_V)
 
 
 @triton.jit(do_not_specialize=["rows", "first_token"])

@@ -1,4 +1,4 @@
-"""Decode steps that run ahead against steps one after the other: the same answers, and launched before the text."""
+"""Steps that run ahead against steps one after the other: the same answers, and launched before the text."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from mixtralkit.distributed import RankContext
-from mixtralkit.engine import decoding
-from mixtralkit.engine.decoding import DecodeSteps, bucket_sizes
+from mixtralkit.engine import runner
 from mixtralkit.engine.generation import Engine
 from mixtralkit.engine.graphs import Graphs
 from mixtralkit.engine.requests import Request
+from mixtralkit.engine.runner import Runner, bucket_sizes
 from mixtralkit.engine.sampler import SamplingOptions
 from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.planning.plan import ExpertPlan
@@ -78,27 +78,29 @@ def test_events_are_those_of_plain_steps(tokenizer):
 
 
 class Diary:
-    """Records launches and takings of a run."""
+    """Records launches and takings of a run, and how many sequences each step sampled for."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.lines: list[tuple[str, int]] = []
         self.rows: list[int] = []
-        launch, values = DecodeSteps.launch, decoding.Flight.values
+        launch, take = Runner.launch, Engine._take
         flights: dict[int, int] = {}
 
-        def launched(steps, sequences, *args):
-            flight = launch(steps, sequences, *args)
-            flights[id(flight)] = len(self.rows)
+        def launched(runner, plan, *args):
+            flight = launch(runner, plan, *args)
+            flights[id(flight.plan)] = len(self.rows)
             self.lines.append(("launch", len(self.rows)))
-            self.rows.append(len(sequences))
+            chunks = sum(chunk.is_sampled for own in plan.chunks for chunk in own)
+            same = self.rows[-1] if plan.rows is None else sum(len(own.slots) for own in plan.rows)
+            self.rows.append(same + chunks)
             return flight
 
-        def taken(flight):
-            self.lines.append(("take", flights[id(flight)]))
-            return values(flight)
+        def taken(engine, message):
+            self.lines.append(("take", flights[id(engine._flights[0][0].plan)]))
+            return take(engine, message)
 
-        monkeypatch.setattr(DecodeSteps, "launch", launched)
-        monkeypatch.setattr(decoding.Flight, "values", taken)
+        monkeypatch.setattr(Runner, "launch", launched)
+        monkeypatch.setattr(Engine, "_take", taken)
 
 
 def _three_answers(context: RankContext, folder: Path) -> tuple[list[tuple[str, int]], list[int]]:
@@ -111,18 +113,21 @@ def _three_answers(context: RankContext, folder: Path) -> tuple[list[tuple[str, 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_step_is_launched_before_the_last_ones_text(folder, world_size):
-    """On one rank, and on two with sequences of their own, of which one ends up with none."""
-    for lines, rows in run_ranks(_three_answers, world_size, folder):
-        assert lines == [
-            ("launch", 0), ("launch", 1), ("take", 0), ("launch", 2), ("take", 1), ("launch", 3), ("take", 2),
-            ("launch", 4), ("take", 3), ("take", 4),
-        ]  # fmt: skip
-        assert rows == [3, 3, 3, 2, 1]  # the last token of a limit is known to be the last one
+    """On one rank, and on two with sequences of their own, of which one ends up with none and only follows."""
+    told = run_ranks(_three_answers, world_size, folder)
+    for lines, rows in told:
+        assert [line for line in lines if line[0] == "launch"] == [("launch", step) for step in range(6)]
+        assert rows == [3, 3, 3, 3, 2, 1]  # the last token of a limit is known to be the last one
+    assert told[0][0] == [
+        ("launch", 0), ("launch", 1), ("take", 0), ("launch", 2), ("take", 1), ("launch", 3), ("take", 2),
+        ("launch", 4), ("take", 3), ("launch", 5), ("take", 4), ("take", 5),
+    ]  # fmt: skip
 
 
 def test_a_row_too_many_is_thrown_away_and_its_slot_taken_again(tokenizer, monkeypatch):
     """The text ends two answers at a step; the next one has run with them, and two requests take their slots."""
     model = make_model(RankContext(), engine_config(max_batch_size=3))
+    model.allocate_cache(64, pages=5)  # so that nobody waits for the pages of the ended
     whole = Engine(model, tokenizer).complete([Request(0, (1, 50, 60), 16, GREEDY)])[0]
     stop = whole.text[5:8]
     requests = [Request(i, (1, 50, 60), 16, GREEDY, stop=(stop,) if i < 2 else ()) for i in range(5)]
@@ -130,16 +135,16 @@ def test_a_row_too_many_is_thrown_away_and_its_slot_taken_again(tokenizer, monke
     answers = Engine(model, tokenizer).complete(requests)
     assert answers[0].finish_reason == answers[1].finish_reason == "stop"
     assert [a.tokens for a in answers[2:]] == [whole.tokens] * 3
-    first = len(answers[0].tokens) - 1  # steps to the stop, the prompt's left out
-    assert diary.rows[: first + 1] == [3] * (first + 1)
-    assert diary.lines[2 * first : 2 * first + 2] == [("take", first - 1), ("take", first)]
+    last = len(answers[0].tokens) - 1  # the step that gives the end of the stop text
+    assert diary.rows[: last + 3] == [3] * (last + 3)  # one too many, and one with the next two requests' prompts
+    assert diary.lines[2 * last + 2 : 2 * last + 4] == [("take", last), ("launch", last + 2)]
 
 
 def test_rows_that_fill_a_bucket_change_nothing(tokenizer, monkeypatch):
     model = make_model(RankContext(), engine_config(max_batch_size=16))
     requests = mixed_requests(11, seed=2)
     wanted = told(Engine(model, tokenizer).complete(requests))
-    monkeypatch.setattr(decoding, "bucket_sizes", lambda most: [16])
+    monkeypatch.setattr(runner, "bucket_sizes", lambda most: [16])
     assert told(Engine(model, tokenizer).complete(requests)) == wanted
 
 
@@ -156,7 +161,7 @@ def test_logits_that_are_not_finite_are_an_error_in_decode_too(tokenizer):
     events = Engine(model, tokenizer).run([Request(0, (5, 6), 9, GREEDY)])
     next(events)
     model.norm.weight.fill_(float("inf"))
-    with pytest.raises(RuntimeError, match=r"prompt 0 at position [34] in torch\.float32; float16"):
+    with pytest.raises(RuntimeError, match=r"prompt 0 at position [345] in torch\.float32; float16"):
         list(events)
 
 
@@ -174,21 +179,21 @@ def test_an_abandoned_run_leaves_nothing_behind(tokenizer):
 def test_steps_are_made_anew_for_another_cache_and_follow_another_plan(tokenizer):
     model = make_model(RankContext(), engine_config())
     engine, requests = Engine(model, tokenizer), [Request(0, (5, 6, 7), 8, GREEDY)]
-    wanted, first = told(engine.complete(requests)), engine._steps
+    wanted, first = told(engine.complete(requests)), engine._runner
     assert told(engine.complete(requests)) == wanted
-    assert engine._steps is first
+    assert engine._runner is first
     model.cache = None
     assert told(engine.complete(requests)) == wanted
-    second = engine._steps
+    second = engine._runner
     assert second.cache is model.cache
     for layer in range(model.params.n_layers):
         slots_LWS = model.layout.plan.slots_LWS.copy()
         slots_LWS[layer] = slots_LWS[layer, :, ::-1]
         model.adopt(layer, ExpertPlan(slots_LWS, model.params.num_experts))
     assert told(engine.complete(requests)) == wanted
-    assert engine._steps is second
+    assert engine._runner is second
     engine.reset()
-    assert engine._steps is None
+    assert engine._runner is None
     assert told(engine.complete(requests)) == wanted
 
 
@@ -244,7 +249,7 @@ def _answers_over(context: RankContext, folder: Path, attention: str, experts: s
     engine = Engine(model, Tokenizer(folder / "tokenizer.model"), prefill_budget=30)
     requests = mixed_requests(14, seed=5)
     done = engine.complete(requests)
-    assert engine._steps is not None
+    assert engine._runner is not None
     asked = iter(range(1000))
     wish = (lambda: next(asked) == 9) if context.is_first else (lambda: False)
     events = [e.completion for e in engine.run(requests, should_stop=wish) if e.completion]
@@ -273,5 +278,5 @@ def test_a_long_run_with_places_that_stay_empty(tokenizer):
     requests = [Request(i, (5, 6 + i), 60, GREEDY) for i in range(3)]
     for _ in range(3):
         engine.complete([replace(request, id=i) for i, request in enumerate(requests)])
-    assert engine._steps._own.positions_B[3] == 0
-    assert int(engine._steps._own.positions_B.max()) < model.params.max_seq_len
+    assert engine._runner._own.positions_B[3] == 0
+    assert int(engine._runner._own.positions_B.max()) < model.params.max_seq_len

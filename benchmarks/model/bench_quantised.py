@@ -1,0 +1,117 @@
+"""What fewer bits cost: bits a byte of text and answers right of the model in ckpts/, for every format of its experts.
+
+    python -m benchmarks.model.bench_quantised --output benchmarks/results/quantised.json
+
+A line a format on stderr and in the file, as soon as it is known; attention, router, embedding and output stay in
+float32, so that nothing but the experts' format differs. ``experts`` is the size of all experts' tensors against
+bfloat16, ``error`` the root of their mean squared error over that of the weights. docs/quantised.md has the table.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks.common.machine import describe_run
+from mixtralkit.checkpoint import open_checkpoint
+from mixtralkit.cli.run import run_tool
+from mixtralkit.config import EngineConfig, shipped
+from mixtralkit.config.options import Count
+from mixtralkit.distributed import RankContext
+from mixtralkit.evaluation.prompt_sets import read_prompts
+from mixtralkit.evaluation.run import Results, run
+from mixtralkit.evaluation.run_record import FORMAT
+from mixtralkit.evaluation.work import AnswerOptions, make_works
+from mixtralkit.mixtral import Mixtral, open_source
+from mixtralkit.moe.weights import FORMATS, ExpertWeights, parse_weights
+
+PLAIN_BYTES = 2  # of a bfloat16
+ALIASES = ("int4", "fp8")
+
+
+def bench_quantised(
+    prompts: Path = Path("heldout"),
+    model: Path = Path("ckpts"),
+    formats: tuple[str, ...] = ("none", *(name for name in FORMATS if name not in ALIASES)),
+    every: Count = 1,
+    max_batch_size: int = 16,
+    output: Path | None = None,
+) -> None:
+    """Scores the model in every format.
+
+    Args:
+        prompts: a prompt set, or the name of one in configs/prompts.
+        model: folder of a plain checkpoint.
+        formats: names of formats; none is the checkpoint's own numbers.
+        every: of the questions, each of that many is asked; texts are all scored.
+        max_batch_size: sequences at a time.
+        output: file that takes the result as JSON.
+    """
+    context = RankContext.start("cpu")
+    found: list[dict[str, Any]] = []
+    source = open_source(EngineConfig.of(model=model).source)
+    whole = read_prompts(shipped("prompts", prompts))
+    records = [record for place, record in enumerate(whole) if record.is_text or place % every == 0]
+    options = AnswerOptions()
+    works = make_works(records, prompts, source[1], options)
+    for name in formats:
+        weights = parse_weights(None if name == "none" else name)
+        config = EngineConfig.of(
+            model=model, max_seq_len=max(work.longest for work in works), dtype="float32", device="cpu",
+            max_batch_size=max_batch_size, quantize=None if weights.is_plain else weights.name,
+        )  # fmt: skip
+        mixtral = Mixtral.load(config, context, source)
+        facts = {"format": FORMAT, "model": {"config": name}}
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            Results(context, records, Path(folder) / "run", facts) as results,
+            tqdm(total=len(works), desc=name, leave=False) as bar,
+        ):
+            run(mixtral, works, options, results, bar)
+            measures = results.finish()
+        scores = {m.metric: m for m in measures if m.group is None and m.metric in ("accuracy", "bits_per_byte")}
+        found.append({"format": name, **size_and_error(model, weights), **described(scores)})
+        print(json.dumps(found[-1]), file=sys.stderr, flush=True)
+        if output is not None:
+            content = {
+                **describe_run(context),
+                "model": model.name,
+                "prompts": prompts.name,
+                "every": every,
+                "formats": found,
+            }
+            output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def size_and_error(model: Path, weights: ExpertWeights) -> dict[str, float]:
+    """Bits a weight of the experts, with all that belongs to them, and the relative error of their matrices."""
+    with open_checkpoint(model) as reader:
+        config = reader.config
+        count = 3 * config.dim * config.hidden_dim
+        bits = 8 * weights.expert_bytes(config.dim, config.hidden_dim, PLAIN_BYTES) / count
+        if weights.is_plain:
+            return {"bits": bits, "error": 0.0}
+        off = size = 0.0
+        for name in reader.shapes():
+            if ".experts." in name:
+                w_OK = reader.read(name).float()
+                off += float((weights.quantize(w_OK).float() - w_OK).double().square().sum())
+                size += float(w_OK.double().square().sum())
+    return {"bits": round(bits, 3), "error": round((off / size) ** 0.5, 5)}
+
+
+def described(scores: dict[str, Any]) -> dict[str, Any]:
+    """Value and interval of each metric."""
+    return {
+        metric: {"value": round(m.value, 5), "interval": [round(m.low, 5), round(m.high, 5)]}
+        for metric, m in sorted(scores.items())
+    }
+
+
+if __name__ == "__main__":
+    run_tool(bench_quantised)

@@ -1,0 +1,432 @@
+"""Runs step plans on memory that stays where it is: the next step reads on the device what the last one sampled.
+
+::
+
+    host      launch 1 │ launch 2, text of 1 │ launch 3, text of 2 │ …
+    device             │ step 1 ───────────► │ step 2 ───────────► │ step 3 …
+
+A step without chunks is a CUDA graph where the model allows it, and nothing goes to the device between two such steps
+of the same greedy sequences. A step with chunks is the same forward, launched kernel by kernel.
+
+Under attention ``dp`` the ranks have sequences of their own. A step then ends in one small all-gather of what each
+sampled, so that rank 0's host reads all answers, a step later as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from mixtralkit.distributed import RankContext
+from mixtralkit.engine.graphs import Graphs, Run
+from mixtralkit.engine.requests import MOST_TOP_LOGPROBS, Top
+from mixtralkit.engine.sampler import (
+    SlotRules,
+    gather_vocabulary,
+    logprobs_of,
+    sample_each,
+    sample_likeliest,
+    settings_of,
+    uniform,
+)
+from mixtralkit.engine.step_plan import Arrival, Rows, StepPlan
+from mixtralkit.model.batch import ForwardBatch, Span
+from mixtralkit.model.kv_cache import KVCache
+from mixtralkit.model.transformer import Transformer
+from mixtralkit.moe.layer import MoEReport, StepRows
+from mixtralkit.ops.counting import count_keys
+
+_SAMPLED_SIZE = 12  # bytes of a sampled token: its int64 id and its float32 log-probability
+_TOP_SIZE = 8 * MOST_TOP_LOGPROBS  # bytes of the likeliest tokens in a place: ids and log-probabilities in float32
+
+
+def bucket_sizes(most: int) -> list[int]:
+    """Numbers of rows that steps are made for, the last one ``most``: 1, 2, … 8, 12, 16, 24, 32, 48, 64, 96, 128, ….
+
+    So few that capturing all takes seconds, and so many that most steps have few rows without a sequence. Up to eight
+    rows there are none, for there every row has experts read that no other row needs.
+    """
+    sizes, power = [*range(1, 9), 12], 16
+    while sizes[-1] < most:
+        sizes += [power, power + power // 2]
+        power *= 2
+    return [size for size in sizes if size < most] + [most]
+
+
+class _Memory:
+    """What a step reads and leaves. Row i is a sequence, or only fills the shape: slot -1, as all rows at first.
+
+    ``tokens_B`` are a decode step's input and then any step's answer; these and ``logprobs_B`` share memory, so that
+    one copy takes both to the host. ``advance_B`` is added to the positions after a decode step: 0 in rows without a
+    sequence.
+    """
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.packed = torch.zeros(_SAMPLED_SIZE * rows, dtype=torch.uint8, device=device)
+        self.tokens_B, self.logprobs_B = unpacked(self.packed)
+        self.positions_B, self.advance_B = torch.zeros(2, rows, dtype=torch.int64, device=device)
+        self.slots_B = torch.full((rows,), -1, dtype=torch.int64, device=device)
+        self.settings_4B = torch.zeros(4, rows, device=device)
+        self.uniforms_B = torch.zeros(rows, device=device)
+
+
+def unpacked(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int64 tokens [B] and float32 log-probabilities [B] in bytes [12 B]."""
+    end = len(packed) * 2 // 3
+    return packed[:end].view(torch.int64), packed[end:].view(torch.float32)
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """What a step leaves on the device: its layers' reports, what every rank with sequences of its own has sampled and
+    scored, packed [W, bytes], and the choices of each expert."""
+
+    reports: list[MoEReport]
+    packed: torch.Tensor
+    counts_LE: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Values:
+    """What a step gave to an owner's sequences: of the sampled rows in their order, and of the scored ones."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    tops: list[Top]
+    scores: list[float]
+    score_tops: list[Top]
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A step that was launched, and what it gives when it is done.
+
+    ``kind`` says how it ran: ``"graph"``, ``"launched"`` kernel by kernel, or ``"mixed"``, with chunks. ``batch`` are
+    this rank's rows where somebody looks at them. ``reports`` are those of its rows, the ones that only fill behind,
+    and ``counts_LE`` (int64) the choices of each expert by the others, where they are counted; the next launch may
+    overwrite both. ``packed`` [W, bytes] is on the host, with its values once ``done`` has passed. ``recapture_s`` is
+    that of ``graphs.Run``.
+    """
+
+    plan: StepPlan
+    kind: str
+    batch: ForwardBatch | None
+    reports: list[MoEReport]
+    counts_LE: torch.Tensor | None
+    packed: torch.Tensor
+    room: int
+    scored: int
+    done: torch.cuda.Event | None
+    recapture_s: float
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the device is still at it; does not wait. On a CPU a launch ends with its step."""
+        return self.done is not None and not self.done.query()
+
+    def wait(self) -> None:
+        if self.done is not None:
+            self.done.synchronize()
+
+    def values(self, owner: int) -> Values:
+        """What an owner's sequences got. Waits for the step."""
+        self.wait()
+        packed = self.packed[owner].clone()  # it may start where no int64 may
+        sampled = _SAMPLED_SIZE * self.room
+        scored = sampled + 4 * self.scored
+        tokens_B, logprobs_B = unpacked(packed[:sampled])
+        scores = packed[sampled:scored].view(torch.float32).tolist()
+        tops = []
+        if self.plan.tops:
+            rows = self.room + self.scored
+            tops_N2K = packed[scored : scored + _TOP_SIZE * rows].view(torch.float32).view(rows, 2, -1).tolist()
+            tops = [tuple(zip(map(int, ids), logprobs, strict=True)) for ids, logprobs in tops_N2K]
+        return Values(tokens_B.tolist(), logprobs_B.tolist(), tops[: self.room], scores, tops[self.room :])
+
+    def loads_LE(self) -> np.ndarray:
+        """int64 choices of each expert by the rows of all ranks, where they travel with the answers. Waits."""
+        self.wait()
+        counts_WN = self.packed[:, -8 * self.counts_LE.numel() :].contiguous().view(torch.int64)
+        return counts_WN.sum(0).view(self.counts_LE.shape).numpy()
+
+
+class Runner:
+    """Launches the steps of a model without waiting for them, those without chunks as CUDA graphs where these are on.
+
+    Collective: every rank launches the same plans, under ``dp`` its own part of them. There all ranks run as many rows
+    as the one with most needs, which may be none on this one.
+    """
+
+    def __init__(
+        self, model: Transformer, cache: KVCache, cuda_graphs: bool = True, counts_choices: bool = False
+    ) -> None:
+        """``counts_choices``: give every step's ``counts_LE``, as a part of it; shadows always have it."""
+        self.model, self.cache, self.context = model, cache, model.context
+        self._owners = model.ranks_with_own_sequences
+        self._owner = model.context.rank if self._owners > 1 else 0
+        # the ranks that have each a part of the vocabulary
+        self._parts = model.context if model.sums is not None else RankContext(device=model.context.device)
+        self._sizes = bucket_sizes(cache.slots)
+        self._own = _Memory(cache.slots, self.context.device)
+        self._graphs = Graphs(self.context.device, cuda_graphs and model.decodes_in_graphs)
+        self._relocations = model.store.relocations
+        self._in: dict[int, Arrival] = {}  # by slot
+        self._rows, self._filled = Rows(), 0
+        self._rules: SlotRules | None = None  # from the first request on that asks
+        layers, experts = model.params.n_layers, model.params.num_experts
+        self._first_key_L11 = torch.arange(layers, device=self.context.device)[:, None, None] * experts
+        self.counts_choices = counts_choices
+        self._counts = counts_choices or model.counted_shadows is not None
+
+    @torch.no_grad()
+    def launch(self, plan: StepPlan, observed: bool = False, may_capture: bool = True) -> Flight:
+        """Starts a step.
+
+        Args:
+            observed: ``Flight.batch`` is wanted.
+            may_capture: False runs a decode step kernel by kernel where it has no graph yet; the same on every rank.
+        """
+        if self._relocations != self.model.store.relocations:  # what graphs read has other addresses now
+            self._graphs.forget()
+            self._relocations = self.model.store.relocations
+        tables = plan.tables[self._owner]
+        self.cache.place([(slot, at + i, page) for slot, at, pages in tables for i, page in enumerate(pages)])
+        self._in.update({new.slot: new for new in plan.arrivals if new.owner == self._owner})
+        self._heed(plan)
+        return self._mixed(plan, observed) if plan.has_chunks else self._decode(plan, observed, may_capture)
+
+    def _heed(self, plan: StepPlan) -> None:
+        """What sequences ask of their logits goes to their slots."""
+        mine = [new for new in plan.arrivals if new.owner == self._owner]
+        if self._rules is None and (plan.asks or any(new.asked is not None for new in mine)):
+            self._rules = SlotRules(self.cache.slots, self.model.params.vocab_size, self.context.device)
+        if self._rules is None:
+            return
+        for new in mine:
+            self._rules.place(new.slot, new.asked)
+        if plan.masks and plan.masks[self._owner]:
+            slots, masks = zip(*plan.masks[self._owner], strict=True)
+            self._rules.allow(slots, np.stack([np.frombuffer(mask, dtype=np.int32) for mask in masks]))
+
+    def observed(self, flight: Flight, surplus: Many[int]) -> tuple[ForwardBatch, list[MoEReport]] | None:
+        """This rank's rows as an ``Observe`` takes them, but for those of the slots in ``surplus`` and those that were
+        seen before; None for no row.
+
+        To be called before the next step is launched.
+        """
+        again = {chunk.slot: chunk.again for chunk in flight.plan.chunks[self._owner]}
+        spans = []
+        for span in flight.batch.spans:
+            skipped = again.get(span.slot, 0)
+            if span.slot not in surplus and span.start + skipped < span.stop:
+                spans.append(replace(span, start=span.start + skipped, position=span.position + skipped))
+        if flight.kind == "mixed" and spans == list(flight.batch.spans):
+            return flight.batch, flight.reports
+        if not spans:
+            return None
+        rows = [row for span in spans for row in range(span.start, span.stop)]
+        ends = np.cumsum([span.stop - span.start for span in spans]).tolist()
+        moved = [replace(s, start=end - (s.stop - s.start), stop=end) for s, end in zip(spans, ends, strict=True)]
+        rows_T = self._upload(rows, torch.int64)
+        batch = replace(flight.batch.take(rows_T), spans=tuple(moved))
+        # indexing copies, so that observers may keep what the next step overwrites
+        return batch, [
+            replace(r, routing=r.routing.take(rows_T), dropped=r.dropped.clone(), rerouted=r.rerouted.clone())
+            for r in flight.reports
+        ]
+
+    def _decode(self, plan: StepPlan, observed: bool, may_capture: bool) -> Flight:
+        if plan.rows is not None:
+            self._place(plan)
+        else:
+            self._rows.positions = [position + 1 for position in self._rows.positions]
+        own, rows, batch = self._own, self._filled, None
+        if plan.draws and self._rows.slots:
+            self._draw(self._rows.slots, self._rows.positions)
+        if observed:
+            kept = (own.tokens_B[:rows], own.positions_B[:rows], own.slots_B[:rows])
+            batch = ForwardBatch(*(x.clone() for x in kept), self._spans([1] * len(self._rows.slots), self._rows))
+        kind = (plan.draws, plan.asks, bool(plan.tops))
+        run = self._graphs.run(
+            (rows, *kind),
+            lambda: self._decoded(own, rows, *kind),
+            lambda: self._decoded(_Memory(rows, self.context.device), rows, *kind),
+            may_capture,
+        )
+        return self._flight(plan, "graph" if run.replayed else "launched", run, batch)
+
+    def _place(self, plan: StepPlan) -> None:
+        """Gives each of this rank's sequences a row; where its last token is on the device, that moves there."""
+        mine, most, own = plan.rows[self._owner], max(len(of.slots) for of in plan.rows), self._own
+        rows = next(size for size in self._sizes if size >= most)
+        fill = [0] * (rows - len(mine.slots))
+        columns = [mine.sources + [-1] * len(fill), mine.tokens + fill, mine.positions + fill,
+                   mine.slots + [-1] * len(fill)]  # fmt: skip
+        sources_B, tokens_B, positions_B, slots_B = self._upload(columns, torch.int64)
+        own.tokens_B[:rows] = self._first_tokens(sources_B, tokens_B)
+        own.positions_B[:rows] = positions_B
+        own.slots_B[:rows] = slots_B
+        own.advance_B[:rows] = slots_B >= 0
+        if plan.draws:
+            self._set([self._in[slot] for slot in mine.slots], len(fill))
+        self._rows, self._filled = mine, rows
+
+    def _first_tokens(self, sources_B: torch.Tensor, tokens_B: torch.Tensor) -> torch.Tensor:
+        """The last step's answers from its rows ``sources_B``; where these are -1, ``tokens_B``."""
+        return torch.where(sources_B >= 0, self._own.tokens_B[sources_B.clamp(min=0)], tokens_B)
+
+    def _set(self, rows: list[Arrival], fill: int = 0) -> None:
+        settings = [values + [0] * fill for values in settings_of([row.sampling for row in rows])]
+        self._own.settings_4B[:, : len(rows) + fill] = self._upload(settings, torch.float32)
+
+    def _draw(self, slots: list[int], positions: list[int]) -> None:
+        """Numbers that decide what each row draws behind its position."""
+        keys = [(*self._in[slot].drawn_by, position + 1) for slot, position in zip(slots, positions, strict=True)]
+        self._own.uniforms_B[: len(keys)].copy_(self._upload([uniform(*key) for key in keys], torch.float32))
+
+    def _decoded(self, of: _Memory, rows: int, draws: bool, asks: bool, tops: bool) -> _Answers:
+        batch = ForwardBatch.of_rows(of.tokens_B[:rows], of.positions_B[:rows], of.slots_B[:rows], rows)
+        hidden, reports = self.model.hidden(self.model.attend_to(replace(batch, observed=self._counts), self.cache))
+        part_BV = self.model.logits(hidden)
+        self._sample(part_BV, of, draws, (batch.slots_T, batch.positions_T) if asks else None)
+        of.positions_B[:rows].add_(of.advance_B[:rows])
+        counts_LE = self._counted(reports, of.slots_B[:rows]) if self._counts else None
+        more = [self._tops(part_BV, len(of.slots_B))] if tops else []
+        return self._answers(of, reports, counts_LE, more)
+
+    def _mixed(self, plan: StepPlan, observed: bool) -> Flight:
+        mine, chunks, own = plan.rows[self._owner], plan.chunks[self._owner], self._own
+        lengths = [1] * len(mine.slots) + [len(chunk.ids) for chunk in chunks]
+        firsts = Rows(mine.slots + [c.slot for c in chunks], [], [], mine.positions + [c.start for c in chunks])
+        spans = self._spans(lengths, firsts)
+        tokens = mine.tokens + [token for chunk in chunks for token in chunk.ids]
+        positions = [p for span in spans for p in range(span.position, span.end)]
+        slots = [span.slot for span in spans for _ in range(span.start, span.stop)]
+        tokens_T, positions_T, slots_T = self._upload([tokens, positions, slots], torch.int64)
+        if max(mine.sources, default=-1) >= 0:
+            held = slice(len(mine.slots))
+            tokens_T[held] = self._first_tokens(self._upload(mine.sources, torch.int64), tokens_T[held])
+        of_chunks = list(zip(chunks, spans[len(mine.slots) :], strict=True))
+        sampled = [(s.slot, s.stop - 1, s.position) for s in spans[: len(mine.slots)]]
+        sampled += [(s.slot, s.stop - 1, s.end - 1) for chunk, s in of_chunks if chunk.is_sampled]
+        scored = [s.start + c.skipped + i for c, s in of_chunks for i in range(len(c.targets))]
+        rows_N = self._upload([row for _, row, _ in sampled] + scored, torch.int64)
+        each = zip(plan.rows, plan.chunks, strict=True)
+        most = max(len(rows.slots) + sum(len(chunk.ids) for chunk in of) for rows, of in each)
+        whole = observed or self.counts_choices  # reports of all rows are wanted in the last layer too
+        batch = ForwardBatch(tokens_T, positions_T, slots_T, spans, StepRows(most), observed=whole)
+        batch = replace(batch, wanted_N=None if whole or len(rows_N) == len(batch) else rows_N)
+        hidden, reports = self.model.hidden(self.model.attend_to(batch, self.cache))
+        part_NV = self.model.logits(hidden.take(rows_N) if batch.wanted_N is None else hidden)
+        part_BV, part_MV = part_NV[: len(sampled)], part_NV[len(sampled) :]
+        if plan.draws and sampled:
+            self._set([self._in[slot] for slot, _, _ in sampled])
+            self._draw([slot for slot, _, _ in sampled], [position for _, _, position in sampled])
+        asking = None
+        if plan.asks:
+            asking = self._upload([[s for s, _, _ in sampled], [p for _, _, p in sampled]], torch.int64).unbind()
+        self._sample(part_BV, own, plan.draws, asking)
+        counts_LE = torch.stack([_choices(report) for report in reports]) if self._counts else None
+        most_scored = max(sum(len(chunk.targets) for chunk in of) for of in plan.chunks)
+        scores_M = torch.zeros(most_scored, device=self.context.device)
+        more = [scores_M.view(torch.uint8)]
+        if most_scored:
+            whole_MV = self._whole(part_MV)
+            targets_M = self._upload([t for chunk in chunks for t in chunk.targets], torch.int64)
+            scores_M[: len(scored)] = logprobs_of(whole_MV, targets_M)
+        if plan.tops:
+            more += [self._tops(part_BV, len(own.slots_B)), self._tops(part_MV, most_scored)]
+        answers = self._answers(own, reports, counts_LE, more)
+        return self._flight(plan, "mixed", Run(answers), batch, most_scored)
+
+    def _spans(self, lengths: list[int], firsts: Rows) -> tuple[Span, ...]:
+        """Of sequences one after the other; ``firsts`` are the slots and first positions."""
+        spans, start = [], 0
+        for length, slot, position in zip(lengths, firsts.slots, firsts.positions, strict=True):
+            spans.append(Span(slot, position, start, start + length, self._in[slot].number))
+            start += length
+        return tuple(spans)
+
+    def _sample(
+        self, part_BV: torch.Tensor, of: _Memory, draws: bool, asking: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> None:
+        """The next token of each row, into the first of ``of``; nothing waits.
+
+        ``asking``: the rows' slots and positions where some ask something of their logits.
+        """
+        rows = len(part_BV)
+        if draws or asking is not None:  # all ranks with a part of the vocabulary have the same rows
+            logits_BV, drawn, adjusted_BV = self._whole(part_BV), (None, None), None
+            if draws:
+                drawn = (of.settings_4B[:, :rows], of.uniforms_B[:rows])
+            if asking is not None:
+                adjusted_BV = self._rules.adjusted(logits_BV, *asking)
+            tokens_B, logprobs_B = sample_each(logits_BV, *drawn, adjusted_BV)
+            if asking is not None:
+                self._rules.count(asking[0], tokens_B)
+        else:
+            tokens_B, logprobs_B = sample_likeliest(part_BV, self.model.layout.vocab[0], self._parts)
+        of.tokens_B[:rows].copy_(tokens_B)
+        of.logprobs_B[:rows].copy_(logprobs_B)
+
+    def _whole(self, part_NV: torch.Tensor) -> torch.Tensor:
+        return gather_vocabulary(part_NV, self.model.params.vocab_size, self._parts)
+
+    def _tops(self, part_NV: torch.Tensor, room: int) -> torch.Tensor:
+        """The likeliest tokens of each row and their log-probabilities, as bytes for ``room`` rows."""
+        logits_NV = self._whole(part_NV)
+        tops_NK, ids_NK = logits_NV.topk(MOST_TOP_LOGPROBS, dim=-1)
+        found_N2K = torch.stack([ids_NK.float(), tops_NK - logits_NV.logsumexp(-1, keepdim=True)], dim=1)
+        return F.pad(found_N2K, (0, 0, 0, 0, 0, room - len(found_N2K))).flatten().view(torch.uint8)
+
+    def _answers(
+        self, of: _Memory, reports: list[MoEReport], counts_LE: torch.Tensor | None, more: list[torch.Tensor]
+    ) -> _Answers:
+        parts = [of.packed, *more]
+        if self.model.counted_shadows is not None:  # what the ranks counted travels with what they sampled
+            parts.append(counts_LE.flatten().view(torch.uint8))
+        packed = torch.cat(parts) if len(parts) > 1 else of.packed
+        packed = self.context.all_gather(packed) if self._owners > 1 else packed.unsqueeze(0)
+        return _Answers(reports, packed, counts_LE)
+
+    def _counted(self, reports: list[MoEReport], slots_B: torch.Tensor) -> torch.Tensor:
+        """How many rows with a sequence chose each expert: int64 [L, E]."""
+        layers, experts = self.model.params.n_layers, self.model.params.num_experts
+        keys_LBK = torch.stack([report.routing.experts_TK for report in reports]) + self._first_key_L11
+        keys_LBK = keys_LBK.masked_fill((slots_B < 0)[:, None], layers * experts)
+        return count_keys(keys_LBK, layers * experts + 1)[:-1].view(layers, experts)
+
+    def _flight(
+        self, plan: StepPlan, kind: str, run: Run[_Answers], batch: ForwardBatch | None, scored: int = 0
+    ) -> Flight:
+        packed, done = self._to_host(run.value.packed), None
+        if self.context.device.type == "cuda":
+            done = torch.cuda.Event()
+            done.record()
+        reports = run.value.reports
+        if run.replayed and self.model.shadows is not None:  # the graph's are those of its capture
+            told = enumerate(reports)
+            reports = [replace(report, shadows=self.model.shadows.report(layer)) for layer, report in told]
+        return Flight(
+            plan, kind, batch, reports, run.value.counts_LE, packed, len(self._own.slots_B), scored, done,
+            run.recapture_s,
+        )  # fmt: skip
+
+    def _upload(self, values: Many, dtype: torch.dtype) -> torch.Tensor:
+        """On the device when it gets there; from pinned memory, which torch keeps until then."""
+        pinned = self.context.device.type == "cuda"
+        return torch.tensor(values, dtype=dtype, pin_memory=pinned).to(self.context.device, non_blocking=True)
+
+    def _to_host(self, x: torch.Tensor) -> torch.Tensor:
+        """A copy in memory that the device writes when it gets there."""
+        pinned = self.context.device.type == "cuda"
+        return torch.empty(x.shape, dtype=x.dtype, pin_memory=pinned).copy_(x, non_blocking=True)
+
+
+def _choices(report: MoEReport) -> torch.Tensor:
+    """int64 [E]: how many rows chose each expert."""
+    return count_keys(report.routing.experts_TK, report.routing.logits_TE.shape[1])

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server: the protocol over HTTP, metrics, a page."""

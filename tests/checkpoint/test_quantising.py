@@ -1,0 +1,147 @@
+"""Experts that are rounded while they load or are converted: the same bits on every rank, layout, plan and way."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mixtralkit.checkpoint import RankFiles, load_into, open_checkpoint, quantising, reader, save_checkpoint
+from mixtralkit.config import ModelConfig, ParallelConfig
+from mixtralkit.distributed import RankContext
+from mixtralkit.layout import RankLayout
+from mixtralkit.moe.weights import FORMATS, PLAIN, parse_weights
+from mixtralkit.planning.plan import contiguous, everywhere
+from tests.checkpoint.models import empty_parameters, random_tensors
+from tests.ranks import run_ranks
+
+CONFIG = ModelConfig(
+    dim=136, n_layers=2, head_dim=8, hidden_dim=256, n_heads=4, n_kv_heads=2, vocab_size=32, num_experts=4
+)
+NAMES = [name for name in FORMATS if name not in ("int4", "fp8")]
+
+
+def loaded(folder: Path, layout: RankLayout, context: RankContext | None = None) -> dict[str, torch.Tensor]:
+    parameters = empty_parameters(layout)
+    with open_checkpoint(folder) as checkpoint:
+        load_into(parameters, layout, checkpoint, context or RankContext())
+    return parameters
+
+
+def rounded(tensors: dict[str, torch.Tensor], layout: RankLayout) -> dict[str, torch.Tensor]:
+    """The oracle: whole matrices rounded, then cut and put together."""
+    weights, hidden, found = layout.weights, layout.hidden, {}
+    for layer in range(CONFIG.n_layers):
+        prefix = f"layers.{layer}.feed_forward."
+        for matrix, own in (("w13", ("w1", "w3")), ("w2", ("w2",))):
+            for i, (name, part) in enumerate(weights.parameters(matrix)):
+                slots = []
+                for expert in layout.experts(layer):
+                    parts = []
+                    for one in own:
+                        tensor = weights.quantize(tensors[f"{prefix}experts.{expert}.{one}.weight"]).tensors[i]
+                        if matrix == "w13":
+                            parts.append(tensor[slice(*part.cut_rows(hidden))])
+                        else:
+                            parts.append(tensor[:, slice(*part.cut_columns(hidden))])
+                    slots.append(torch.cat(parts))
+                found[prefix + name] = torch.stack(slots)
+    return found
+
+
+def assert_same_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert found[name].contiguous().view(torch.uint8).equal(tensor.contiguous().view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_rank_has_the_rounded_matrices(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantising, "BLOCK_BYTES", 40_000)  # several blocks of rows, the last one shorter
+    tensors = random_tensors(CONFIG)
+    save_checkpoint(tmp_path, CONFIG, tensors, "hf")
+    layout = replace(RankLayout.single(CONFIG), weights=parse_weights(name))
+    found = loaded(tmp_path, layout)
+    assert_same_bits(found, rounded(tensors, layout))
+    assert found["layers.1.feed_forward.gate.weight"].equal(tensors["layers.1.feed_forward.gate.weight"].float())
+
+
+def _check_rank(context: RankContext, folder: Path, name: str, seed: int):
+    tensors = random_tensors(CONFIG, seed=seed)
+    for experts, plan in (("ep", contiguous(2, 4, 2)), ("ep", everywhere(2, 4, 2)), ("tp", contiguous(2, 4, 2))):
+        layout = RankLayout(CONFIG, ParallelConfig("dp", experts), plan, context.rank, parse_weights(name))
+        assert_same_bits(loaded(folder, layout, context), rounded(tensors, layout))
+
+
+@pytest.mark.parametrize("name", ["int8", "int4:128:zeros", "fp8:tensor", "fp8:block"])
+def test_ranks_have_their_parts_of_the_same(tmp_path: Path, name: str) -> None:
+    save_checkpoint(tmp_path, CONFIG, random_tensors(CONFIG, seed=1), "mistral-shards")
+    run_ranks(_check_rank, 2, tmp_path, name, 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_converted_files_load_as_what_is_rounded_while_loading(tmp_path: Path, name: str, monkeypatch) -> None:
+    monkeypatch.setattr(quantising, "BLOCK_BYTES", 70_000)
+    tensors, weights = random_tensors(CONFIG), parse_weights(name)
+    save_checkpoint(tmp_path / "plain", CONFIG, tensors)
+    with open_checkpoint(tmp_path / "plain") as plain:
+        save_checkpoint(tmp_path / "one", CONFIG, plain, "mixtralkit", ranks=RankFiles(weights=weights))
+        cut = RankFiles(2, ParallelConfig("dp", "tp"), weights=weights)
+        save_checkpoint(tmp_path / "cut", CONFIG, plain, "mixtralkit", ranks=cut)
+    with open_checkpoint(tmp_path / "cut") as packed:
+        assert packed.weights == weights
+        save_checkpoint(tmp_path / "again", CONFIG, packed, "mixtralkit", ranks=RankFiles(weights=weights))
+        save_checkpoint(tmp_path / "numbers", CONFIG, packed, "hf")
+    files = [(tmp_path / folder / "rank-00-of-01.safetensors").read_bytes() for folder in ("one", "again")]
+    assert files[0] == files[1]
+    layout = replace(RankLayout.single(CONFIG), weights=weights)
+    expected = rounded(tensors, layout)
+    for folder in ("one", "cut"):
+        assert_same_bits(loaded(tmp_path / folder, layout), expected)
+    numbers = loaded(tmp_path / "numbers", RankLayout.single(CONFIG))
+    w2_DF = weights.quantize(tensors["layers.1.feed_forward.experts.3.w2.weight"]).float()
+    assert numbers["layers.1.feed_forward.w2"][3].equal(w2_DF.bfloat16().float())
+
+
+def test_files_of_one_format_are_no_other(tmp_path: Path) -> None:
+    ranks = RankFiles(weights=parse_weights("int8"))
+    save_checkpoint(tmp_path, CONFIG, random_tensors(CONFIG), "mixtralkit", ranks=ranks)
+    for weights in (PLAIN, parse_weights("int4")):
+        with pytest.raises(ValueError, match=rf"quantize \('{weights.name}'\) must be 'int8'"):
+            loaded(tmp_path, replace(RankLayout.single(CONFIG), weights=weights))
+    other = RankFiles(weights=parse_weights("int4"))
+    with open_checkpoint(tmp_path) as packed, pytest.raises(ValueError, match=r"\('int4:32'\) must be 'int8'"):
+        save_checkpoint(tmp_path / "other", CONFIG, packed, "mixtralkit", ranks=other)
+    text = (tmp_path / "checkpoint.json").read_text()
+    (tmp_path / "checkpoint.json").write_text(text.replace('"int8"', '"int3"'))
+    with pytest.raises(ValueError, match=r"quantize \('int3'\) must be one of"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "checkpoint.json").write_text(text.replace('"quantize": "int8"', '"version": 1'))
+    with pytest.raises(ValueError, match="I8"):
+        open_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match="needs format 'mixtralkit'"):
+        save_checkpoint(tmp_path / "hf", CONFIG, random_tensors(CONFIG), "hf", ranks=ranks)
+
+
+@pytest.mark.parametrize(("name", "hidden"), [("int8", 160), ("int4:128", 320), ("fp8:block", 320)])
+def test_groups_are_not_cut(name: str, hidden: int) -> None:
+    layout = RankLayout(
+        replace(CONFIG, hidden_dim=hidden), ParallelConfig("tp", "ep"), contiguous(2, 4, 2), 0, parse_weights(name)
+    )
+    with pytest.raises(ValueError, match=rf"hidden_dim \({hidden}\) must be cut into multiples of"):
+        replace(layout, parallel=ParallelConfig("tp", "tp"))
+
+
+def test_blocks_stay_within_the_memory_promise(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, CONFIG, random_tensors(CONFIG))
+    with open_checkpoint(tmp_path) as checkpoint:
+        wide = replace(CONFIG, dim=4096, hidden_dim=14336)
+        layout = replace(RankLayout.single(wide), weights=parse_weights("fp8:block"))
+        piece = next(piece for piece in layout.pieces() if piece.is_expert)
+        checkpoint.shapes = lambda: {piece.source: (14336, 4096)}
+        blocks = list(quantising.rounded_blocks(checkpoint, {}, layout, piece))
+        assert max(block.nbytes for block in blocks) <= reader.BLOCK_BYTES
+        assert [block.rows for block in blocks][-1][1] == 14336
+        assert all(block.rows[0] % 128 == 0 for block in blocks)

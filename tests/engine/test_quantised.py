@@ -1,0 +1,133 @@
+"""Texts of a model whose experts are rounded: those of the rounded numbers, whatever ranks, plans and flags."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mixtralkit import Mixtral
+from mixtralkit.checkpoint import RankFiles, open_checkpoint, save_checkpoint
+from mixtralkit.distributed import RankContext
+from mixtralkit.moe.weights import parse_weights
+from mixtralkit.planning.plan import ExpertPlan, contiguous
+from tests.engine.parts import engine_config, make_checkpoint
+from tests.ranks import run_ranks
+
+CONFIG = engine_config(hidden_dim=256, dim=48)
+PROMPTS = ["In the beginning", "def add(", "The command", "Who are you?", "1 + 1 ->"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("plain"), CONFIG)
+
+
+def texts(folder: Path, context: RankContext | None = None, **options) -> list[list[int]]:
+    mixtral = Mixtral.build(folder, max_seq_len=40, max_batch_size=4, context=context or RankContext(), **options)
+    return [answer.tokens for answer in mixtral.complete(PROMPTS, 12, temperature=0.0)]
+
+
+def numbers_of(folder: Path, name: str, target: Path) -> Path:
+    """A plain checkpoint of the rounded weights, in float32."""
+    with open_checkpoint(folder) as plain:
+        ranks = RankFiles(weights=parse_weights(name))
+        save_checkpoint(target / "packed", CONFIG, plain, "mixtralkit", ranks=ranks)
+    with open_checkpoint(target / "packed") as packed:
+        save_checkpoint(target / "numbers", CONFIG, packed, "mistral")
+    return target
+
+
+@pytest.mark.parametrize("name", ["int8", "int4:32", "int4:128:zeros", "fp8:block"])
+def test_rounded_while_loading_converted_or_numbers_again(folder: Path, name: str, tmp_path: Path) -> None:
+    where = numbers_of(folder, name, tmp_path)
+    found = texts(folder, quantize=name)
+    assert texts(where / "packed") == found
+    assert texts(where / "numbers") == found
+    assert texts(folder) != found
+
+
+def _on_two(context: RankContext, folder: Path, name: str):
+    copies = ExpertPlan.from_dict(contiguous(3, 8, 2).to_dict() | {"slots": [[[0, 1, 2, 3, 7], [4, 5, 6, 7, 0]]] * 3})
+    flags = [
+        {"attention": "tp", "experts": "tp"},
+        {"attention": "tp"},
+        {"attention": "dp", "plan": copies},
+        {"attention": "dp", "faster_shadow": True, "shadow_memory_gb": 1e-2},
+        {"attention": "coherent"},
+    ]
+    return [texts(folder, context, quantize=name, **options) for options in flags]
+
+
+@pytest.mark.parametrize("name", ["int4:64", "fp8:channel"])
+def test_ranks_plans_and_copies_change_nothing(folder: Path, name: str) -> None:
+    alone = texts(folder, quantize=name)
+    for of_rank in run_ranks(_on_two, 2, folder, name):
+        for found in of_rank:
+            assert found == alone
+
+
+def _moves(context: RankContext, folder: Path, name: str):
+    mixtral = Mixtral.build(
+        folder, max_seq_len=40, max_batch_size=4, context=context, quantize=name, attention="dp",
+        faster_shadow=True, exchange="exact", shadow_memory_gb=1e-2,
+    )  # fmt: skip
+    model = mixtral.model
+    before = [answer.tokens for answer in mixtral.complete(PROMPTS, 8, temperature=0.0)]
+    copied = [model.shadows.hint(layer, [0, 1, 6]) for layer in range(3)]
+    with_copies = [answer.tokens for answer in mixtral.complete(PROMPTS, 8, temperature=0.0)]
+    old, new = [[0, 1, 2, 3, -1], [4, 5, 6, 7, -1]], [[7, 0, 5, 2, 1], [4, 1, 6, 3, 0]]
+    plans = [ExpertPlan(np.array([new] * (layer + 1) + [old] * (2 - layer)), 8) for layer in range(3)]
+    moved = [model.adopt(layer, plan) for layer, plan in enumerate(plans)]
+    sizes = [sum(t.nbytes for t in model.store.experts[0].tensors), model.store.expert_bytes]
+    return (
+        before,
+        with_copies,
+        copied,
+        moved[0],
+        sizes,
+        [a.tokens for a in mixtral.complete(PROMPTS, 8, temperature=0.0)],
+    )
+
+
+def test_experts_move_as_they_are_packed(folder: Path) -> None:
+    alone = [tokens[:8] for tokens in texts(folder, quantize="int4:128:zeros")]
+    for before, with_copies, copied, moved, (held, expert_bytes), after in run_ranks(
+        _moves, 2, folder, "int4:128:zeros"
+    ):
+        assert before == alone
+        assert after == alone
+        assert with_copies == alone
+        assert copied == [(0, 1, 6)] * 3
+        assert moved.bytes_moved == len(moved.transfers) * expert_bytes > 0
+        assert held == 5 * expert_bytes
+        assert expert_bytes == parse_weights("int4:128:zeros").expert_bytes(48, 256)
+
+
+def test_random_weights_are_rounded_too(folder: Path) -> None:
+    model = Mixtral.build(folder, max_seq_len=40, context=RankContext(), quantize="int8").model
+    model.initialize(3, std=0.15)
+    plain = Mixtral.build(folder, max_seq_len=40, context=RankContext()).model
+    plain.initialize(3, std=0.15)
+    rounded = model.store.experts[1].matrices[0].float()
+    torch.testing.assert_close(rounded, plain.store.experts[1].matrices[0], rtol=0, atol=0.6 * 0.15 * 5 / 127)
+
+
+def test_the_command_says_what_is_wrong(folder: Path, tmp_path: Path, command_line) -> None:
+    convert = ("convert", "--format", "mixtralkit")
+    for words, sentence in [
+        (("generate", "hello", "-m", folder, "--quantize", "int5"), "quantize ('int5') must be one of int4, fp8, int8"),
+        (("convert", folder, tmp_path / "a", "--format", "hf", "--quantize", "int8"), "needs format 'mixtralkit'"),
+        ((*convert, folder, tmp_path / "a", "--quantize", "int4", "--experts", "tp", "--world_size", 8, "--attention",
+          "dp"), "hidden_dim (256) must be cut into multiples of 64"),
+    ]:  # fmt: skip
+        done = command_line(*words)
+        assert done.returncode != 0
+        assert sentence in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    for source, target, *more in ((folder, "b", "--quantize", "int4:64"), (tmp_path / "b", "c")):
+        assert command_line(*convert, source, tmp_path / target, *more).returncode == 0
+    name = "rank-00-of-01.safetensors"
+    assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "c" / name).read_bytes()
