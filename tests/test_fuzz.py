@@ -211,7 +211,10 @@ def test_any_change_of_any_file_is_a_right_answer_or_one_sentence(folders, data)
     whole = path.read_bytes()
     try:
         if path.suffix in (".json", ".jsonl") and data.draw(st.integers(0, 4)):
-            path.write_text(json.dumps(changed_json(data.draw, json.loads(whole))))
+            parts = whole.splitlines() if path.suffix == ".jsonl" else [whole]
+            line = data.draw(st.integers(0, len(parts) - 1))
+            parts[line] = json.dumps(changed_json(data.draw, json.loads(parts[line]))).encode()
+            path.write_bytes(b"\n".join(parts) + b"\n")
         else:
             place = data.draw(st.integers(0, min(len(whole) - 1, 3000)))
             kind = data.draw(st.sampled_from(["flip", "cut", "insert", "end"]))
