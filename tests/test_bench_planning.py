@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks.plans.bench_planning import bench_planning
+from benchmarks.plans.annealer import anneal
+from benchmarks.plans.bench_planning import bench_planning, least_peak
 
 
 def pair_weights(path: Path, **changes: object) -> Path:
@@ -26,13 +28,39 @@ def printed(capsys, *arguments: object, **options: object) -> dict:
 def test_poured_counts_its_cases_and_says_on_which_machine(capsys):
     found = printed(capsys, "poured", matrices=2, first=1)
     assert found["results"]["matrices"] == 2
-    assert found["results"]["heavier"] == 0
-    assert {"cores", "python", "date"} <= found.keys()
+    assert found["results"]["heavier_layers"] == 0
+    ratios = found["results"]["all"]
+    assert 0 < ratios["least_possible"] <= ratios["to_eplb"] <= 1
+    assert {"cores", "python", "date", "load"} <= found.keys()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_plan_is_below_the_least_peak(seed):
+    """Against every way to put 6 experts on 3 GPUs, which the bound reaches."""
+    loads_E = np.random.default_rng(seed).dirichlet(np.ones(6))
+    ways = [p for p in itertools.product(range(3), repeat=6) if all(p.count(gpu) == 2 for gpu in range(3))]
+    best = min(np.bincount(way, loads_E, 3).max() for way in ways)
+    assert least_peak(loads_E, 6, 1, 1, 3) == pytest.approx(best)
+
+
+def test_least_peak_of_whole_groups_and_of_an_expert_that_needs_copies():
+    assert least_peak(np.array([4.0, 3, 2, 1]), 8, 4, 2, 4) == pytest.approx(0.25)  # 4 + 1 and 3 + 2
+    assert least_peak(np.array([4.0, 3, 2, 1]), 8, 2, 2, 4) == pytest.approx(0.35)  # 4 + 3 stay together
+    assert least_peak(np.array([9.0, 1]), 3, 1, 1, 3) == pytest.approx(0.45)  # two of three slots for 9
+
+
+def test_annealing_finds_experts_that_follow_each_other():
+    weights_JEE = np.tile(np.eye(8) / 8, (3, 1, 1))
+    ranks_LE, proposals = anneal(weights_JEE, 4, 0.3)
+    assert (np.sort(ranks_LE, 1) == np.repeat(np.arange(4), 2)).all()
+    assert (ranks_LE == ranks_LE[0]).all()
+    assert proposals > 0
 
 
 def test_placements_of_pair_weights(tmp_path, capsys):
     path = pair_weights(tmp_path / "pairs.npz")
-    (found,) = printed(capsys, "affinity", (path,))["results"]
+    (found,) = printed(capsys, "affinity", (path,), anneal_s=0.1)["results"]
+    assert found["annealed"] >= found["crossings"] >= found["bound"]
     assert (found["file"], found["crossings"], found["given"]) == ("pairs.npz", 0, 0)
     quarter, half = printed(capsys, "replicas", (path,))["results"]
     assert (quarter["slots"], half["slots"], half["together"]) == (3, 3, 0)
@@ -55,9 +83,9 @@ def test_files_that_are_not_pair_weights(changes, words, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("affinity",), r"files \(none\) must name pair weights for affinity"),
+        (("replicas",), r"files \(none\) must name pair weights for replicas"),
         (("replicas", (Path("nowhere.npz"),)), r"^nowhere\.npz: cannot be read \(No such file or directory\)$"),
-        (("sizes",), r"what \('sizes'\) must be one of poured, size, affinity, replicas"),
+        (("sizes",), r"what \('sizes'\) must be one of poured, size, affinity, replicas, auto"),
         (("poured", (), 0), r"matrices \(0\) must be at least 1"),
         (("poured", (), 1, -1), r"first \(-1\) must be at least 0"),
     ],

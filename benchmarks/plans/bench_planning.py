@@ -1,91 +1,188 @@
 """How good and how fast the planners are: ``python -m benchmarks.plans.bench_planning poured|size|affinity|replicas``.
 
-``poured`` holds ``balanced`` against EPLB on random loads, both poured as the layer pours; ``size`` times it for models
-of many experts; ``affinity`` takes files of pair weights (``W`` [layers - 1, E, E], ``world``, ``better`` [layers, E] a
-placement to beat); ``replicas`` the same files with more slots. The last line of each is JSON.
+``poured`` holds ``balanced`` against EPLB on random loads, both poured as the layer pours, and both against a bound;
+``size`` times it for models of many experts; ``affinity`` takes files of pair weights (``W`` [layers - 1, E, E],
+``world``, ``better`` [layers, E] a placement to beat), or without any draws routing of 128 and of 256 experts, and
+anneals beside it; ``replicas`` the same files with more slots; ``auto`` times the choice among all policies. The last
+line of each is JSON, with the machine's load at the start and the end: seconds are CPU seconds, of one thread.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
 import json
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from benchmarks.common.machine import describe_run
 from benchmarks.plans import eplb
+from benchmarks.plans.annealer import anneal
 from mixtralkit.cli.run import run_tool
+from mixtralkit.config import ModelConfig
 from mixtralkit.distributed import RankContext
 from mixtralkit.npz_file import read_arrays
+from mixtralkit.planning.cost import ModelShape
+from mixtralkit.planning.hardware import Hardware
 from mixtralkit.planning.policies.affinity import affinity
 from mixtralkit.planning.policies.affinity_replicas import crossings, with_replicas
+from mixtralkit.planning.policies.auto import auto
 from mixtralkit.planning.policies.balanced import rebalance_experts
+from mixtralkit.planning.policies.inputs import Budget
+from mixtralkit.planning.policies.poured import pour
+from mixtralkit.planning.replay import Execution
 from mixtralkit.planning.replicas import pour_batches
+from mixtralkit.planning.synthetic import RoutingProcess
 
 _ROWS = 1_000_000  # of a layer, when plans are poured
+_CONFIGS = Path(__file__).parents[2] / "configs"
 
 
-def bench_planning(what: str, files: tuple[Path, ...] = (), matrices: int = 100, first: int = 0) -> None:
+def bench_planning(
+    what: str,
+    files: tuple[Path, ...] = (),
+    matrices: int = 100,
+    first: int = 0,
+    anneal_s: float = 60.0,
+    published: Path | None = None,
+) -> None:
     """Prints what was found and on which machine; the last line is JSON.
 
     Args:
-        what: poured, size, affinity or replicas.
+        what: poured, size, affinity, replicas or auto.
         files: pair weights, .npz, for affinity and replicas.
         matrices: of poured, random cases.
         first: of poured, number of the first case, by which it is drawn.
+        anneal_s: of affinity, CPU seconds of annealing.
+        published: of size, the file eplb.py as DeepSeek publishes it, which is timed as well.
     """
     for name, value, least in (("matrices", matrices, 1), ("first", first, 0)):
         if value < least:
             raise ValueError(f"{name} ({value}) must be at least {least}")
     kinds = {
-        "poured": lambda: _poured(range(first, first + matrices)), "size": _sizes,
-        "affinity": lambda: _affinity(pairs), "replicas": lambda: _replicas(pairs),
+        "poured": lambda: _poured(range(first, first + matrices)), "size": lambda: _sizes(published),
+        "affinity": lambda: _affinity(pairs or drawn_pairs(), anneal_s), "replicas": lambda: _replicas(pairs),
+        "auto": _auto,
     }  # fmt: skip
     if what not in kinds:
         raise ValueError(f"what ({what!r}) must be one of {', '.join(kinds)}")
-    if not files and what in ("affinity", "replicas"):
+    if not files and what == "replicas":
         raise ValueError(f"files (none) must name pair weights for {what}")
-    pairs = [Pairs.load(path) for path in files]
-    print(json.dumps({"what": what, "results": kinds[what](), **describe_run(RankContext())}))
+    if anneal_s <= 0:
+        raise ValueError(f"anneal_s ({anneal_s}) must be above 0")
+    pairs, load = [Pairs.load(path) for path in files], [os.getloadavg()[0]]
+    results = kinds[what]()
+    print(
+        json.dumps(
+            {"what": what, "results": results, **describe_run(RankContext()), "load": [*load, os.getloadavg()[0]]}
+        )
+    )
 
 
-def _peak(on_gpus: Sequence[Sequence[int]], loads_E: np.ndarray) -> int:
-    """Rows of the busiest GPU, poured; the mean is ``_ROWS`` / GPUs."""
-    holds_EW = np.zeros((len(loads_E), len(on_gpus)), bool)
-    for gpu, experts in enumerate(on_gpus):
-        holds_EW[list(experts), gpu] = True
+def _slots(on_gpus: Sequence[Sequence[int]]) -> np.ndarray:
+    """[G, S], an expert that a GPU has twice once."""
+    return np.array([[e if e not in gpu[:s] else -1 for s, e in enumerate(gpu)] for gpu in map(list, on_gpus)])
+
+
+def _exact_peak(on_gpus: np.ndarray, loads_E: np.ndarray) -> int:
+    """Rows of the busiest GPU of ``_ROWS``, poured by the layer's own pouring."""
+    holds_EW = (on_gpus[..., None] == np.arange(len(loads_E))).any(1).T
     rows_E = np.round(loads_E / loads_E.sum() * _ROWS).astype(int)
     return int(pour_batches(rows_E[None], np.zeros((1, len(on_gpus)), int), holds_EW)[0].sum(0).max())
 
 
+def least_peak(loads_E: np.ndarray, replicas: int, groups: int, nodes: int, gpus: int) -> float:
+    """No plan's busiest GPU, poured, has a smaller share of the load.
+
+    The nodes are made as even as whole groups allow, all ways tried; a node's GPUs share evenly, and in a node an
+    expert needs as many replicas as its load takes GPUs, which are no more than there are.
+    """
+    groups, nodes = (groups, nodes) if groups % nodes == 0 else (1, 1)
+    loads_GN = (loads_E / loads_E.sum()).reshape(groups, -1)
+    each, found = groups // nodes, []
+    for first in itertools.combinations(range(groups), each) if nodes == 2 else [range(groups)]:
+        parts = [loads_GN[list(first)], loads_GN[[g for g in range(groups) if g not in first]]][:nodes]
+        found.append(max(_least_of_node(part.ravel(), replicas // nodes, gpus // nodes) for part in parts))
+    return min(found)
+
+
+def _least_of_node(loads_E: np.ndarray, replicas: int, gpus: int) -> float:
+    low, high = loads_E.sum() / gpus, max(loads_E.max(), loads_E.sum() / gpus)
+    if replicas == len(loads_E):
+        # of the j · gpus + 1 heaviest some j + 1 are on one GPU, with the lightest there are in its other slots
+        heaviest, slots = np.sort(loads_E)[::-1], replicas // gpus
+        ends = [(j * gpus + 1, slots - j - 1) for j in range(slots)]
+        together = [
+            heaviest[end - slots + rest : end].sum() + heaviest[len(loads_E) - rest :].sum() for end, rest in ends
+        ]
+        return float(max(low, *together))
+    fits = lambda peak: np.ceil(loads_E / peak - 1e-12).clip(1).sum() <= replicas  # noqa: E731
+    if fits(low):
+        return float(low)
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return float(low)
+
+
 def random_case(seed: int) -> tuple[np.ndarray, int, int, int, int]:
-    """Loads of 4 to 32 layers of 8 to 256 experts, replicas, groups, nodes and GPUs: at least a replica a GPU."""
+    """Loads of 4 to 32 layers, 8 in the mean, replicas (0 to 3 a GPU), groups, nodes and GPUs."""
     random = np.random.default_rng(seed)
-    experts, layers = int(random.choice([8, 16, 64, 256])), int(random.choice([4, 8, 16, 32]))
+    experts, layers = int(random.choice([8, 16, 64, 256])), int(min(4 + random.exponential(4), 32))
     nodes = int(random.choice([1, 2]))
     gpus = int(random.choice([gpus for gpus in (4, 8, 16, 32) if gpus <= experts]))
     groups = int(random.choice([1, nodes, 4]))
     most = experts // (nodes if groups % nodes == 0 else 1)
-    slots = min(-(-experts // gpus) + int(random.integers(1, 4)), most)
+    slots = min(-(-experts // gpus) + int(random.integers(0, 4)), most)
     return random.dirichlet(np.full(experts, random.choice([0.5, 1, 4, 15])), layers), slots * gpus, groups, nodes, gpus
 
 
-def _poured(seeds: range) -> dict[str, float]:
-    ratios, heavier = [], 0
+def _poured(seeds: range) -> dict[str, object]:
+    rows, seconds = [], np.zeros(2)
     for seed in seeds:
-        loads_LE, replicas, groups, nodes, gpus = random_case(seed)
-        ours = rebalance_experts(loads_LE, replicas, groups, nodes, gpus)[0].reshape(len(loads_LE), gpus, -1)
-        theirs = [eplb.rebalance(loads_E, replicas, groups, nodes, gpus) for loads_E in loads_LE]
-        peaks = np.array([[_peak(a, x), _peak(b, x)] for a, b, x in zip(ours, theirs, loads_LE, strict=True)])
-        heavier += int((peaks[:, 0] > peaks[:, 1] + 1).any())
-        ratios.append(float((peaks[:, 0] / peaks[:, 1]).mean()))
-    return {"matrices": len(seeds), "heavier": heavier, "mean_ratio": float(np.mean(ratios)), "best": min(ratios)}
+        loads_LE, *sizes = random_case(seed)
+        gpus, started = sizes[-1], time.process_time()
+        ours = rebalance_experts(loads_LE, *sizes)[0].reshape(len(loads_LE), gpus, -1)
+        middle = time.process_time()
+        theirs = np.array([_slots(eplb.rebalance(loads_E, *sizes)) for loads_E in loads_LE])
+        seconds += middle - started, time.process_time() - middle
+        share_LE = loads_LE / loads_LE.sum(1, keepdims=True)
+        least_L = np.array([least_peak(loads_E, *sizes) for loads_E in loads_LE])
+        peaks_L2 = np.array([pour(plan, share_LE, rounds=100).sum(2).max(1) for plan in (ours, theirs)]).T
+        # pouring that has not settled is above the truth: where that could matter whole rows are poured
+        for layer in np.flatnonzero(peaks_L2[:, 0] > least_L * (1 + 1e-5)):
+            exact = [_exact_peak(plan[layer], loads_LE[layer]) for plan in (ours, theirs)]
+            peaks_L2[layer] = np.array(exact) / _ROWS
+        heavier = int((peaks_L2[:, 0] > peaks_L2[:, 1] + 1.5 / _ROWS).sum())
+        ratio, least = (
+            float((x / peaks_L2[:, 1]).mean()) for x in (peaks_L2[:, 0], np.minimum(least_L, peaks_L2[:, 1]))
+        )
+        spare = sizes[0] > loads_LE.shape[1]
+        rows.append((heavier, ratio, least, ratio / least, spare, sizes[2] > 1 and sizes[1] % sizes[2] == 0))
+    table = np.array(rows, float)
+    kinds = {"all": table[:, 0] >= 0, "without replicas": table[:, 4] == 0, "with replicas": table[:, 4] == 1}
+    kinds |= {"one node": table[:, 5] == 0, "groups on two nodes": table[:, 5] == 1}
+    return {
+        "first": seeds[0],
+        "matrices": len(seeds),
+        "heavier_layers": int(table[:, 0].sum()),
+        "cpu_s": seconds[0],
+        "eplb_reference_cpu_s": seconds[1],
+        **{
+            kind: {"matrices": int(of.sum()), "to_eplb": table[of, 1].mean(), "least_possible": table[of, 2].mean()}
+            for kind, of in kinds.items()
+            if of.any()
+        },
+    }
 
 
-def _sizes() -> list[dict[str, float]]:
+def _sizes(published: Path | None) -> list[dict[str, float]]:
     found, random = [], np.random.default_rng(0)
     for gpus in (32, 144):
         loads_LE = random.dirichlet(np.full(256, 4.0), 58)
@@ -94,12 +191,21 @@ def _sizes() -> list[dict[str, float]]:
         ours_s, started = time.process_time() - started, time.process_time()
         theirs = [eplb.rebalance(loads_E, 288, 1, 1, gpus) for loads_E in loads_LE]
         theirs_s = time.process_time() - started
-        peaks = np.array([[_peak(a, x), _peak(b, x)] for a, b, x in zip(ours, theirs, loads_LE, strict=True)])
+        peaks = np.array(
+            [[_exact_peak(a, x), _exact_peak(_slots(b), x)] for a, b, x in zip(ours, theirs, loads_LE, strict=True)]
+        )
         over = (peaks.mean(0) * gpus / _ROWS).tolist()
         found.append({
             "gpus": gpus, "cpu_s": ours_s, "eplb_reference_cpu_s": theirs_s, "peak_over_mean": over[0],
-            "eplb_peak_over_mean": over[1], "heavier": int((peaks[:, 0] > peaks[:, 1] + 1).sum()),
+            "eplb_peak_over_mean": over[1], "heavier_layers": int((peaks[:, 0] > peaks[:, 1] + 1).sum()),
         })  # fmt: skip
+        if published is not None:
+            spec = importlib.util.spec_from_file_location("published_eplb", published)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            started = time.process_time()
+            module.rebalance_experts(torch.tensor(loads_LE), 288, 1, 1, gpus)
+            found[-1]["eplb_published_cpu_s"] = time.process_time() - started
     return found
 
 
@@ -142,17 +248,40 @@ class Pairs:
         return cls(path.name, weights_LEE / sums_L11, better_LE, int(world))
 
 
-def _affinity(files: Sequence[Pairs]) -> list[dict[str, object]]:
+def drawn_pairs() -> list[Pairs]:
+    """Routing of 12 layers of 128 experts on 8 GPUs and of 58 layers of 256 on 32, 20,000 tokens."""
+    found = []
+    for experts, world, layers in ((128, 8, 12), (256, 32, 58)):
+        trace = RoutingProcess.random(layers, experts, affinity=1.0, seed=3).trace(20_000, top_k=1, seed=4)
+        weights_LEE = trace.transitions_LEE()
+        contiguous_LE = np.tile(np.arange(experts) // (experts // world), (layers, 1))
+        found.append(
+            Pairs(
+                f"drawn, {experts} experts", weights_LEE / weights_LEE.sum((1, 2), keepdims=True), contiguous_LE, world
+            )
+        )
+    return found
+
+
+def _affinity(files: Sequence[Pairs], anneal_s: float) -> list[dict[str, object]]:
     found = []
     for pairs in files:
         weights, world = pairs.weights_LEE, pairs.world
         started = time.process_time()
         plan = affinity(weights, world, bound=False)
-        search_s = time.process_time() - started
-        bound = affinity(weights, world).meta["crossings_bound"]
-        other = crossings(weights, pairs.better_LE[:, None] == np.arange(world)[:, None])
-        ours = crossings(weights, plan.holds_LWE)
-        found.append({"file": pairs.file, "crossings": ours, "given": other, "bound": bound, "search_cpu_s": search_s})
+        search_s, started = time.process_time() - started, time.process_time()
+        meta = affinity(weights, world).meta
+        both_s = time.process_time() - started
+        annealed_LE, proposals = anneal(weights, world, anneal_s)
+        one_hot = np.arange(world)[:, None]
+        found.append({
+            "file": pairs.file, "experts": weights.shape[1], "gpus": world, "layers": len(weights) + 1,
+            "crossings": crossings(weights, plan.holds_LWE),
+            "given": crossings(weights, pairs.better_LE[:, None] == one_hot),
+            "annealed": crossings(weights, annealed_LE[:, None] == one_hot), "anneal_s": anneal_s,
+            "proposals": proposals, "bound": meta["crossings_bound"], "bound_is": meta["bound"],
+            "search_cpu_s": search_s, "bound_cpu_s": both_s - search_s,
+        })  # fmt: skip
     return found
 
 
@@ -170,6 +299,21 @@ def _replicas(files: Sequence[Pairs]) -> list[dict[str, object]]:
                 "file": pairs.file, "slots": slots, "placement": crossings(weights, holds_LWE),
                 "then_replicas": crossings(weights, after), "together": crossings(weights, joint),
             })  # fmt: skip
+    return found
+
+
+def _auto() -> dict[str, object]:
+    """244 tokens of 8 experts in 32 layers on 16 ranks of two nodes, two slots a rank."""
+    trace = RoutingProcess.random(32, 8, affinity=1.0, seed=1).trace(244, sequence_length=61, seed=2)
+    shape = ModelShape.of(ModelConfig.from_file(_CONFIGS / "models" / "mixtral-8x7b.json"))
+    machine = Hardware.load(_CONFIGS / "hardware" / "h200-nodes.json")
+    found = {}
+    for tokens in (64, 1024):
+        started = time.process_time()
+        plan = auto(trace, 16, shape, machine, Execution(batch=tokens), Budget(slots_per_rank=2), ranks_per_node=8)
+        candidates = len(plan.meta["candidates_step_s"])
+        seconds = time.process_time() - started
+        found[f"{tokens} tokens a rank"] = {"chosen": plan.meta["chosen"], "candidates": candidates, "cpu_s": seconds}
     return found
 
 

@@ -74,6 +74,7 @@ class PolicyOptions(Options):
         cut_order: hot_cold: which rows these are; weight keeps the heaviest choices, arrival the first.
         load_cap: affinity: most load of a rank in a layer, as a multiple of the mean.
         num_groups: balanced: groups of experts that stay on one node each (hierarchical); global without it.
+        shares: balanced: what is made even, loads as they are poured here, or in equal parts of replicas, as in SGLang.
         finetune_threshold: two_phase: total-variation distance above which a layer is corrected; Lina's rule without.
         shadow_steps: shadow: steps over which sending the weights is paid.
         dispatcher: auto: how the plan will run: exact, static, two_stage, coherent, replicated or symmetric.
@@ -88,6 +89,7 @@ class PolicyOptions(Options):
     cut_order: Literal["weight", "arrival"] = "weight"
     load_cap: Positive | None = None
     num_groups: Count | None = None
+    shares: Literal["poured", "equal"] = "poured"
     finetune_threshold: Share | None = None
     shadow_steps: Positive = 1.0
     dispatcher: str = "exact"

@@ -29,6 +29,7 @@ from mixtralkit.moe.store import ExpertStore
 from mixtralkit.moe.transfers import MoveReport
 from mixtralkit.moe.two_phase import TwoPhase
 from mixtralkit.ops.all_reduce import RowReducer
+from mixtralkit.ops.experts import takes_packed
 from mixtralkit.ops.hidden import Hidden
 from mixtralkit.ops.symmetric_exchange import SymmetricExchange
 from mixtralkit.planning.dispatchers import IN_GRAPHS
@@ -148,9 +149,9 @@ class Transformer(nn.Module):
     def decodes_in_graphs(self) -> bool:
         """Whether a decode step is the same launches on the same addresses whatever the routing is."""
         ours = self.options.backend == "mixtralkit" and self.two_phase is None
-        ours = ours and (
-            self.layout.weights.is_plain or self.context.device.type == "cpu"
-        )  # the reference asks the host
+        weights, hidden = self.layout.weights, self.layout.hidden
+        if not weights.is_plain and self.context.device.type == "cuda":  # the reference asks the host
+            ours = ours and takes_packed(weights, self.params.dim, hidden[1] - hidden[0])
         trains = any(p.requires_grad for p in self.parameters())
         return ours and not trains and self.dispatchers.name(True, True) in IN_GRAPHS
 

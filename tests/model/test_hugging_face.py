@@ -144,10 +144,10 @@ def test_half_precision_is_near_float32(dtype):
     assert float((got - want).norm() / want.norm()) < TOLERANCE[dtype]
 
 
-def _greedy_on_ranks(context: RankContext, config: ModelConfig, seed: int, ways: list[ParallelConfig]):
-    plan = contiguous(config.n_layers, config.num_experts, context.world_size)
+def _greedy_on_ranks(context: RankContext, cases: list[tuple[ModelConfig, int, ParallelConfig]]):
     results = []
-    for parallel in ways:
+    for config, seed, parallel in cases:
+        plan = contiguous(config.n_layers, config.num_experts, context.world_size)
         model = Transformer(RankLayout(config, parallel, plan, context.rank), context)
         model.initialize(seed, std=0.15)
         own = list(range(4))
@@ -172,15 +172,16 @@ def _possible_ways(config: ModelConfig, world_size: int) -> list[ParallelConfig]
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("seed", [*range(10), "divisible"])
-def test_every_way_to_spread_the_model_gives_hugging_faces_tokens(world_size, seed):
-    config = small_config() if seed == "divisible" else random_config(seed)
-    seed = 0 if seed == "divisible" else seed
-    model = whole_model(config, seed=seed)
-    expected = oracle_greedy(hugging_face(model), PROMPTS, 6)
-    expected_logits = model.forward(torch.tensor([PROMPTS[0], PROMPTS[0][::-1], PROMPTS[2][:7]]))
-    ways = _possible_ways(config, world_size)
-    for results in run_ranks(_greedy_on_ranks, world_size, config, seed, ways):
-        for own, answers, logits in results:
-            assert answers == [expected[i] for i in own]
+def test_every_way_to_spread_models_gives_hugging_faces_tokens(world_size):
+    cases, wanted = [], []
+    for seed, config in [(0, small_config()), *((seed, random_config(seed)) for seed in range(10))]:
+        model = whole_model(config, seed=seed)
+        answers = oracle_greedy(hugging_face(model), PROMPTS, 6)
+        logits = model.forward(torch.tensor([PROMPTS[0], PROMPTS[0][::-1], PROMPTS[2][:7]]))
+        ways = _possible_ways(config, world_size)
+        cases += [(config, seed, parallel) for parallel in ways]
+        wanted += [(answers, logits)] * len(ways)
+    for results in run_ranks(_greedy_on_ranks, world_size, cases):
+        for case, (own, answers, logits), (expected, expected_logits) in zip(cases, results, wanted, strict=True):
+            assert answers == [expected[i] for i in own], case
             torch.testing.assert_close(logits, expected_logits, rtol=0, atol=1e-4)

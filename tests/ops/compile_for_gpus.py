@@ -1,4 +1,4 @@
-"""Compiles kernels for a GPU that is not there, in a process without the interpreter: ``python -m … 90``.
+"""Compiles kernels for a GPU that is not there, in a process without the interpreter: ``python -m … 90 plain``.
 
 The interpreter knows no types: a kernel that it runs may still be refused by the compiler. Launches are those of the
 launchers on tensors in main memory that nothing touches; prints one line a kernel.
@@ -88,6 +88,21 @@ def experts(rows: int, slots: int = 8, width: int = 4096, hidden: int = 14336, s
     launch(x_RD, *chosen, *weights, x_RD, storage_S=torch.arange(slots) if stored else None)
 
 
+def packed_experts(name: str, rows: int, slots: int = 8, width: int = 4096, hidden: int = 14336) -> None:
+    from mixtralkit.moe.weights import FORMATS, PackedWeight
+    from mixtralkit.ops.experts.triton_packed import expert_sum_packed
+
+    weights, matrices = FORMATS[name], []
+    for outputs, columns, stacked in ((hidden, width, 2), (width, hidden, 1)):
+        parts = [
+            torch.empty(slots, *weights.shape(part, outputs, columns, stacked), dtype=getattr(torch, part.dtype))
+            for part in weights.parts
+        ]
+        matrices.append(PackedWeight(weights, columns, tuple(parts), stacked))
+    x_RD, chosen = torch.empty(rows, width, dtype=BF16), (torch.zeros(rows, 2, dtype=torch.int64), torch.zeros(rows, 2))
+    expert_sum_packed(x_RD, *chosen, *matrices, x_RD)
+
+
 def rest(rows: int, width: int = 4096) -> None:
     from mixtralkit.ops.capacity.triton import CapacityRule, cut_rows
     from mixtralkit.ops.gate.triton import gate_rows
@@ -156,6 +171,11 @@ def exchange(stays: bool, rows: int = 16, ranks: int = 4, width: int = 4096) -> 
 
 if __name__ == "__main__":
     prepare(int(sys.argv[1]))
+    if sys.argv[2] == "packed":
+        for name in ("int8", "int4:32", "int4:128", "int4:64:zeros", "fp8:block"):
+            for count in (8, 64, 1024) if name == "int4:128" else (8, 64):
+                packed_experts(name, count)
+        sys.exit()
     for count in (1, 8, 64, 128, 256, 1024, 4096):
         experts(count)
     for count in (1, 8, 64):

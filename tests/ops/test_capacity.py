@@ -8,7 +8,14 @@ import torch
 from mixtralkit.ops.capacity import CapacityRule, Cut
 from mixtralkit.ops.capacity.reference import cut_to_capacity_reference
 
-SHAPES = {(8, 2): 1.0, (5, 1): 0.7, (7, 3): 0.4, (6, 6): 0.8, (60, 4): 0.5}  # experts and choices: capacity factor
+SHAPES = {
+    (8, 2): 1.0,
+    (5, 1): 0.7,
+    (7, 3): 0.4,
+    (6, 6): 0.8,
+    (60, 4): 0.5,
+    (20, 4): 0.5,
+}  # experts and choices: capacity factor
 
 
 def routed(seed: int, rows: int, num_experts: int, top_k: int, skew: float = 1.5, ties: bool = False):
@@ -62,8 +69,10 @@ def slow_cut(experts_TK, weights_TK, logits_TE, local_E, rule: CapacityRule, val
 
 
 CASES = [
-    (seed, rows, *shape, reroutes, by_weight, hidden)
-    for seed, (rows, shape) in enumerate([(31, (8, 2)), (70, (5, 1)), (33, (7, 3)), (9, (6, 6)), (40, (60, 4))])
+    (seed, rows, 20 if reroutes and num_experts == 60 else num_experts, top_k, reroutes, by_weight, hidden)
+    for seed, (rows, (num_experts, top_k)) in enumerate(
+        [(31, (8, 2)), (70, (5, 1)), (33, (7, 3)), (9, (6, 6)), (40, (60, 4))]  # 60 to reroute among take a minute
+    )
     for reroutes, by_weight, hidden in [(False, True, 0.3), (True, True, 0.0), (True, False, 0.3), (False, False, 0.0)]
 ]
 

@@ -10,13 +10,13 @@ import pytest
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [90])
-def test_kernels_compile(capability, tmp_path):
+@pytest.mark.parametrize(("capability", "experts", "kernels"), [(90, "plain", 50), (90, "packed", 30)])
+def test_kernels_compile(capability, experts, kernels, tmp_path):
     """A name that was a number in one branch and a pointer in the other passed the interpreter and no compiler."""
     environ = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-m", "tests.ops.compile_for_gpus", str(capability)]
+    command = [sys.executable, "-m", "tests.ops.compile_for_gpus", str(capability), experts]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     shared = [int(line.split()[1]) for line in done.stdout.splitlines()]
-    assert len(shared) > 50
+    assert len(shared) > kernels
     assert max(shared) <= 227 * 1024  # of a multiprocessor of Hopper

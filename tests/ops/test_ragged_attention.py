@@ -18,8 +18,9 @@ SPANS = [
     [(3, 0, 33), (0, 0, 16), (4, 0, 1)],
     [(2, 20, 17), (4, 40, 32), (1, 0, 5)],  # pieces that continue, up to the cache's end
     [(1, 3, 2)],
+    [(0, 0, 15), (1, 15, 2), (2, 31, 1), (3, 32, 1)],  # around the ends of pages of 16 and 32
 ]
-SHAPES = [(4, 1, 16), (8, 2, 64), (6, 2, 48), (3, 3, 40)]
+SHAPES = [(4, 1, 16), (8, 2, 64), (6, 2, 48), (3, 3, 40), (2, 1, 128)]
 
 
 def tensors(heads: int, kv_heads: int, width: int, spans, dtype=torch.float32) -> tuple[torch.Tensor, ...]:
@@ -51,7 +52,7 @@ def test_reference_is_the_definition(spans, window, page_size):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("window", "page_size"), [(None, 16), (7, 32), (30, 16), (None, 128)])
-@pytest.mark.parametrize(("shape", "spans"), list(zip(SHAPES, [*SPANS, SPANS[1]], strict=True)))
+@pytest.mark.parametrize(("shape", "spans"), list(zip(SHAPES, [*SPANS[:3], SPANS[1], SPANS[3]], strict=True)))
 def test_triton_is_the_reference(shape, spans, window, page_size, dtype):
     compare(shape, spans, window, dtype, SETTINGS, page_size)
 

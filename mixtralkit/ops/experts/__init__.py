@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import torch
 
-from mixtralkit.moe.weights import PackedWeight
+from mixtralkit.moe.weights import ExpertWeights, PackedWeight
 from mixtralkit.ops.experts.reference import expert_sum_reference, swiglu_grouped
 from mixtralkit.ops.runtime import runs_cpu, runs_triton
 
-__all__ = ["SMALL_BATCH", "expert_sum", "swiglu_grouped"]
+__all__ = ["SMALL_BATCH", "expert_sum", "swiglu_grouped", "takes_packed"]
 
 SMALL_BATCH = (
     16  # rows of one block of the matrix units: below, every touched expert is read once and nothing is sorted
@@ -54,7 +54,13 @@ def expert_sum(
         from mixtralkit.ops.cpu.products import expert_sum_cpu
 
         return expert_sum_cpu(*arguments)
-    triton = not isinstance(w13_SGD, PackedWeight) and runs_triton(x_RD, w13_SGD, w2_SDF)
+    if isinstance(w13_SGD, PackedWeight):
+        if not (runs_triton(x_RD) and takes_packed(w13_SGD.weights, w13_SGD.columns, w2_SDF.columns)):
+            return expert_sum_reference(*arguments)
+        from mixtralkit.ops.experts.triton_packed import expert_sum_packed
+
+        return expert_sum_packed(*arguments, likely_rows=likely_rows, likely_slots=likely_slots)
+    triton = runs_triton(x_RD, w13_SGD, w2_SDF)
     if triton and x_RD.shape[0] <= SMALL_BATCH:
         from mixtralkit.ops.experts.triton_small import expert_sum_small
 
@@ -64,3 +70,8 @@ def expert_sum(
 
         return expert_sum_grouped(*arguments, likely_rows=likely_rows, likely_slots=likely_slots)
     return expert_sum_reference(*arguments)
+
+
+def takes_packed(weights: ExpertWeights, *columns: int) -> bool:
+    """Whether a GPU has kernels for matrices of so many columns in a format: whole units of them."""
+    return all(count % max(weights.unit, 64) == 0 for count in columns)

@@ -1,10 +1,9 @@
 """Replicates heavy experts and packs replicas so that the busiest rank is light when its replicas' rows are poured.
 
-EPLB's two algorithms begin: in the hierarchical one groups of experts are packed to nodes and each node replicates and
-packs its own; the global one has one node. A replica at a time goes to the expert with most load per replica, replicas
-are packed heaviest first to the lightest rank with room. Unlike EPLB, a rank never has an expert twice, what is made
-even is the load as the layer pours it and not equal parts, and a local search follows. One of its starts is EPLB's own
-plan with its duplicates turned into something useful, so the result is never heavier. All layers are searched at once.
+As in EPLB there are two ways: in the hierarchical one groups of experts are packed to nodes, and each node replicates
+and packs its own; the global one has one node. Unlike EPLB, a rank never has an expert twice, and what is made even is
+the load as the layer pours it, not equal parts (``joined``). Where that leaves a layer uneven, EPLB's own plan, its
+duplicates turned into something useful, is poured as well and the lighter one kept. All layers are planned at once.
 """
 
 from __future__ import annotations
@@ -15,14 +14,15 @@ import numpy as np
 
 from mixtralkit.planning.plan import ExpertPlan
 from mixtralkit.planning.policies.inputs import Budget, checked_loads
+from mixtralkit.planning.policies.joined import EVEN_ENOUGH, join
 from mixtralkit.planning.policies.packing import swap_down
-from mixtralkit.planning.policies.poured import count_copies, holds, improve, pour
+from mixtralkit.planning.policies.poured import count_copies, holds, pour
 
-_ROUNDS = 30  # of one local search
-_KICKS = 6  # times that layers not yet even are disturbed and searched again
-_WORK = 20_000  # slots that a search of disturbed copies of all layers may have; with more than that there is none
-_LONG = 300  # rounds of pouring where it is decided whether EPLB's own plan was lighter
-_EVEN_ENOUGH = 1.0005  # peak/mean at which the search of a layer ends
+_TRIES, _WORK = 16, 4_000  # plans for other loads, for layers that are not even; slots of them all
+_SMALL = 6_000  # ranks of all layers times experts, up to which plans are compared as they run
+_NOISE = 0.15  # how different, a standard deviation
+_AS_RUN = 20  # rounds of pouring that say how even a plan runs
+_TRIFLE = 2e-3  # over the even load as run, from which others are looked at
 
 
 def balanced(
@@ -32,6 +32,7 @@ def balanced(
     ranks_per_node: int | None = None,
     num_groups: int | None = None,
     extra: int | None = None,
+    shares: str = "poured",
 ) -> ExpertPlan:
     """Replicas in every slot of the budget, so that the heaviest rank of each layer is light; none without a budget.
 
@@ -41,9 +42,11 @@ def balanced(
         num_groups: groups of consecutive experts that stay on one node each (hierarchical); None lets replicas be
             on any node (global).
         extra: slots of a layer, over all ranks, beyond one for each expert, instead of all of the budget's.
+        shares: what is made even: "poured", as the layer here divides an expert's rows, or "equal", as SGLang, vLLM and
+            TensorRT-LLM do.
 
     Raises:
-        ValueError: for a budget too small, or sizes that do not divide.
+        ValueError: for a budget too small, sizes that do not divide, or other shares.
     """
     loads_LE, budget = checked_loads(loads_LE, world_size), budget or Budget()
     num_layers, num_experts = loads_LE.shape
@@ -58,7 +61,7 @@ def balanced(
     _check_sizes(num_experts, slots * world_size, groups, nodes, world_size)
     surplus = slots * world_size - num_experts - extra
     return ExpertPlan(
-        np.maximum(_search(loads_LE, world_size, slots, groups, nodes, surplus), -1),
+        np.maximum(_search(loads_LE, world_size, slots, groups, nodes, surplus, shares), -1),
         num_experts,
         ranks_per_node=ranks_per_node,
         policy="balanced",
@@ -106,63 +109,84 @@ def _check_sizes(num_experts: int, num_replicas: int, num_groups: int, num_nodes
         raise ValueError(f"num_replicas ({num_replicas}) must be at most {most}: no rank holds an expert twice")
 
 
-def _search(loads_LE: np.ndarray, world_size: int, slots: int, groups: int, nodes: int, surplus: int = 0) -> np.ndarray:
+def _search(
+    loads_LE: np.ndarray, world_size: int, slots: int, groups: int, nodes: int, surplus: int = 0, shares: str = "poured"
+) -> np.ndarray:
     """Slots [L, W, S], sorted; ``surplus`` ranks of each layer, others in each, have one less (-2)."""
-    num_layers = len(loads_LE)
-    of_nodes = [
-        _experts_of_nodes(loads_LE, groups, nodes, swaps) for swaps in ((False, True) if nodes > 1 else (False,))
-    ]
-    found, peaks = [], []
-    gpus = world_size // nodes
+    if shares not in ("poured", "equal"):
+        raise ValueError(f"shares ({shares!r}) must be 'poured' or 'equal'")
+    num_layers, gpus = len(loads_LE), world_size // nodes
+    # nodes in turn, so that none lacks more than another
+    nth_LX = (np.arange(num_layers)[:, None] * surplus + np.arange(surplus)) % world_size
     lacks_LW = np.zeros((num_layers, world_size), bool)
-    lacks_LW[
-        np.arange(num_layers)[:, None], (np.arange(num_layers)[:, None] * surplus + np.arange(surplus)) % world_size
-    ] = True
-    for experts_LNE in of_nodes:
-        per_node = experts_LNE.shape[2]
-        part_BE = np.take_along_axis(loads_LE[:, None], experts_LNE, 2).reshape(-1, per_node)
-        slots_BWS, peak_B = spread_replicas(part_BE, gpus, slots, lacks_LW.reshape(-1, gpus))
-        real = slots_BWS >= 0
+    np.put_along_axis(lacks_LW, nth_LX % nodes * gpus + nth_LX // nodes, True, 1)
+    found_LWS, peak_L = np.empty((num_layers, world_size, slots), np.int64), np.full(num_layers, np.inf)
+    packings = [_experts_of_nodes(loads_LE, groups, nodes, swaps) for swaps in (False, True)[: 1 if nodes == 1 else 2]]
+    for experts_LNE in packings:
+        layers = np.flatnonzero((experts_LNE != packings[0]).any((1, 2)) | np.isinf(peak_L))
+        if not len(layers):
+            break
+        experts_LNE, per_node = experts_LNE[layers], experts_LNE.shape[2]
+        part_BE = np.take_along_axis(loads_LE[layers, None], experts_LNE, 2).reshape(-1, per_node)
+        lacks_BW = lacks_LW[layers].reshape(-1, gpus)
+        if shares == "poured":
+            slots_BWS, peak_B = spread_replicas(part_BE, lacks_BW, slots, 1 / world_size)
+        else:
+            slots_BWS = _as_eplb(part_BE, lacks_BW, slots)
+            peak_B = pour(slots_BWS, part_BE, rounds=0).sum(2).max(1)
         names = np.take_along_axis(experts_LNE.reshape(-1, 1, per_node), np.maximum(slots_BWS, 0), 2)
-        found.append(np.where(real, names, slots_BWS).reshape(num_layers, world_size, slots))
-        peaks.append(peak_B.reshape(num_layers, nodes).max(1))
-    best_L = np.argmin(peaks, 0)
-    chosen = np.stack(found)[best_L, np.arange(num_layers)]
-    return -np.sort(-chosen, axis=2) if surplus else np.sort(chosen, axis=2)
+        slots_LWS = np.where(slots_BWS >= 0, names, slots_BWS).reshape(len(layers), world_size, slots)
+        peaks = peak_B.reshape(len(layers), nodes).max(1)
+        lighter = peaks < peak_L[layers]
+        found_LWS[layers[lighter]], peak_L[layers[lighter]] = slots_LWS[lighter], peaks[lighter]
+    return -np.sort(-found_LWS, axis=2) if surplus else np.sort(found_LWS, axis=2)
 
 
 def spread_replicas(
-    loads_BE: np.ndarray, world_size: int, slots: int, lacks_BW: np.ndarray | None = None
+    loads_BE: np.ndarray, lacks_BW: np.ndarray, slots: int, own: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Experts of each rank's slots [B, W, S], and the poured peaks [B], of many layers at once.
+    """Experts of each rank's slots [B, W, S], and peaks [B], of many layers at once.
 
     Every expert is somewhere, none twice on a rank; needs E ≥ ``slots`` and W · ``slots`` ≥ E.
 
     Args:
         lacks_BW: ranks that have one slot less, marked -2.
+        own: part of an expert's load that each of its ranks has at least.
     """
-    lacks_BW = np.zeros((len(loads_BE), world_size), bool) if lacks_BW is None else lacks_BW
-    starts = [_packed(loads_BE, world_size, slots, lacks_BW, twice) for twice in (True, False)]
-    best_BWS, peak_B = improve(starts[0], loads_BE, _ROUNDS)
-    other_BWS, other_B = improve(starts[1], loads_BE, _ROUNDS)
-    best_BWS[other_B < peak_B], peak_B = other_BWS[other_B < peak_B], np.minimum(peak_B, other_B)
-    even_B = loads_BE.sum(1) / world_size
-    random = np.random.default_rng(0)  # the same plan for the same loads
-    for _ in range(_KICKS):
-        open_B = np.flatnonzero(peak_B > even_B * _EVEN_ENOUGH)
-        times = min(_WORK // max(len(open_B) * world_size * slots, 1), 24)
-        if not len(open_B) or not times:
-            break
-        tried_B = np.repeat(open_B, times)
-        kicked = _kicked(best_BWS[tried_B], loads_BE.shape[1], random)
-        kicked, peaks = improve(kicked, loads_BE[tried_B], _ROUNDS)
-        winner = peaks.reshape(-1, times).argmin(1) + np.arange(len(open_B)) * times
-        better = peaks[winner] < peak_B[open_B] * (1 - 1e-9)
-        best_BWS[open_B[better]], peak_B[open_B[better]] = kicked[winner[better]], peaks[winner[better]]
-    both = [pour(slots_BWS, loads_BE, _LONG).sum(2).max(1) for slots_BWS in (best_BWS, starts[0])]
-    eplb_B = both[1] < both[0]
-    best_BWS[eplb_B] = starts[0][eplb_B]
-    return best_BWS, np.minimum(*both)
+    found_BWS, part_BWS = _joined(loads_BE, lacks_BW, slots, own)
+    even_B, free_B = loads_BE.sum(1) / lacks_BW.shape[1], part_BWS.sum(2).max(1)
+    peak_B = free_B.copy()
+    if small := lacks_BW.size * loads_BE.shape[1] <= _SMALL:  # with more ranks what they have of their own matters less
+        peak_B = pour(found_BWS, loads_BE, own, part_BWS, _AS_RUN).sum(2).max(1)
+    rows = np.flatnonzero((free_B > even_B * (1 + EVEN_ENOUGH)) | (peak_B > even_B * (1 + _TRIFLE)))
+    if not len(rows):
+        return found_BWS, peak_B
+    # others: EPLB's, and plans for loads somewhat different; of those no heavier than EPLB's the lightest as run
+    loads, lacks = loads_BE[rows], lacks_BW[rows]
+    plans = np.stack([_as_eplb(loads, lacks, slots), found_BWS[rows]])
+    if small:
+        tries, random = min(_TRIES, _WORK // (lacks.size * slots)), np.random.default_rng(0)
+        noisy = loads * np.maximum(1 + _NOISE * random.standard_normal((tries, *loads.shape)), 0.1)
+        tried = _joined(noisy.reshape(-1, loads.shape[1]), np.tile(lacks, (tries, 1)), slots, own)[0]
+        plans = np.concatenate([plans, tried.reshape(tries, *plans.shape[1:])])
+    flat, all_loads = plans.reshape(-1, *plans.shape[2:]), np.tile(loads, (len(plans), 1))
+    free = pour(flat, all_loads, rounds=100).sum(2).max(1).reshape(len(plans), -1)
+    as_run = pour(flat, all_loads, own, rounds=_AS_RUN).sum(2).max(1).reshape(len(plans), -1) if small else free.copy()
+    free[1], as_run[1] = np.minimum(free[1], free_B[rows]), np.minimum(as_run[1], peak_B[rows])
+    best = np.where(free <= free[0] * (1 + 1e-9), as_run + free, np.inf).argmin(0)
+    found_BWS[rows], peak_B[rows] = plans[best, np.arange(len(rows))], as_run[best, np.arange(len(rows))]
+    return found_BWS, peak_B
+
+
+def _joined(loads_BE: np.ndarray, lacks_BW: np.ndarray, slots: int, own: float) -> tuple[np.ndarray, np.ndarray]:
+    """``join`` of layers whose ranks lack different numbers of slots, nothing left empty."""
+    short_B = lacks_BW.sum(1)
+    copies_BE = count_replicas(loads_BE, lacks_BW.shape[1] * slots - short_B)
+    found_BWS, part_BWS = np.empty((*lacks_BW.shape, slots), np.int64), np.empty((*lacks_BW.shape, slots))
+    for short in np.unique(short_B):
+        of = short_B == short
+        found_BWS[of], part_BWS[of] = join(loads_BE[of], copies_BE[of], lacks_BW[of], slots, own)
+    return _filled(found_BWS, loads_BE), part_BWS
 
 
 def _experts_of_nodes(loads_LE: np.ndarray, groups: int, nodes: int, swaps: bool) -> np.ndarray:
@@ -193,49 +217,30 @@ def pack_heaviest_first(weights_BX: np.ndarray, packs: int, room_BP: np.ndarray)
     return pack_BX
 
 
-def count_replicas(loads_BE: np.ndarray, total_B: np.ndarray, most: int | None = None) -> np.ndarray:
-    """Replicas of each expert [B, E]: one each, then one at a time where a replica has most load, ``most`` at most."""
+def count_replicas(loads_BE: np.ndarray, total_B: np.ndarray) -> np.ndarray:
+    """EPLB's replicas of each expert [B, E]: one each, then one at a time where a replica has most load."""
     copies_BE, rows = np.ones(loads_BE.shape, np.int64), np.arange(len(loads_BE))
     for given in range(int(total_B.max()) - loads_BE.shape[1]):
-        load_BE = loads_BE / copies_BE
-        if most is not None:
-            load_BE = np.where(copies_BE < most, load_BE, -1.0)
-        copies_BE[rows, load_BE.argmax(1)] += loads_BE.shape[1] + given < total_B
+        copies_BE[rows, (loads_BE / copies_BE).argmax(1)] += loads_BE.shape[1] + given < total_B
     return copies_BE
 
 
-def _packed(loads_BE: np.ndarray, world: int, slots: int, lacks_BW: np.ndarray, twice: bool) -> np.ndarray:
-    """A start [B, W, S]: EPLB's packing, what a rank has ``twice`` emptied again; or one that never has it twice.
-
-    The second takes an expert's replicas together, to the lightest ranks with room, or if that leaves one over to those
-    with most room, which always works out (Gale–Ryser).
-    """
-    batches, num_experts = loads_BE.shape
+def _as_eplb(loads_BE: np.ndarray, lacks_BW: np.ndarray, slots: int) -> np.ndarray:
+    """EPLB's packing [B, W, S] of equal parts; where a rank had an expert twice the slot is another's."""
+    (batches, num_experts), world = loads_BE.shape, lacks_BW.shape[1]
     room_BW = slots - lacks_BW.astype(np.int64)
-    total_B = room_BW.sum(1)
-    copies_BE = count_replicas(loads_BE, total_B, None if twice else world)
-    each_BE = loads_BE / copies_BE
-    out_BWS = np.full((batches, world, slots), -1)
-    out_BWS[lacks_BW, -1] = -2
-    if twice:
-        most = int(total_B.max())
-        expert_BX = np.stack([np.pad(np.repeat(np.arange(num_experts), c), (0, most - c.sum())) for c in copies_BE])
-        real_BX = np.arange(most) < total_B[:, None]
-        weight_BX = np.where(real_BX, np.take_along_axis(each_BE, expert_BX, 1), -1.0)
-        rank_BX = pack_heaviest_first(weight_BX, world, room_BW + (most - total_B)[:, None])
-        holds_BWE = np.zeros((batches, world, num_experts), bool)
-        b, x = np.nonzero(real_BX)
-        holds_BWE[b, rank_BX[b, x], expert_BX[b, x]] = True
-    else:
-        holds_BWE = _pack_together(each_BE, copies_BE, room_BW, by_room=False)
-        left = np.flatnonzero((holds_BWE.sum(1) < copies_BE).any(1))
-        if len(left):
-            holds_BWE[left] = _pack_together(each_BE[left], copies_BE[left], room_BW[left], by_room=True)
+    total_B, rows_B1 = room_BW.sum(1), np.arange(batches)[:, None]
+    copies_BE, most = count_replicas(loads_BE, total_B), int(total_B.max())
+    expert_BX = np.stack([np.pad(np.repeat(np.arange(num_experts), c), (0, most - c.sum())) for c in copies_BE])
+    real_BX = np.arange(most) < total_B[:, None]
+    weight_BX = np.where(real_BX, np.take_along_axis(loads_BE / copies_BE, expert_BX, 1), -1.0)
+    rank_BX = pack_heaviest_first(weight_BX, world, room_BW + (most - total_B)[:, None])
+    holds_BWE = np.zeros((batches, world, num_experts), bool)
+    holds_BWE[np.broadcast_to(rows_B1, rank_BX.shape)[real_BX], rank_BX[real_BX], expert_BX[real_BX]] = True
+    found_BWS = np.where(np.arange(slots) < room_BW[:, :, None], -1, -2)
     b, w, e = np.nonzero(holds_BWE)
-    nth = (holds_BWE.cumsum(2) - 1)[b, w, e]
-    fits = nth < room_BW[b, w]
-    out_BWS[b[fits], w[fits], nth[fits]] = e[fits]
-    return _filled(out_BWS, loads_BE)
+    found_BWS[b, w, (holds_BWE.cumsum(2) - 1)[b, w, e]] = e
+    return _filled(found_BWS, loads_BE)
 
 
 def _filled(slots_BWS: np.ndarray, loads_BE: np.ndarray) -> np.ndarray:
@@ -250,44 +255,6 @@ def _filled(slots_BWS: np.ndarray, loads_BE: np.ndarray) -> np.ndarray:
         slots_BWS[rows, rank_B, slot_B] = expert_B
         holds_BWE[rows, rank_B, expert_B] = True
         copies_BE[rows, expert_B] += 1
-    return slots_BWS
-
-
-def _pack_together(each_BE: np.ndarray, copies_BE: np.ndarray, room_BW: np.ndarray, by_room: bool) -> np.ndarray:
-    (batches, num_experts), world = each_BE.shape, room_BW.shape[1]
-    holds_BWE, rows = np.zeros((batches, world, num_experts), bool), np.arange(batches)
-    load_BW, room_BW = np.zeros((batches, world)), room_BW.copy()
-    order_BE = np.lexsort((-copies_BE, -each_BE), axis=1)
-    for place in range(num_experts):
-        expert_B = order_BE[:, place]
-        first_BW = -room_BW if by_room else room_BW == 0
-        order_BW = np.lexsort((load_BW, first_BW), axis=1)
-        chosen_BW = np.zeros((batches, world), bool)
-        np.put_along_axis(chosen_BW, order_BW, np.arange(world) < copies_BE[rows, expert_B][:, None], 1)
-        chosen_BW &= room_BW > 0
-        holds_BWE[rows, :, expert_B] = chosen_BW
-        load_BW += chosen_BW * each_BE[rows, expert_B][:, None]
-        room_BW -= chosen_BW
-    return holds_BWE
-
-
-def _kicked(slots_BWS: np.ndarray, num_experts: int, random: np.random.Generator) -> np.ndarray:
-    """A few slots of replicas turned into another expert's, or of two ranks swapped, each expert keeping one."""
-    slots_BWS = slots_BWS.copy()
-    batches, world, slots = slots_BWS.shape
-    rows = np.arange(batches)
-    for _ in range(4):
-        holds_BWE, copies_BE = holds(slots_BWS, num_experts), count_copies(slots_BWS, num_experts)
-        rank_B, slot_B = random.integers(world, size=batches), random.integers(slots, size=batches)
-        other_B, place_B = random.integers(world, size=batches), random.integers(slots, size=batches)
-        own_B, new_B = slots_BWS[rows, rank_B, slot_B], slots_BWS[rows, other_B, place_B]
-        fits_B = (own_B >= 0) & (new_B >= 0) & ~holds_BWE[rows, rank_B, new_B]
-        swaps_B = fits_B & ~holds_BWE[rows, other_B, own_B] & (rank_B != other_B)
-        turns_B = fits_B & (copies_BE[rows, own_B] > 1) & (random.random(batches) < 0.5)
-        swaps_B &= ~turns_B
-        changed_B = swaps_B | turns_B
-        slots_BWS[rows[changed_B], rank_B[changed_B], slot_B[changed_B]] = new_B[changed_B]
-        slots_BWS[rows[swaps_B], other_B[swaps_B], place_B[swaps_B]] = own_B[swaps_B]
     return slots_BWS
 
 

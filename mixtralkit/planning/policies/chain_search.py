@@ -13,6 +13,7 @@ _STARTS, _KICKS = 12, 36  # under a cap, up to _PLENTY items a layer, fewer beyo
 _PLENTY = 64
 _TRIES, _SWEEPS, _HEATS = 8, 800, 2  # of annealing; fewer tries where a sweep is much work
 _WORK, _PAIR_WORK = 4e6, 1500  # items of all sweeps; products of a label's weights that cost as much as a swap
+_PRODUCTS, _FEWEST = 8e10, 200  # products of all sweeps of one annealing, beyond which there are fewer sweeps
 
 
 def search(
@@ -34,14 +35,15 @@ def search(
     """
     random = np.random.default_rng(0)
     if fits is not None:
-        return _search_capped(weights_JNN, num_layers, parts, loads_LN, fits, random)
+        return _search_capped(weights_JNN, parts, loads_LN, fits, random)
     n = weights_JNN.shape[1]
     work = num_layers * n * (1 + n * parts / _PAIR_WORK)
     tries = int(np.clip(_WORK / (_SWEEPS * work), 1, _TRIES))
+    sweeps = int(np.clip(_PRODUCTS / (2 * num_layers * n**2 * parts), _FEWEST, _SWEEPS))
     starts = np.array([_grown(weights_JNN, parts, random) for _ in range(tries)])
     best_LN, heat = None, 3.0
     for _ in range(_HEATS):
-        annealed = anneal(weights_JNN, starts, parts, _SWEEPS, random, heat)
+        annealed = anneal(weights_JNN, starts, parts, sweeps, random, heat)
         pool = [_sweep(weights_JNN, labels_LN, parts, None) for labels_LN in annealed]
         if best_LN is not None:
             pool.append(best_LN)
@@ -52,7 +54,7 @@ def search(
 
 
 def _search_capped(
-    weights_JNN: np.ndarray, num_layers: int, parts: int, loads_LN: np.ndarray, fits: Fits, random: np.random.Generator
+    weights_JNN: np.ndarray, parts: int, loads_LN: np.ndarray, fits: Fits, random: np.random.Generator
 ) -> np.ndarray:
     n = weights_JNN.shape[1]
     count = max(2, min(_STARTS, _STARTS * _PLENTY // n))

@@ -126,9 +126,9 @@ def _even_affinity(given: Given, count: int | None, bound: bool = True) -> Exper
     return _affinity(given, count, _EVEN_CAP * least_cap(given.loads_LE, given.world_size), bound)
 
 
-def _balanced(given: Given, count: int | None, num_groups: int | None = None) -> ExpertPlan:
+def _balanced(given: Given, count: int | None, num_groups: int | None = None, shares: str = "poured") -> ExpertPlan:
     budget = given.with_extra(count).budget
-    return balanced(given.loads_LE, given.world_size, budget, given.ranks_per_node, num_groups, count)
+    return balanced(given.loads_LE, given.world_size, budget, given.ranks_per_node, num_groups, count, shares)
 
 
 def _balanced_on_nodes(given: Given, count: int | None) -> ExpertPlan:
@@ -150,7 +150,7 @@ POLICIES: dict[str, tuple[Callable[..., ExpertPlan], tuple[str, ...]]] = {
     "two_phase": (_two_phase, ("finetune_threshold",)),
     "affinity": (_affinity, ("load_cap", "bound")),
     "affinity/even": (_even_affinity, ("bound",)),
-    "balanced": (_balanced, ("num_groups",)),
+    "balanced": (_balanced, ("num_groups", "shares")),
     "balanced/node": (_balanced_on_nodes, ()),
     "shadow": (_shadow, ("shadow_steps",)),
     "everywhere": (_everywhere, ()),

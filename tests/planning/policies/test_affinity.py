@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+from scipy.optimize import linear_sum_assignment
 
 from mixtralkit.planning.plan import ExpertPlan
 from mixtralkit.planning.policies.affinity import affinity
@@ -116,15 +117,15 @@ def test_load_cap_with_nodes_keeps_every_rank_under_it():
 
 
 def test_32_layers_on_4_gpus():
-    """Better than steepest-descent swaps from 4 random placements, which is what general local search does."""
-    trace = RoutingProcess.random(32, 8, affinity=1.0, seed=3).trace(5_000, seed=4)
+    """Better than steepest-descent swaps from 20 random placements, which is what general local search does."""
+    trace = RoutingProcess.random(32, 8, affinity=1.0, seed=3).trace(50_000, seed=4)
     weights = trace.transitions_LEE()
     plan = affinity(weights, 4)
     assert plan.meta["exact"]
     ours = measure(plan, trace.loads_LE(), weights).crossings_per_token
     assert ours < 0.9 * 31 * 0.75
     others = []
-    for seed in range(4):
+    for seed in range(20):
         random = np.random.default_rng(seed)
         ranks_LE = np.array([random.permutation(8) % 4 for _ in range(32)])
         others.append(31 - swaps(weights / weights.sum((1, 2), keepdims=True), ranks_LE))
@@ -132,7 +133,7 @@ def test_32_layers_on_4_gpus():
 
 
 def swaps(weights: np.ndarray, ranks_LE: np.ndarray) -> float:
-    value, improved = stays(weights, ranks_LE), True
+    improved = True
     while improved:
         improved = False
         for layer, a, b in itertools.product(range(len(ranks_LE)), range(8), range(8)):
@@ -142,11 +143,20 @@ def swaps(weights: np.ndarray, ranks_LE: np.ndarray) -> float:
             w = weights[near.start : layer + 1]
             if a < b and stays(w, trial[near]) > stays(w, ranks_LE[near]) + 1e-12:
                 ranks_LE, improved = trial, True
-    value = stays(weights, ranks_LE)
-    return value
+    return stays(weights, ranks_LE)
 
 
-@pytest.mark.parametrize("case", range(5))
+def test_8_gpus_of_one_expert_each_are_exact():
+    weights = random_transitions(np.random.default_rng(0), 32, 8)
+    plan = affinity(weights, 8)
+    assert plan.meta["exact"]
+    assert plan.meta["crossings_bound"] == pytest.approx(crossings(plan, weights))
+    pairs = [linear_sum_assignment(weight_EE, maximize=True) for weight_EE in weights]
+    kept = sum(weight_EE[pair].sum() for weight_EE, pair in zip(weights, pairs, strict=True))
+    assert crossings(plan, weights) == pytest.approx(31 - kept)
+
+
+@pytest.mark.parametrize("case", range(10))
 def test_search_and_bound_enclose_the_optimum(case):
     random = np.random.default_rng(case)
     experts, parts = [(8, 4), (6, 3), (8, 2), (10, 2), (4, 4)][case % 5]
@@ -170,13 +180,13 @@ def planted(random: np.random.Generator, layers: int, experts: int, parts: int, 
     return (within + without) / experts
 
 
-@pytest.mark.parametrize(("experts", "world_size", "inside", "gap"), [(16, 4, 0.8, 0.021), (32, 8, 0.6, 0.021)])
+@pytest.mark.parametrize(("experts", "world_size", "inside", "gap"), [(16, 4, 0.8, 0.02), (64, 8, 0.4, 0.02)])
 def test_large_sizes_find_planted_parts_within_two_percent_of_the_bound(experts, world_size, inside, gap):
-    weights = planted(np.random.default_rng(0), 6, experts, world_size, inside)
+    weights = planted(np.random.default_rng(0), 12, experts, world_size, inside)
     plan = affinity(weights, world_size)
     ours = crossings(plan, weights)
     assert not plan.meta["exact"]
-    assert ours <= 5 * (1 - inside) + 1e-9
+    assert ours <= 11 * (1 - inside) + 1e-9
     assert plan.meta["crossings_bound"] <= ours <= plan.meta["crossings_bound"] * (1 + gap)
 
 
@@ -190,7 +200,7 @@ def test_large_sizes_keep_the_cap():
     assert crossings(capped, weights) <= 3 * 0.75  # and not worse than any placement
 
 
-@pytest.mark.parametrize("case", range(3))
+@pytest.mark.parametrize("case", range(6))
 def test_replicas_and_placement_together_beat_one_after_the_other(case):
     """And are counted as ``crossings_J`` counts them."""
     random = np.random.default_rng(case)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from mixtralkit.planning.policies.inputs import Budget
@@ -27,6 +29,17 @@ def test_too_small_says_by_how_much():
         Budget(slots_per_rank=1).slots(32, 8, 4)
     with pytest.raises(ValueError, match=r"memory_gb \(20\) must be at least 22\.55 .* it lacks 2\.55 GB$"):
         Budget(memory_gb=20, expert_bytes=MIXTRAL_EXPERT).slots(32, 8, 4)
+
+
+@pytest.mark.parametrize("given", [11.27, 11.274, 11.2742, 11.27428])
+def test_what_is_needed_prints_as_more_than_what_is_given(given):
+    """It said that memory_gb (11.27) must be at least 11.27."""
+    with pytest.raises(ValueError, match="must be at least") as error:
+        Budget(memory_gb=given, expert_bytes=MIXTRAL_EXPERT).require(1, 32, "one expert")
+    printed, needed, lacks = (float(number) for number in re.findall(r"\d+\.\d+", str(error.value)))
+    assert printed == pytest.approx(given, rel=1e-5)
+    assert printed < needed
+    assert lacks > 0
 
 
 @pytest.mark.parametrize("values", [{"slots_per_rank": 0}, {"memory_gb": -1.0}, {"memory_gb": 1.0}])

@@ -48,6 +48,7 @@ def test_uniform_routing_crosses_as_uniform_says():
 
 
 def test_replicas_share_their_load():
+    """To one of ten million rows, which the loads are scaled to: a twelfth of them is no whole number."""
     slots = np.array([[[0, 1], [0, 2]]])
     loads = rank_loads(ExpertPlan(slots, 3), np.array([[6, 1, 5]]))
     np.testing.assert_allclose(loads, [[4, 8]], rtol=1e-6)

@@ -1,0 +1,513 @@
+"""Experts in fewer bits: weights are read packed, and become numbers in registers in front of the matrix units.
+
+By the number of rows: up to sixteen in two launches, as ``triton_small``; sorted rows whose weights are read once, as
+``triton_grouped``'s streamed form; and for many rows an expert the layer's weights are unpacked first.
+
+**Order of columns.** Four-bit weights lie two a byte, and a product takes the low halves of some bytes and then the
+high ones. So rows that they are multiplied with stand in that order too, all low halves' columns before all high ones':
+``_arrange`` copies a layer's rows, and what the first product gives is stored in it. Other formats keep their order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from mixtralkit.moe.weights import Int4, PackedWeight
+from mixtralkit.ops.experts.triton_grouped import STREAMED, _spread, _weighted_sum, expert_sum_grouped
+from mixtralkit.ops.experts.triton_small import BLOCK_R, _choice_of, _is_last, _start_counting
+from mixtralkit.ops.experts.triton_sorting import sort_rows
+from mixtralkit.ops.runtime import multiprocessors, overlaps_launches
+
+ROWS = 32  # of a weight matrix that a program unpacks
+
+
+@dataclass(frozen=True)
+class _Operand:
+    """Packed matrices as the kernels take them.
+
+    Attributes:
+        halves: two weights a byte.
+        group: columns of a scale; 0 where an output's are one.
+        height: outputs of a scale; 0 where a matrix has one.
+    """
+
+    data: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    columns: int
+    halves: bool
+    group: int
+    height: int
+
+    @classmethod
+    def of(cls, packed: PackedWeight) -> _Operand:
+        data, scales, *zeros = packed.tensors
+        part = packed.weights.parts[1]
+        halves, group = isinstance(packed.weights, Int4), part.columns or 0
+        group = 0 if group == 1 or group >= packed.columns else group
+        return cls(data, scales, zeros[0] if zeros else None, packed.columns, halves, group, part.rows or 0)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        return self.data, self.scales, self.zeros
+
+    def constants(self, columns: int) -> dict[str, int]:
+        """``columns`` of a tile, at most a group's."""
+        block = max(min(columns, self.group or columns), 64 if self.halves else 16)
+        while self.columns % block:
+            block //= 2
+        asm = self.data.is_cuda or _compiles()
+        return {"HALVES": self.halves, "GROUP": self.group, "HEIGHT": self.height, "BLOCK_K": block, "ASM": asm}
+
+
+def _compiles() -> bool:
+    """Whether kernels are compiled, not interpreted."""
+    return isinstance(_numbers, triton.runtime.JITFunction)
+
+
+def expert_sum_packed(
+    x_RD: torch.Tensor,
+    slots_RK: torch.Tensor,
+    weights_RK: torch.Tensor,
+    w13_SGD: PackedWeight,
+    w2_SDF: PackedWeight,
+    residual_RD: torch.Tensor | None = None,
+    out_RD: torch.Tensor | None = None,
+    storage_S: torch.Tensor | None = None,
+    settings: dict[str, int] | None = None,
+    likely_rows: int | None = None,
+    likely_slots: int | None = None,
+) -> torch.Tensor:
+    """``experts.expert_sum`` of packed weights on a GPU; ``takes_packed`` says of which."""
+    rows, top_k = slots_RK.shape
+    slots = len(w2_SDF if storage_S is None else storage_S)
+    up, down = _Operand.of(w13_SGD), _Operand.of(w2_SDF)
+    x_RD, slots_RK, weights_RK = x_RD.contiguous(), slots_RK.contiguous(), weights_RK.contiguous()
+    arranged_RD = _arranged(x_RD) if up.halves else x_RD
+    out_RD = torch.empty_like(x_RD) if out_RD is None else out_RD
+    rest = (residual_RD, out_RD)
+    mean = (rows if likely_rows is None else likely_rows) * top_k / (likely_slots or slots)
+    settings = settings or default_settings(rows, mean, up.halves)
+    if rows <= BLOCK_R:
+        return _sum_small(arranged_RD, slots_RK, weights_RK, up, down, *rest, storage_S, slots, settings)
+    if mean <= STREAMED:
+        return _sum_streamed(arranged_RD, slots_RK, weights_RK, up, down, *rest, storage_S, slots, settings)
+    plain = [_unpacked(operand, slots, storage_S, x_RD.dtype, stacked) for operand, stacked in ((up, 2), (down, 1))]
+    return expert_sum_grouped(
+        arranged_RD, slots_RK, weights_RK, *plain, *rest, likely_rows=likely_rows, likely_slots=likely_slots
+    )
+
+
+def default_settings(rows: int, mean: float, halves: bool) -> dict[str, int]:
+    """What was fastest on an H200 for Mixtral-8x7B, whole.
+
+    Outputs and columns of a tile, warps and stages of either product; ``parts`` programs that share the columns of w2
+    in a small batch; ``block_r`` rows and programs a multiprocessor of the streamed form, for ``mean`` rows an expert.
+    """
+    more = {"parts": 1, "block_r": 32 if mean <= 24 else 64 if mean <= 48 else 128, "programs": 2}
+    if rows <= BLOCK_R:
+        up = (32, 128, 4, 5) if halves or rows == 1 else (32, 128, 2, 4)
+        down, more["parts"] = (128 if halves and rows > 1 else 64, 128, 4, 4), 4 if halves or rows == 1 else 2
+    elif more["block_r"] == 32:
+        up, down = ((64, 128, 4, 3), (128, 128, 4, 3)) if halves else ((32, 128, 4, 4), (128, 128, 8, 3))
+    else:
+        up, down = (32, 128, 4, 3) if halves else (64, 128, 8, 3), (64, 128, 4, 4)
+    names, parts = ("block_o", "block_k", "num_warps", "num_stages"), {"up": up, "down": down}.items()
+    return {f"{part}_{name}": v for part, values in parts for name, v in zip(names, values, strict=True)} | more
+
+
+def _launch(x: torch.Tensor, settings: dict[str, int], part: str) -> dict[str, int | bool]:
+    overlaps = overlaps_launches(x.device)
+    more = {"PDL": overlaps, "num_warps": settings[f"{part}_num_warps"], "num_stages": settings[f"{part}_num_stages"]}
+    return more | ({"launch_pdl": True} if overlaps else {})
+
+
+def _sum_small(x_RD, slots_RK, weights_RK, up, down, residual_RD, out_RD, storage_S, slots: int, s) -> torch.Tensor:
+    (rows, width), top_k, hidden, parts = x_RD.shape, slots_RK.shape[1], down.columns, s["parts"]
+    h_NF = x_RD.new_empty(rows * top_k, hidden)
+    block_d = s["down_block_o"]
+    arrived_B = torch.empty(triton.cdiv(width, block_d), dtype=torch.int32, device=x_RD.device)
+    constants = up.constants(s["up_block_k"])
+    _up_packed[(triton.cdiv(hidden, s["up_block_o"]), slots)](
+        x_RD, slots_RK, weights_RK, *up.tensors, storage_S, h_NF, arrived_B, len(arrived_B), rows, width, hidden,
+        BLOCK_F=s["up_block_o"], COUNTERS=triton.next_power_of_2(len(arrived_B)), TOP_K=top_k, BLOCK_R=BLOCK_R,
+        **constants, **_launch(x_RD, s, "up"),
+    )  # fmt: skip
+    constants = down.constants(s["down_block_k"])
+    sums_NPD = torch.empty((rows * top_k, parts, width), dtype=torch.float32, device=x_RD.device)
+    span = triton.cdiv(hidden, parts * constants["BLOCK_K"]) * constants["BLOCK_K"]
+    _down_packed[(len(arrived_B), slots * parts)](
+        h_NF, slots_RK, *down.tensors, storage_S, residual_RD, sums_NPD, arrived_B, out_RD, rows, width, hidden, span,
+        PARTS=parts, BLOCK_D=block_d, TOP_K=top_k, BLOCK_R=BLOCK_R, **constants, **_launch(x_RD, s, "down"),
+    )  # fmt: skip
+    return out_RD
+
+
+def _sum_streamed(x_RD, slots_RK, weights_RK, up, down, residual_RD, out_RD, storage_S, slots: int, s) -> torch.Tensor:
+    (rows, width), top_k, hidden = x_RD.shape, slots_RK.shape[1], down.columns
+    overlap = overlaps_launches(x_RD.device)
+    pdl = {"launch_pdl": True} if overlap else {}
+    order = sort_rows(slots_RK, slots, s["block_r"], overlap, storage_S)
+    x_PD, block_d = x_RD.new_empty(order.places, width), min(triton.next_power_of_2(width), 1024)
+    _spread[rows + len(order.slot_B), triton.cdiv(width, block_d)](
+        x_RD, order.place_N, order.rows_B, x_PD, rows, width,
+        TOP_K=top_k, BLOCK_R=order.block_r, CUT=1, BLOCK_D=block_d, PDL=overlap, num_warps=4, **pdl,
+    )  # fmt: skip
+    h_PF, y_PD = x_RD.new_empty(order.places, hidden), x_RD.new_empty(order.places, width)
+    for part, rows_PI, operand, out_PO in (("up", x_PD, up, h_PF), ("down", h_PF, down, y_PD)):
+        block_o, outer = s[f"{part}_block_o"], out_PO.shape[1]
+        tiles = triton.cdiv(outer, block_o)
+        programs = min(len(order.slot_B) * tiles, s["programs"] * multiprocessors(x_RD.device))
+        _product_packed[programs,](
+            rows_PI, *operand.tensors, out_PO, order.slot_B, order.rows_B, order.blocks, operand.columns, outer, tiles,
+            SWIGLU=part == "up", TURNED=part == "up" and down.halves, BLOCK_R=order.block_r, BLOCK_O=block_o,
+            **operand.constants(s[f"{part}_block_k"]), **_launch(x_RD, s, part),
+        )  # fmt: skip
+    residual_RD = None if residual_RD is None else residual_RD.contiguous()
+    _weighted_sum[rows, triton.cdiv(width, block_d)](
+        y_PD, order.place_N, weights_RK, residual_RD, out_RD, width,
+        TOP_K=top_k, BLOCK_D=block_d, RESIDUAL=residual_RD is not None, PDL=overlap, num_warps=4, **pdl,
+    )  # fmt: skip
+    return out_RD
+
+
+def _arranged(x_RD: torch.Tensor) -> torch.Tensor:
+    """Rows in the order in which four-bit weights are multiplied."""
+    (rows, width), overlap = x_RD.shape, overlaps_launches(x_RD.device)
+    out_RD, block = torch.empty_like(x_RD), min(triton.next_power_of_2(width), 1024)
+    _arrange[(rows, triton.cdiv(width, block))](
+        x_RD, out_RD, width, BLOCK=block, PDL=overlap, num_warps=4, **({"launch_pdl": True} if overlap else {})
+    )
+    return out_RD
+
+
+def _unpacked(operand: _Operand, slots: int, storage_S, dtype: torch.dtype, stacked: int) -> torch.Tensor:
+    """Plain matrices of all slots, columns in the order of the format, and of w1 and w3 rows too."""
+    _, rows, _ = operand.data.shape
+    out_SOK = torch.empty(slots, rows, operand.columns, dtype=dtype, device=operand.data.device)
+    constants = operand.constants(128)
+    _unpack[(triton.cdiv(rows // stacked, ROWS), stacked, slots)](
+        *operand.tensors, storage_S, out_SOK, rows // stacked, operand.columns,
+        TURNED=stacked == 2 and operand.halves, STACKED=stacked, BLOCK_O=ROWS, **constants, num_warps=4,
+    )  # fmt: skip
+    return out_SOK
+
+
+@triton.jit
+def _column_of(place, columns):
+    """The column that stands at a place: those of the bytes' low halves come first. See ``moe.weights.Int4``."""
+    byte = place % (columns // 2)
+    return byte // 32 * 64 + byte % 2 * 32 + byte % 32 // 2 + place // (columns // 2) * 16
+
+
+@triton.jit
+def _place_of(column, columns):
+    """Where a column stands."""
+    within = column % 64
+    return column // 64 * 32 + within % 16 * 2 + within // 32 + within // 16 % 2 * (columns // 2)
+
+
+@triton.jit
+def _arrange(x_RD, out_RD, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    row, place = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    x = tl.load(x_RD + row * width + _column_of(place, width), place < width)
+    tl.store(out_RD + row * width + place, x, place < width)
+
+
+@triton.jit
+def _numbers(bytes_OB, zero_O1, DTYPE: tl.constexpr, ZEROS: tl.constexpr, ASM: tl.constexpr):
+    """Low and high halves of bytes less 8, or less a zero point: numbers of the rows' type, exact in any.
+
+    In bfloat16 a number below 16 is the last bits of 128's mantissa; two such stand in a register.
+    """
+    if ASM and DTYPE.is_bf16():
+        low, high = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 l, h, one, less;
+            mov.b32 one, 0x3f803f80;
+            mov.b32 less, 0xc308c308;
+            and.b32 l, $4, 0x0f0f0f0f;
+            shr.u32 h, $4, 4;
+            and.b32 h, h, 0x0f0f0f0f;
+            prmt.b32 $0, l, 0x43434343, 0x4140;
+            prmt.b32 $1, l, 0x43434343, 0x4342;
+            prmt.b32 $2, h, 0x43434343, 0x4140;
+            prmt.b32 $3, h, 0x43434343, 0x4342;
+            fma.rn.bf16x2 $0, $0, one, less;
+            fma.rn.bf16x2 $1, $1, one, less;
+            fma.rn.bf16x2 $2, $2, one, less;
+            fma.rn.bf16x2 $3, $3, one, less;
+            }""",
+            "=r,=r,=r,=r,r", [bytes_OB], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        low, high = ((bytes_OB & 15).to(DTYPE) - 8.0).to(DTYPE), ((bytes_OB >> 4).to(DTYPE) - 8.0).to(DTYPE)
+    if ZEROS:
+        low, high = low - (zero_O1 - 8.0).to(DTYPE), high - (zero_O1 - 8.0).to(DTYPE)
+    return low, high
+
+
+@triton.jit
+def _packed_dot(
+    data_O, scale_O, zero_O, x_R, has_R, first, last, columns,
+    HALVES: tl.constexpr, GROUP: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """float32 [O, R] of rows at ``x_R`` and packed weights at ``data_O``, over columns ``first`` … ``last`` - 1.
+
+    ``scale_O`` and ``zero_O`` are of each output's first group; ``zero_O`` None for none.
+    """
+    DTYPE: tl.constexpr = x_R.dtype.element_ty
+    AHEAD: tl.constexpr = GROUP >= 64 or (HALVES and GROUP == 0)
+    sum_OR = tl.zeros([BLOCK_O, BLOCK_R], tl.float32)
+    zero_O1 = tl.zeros([BLOCK_O, 1], tl.float32)
+    if AHEAD:  # asked for a step before they are multiplied, since nothing else brings them early
+        at = first // GROUP if GROUP else 0
+        next_O = tl.load(scale_O + at)
+        if zero_O is not None:
+            next_zero_O = tl.load(zero_O + at)
+    for k in range(first, last, BLOCK_K):
+        if AHEAD:
+            now_O = next_O.to(tl.float32)
+            at = tl.minimum(k + BLOCK_K, last - BLOCK_K) // GROUP if GROUP else 0
+            next_O = tl.load(scale_O + at)
+            if zero_O is not None:
+                zero_O1 = next_zero_O.to(tl.float32)[:, None]
+                next_zero_O = tl.load(zero_O + at)
+        if HALVES:
+            byte_B = k // 2 + tl.arange(0, BLOCK_K // 2)
+            bytes_OB = tl.load(data_O[:, None] + byte_B[None, :], eviction_policy="evict_first")
+            low_BR = tl.load(x_R[None, :] + byte_B[:, None], has_R[None, :], 0.0)
+            high_BR = tl.load(x_R[None, :] + (columns // 2 + byte_B)[:, None], has_R[None, :], 0.0)
+            if AHEAD:
+                low_OB, high_OB = _numbers(bytes_OB, zero_O1, DTYPE, zero_O is not None, ASM)
+                part_OR = tl.dot(low_OB, low_BR, input_precision="ieee")
+                part_OR = tl.dot(high_OB, high_BR, part_OR, input_precision="ieee")
+                sum_OR += part_OR * now_O[:, None]
+            else:  # a byte's columns are in one group of 32, neighbours' in two
+                group_B = byte_B // 32 * 2 + byte_B % 2
+                scale_OB = tl.load(scale_O[:, None] + group_B[None, :]).to(tl.float32)
+                zero_OB = 0.0
+                if zero_O is not None:
+                    zero_OB = tl.load(zero_O[:, None] + group_B[None, :]).to(tl.float32)
+                low_OB, high_OB = _numbers(bytes_OB, zero_OB, DTYPE, zero_O is not None, ASM)
+                low_OB = (low_OB.to(tl.float32) * scale_OB).to(DTYPE)
+                high_OB = (high_OB.to(tl.float32) * scale_OB).to(DTYPE)
+                sum_OR = tl.dot(low_OB, low_BR, sum_OR, input_precision="ieee")
+                sum_OR = tl.dot(high_OB, high_BR, sum_OR, input_precision="ieee")
+        else:
+            k_K = k + tl.arange(0, BLOCK_K)
+            w_OK = tl.load(data_O[:, None] + k_K[None, :], eviction_policy="evict_first").to(DTYPE)
+            x_KR = tl.load(x_R[None, :] + k_K[:, None], has_R[None, :], 0.0)
+            if AHEAD:
+                part_OR = tl.dot(w_OK, x_KR, input_precision="ieee")
+                sum_OR += part_OR * now_O[:, None]
+            else:
+                sum_OR = tl.dot(w_OK, x_KR, sum_OR, input_precision="ieee")
+    if GROUP == 0 and not HALVES:
+        sum_OR *= tl.load(scale_O).to(tl.float32)[:, None]
+    return sum_OR
+
+
+@triton.jit
+def _at(
+    data, scales, zeros, matrix, row_O, outer, columns,
+    HALVES: tl.constexpr, GROUP: tl.constexpr, HEIGHT: tl.constexpr,
+):  # fmt: skip
+    """Where rows of a matrix begin: its weights, scales and zero points. ``matrix`` [O] counts whole matrices."""
+    groups = columns // GROUP if GROUP else 1
+    if HEIGHT:
+        scale_O = (matrix * tl.cdiv(outer, HEIGHT) + row_O // HEIGHT) * groups
+    else:
+        scale_O = matrix + row_O * 0
+    data_O = data + (matrix * outer + row_O) * (columns // 2 if HALVES else columns)
+    return data_O, scales + scale_O, scale_O if zeros is None else zeros + scale_O
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _up_packed(
+    x, slots, weights, data, scales, zeros, storage, h, arrived, counters, rows, width, hidden,
+    BLOCK_F: tl.constexpr, COUNTERS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_R: tl.constexpr, HALVES: tl.constexpr,
+    GROUP: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """h of every row that chose one slot, for some f, as ``triton_small._up_some_rows``."""
+    slot = tl.program_id(1).to(tl.int64)
+    row_R, g_G = tl.arange(0, BLOCK_R), tl.arange(0, 2 * BLOCK_F)
+    f_G = tl.program_id(0) * BLOCK_F + g_G % BLOCK_F
+    f_G = tl.where(f_G < hidden, f_G, 0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    place = slot
+    if storage is not None:
+        place = tl.load(storage + slot)
+    _start_counting(arrived, counters, COUNTERS)
+    choice_R, _ = _choice_of(slots, slot, rows, BLOCK_R, TOP_K)
+    chose_R = choice_R >= 0
+    if tl.max(choice_R, 0) >= 0:
+        matrix_G = place * 2 + g_G // BLOCK_F
+        data_G, scale_G, zero_G = _at(data, scales, zeros, matrix_G, f_G, hidden, width, HALVES, GROUP, HEIGHT)
+        sum_GR = _packed_dot(
+            data_G, scale_G, None if zeros is None else zero_G, x + tl.where(chose_R, row_R, 0) * width, chose_R,
+            0, width, width, HALVES, GROUP, 2 * BLOCK_F, BLOCK_R, BLOCK_K, ASM,
+        )  # fmt: skip
+        gate_FR, up_FR = tl.split(tl.permute(tl.reshape(sum_GR, (2, BLOCK_F, BLOCK_R)), (1, 2, 0)))
+        weight_R = tl.load(weights + choice_R, chose_R, 0.0)
+        h_FR = gate_FR * tl.sigmoid(gate_FR) * up_FR * weight_R[None, :]
+        f_F = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+        stored_F = _place_of(f_F, hidden) if HALVES else f_F
+        places_FR = h + choice_R.to(tl.int64)[None, :] * hidden + stored_F[:, None]
+        tl.store(places_FR, h_FR.to(h.dtype.element_ty), (f_F < hidden)[:, None] & chose_R[None, :])
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _down_packed(
+    h, slots, data, scales, zeros, storage, residual, sums, arrived, out, rows, width, hidden, span,
+    PARTS: tl.constexpr, BLOCK_D: tl.constexpr, TOP_K: tl.constexpr, BLOCK_R: tl.constexpr, HALVES: tl.constexpr,
+    GROUP: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One slot's part of out[d] of the rows that chose it, for some d, as ``triton_small._down_some_rows``."""
+    slot, part = (tl.program_id(1) // PARTS).to(tl.int64), tl.program_id(1) % PARTS
+    d_D, row_R = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_R)
+    inside_D = d_D < width
+    place = slot
+    if storage is not None:
+        place = tl.load(storage + slot)
+    choice_R, present_R = _choice_of(slots, slot, rows, BLOCK_R, TOP_K)
+    chose_R = choice_R >= 0
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    if tl.max(choice_R, 0) >= 0:
+        row_D = tl.where(inside_D, d_D, 0)
+        data_D, scale_D, zero_D = _at(data, scales, zeros, place, row_D, width, hidden, HALVES, GROUP, HEIGHT)
+        sum_DR = _packed_dot(
+            data_D, scale_D, None if zeros is None else zero_D,
+            h + tl.where(chose_R, choice_R, 0).to(tl.int64) * hidden, chose_R,
+            part * span, tl.minimum(part * span + span, hidden), hidden, HALVES, GROUP, BLOCK_D, BLOCK_R,
+            BLOCK_K, ASM,
+        )  # fmt: skip
+        places_DR = sums + (choice_R * PARTS + part)[None, :] * width + d_D[:, None]
+        tl.store(places_DR, sum_DR, inside_D[:, None] & chose_R[None, :])
+    inside_RD, outputs_RD = (row_R < rows)[:, None] & inside_D[None, :], row_R[:, None] * width + d_D[None, :]
+    if residual is not None:
+        residual_RD = tl.load(residual + outputs_RD, inside_RD, 0.0)  # while this program's part is still on its way
+    if _is_last(arrived + tl.program_id(0), tl.num_programs(1)):
+        sum_RD = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+        for k in tl.static_range(TOP_K):
+            here_R = (present_R >> k) & 1 == 1
+            for p in tl.static_range(PARTS):
+                places_RD = sums + ((row_R * TOP_K + k) * PARTS + p)[:, None] * width + d_D[None, :]
+                sum_RD += tl.load(places_RD, here_R[:, None] & inside_D[None, :], 0.0, cache_modifier=".cg")
+        if residual is not None:
+            sum_RD += residual_RD.to(tl.float32)
+        tl.store(out + outputs_RD, sum_RD.to(out.dtype.element_ty), inside_RD)
+
+
+@triton.jit
+def _product_packed(
+    x_PI, data, scales, zeros, out_PO, slot_B, rows_B, blocks, inner, outer, tiles,
+    SWIGLU: tl.constexpr, TURNED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, HALVES: tl.constexpr,
+    GROUP: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Every sorted row times the weights of its slot: blocks of rows × blocks of weight rows, tile after tile.
+
+    Of a block's rows as many quarters are multiplied as there are. ``TURNED`` stores outputs in the order in which
+    four-bit weights are multiplied.
+    """
+    QUARTER: tl.constexpr = max(BLOCK_R // 4, 16)
+    HALF: tl.constexpr = max(BLOCK_R // 2, 16)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    for tile in tl.range(tl.program_id(0), tl.load(blocks) * tiles, tl.num_programs(0)):
+        block, o = tile // tiles, tile % tiles * BLOCK_O
+        rows, slot = tl.load(rows_B + block), tl.load(slot_B + block).to(tl.int64)
+        first = block.to(tl.int64) * BLOCK_R
+        if rows <= QUARTER:
+            _packed_tile(
+                x_PI, data, scales, zeros, out_PO, slot, first, rows, o, inner, outer,
+                SWIGLU, TURNED, QUARTER, BLOCK_O, HALVES, GROUP, HEIGHT, BLOCK_K, ASM,
+            )  # fmt: skip
+        elif rows <= HALF:
+            _packed_tile(
+                x_PI, data, scales, zeros, out_PO, slot, first, rows, o, inner, outer,
+                SWIGLU, TURNED, HALF, BLOCK_O, HALVES, GROUP, HEIGHT, BLOCK_K, ASM,
+            )  # fmt: skip
+        else:
+            _packed_tile(
+                x_PI, data, scales, zeros, out_PO, slot, first, rows, o, inner, outer,
+                SWIGLU, TURNED, BLOCK_R, BLOCK_O, HALVES, GROUP, HEIGHT, BLOCK_K, ASM,
+            )  # fmt: skip
+
+
+@triton.jit
+def _packed_tile(
+    x_PI, data, scales, zeros, out_PO, slot, first, rows, o, inner, outer,
+    SWIGLU: tl.constexpr, TURNED: tl.constexpr, ROWS: tl.constexpr, BLOCK_O: tl.constexpr, HALVES: tl.constexpr,
+    GROUP: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """out[first : first + rows, o : o + BLOCK_O], the weights on the M side, w1 above w3 in one tile."""
+    HIGH: tl.constexpr = 2 * BLOCK_O if SWIGLU else BLOCK_O
+    g_G, r_R = tl.arange(0, HIGH), tl.arange(0, ROWS)
+    row_G = o + g_G % BLOCK_O
+    row_G = tl.where(row_G < outer, row_G, 0)
+    matrix_G = (slot * 2 + g_G // BLOCK_O) if SWIGLU else slot + g_G * 0
+    data_G, scale_G, zero_G = _at(data, scales, zeros, matrix_G, row_G, outer, inner, HALVES, GROUP, HEIGHT)
+    sum_GR = _packed_dot(
+        data_G, scale_G, None if zeros is None else zero_G, x_PI + (first + r_R) * inner, r_R < rows, 0, inner, inner,
+        HALVES, GROUP, HIGH, ROWS, BLOCK_K, ASM,
+    )  # fmt: skip
+    if SWIGLU:
+        gate_OR, up_OR = tl.split(tl.permute(tl.reshape(sum_GR, (2, BLOCK_O, ROWS)), (1, 2, 0)))
+        sum_GR = gate_OR * tl.sigmoid(gate_OR) * up_OR
+    o_O = o + tl.arange(0, BLOCK_O)
+    stored_O = _place_of(o_O, outer) if TURNED else o_O
+    places_RO = out_PO + (first + r_R)[:, None] * outer + stored_O[None, :]
+    tl.store(places_RO, sum_GR.T.to(out_PO.dtype.element_ty), (r_R < rows)[:, None] & (o_O < outer)[None, :])
+
+
+@triton.jit
+def _unpack(
+    data, scales, zeros, storage, out_SOK, outer, columns,
+    TURNED: tl.constexpr, STACKED: tl.constexpr, BLOCK_O: tl.constexpr, HALVES: tl.constexpr, GROUP: tl.constexpr,
+    HEIGHT: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Some rows of one matrix as plain numbers; ``TURNED`` puts rows where they stand as columns of the next."""
+    slot, matrix = tl.program_id(2).to(tl.int64), tl.program_id(1)
+    row_O = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+    inside_O1 = (row_O < outer)[:, None]
+    read_O = tl.where(row_O < outer, row_O, 0)
+    place = slot
+    if storage is not None:
+        place = tl.load(storage + slot)
+    matrix_O = place * STACKED + matrix + read_O * 0
+    data_O, scale_O, zero_O = _at(data, scales, zeros, matrix_O, read_O, outer, columns, HALVES, GROUP, HEIGHT)
+    stored_O = _place_of(read_O, outer) if TURNED else read_O
+    out_O1 = (out_SOK + ((slot * STACKED + matrix) * outer + stored_O) * columns)[:, None]
+    DTYPE: tl.constexpr = out_SOK.dtype.element_ty
+    for k in range(0, columns, BLOCK_K):
+        if HALVES:
+            byte_B = k // 2 + tl.arange(0, BLOCK_K // 2)
+            group_B = byte_B // 32 * 2 + byte_B % 2 if GROUP == 32 else byte_B * 2 // GROUP if GROUP else byte_B * 0
+            bytes_OB = tl.load(data_O[:, None] + byte_B[None, :], inside_O1, 0)
+            scale_OB = tl.load(scale_O[:, None] + group_B[None, :]).to(tl.float32)
+            zero_OB = 0.0
+            if zeros is not None:
+                zero_OB = tl.load(zero_O[:, None] + group_B[None, :]).to(tl.float32)
+            low_OB, high_OB = _numbers(bytes_OB, zero_OB, DTYPE, zeros is not None, ASM)
+            tl.store(out_O1 + byte_B[None, :], (low_OB.to(tl.float32) * scale_OB).to(DTYPE), inside_O1)
+            high = out_O1 + (columns // 2 + byte_B)[None, :]
+            tl.store(high, (high_OB.to(tl.float32) * scale_OB).to(DTYPE), inside_O1)
+        else:
+            k_K = k + tl.arange(0, BLOCK_K)
+            w_OK = tl.load(data_O[:, None] + k_K[None, :], inside_O1, 0.0).to(tl.float32)
+            scale_O1 = tl.load(scale_O + (k // GROUP if GROUP else 0)).to(tl.float32)[:, None]
+            tl.store(out_O1 + k_K[None, :], (w_OK * scale_O1).to(DTYPE), inside_O1)

@@ -1,0 +1,141 @@
+"""Pages quote benchmarks/results as it is: tables of README and docs against the JSON that they name."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+Table = dict[str, list[str]]  # first cell → the others, without what stands in the head
+
+
+def runs(name: str) -> list[dict]:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["runs"]
+
+
+def table(page: str, head: str) -> Table:
+    """The rows of the table whose head begins so; marks of code are left out."""
+    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith(head))
+    found = {}
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        first, *cells = (cell.strip().replace("`", "") for cell in line.strip("|").split("|"))
+        found[first] = cells
+    return found
+
+
+def rate(line: dict) -> str:
+    return f"{line['tokens_per_s']:,.0f}"
+
+
+def rates(name: str, attention: str, plan: str = "contiguous", extras: tuple[str, ...] = ()) -> list[str]:
+    """Tokens a second at 1, 8, 64 and 256 sequences and of prompts, and GB at 256, as pages write them."""
+    lines = [line for line in runs(name) if line["measurement"] in ("decode", "prefill")]
+    lines = [
+        line for line in lines
+        if (line["attention"], line["plan"]["name"], tuple(line["with"])) == (attention, plan, extras)
+    ][:5]  # fmt: skip
+    assert [line["batch"] for line in lines] == [1, 8, 64, 256, 8]
+    return [*map(rate, lines), f"{lines[3]['peak_memory_gb']:.1f}"]
+
+
+def test_readme():
+    rows = table("README.md", "| | one H200 |")
+    assert list(rows) == ["1 sequence", "8", "64", "256", "prefill 8 × 2048"]
+    columns = list(zip(*rows.values(), strict=True))
+    wanted = [rates("model-h200", "tp"), rates("model-plans-h200x2", "tp"), rates("model-plans-h200x2", "dp")]
+    assert [list(columns[place]) for place in (0, 2, 3)] == [column[:5] for column in wanted]
+
+
+def test_one_gpu():
+    lines = [line for line in runs("model-h200") if line["measurement"] in ("decode", "prefill")]
+    rows = list(table("docs/performance.md", "| tokens/s | ours |").values())
+    assert [cells[0] for cells in rows] == [f"{lines[0]['tokens_per_s']:.1f}", *map(rate, lines[1:])]
+    assert [cells[1] for cells in rows] == [f"{line['share_of_bound']:.0%}" for line in lines]
+    bounds = table("docs/performance.md", "| sequences | experts, GB |")
+    for line in lines[:4]:
+        *sizes, bound_ms, most = bounds[str(line["batch"])]
+        parts = line["gb_per_step"]
+        assert sizes == [f"{parts['experts']:.1f}", f"{parts['linear']:.2f}", f"{parts['attention']:.2f}"]
+        assert float(bound_ms) == pytest.approx(line["bound_ms"], rel=3e-3)
+        assert float(most.replace(",", "")) == pytest.approx(1e3 * line["batch"] / line["bound_ms"], rel=3e-3)
+    start = next(line for line in runs("model-h200") if line["measurement"] == "start")
+    page = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    assert re.search(r"decoding at batch 1: ([\d.]+) s", page)[1] == f"{start['decoding_s']:.1f}"
+
+
+def test_kernels_alone():
+    times = {
+        (line["tokens"], line["variant"]): line
+        for line in runs("moe-kernels-h200")
+        if line["hidden"] == 14336 and line["routing"] == "uniform"
+    }
+    rows = table("docs/performance.md", "| rows | ours, ms | bound, ms |")
+    assert {tokens for tokens, _ in times} == set(map(int, rows))
+    for rows_text, (ours, bound, others) in rows.items():
+        kernels, grouped = (times[int(rows_text), variant] for variant in ("kernels", "grouped_mm"))
+        for text, ms in ((ours, kernels["ms"]), (bound, kernels["bound_ms"]), (others, grouped["ms"])):
+            assert float(text) == pytest.approx(ms, abs=0.51 * 10 ** -len(text.partition(".")[2]))
+
+
+def test_plans_over_two_gpus():
+    rows = table("docs/expert-parallel.md", "| | 1 | 8 | 64 | 256 |")
+    of = {
+        "dp, ep, contiguous": ("dp",), "… with shadows": ("dp", "contiguous", ("shadow",)),
+        "dp, ep, hot_cold": ("dp", "hot_cold+1"),
+        "… with a cold capacity of 0.5": ("dp", "hot_cold+1", ("capacity0.5",)),
+        "dp, ep, balanced+2": ("dp", "balanced+2"), "dp, ep, everywhere": ("dp", "everywhere"), "tp, tp": ("tp",),
+    }  # fmt: skip
+    assert rows == {name: rates("model-plans-h200x2", *what) for name, what in of.items()}
+
+
+@pytest.mark.parametrize(
+    ("page", "head", "name", "counts", "variants"),
+    [
+        ("docs/expert-parallel.md", "| rows a rank | 16 | skewed | 256 |", "moe-layer-h200x2", (16, 256, 1024), None),
+        (
+            "docs/smart-schedule.md", "| rows a rank | 16 | skewed | 64 |", "moe-layer-exact-h200x2",
+            (16, 64, 1024, 4096), {"exact exchange": "contiguous+exact", "in two parts": "contiguous+schedule"},
+        ),
+    ],
+)  # fmt: skip
+def test_layers_over_two_gpus(page, head, name, counts, variants):
+    times = {(line["variant"], line["tokens_per_rank"], line["routing"]): line for line in runs(name)}
+    rows = table(page, head)
+    bounds = rows.pop("bound", None)
+    cases = [(count, routing) for count in counts for routing in ("uniform", "skew:0.5")]
+    for first, cells in rows.items():
+        variant = first if variants is None else variants[first]
+        assert cells == [f"{times[(variant, *case)]['ms']:.2f}" for case in cases], first
+    if bounds is not None:
+        assert bounds == [f"{times[('contiguous', *case)]['bound_ms']:.2f}" for case in cases]
+        assert len(rows) == len({variant for variant, *_ in times})
+
+
+def test_two_phase():
+    lines = json.loads((ROOT / "benchmarks/results/two-phase.json").read_text())["results"]
+    lines = [line for line in lines if line["kind"] == "two_phase" and not line.get("timed")]
+
+    def near(text: str, share: float) -> bool:
+        return abs(float(text) - 100 * share) <= 0.51
+
+    rights = table("docs/two-phase.md", "| estimates right, % |")
+    for trace, cells in rights.items():
+        found = {line["path_length"]: line["right"] for line in lines if line["trace"] == trace}
+        assert len(cells) == len(found) == 7
+        assert all(near(cell, found[length]) for length, cell in enumerate(cells)), trace
+    for first, cells in table("docs/two-phase.md", "| corrections, % |").items():
+        trace, length = re.fullmatch(r"(\w+), l = (\d)", first).groups()
+        found = {
+            line["threshold"]: line["corrected"]
+            for line in lines
+            if (line["trace"], line["path_length"]) == (trace, int(length))
+        }
+        assert all(
+            near(cell, found[threshold]) for cell, threshold in zip(cells, (None, 0.05, 0.1, 0.15, 0.2), strict=True)
+        ), first
