@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mixtralkit.config.ranks import rank_of
 from mixtralkit.engine.template import Renderer
@@ -13,22 +14,32 @@ from mixtralkit.engine.tokenizer import Tokenizer
 Message = Mapping[str, str]
 
 
-def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+def encode_chat(
+    tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None
+) -> list[int]:
     """Token ids up to where the assistant answers, by the tokenizer's template; Mistral's where it has none.
 
     Args:
         messages: ``{"role": "system" | "user" | "assistant", "content": text}``. Mistral's templates want a system
             message first if at all, then user and assistant in turns, user first and last.
+        tools: functions that the model may call, as OpenAI describes them, for templates that show them to it.
 
     Raises:
-        ValueError: naming the first message that the template cannot take.
+        ValueError: naming the first message that the template cannot take; for tools that it would not show.
     """
     if tokenizer.chat_template is not None or tokenizer.version != 1:
         _say(describe_template(tokenizer))
+    if tools and not takes_tools(tokenizer):
+        raise ValueError("the model's chat template takes no tools")
     if tokenizer.chat_template is not None:
-        return tokenizer.encode_rendered(render(tokenizer, messages))
+        return tokenizer.encode_rendered(render(tokenizer, messages, tools))
     check_dialog(messages)
     return _mistral_v1(tokenizer, messages) if tokenizer.version == 1 else _mistral_v3(tokenizer, messages)
+
+
+def takes_tools(tokenizer: Tokenizer) -> bool:
+    """Whether the tokenizer's template shows tools to the model; Mistral's own, as written here, do not."""
+    return tokenizer.chat_template is not None and "tools" in tokenizer.chat_template
 
 
 def describe_template(tokenizer: Tokenizer) -> str:
@@ -87,10 +98,10 @@ def _system_and_turns(messages: Sequence[Message]) -> tuple[str, Sequence[Messag
     return messages[0]["content"] + "\n\n" if messages[0]["content"] else "", messages[1:]
 
 
-def render(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
+def render(tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> str:
     """The dialog as the tokenizer's template writes it, up to where the assistant answers; ValueError if it refuses."""
     check_messages(messages)
-    values = {"messages": [dict(message) for message in messages], "tools": None, "documents": None}
+    values = {"messages": [dict(message) for message in messages], "tools": tools or None, "documents": None}
     values |= {"add_generation_prompt": True, **tokenizer.special_names}
     try:
         return _renderer().render(tokenizer.chat_template, values)

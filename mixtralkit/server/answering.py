@@ -16,6 +16,7 @@ from mixtralkit.server.asking import Asked
 from mixtralkit.server.errors import ApiError
 from mixtralkit.server.logprobs import Shapes, Told
 from mixtralkit.server.protocol import AnyRequest, ChatRequest, CompletionRequest
+from mixtralkit.server.tools import ToolCalls
 
 
 class Writer:
@@ -185,6 +186,8 @@ class ChatWriter(Writer):
     def __init__(self, body: ChatRequest, asked: Asked, model: str, tokenizer: Tokenizer) -> None:
         super().__init__(body, asked, model, tokenizer)
         self._shapes = Shapes(tokenizer)
+        may_call = bool(body.tools) and body.tool_choice != "none"
+        self._calls = [ToolCalls(tokenizer) for _ in asked.requests] if may_call else None
 
     def chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
         return super().chunk(choice) | {"object": "chat.completion.chunk"}
@@ -197,19 +200,30 @@ class ChatWriter(Writer):
             yield self._delta(index, {"role": "assistant", "content": ""}, (), None)
 
     def choices(self, index: int, event: StreamEvent) -> Iterator[dict[str, Any]]:
-        told = [told_of(token) for token in event.tokens]
-        if event.text or (told and self.body.logprobs):
-            yield self._delta(index, {"content": event.text}, told, None)
+        told, text, calls = [told_of(token) for token in event.tokens], event.text, []
+        if self._calls is not None:
+            text, calls = self._calls[index].push(event)
+        if text or (told and self.body.logprobs):
+            yield self._delta(index, {"content": text}, told, None)
+        if calls:
+            numbered = [{"index": i, **call} for i, call in enumerate(calls)]
+            yield self._delta(index, {"tool_calls": numbered}, (), None)
         if event.finish_reason:
-            yield self._delta(index, {}, (), event.finish_reason)
+            yield self._delta(index, {}, (), "tool_calls" if calls else event.finish_reason)
 
     def choice(self, index: int, completion: Completion) -> dict[str, Any]:
         c = completion
         tops = c.top_logprobs or [()] * len(c.tokens)
         told = [Told(*values) for values in zip(c.tokens, c.texts, c.logprobs, tops, strict=True)]
-        message = {"role": "assistant", "content": c.text, "refusal": None}
+        message, reason = {"role": "assistant", "content": c.text, "refusal": None}, c.finish_reason
+        if self._calls is not None:
+            tokens = tuple(Token(each.id, each.logprob, each.text) for each in told)
+            text, calls = self._calls[index].push(StreamEvent(c.id, c.text, c.finish_reason, c, tokens))
+            if calls:
+                message |= {"content": text or None, "tool_calls": calls}
+                reason = "tool_calls"
         logprobs = self._shapes.chat(told) if self.body.logprobs else None
-        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": c.finish_reason}
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
     def _delta(self, index: int, delta: dict[str, Any], told: Sequence[Told], reason: str | None) -> dict[str, Any]:
         logprobs = self._shapes.chat(told) if self.body.logprobs and told else None

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mixtralkit.engine.chat import encode_chat
+from mixtralkit.engine.chat import encode_chat, takes_tools
 from mixtralkit.engine.generation import Engine
 from mixtralkit.engine.grammar import ANY_OBJECT
 from mixtralkit.engine.requests import Request
@@ -17,6 +17,7 @@ from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.server.errors import ApiError, bad
 from mixtralkit.server.protocol import (
     AnyRequest,
+    AssistantMessage,
     ChatRequest,
     CompletionRequest,
     Content,
@@ -24,6 +25,8 @@ from mixtralkit.server.protocol import (
     ResponseFormat,
     TextPart,
     Tool,
+    ToolCall,
+    ToolMessage,
 )
 
 _COMPLETION_TOKENS = 16  # OpenAI's, where a completion does not say
@@ -85,7 +88,11 @@ class Asking:
         given = {name: value for name, value in given.items() if value is not None}
         if len(set(given.values())) > 1:
             raise bad(f"max_tokens ({body.max_tokens}) and max_completion_tokens ({body.max_completion_tokens}) differ")
-        ids = self.dialog(body.messages, body.tools)
+        if not (body.tool_choice is None or body.tool_choice in ("none", "auto")):
+            raise unsupported("tool_choice other than none and auto", "tool_choice")
+        if body.parallel_tool_calls is False:
+            raise unsupported("parallel_tool_calls false", "parallel_tool_calls")
+        ids = self.dialog(body.messages, None if body.tool_choice == "none" else body.tools)
         room = self.max_seq_len - len(ids)
         name, length = next(iter(given.items()), ("max_tokens", max(room, 1)))
         return self._asked(body, [ids], length, name, {"logprobs": True, "top_logprobs": body.top_logprobs or 0})
@@ -100,10 +107,11 @@ class Asking:
 
     def dialog(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> tuple[int, ...]:
         """Token ids of messages in the model's chat template; ApiError where it does not take them."""
-        if tools:
-            raise bad("tools are not supported", "tools", "unsupported_field")
+        if tools and not takes_tools(self.tokenizer):
+            raise bad("tools are not supported: the model's chat template takes none", "tools", "unsupported_field")
+        described = [tool.model_dump(exclude_none=True) for tool in tools or ()]
         try:
-            return tuple(encode_chat(self.tokenizer, [_plain(message) for message in messages]))
+            return tuple(encode_chat(self.tokenizer, [_plain(message) for message in messages], described))
         except ValueError as error:
             raise bad(f"messages: {error}", "messages") from None
 
@@ -191,9 +199,9 @@ def refuse_unsupported(body: AnyRequest) -> None:
         raise bad("stream_options needs stream to be true", "stream_options")
 
 
-def unsupported(name: str) -> ApiError:
-    """400 for a field of OpenAI's that is not served."""
-    return bad(f"{name} is not supported", name, "unsupported_field")
+def unsupported(what: str, name: str | None = None) -> ApiError:
+    """400 for a field of OpenAI's, or a value of it, that is not served."""
+    return bad(f"{what} is not supported", name or what, "unsupported_field")
 
 
 def content_text(content: Content | None) -> str:
@@ -203,6 +211,20 @@ def content_text(content: Content | None) -> str:
     return "\n".join(part.text for part in content if isinstance(part, TextPart))
 
 
-def _plain(message: Message) -> dict[str, str]:
+def _plain(message: Message) -> dict[str, Any]:
+    """As templates take it: the arguments of calls as values, not as JSON."""
     role = "system" if message.role == "developer" else message.role
-    return {"role": role, "content": content_text(message.content)}
+    plain: dict[str, Any] = {"role": role, "content": content_text(message.content)}
+    if isinstance(message, ToolMessage):
+        plain["tool_call_id"] = message.tool_call_id
+    if isinstance(message, AssistantMessage) and message.tool_calls:
+        plain["tool_calls"] = [_called(call) for call in message.tool_calls]
+    return plain
+
+
+def _called(call: ToolCall) -> dict[str, Any]:
+    try:
+        arguments = json.loads(call.function.arguments)
+    except ValueError:
+        raise ValueError(f"the arguments of call {call.id} are not JSON") from None
+    return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}

@@ -22,22 +22,31 @@ START_S = 120.0
 
 
 class Server:
-    """Runs ``mixtralkit serve`` on a free port, and ends it with the ``with`` block."""
+    """Runs ``mixtralkit serve`` on a free port, and ends it with the ``with`` block.
 
-    def __init__(self, *words: object, ranks: int = 1, environ: dict[str, str] | None = None) -> None:
+    Args:
+        launcher: torchrun's words, where these are not for ``ranks`` on this machine; ``url`` is set by ``listens``.
+    """
+
+    def __init__(self, *words: object, ranks: int = 1, launcher: list[str] | None = None) -> None:
+        waits = launcher is None
         command = [sys.executable, "-m"]
         if ranks > 1:
-            command += ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
+            launcher = ["--standalone", f"--nproc_per_node={ranks}"]
+        if launcher is not None:
+            command += ["torch.distributed.run", *launcher, "-m"]
         command += ["mixtralkit", "serve", "-m", CKPTS, "--device", "cpu", "--port", 0, *words]
-        own = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+        own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+        self.environ = {**os.environ, **own}
         self.process = subprocess.Popen(
-            list(map(str, command)), cwd=ROOT, env={**own, **(environ or {})}, text=True, start_new_session=True,
+            list(map(str, command)), cwd=ROOT, env=self.environ, text=True, start_new_session=True,
             stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
         )  # fmt: skip
         self.said: list[str] = []
         self._lines: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
-        self.url = self.wait_for(r"listening on (http://\S+);")
+        if waits:
+            self.listens()
 
     def __enter__(self) -> Server:
         return self
@@ -49,6 +58,10 @@ class Server:
     def stderr(self) -> str:
         """What it said so far."""
         return "".join(self.said)
+
+    def listens(self) -> None:
+        """Waits until it tells where."""
+        self.url = self.wait_for(r"listening on (http://\S+);")
 
     def ready(self) -> Server:
         """Waits until it takes requests."""
