@@ -146,7 +146,7 @@ def _sentence(content: Any, said: str, name: str) -> str:
     lacking = re.fullmatch(r"Object missing required field `(.*)`", text)
     if lacking:
         return f"{where or 'it'} lacks {lacking[1]}"
-    wanted = re.match(r"Expected `([^`]*)`(?: of length)?([^,]*)", text)
+    wanted = re.match(r"Expected `([^`]*)`([^,]*)", text.replace(" of length ", " of "))
     if wanted is None:
         return f"{where or 'it'}: {text}"
     kinds = [_RULES.get(kind.strip(), kind.strip()) for kind in wanted[1].split("|")]

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import time
 import warnings
 import zipfile
@@ -23,19 +24,30 @@ from hypothesis import strategies as st
 from mixtralkit.checkpoint import open_checkpoint, save_checkpoint
 from mixtralkit.distributed import RankContext
 from mixtralkit.engine.tokenizer import Tokenizer
+from mixtralkit.evaluation.compare import compare
 from mixtralkit.evaluation.prompt_sets import read_prompts
 from mixtralkit.evaluation.run import read_rows
+from mixtralkit.evaluation.run_record import RunRecord
+from mixtralkit.evaluation.summary import Row, as_json, summarise
+from mixtralkit.planning.cost import ModelShape
 from mixtralkit.planning.formats import load_plan, save_plan
+from mixtralkit.planning.hardware import Hardware
 from mixtralkit.planning.plan import contiguous
 from mixtralkit.planning.popularity import PathPopularity
+from mixtralkit.planning.replay import Execution
+from mixtralkit.planning.simulate import simulate
 from mixtralkit.planning.trace import RoutingTrace, load_routing
 from mixtralkit.planning.trace_parts import PartWriter
+from mixtralkit.training.corpus import Document, load_corpus, write_documents
 from mixtralkit.training.state import load_state
 from mixtralkit.training.tokens import TokenSet
 from tests.checkpoint.models import CONFIGS, random_tensors, write_one_file, write_params
 from tests.engine.side_files import CHATML, write_folder
+from tests.planning.machines import machine
 
 CONFIG = CONFIGS["grouped"]
+ROOT = Path(__file__).resolve().parent.parent
+SHAPE = ModelShape(dim=64, hidden=128, num_experts=4, top_k=2, heads=4, kv_heads=2, head_dim=16, vocab=100)
 LIMIT_S = 10.0
 ODD = st.one_of(
     st.sampled_from([
@@ -90,6 +102,44 @@ def sets(folder: Path) -> None:
                                                       "num_tokens": 3, "num_bytes": 9}) + "\n")  # fmt: skip
 
 
+def machines(folder: Path) -> None:
+    machine(across=True).save(folder / "wires.json")
+    shutil.copy(ROOT / "configs" / "hardware" / "h200x4.json", folder / "fused.json")
+
+
+def runs(folder: Path) -> None:
+    """A finished evaluation, and the same beside it to be compared with."""
+    rows = [{"id": i, "scores": {"accuracy": i % 2}, "domain": "a"} for i in range(4)]
+    facts = {"format": 2, "model": {"config": {}, "files": [], "weights": "x"}, "prompts": "p", "options": {"seed": 1}}
+    measures = summarise([Row.of(row) for row in rows])
+    (folder / "run.json").write_text(json.dumps(facts))
+    (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "summary.json").write_text(json.dumps({"records": 4, **as_json(measures)}))
+
+
+def training(folder: Path) -> None:
+    for part in ("train", "heldout"):
+        lines = [Document("a", b"some text"), Document("b", turns=("who?", "me"))]
+        write_documents(folder / part / "prose.jsonl", lines)
+
+
+def read_machines(folder: Path, path: Path) -> None:
+    hardware = Hardware.load(path)
+    trace = RoutingTrace(np.array([[[0, 1]], [[2, 3]], [[1, 3]], [[0, 2]]], np.int16), 4)
+    for plan, dispatcher in ((contiguous(1, 4, 2), "exact"), (contiguous(1, 4, 2), "symmetric")):
+        simulate(plan, trace, SHAPE, hardware, Execution(dispatcher, chunks=1 + (dispatcher == "exact")))
+
+
+def read_runs(folder: Path, path: Path) -> None:
+    facts = json.loads('{"format": 2, "model": {"config": {}, "files": []}, "prompts": "p", "options": {"seed": 1}}')
+    RunRecord(folder / "run.json", facts, folder, "advice")
+    compare(folder, folder)
+
+
+def read_training(folder: Path, path: Path) -> None:
+    load_corpus([folder])
+
+
 def read_plans(folder: Path, path: Path) -> None:
     load_plan(path, num_experts=4, world_size=2)
 
@@ -110,6 +160,9 @@ KINDS: dict[Callable[[Path], None], Callable[[Path, Path], Any]] = {
     plans: read_plans,
     traces: read_traces,
     sets: read_sets,
+    machines: read_machines,
+    runs: read_runs,
+    training: read_training,
 }
 
 
@@ -154,11 +207,14 @@ def changed_json(draw: Callable[[Any], Any], content: Any) -> Any:
 def test_any_change_of_any_file_is_a_right_answer_or_one_sentence(folders, data):
     make = data.draw(st.sampled_from(list(KINDS)))
     folder = folders[make]
-    path = data.draw(st.sampled_from(sorted(folder.iterdir())))
+    path = data.draw(st.sampled_from(sorted(path for path in folder.rglob("*") if path.is_file())))
     whole = path.read_bytes()
     try:
         if path.suffix in (".json", ".jsonl") and data.draw(st.integers(0, 4)):
-            path.write_text(json.dumps(changed_json(data.draw, json.loads(whole))))
+            parts = whole.splitlines() if path.suffix == ".jsonl" else [whole]
+            line = data.draw(st.integers(0, len(parts) - 1))
+            parts[line] = json.dumps(changed_json(data.draw, json.loads(parts[line]))).encode()
+            path.write_bytes(b"\n".join(parts) + b"\n")
         else:
             place = data.draw(st.integers(0, min(len(whole) - 1, 3000)))
             kind = data.draw(st.sampled_from(["flip", "cut", "insert", "end"]))

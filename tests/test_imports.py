@@ -24,7 +24,7 @@ ORDER = (
     ("distributed",),
     ("config",),
     ("moe.weights",),
-    ("json_file", "npz_file", "model_parameters", "version"),
+    ("json_file", "npz_file", "whole_file", "model_parameters", "version"),
 )
 BESIDE = {("model_parameters", "json_file"), ("npz_file", "json_file")}
 

@@ -37,7 +37,7 @@ def carried_files(found: Found, written: Mapping[str, str], dtype: str) -> tuple
         if (found.folder / name).is_file():
             files[name] = read_bytes(found.folder / name)
     source = found.parameters.name
-    stated = read_object(found.parameters) if source != "checkpoint.json" else {}
+    stated = read_object(found.parameters) if source.endswith(".json") and source != "checkpoint.json" else {}
     if source in written and _is_same_kind(stated, json.loads(written[source])):
         files[source] = _with_dtype(found.parameters, stated, dtype)
         return files, []

@@ -11,6 +11,8 @@ from typing import Any
 
 import msgspec
 
+from mixtralkit.checkpoint.files import ByteFile
+from mixtralkit.checkpoint.gguf import model_of
 from mixtralkit.checkpoint.quantised import method_of_files, refusal, stated_method
 from mixtralkit.config import ModelConfig, ParallelConfig
 from mixtralkit.json_file import conform, load_json, read_as, shown
@@ -22,6 +24,7 @@ OURS_JSON = "checkpoint.json"
 OURS_VERSION = 1
 
 SHARDED_PTH = "one-file or sharded .pth"
+GGUF = "GGUF"
 _KINDS = {
     SHARDED_PTH: r"consolidated\.(\d+)\.pth",
     "sharded .pt": r"consolidated\.(\d+)\.pt",
@@ -30,6 +33,7 @@ _KINDS = {
     "Hugging Face, one file": r"model\.safetensors",
     "Hugging Face, sharded": r"model-(\d+)-of-\d+\.safetensors",
     "mixtralkit": r"rank-(\d+)-of-\d+\.safetensors",
+    GGUF: r".+?(?:-(\d+)-of-\d+)?\.gguf",
 }
 INDEX_JSON = "model.safetensors.index.json"
 _INDEXED = "Hugging Face, sharded"
@@ -38,7 +42,7 @@ _INDEXED = "Hugging Face, sharded"
 _FORMAT_OF = {
     SHARDED_PTH: "mistral", "sharded .pt": "mistral-stacked", "byte splits of one .pth": "mistral-split",
     "Mistral safetensors": "mistral-safetensors", "Hugging Face, one file": "hf", "Hugging Face, sharded": "hf",
-    "mixtralkit": "mixtralkit",
+    "mixtralkit": "mixtralkit", GGUF: "gguf",
 }  # fmt: skip
 _SAME_FORMAT = {"mistral-shards": "mistral", "mistral-expert-shards": "mistral", "hf-packed": "hf"}
 
@@ -86,13 +90,15 @@ def recognise(folder: str | Path, format: str | None = None) -> Found:
         if method:
             raise ValueError(f"{folder}: {refusal(method)}")
         raise ValueError(
-            f"{folder}: holds no checkpoint (consolidated.*.pth, consolidated.safetensors, model*.safetensors, "
+            f"{folder}: holds no checkpoint (consolidated.*.pth, consolidated.safetensors, model*.safetensors, *.gguf, "
             f"{INDEX_JSON}, {OURS_JSON}); it holds {_some(held) or 'nothing'}"
         )
     kind, paths = _choose(folder, found, format)
     _check_numbers(folder, kind, paths, weight_map)
     if kind == "mixtralkit":
         return _ours(folder, paths)
+    if kind == GGUF:
+        return Found(folder, kind, _gguf_model(paths[0]), tuple((path,) for path in paths), paths[0])
     parameters = _parameters_file(folder, kind)
     config = load_json(parameters, _model_of)
     files = (tuple(paths),) if "splits" in kind else tuple((path,) for path in paths)
@@ -178,6 +184,9 @@ def _check_numbers(folder: Path, kind: str, paths: Sequence[Path], weight_map: M
         if missing:
             raise ValueError(f"{folder}: lacks {_some(missing)}, which {INDEX_JSON} names")
         return
+    if kind == GGUF:
+        _check_gguf(folder, paths)
+        return
     if kind.startswith("Hugging Face"):
         _check_shards(folder, paths)
         return
@@ -204,6 +213,27 @@ def _check_shards(folder: Path, paths: Sequence[Path]) -> None:
         if missing or int(count) != len(paths):
             lost = int(count) - len(paths)
             raise ValueError(f"{folder}: lacks {_some(missing[:lost] or missing)}, which its other files name")
+
+
+def _check_gguf(folder: Path, paths: Sequence[Path]) -> None:
+    """One file, or all parts of one model."""
+    models = {re.sub(r"-\d+(-of-\d+\.gguf)$", r"\1", path.name) for path in paths}
+    if len(models) > 1:
+        raise ValueError(f"{folder}: holds several models, keep one: {_some([path.name for path in paths])}")
+    parts = re.search(r"-of-(\d+)\.gguf$", paths[0].name)
+    count, numbers = int(parts.group(1)) if parts else 1, [_number(GGUF, path) for path in paths]
+    if parts and numbers != list(range(1, count + 1)):
+        raise ValueError(
+            f"{folder}: lacks parts of {models.pop()}: it has those numbered {_some(list(map(str, numbers)))}"
+        )
+
+
+def _gguf_model(path: Path) -> ModelConfig:
+    file = ByteFile((path,))
+    try:
+        return model_of(file)
+    finally:
+        file.close()
 
 
 def _model_of(params: Any) -> ModelConfig:

@@ -19,6 +19,7 @@ import msgspec
 import torch
 
 from mixtralkit.checkpoint.files import ByteFile, Cursor, Region
+from mixtralkit.checkpoint.gguf import MAGIC, read_gguf_index
 from mixtralkit.checkpoint.quantised import method_of_tensors, refusal
 from mixtralkit.json_file import Count, conform, parse_json, shown
 
@@ -37,7 +38,7 @@ _STORAGE_DTYPES = {
 
 
 def read_index(file: ByteFile, packed: bool = False) -> dict[str, Region]:
-    """Names and places of the tensors of a ``.safetensors``, ``.pth`` or ``.pt`` file, by its content.
+    """Names and places of the tensors of a ``.safetensors``, ``.pth``, ``.pt`` or ``.gguf`` file, by its content.
 
     ``packed`` lets safetensors have the dtypes of experts in fewer bits. ValueError, naming the file, for a damaged
     file and for a pickle that asks for more than tensors.
@@ -45,6 +46,8 @@ def read_index(file: ByteFile, packed: bool = False) -> dict[str, Region]:
     head = file.read(0, min(file.size, 64))
     if head.startswith(b"version https://git-lfs"):
         raise ValueError(f"{file}: is a Git LFS pointer and not the file itself; fetch it with git lfs pull")
+    if head.startswith(MAGIC):
+        return read_gguf_index(file)
     if ".safetensors" in file.paths[0].suffixes:
         return _read_safetensors_index(file, SAFETENSORS_DTYPES | (PACKED_DTYPES if packed else {}))
     if head.startswith(b"PK"):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from mixtralkit.config import ModelConfig
 from mixtralkit.layout import RankLayout, canonical_shapes
 
-STYLES = ("mistral", "stacked", "hugging-face", "packed")
+STYLES = ("mistral", "stacked", "hugging-face", "packed", "gguf", "gguf-merged", "gguf-single")
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,16 @@ def stored_tensors(style: str, config: ModelConfig) -> dict[str, Stored]:
     - ``stacked``: the eight-file release; experts one above the other, w2 of each transposed.
     - ``hugging-face``: one matrix per expert; query and key rows ordered for rotary halves.
     - ``packed``: Hugging Face with all experts of a layer in ``gate_up_proj`` [E, 2F, D] and ``down_proj`` [E, D, F].
+    - ``gguf``: llama.cpp's, a projection of all experts in one tensor; ``gguf-merged``: gate and up in one;
+      ``gguf-single``: one matrix per expert.
     """
     plain = {name: Stored(shape, (_whole(name, shape),)) for name, shape in canonical_shapes(config).items()}
     if style == "mistral":
         return plain
     if style == "stacked":
         return dict(_stacked(config, plain))
+    if style.startswith("gguf"):
+        return dict(_llama_cpp(config, plain, style))
     assert style in ("hugging-face", "packed")
     return dict(_hugging_face(config, plain, packed=style == "packed"))
 
@@ -136,6 +140,31 @@ def _hugging_face(config: ModelConfig, plain: dict[str, Stored], packed: bool) -
                 yield f"{theirs}block_sparse_moe.{end}", plain[f"{ours}feed_forward.{end}"]
     yield "model.norm.weight", plain["norm.weight"]
     yield "lm_head.weight", plain["output.weight"]
+
+
+def _llama_cpp(config: ModelConfig, plain: dict[str, Stored], style: str) -> Iterator[tuple[str, Stored]]:
+    inside = {
+        "attn_q": "attention.wq", "attn_k": "attention.wk", "attn_v": "attention.wv", "attn_output": "attention.wo",
+        "attn_norm": "attention_norm", "ffn_norm": "ffn_norm", "ffn_gate_inp": "feed_forward.gate",
+    }  # fmt: skip
+    merged = {"ffn_gate_up": ("w1", "w3"), "ffn_down": ("w2",)}
+    apart = {"ffn_gate": ("w1",), "ffn_up": ("w3",), "ffn_down": ("w2",)}
+    yield "token_embd.weight", plain["tok_embeddings.weight"]
+    for layer in range(config.n_layers):
+        ours, theirs = f"layers.{layer}.", f"blk.{layer}."
+        for name, source in inside.items():
+            yield f"{theirs}{name}.weight", plain[f"{ours}{source}.weight"]
+        for name, matrices in (merged if style == "gguf-merged" else apart).items():
+            if style == "gguf-single":
+                for expert in range(config.num_experts):
+                    stored = plain[f"{ours}feed_forward.experts.{expert}.{matrices[0]}.weight"]
+                    yield f"{theirs}{name}.{expert}.weight", stored
+                continue
+            slabs = _experts(config, plain, layer, matrices)
+            height = len(matrices) * slabs[0].height
+            yield f"{theirs}{name}_exps.weight", Stored((config.num_experts, height, slabs[0].width), slabs)
+    yield "output_norm.weight", plain["norm.weight"]
+    yield "output.weight", plain["output.weight"]
 
 
 def _rotary_halves(stored: Stored, head_dim: int) -> Stored:

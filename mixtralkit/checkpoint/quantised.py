@@ -22,7 +22,7 @@ _TENSORS = {
     ".q_invperm": "EXL2", ".biases": "MLX",
 }  # fmt: skip
 
-_FILES = {".gguf": "GGUF", ".ggml": "GGML"}
+_FILES = {".ggml": "GGML"}
 
 
 def stated_method(config: Mapping[str, Any]) -> str | None:

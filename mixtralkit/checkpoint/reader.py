@@ -21,7 +21,11 @@ from mixtralkit.moe.weights import ExpertWeights
 BLOCK_BYTES = 16 << 20
 MOST_LISTED = 8
 MOST_COMPARED_BYTES = 1 << 20  # repeated tensors up to this size, norms and gates, must be alike in every file
-_DERIVED = ("rope.freqs", "rotary_emb.inv_freq")  # tables that some tools store though the model computes them
+_DERIVED = (
+    "rope.freqs",
+    "rotary_emb.inv_freq",
+    "rope_freqs.weight",
+)  # tables that some tools store though the model computes them
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from mixtralkit.evaluation.work import AnswerOptions, Work, make_works
 from mixtralkit.mixtral import Mixtral, check_world_size, choose_dtype, choose_layout, open_source, with_weights
 from mixtralkit.planning.plan import ExpertPlan
 from mixtralkit.planning.trace import RoutingTrace
+from mixtralkit.whole_file import check_free
 
 LONGEST_WINDOW = 1024  # tokens of a piece of a text, where nobody asked for more
 SHOWN_RECORDS, SHOWN_TOKENS = 3, 600  # of each domain, with their tokens coloured
@@ -88,11 +89,12 @@ def evaluate(
         text_context: Fewest tokens of context of each scored token, where the text has as many; left out, half the
             window.
         stop: Texts that end a generation, beside a record's own.
-        overwrite: Replace the run of another model, set or setting that the output folder holds.
+        overwrite: Replace what is there: the run of another model, set or setting in the output folder, an earlier
+            report, trace or comparison.
     """
     if compare:
         if rank_of() == 0:
-            _compare(compare, output)
+            _compare(compare, output, overwrite)
         return
     run = _Run.prepare(
         prompts, engine, cut, sampling, max_gen_len=max_gen_len, stop=stop, windows=(window, text_context)
@@ -101,7 +103,7 @@ def evaluate(
     if routing_report is not None:
         with context.agreed():
             if context.is_first:
-                check_report(routing_report)
+                check_report(routing_report, overwrite)
         trace = trace or routing_report / "trace.npz"
     with Results(context, run.records, output, run.facts, overwrite) as results:
         if context.is_first and results.done:
@@ -242,11 +244,12 @@ def _shown(tokenizer: Tokenizer, sequences: Mapping[int, Ran], records: Sequence
     ]
 
 
-def _compare(folders: Sequence[Path], output: Path | None) -> None:
+def _compare(folders: Sequence[Path], output: Path | None, overwrite: bool) -> None:
     if len(folders) != 2:
         raise ValueError(f"compare needs two folders of finished runs, not {len(folders)}")
     if output is not None and output.suffix != ".json":
         raise ValueError(f"output ({output}) must be a .json file with compare")
+    check_free(output, overwrite)
     differences = comparison.compare(*folders)
     print(f"a: {folders[0]}\nb: {folders[1]}\n{comparison.table(differences)}")
     if output is not None:

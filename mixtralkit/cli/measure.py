@@ -21,6 +21,7 @@ from mixtralkit.config.options import Count, Positive
 from mixtralkit.distributed import RankContext
 from mixtralkit.ops.runtime import has_triton
 from mixtralkit.planning.hardware import Hardware, Link, Network
+from mixtralkit.whole_file import check_free
 
 ROWS = (1, 4, 16, 64, 256, 1024, 4096)
 
@@ -36,6 +37,7 @@ def measure(
     message_mb: Positive | None = None,
     ranks_per_node: int | None = None,
     fused: bool | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Measures on all ranks at once, slowest rank and median of five, and writes a hardware file NAME.json.
 
@@ -51,7 +53,10 @@ def measure(
         message_mb: largest message, in 10^6 bytes; 256 on CUDA, 16 on a CPU.
         ranks_per_node: ranks of one machine, when there are several; measures across them too.
         fused: measure this project's kernels too; left out, where they run and all ranks are on one machine.
+        overwrite: replace the file where it is there already.
     """
+    path = output or Path("configs/hardware") / f"{name}.json"
+    check_free(path, overwrite)
     context = RankContext.start(device)
     try:
         on_gpu = context.device.type == "cuda"
@@ -71,7 +76,6 @@ def measure(
         if fused:
             figures = _with_fused(figures, context, kind, shape, on_gpu)
         if context.is_first:
-            path = output or Path("configs/hardware") / f"{name}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             figures.save(path)
             print(f"{path}: written")

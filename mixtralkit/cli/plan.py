@@ -11,7 +11,7 @@ from typing import Literal
 from mixtralkit.cli.run import command
 from mixtralkit.config import ModelConfig, parse_dtype, shipped
 from mixtralkit.config.engine import Dtype, Quantize
-from mixtralkit.config.options import Count, Natural, Options, Positive, Share
+from mixtralkit.config.options import Count, Natural, Options, Positive, Ranks, Share
 from mixtralkit.moe.weights import parse_weights
 from mixtralkit.planning.cost import ModelShape
 from mixtralkit.planning.formats import save_plan
@@ -24,6 +24,7 @@ from mixtralkit.planning.policies.quality import measure, measure_held_out
 from mixtralkit.planning.policies.registry import POLICIES, Given, make_plan
 from mixtralkit.planning.replay import Execution
 from mixtralkit.planning.trace import load_routing
+from mixtralkit.whole_file import check_free
 
 FORMATS = {"mixtralkit": "plan", "sglang": "sglang", "tensorrt_llm": "tensorrt", "vllm": "vllm", "exflow": "exflow"}
 TAKES = {"auto": ("dispatcher",), **{name: options for name, (_, options) in POLICIES.items()}}
@@ -47,7 +48,7 @@ class PlanRequest(Options):
         batch: shadow and auto: tokens of a step on each rank.
     """
 
-    world_size: Count = 4
+    world_size: Ranks = 4
     ranks_per_node: Count | None = None
     memory_gb: Positive | None = None
     slots_per_rank: Count | None = None
@@ -101,6 +102,7 @@ def plan(
     output: Path = Path("plan.json"),
     format: str = "mixtralkit",
     plot: Path | None = None,
+    overwrite: bool = False,
     *,
     request: PlanRequest,
     only: PolicyOptions,
@@ -116,11 +118,14 @@ def plan(
         output: File for the plan.
         format: mixtralkit, sglang, tensorrt_llm, vllm or exflow.
         plot: File for a picture of loads and crossings, layer by layer.
+        overwrite: Replace output and plot where they are there already.
     """
     if format not in FORMATS:
         raise ValueError(f"format ({format!r}) must be one of {', '.join(FORMATS)}")
     if policy != "auto" and policy.partition("+")[0] not in POLICIES:
         raise ValueError(f"policy ({policy!r}) must be one of {', '.join([*POLICIES, 'auto'])}")
+    for path in (output, plot):
+        check_free(path, overwrite)
     given = replace(_read(trace, request), options=_options(policy, only))
     started = time.perf_counter()
     execution = Execution(only.dispatcher, request.batch)

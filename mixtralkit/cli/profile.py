@@ -17,6 +17,7 @@ from mixtralkit.evaluation.prompt_sets import read_prompts
 from mixtralkit.mixtral import Mixtral, open_source
 from mixtralkit.planning.popularity import PathPopularity, accuracy
 from mixtralkit.planning.trace import RoutingTrace
+from mixtralkit.whole_file import check_free, save_figure
 
 
 @command
@@ -25,6 +26,7 @@ def profile(
     output: Path,
     plot: Path | None = None,
     max_gen_len: Natural = 64,
+    overwrite: bool = False,
     *,
     sampling: SamplingOptions = SamplingOptions(temperature=0.0),
     engine: EngineConfig,
@@ -37,16 +39,20 @@ def profile(
         output: Trace to write, .npz (docs/traces.md).
         plot: Draw a heat map of the loads, layers by experts, to this .png.
         max_gen_len: Most tokens to generate for each prompt; 0 profiles the prompts alone.
+        overwrite: Replace output and plot where they are there already.
     """
     context = RankContext.start(engine.limits.device)
     with context.agreed():
+        if context.is_first:
+            for path in (output, plot):
+                check_free(path, overwrite)
         records = read_prompts(shipped("prompts", prompts))
         source = open_source(engine.source)
         requests, engine = requests_of(source, records, engine, max_gen_len, sampling)
     mixtral = Mixtral.load(engine, context, source)
     meta = {"model": engine.source.model.name, "prompts": prompts.name}
     with (
-        watched(mixtral, WatchOptions(record_routing=output), meta),
+        watched(mixtral, WatchOptions(record_routing=output, overwrite=overwrite), meta),
         tqdm(total=len(requests), unit="prompt", disable=not is_watched(context)) as bar,
     ):
         for _ in mixtral.generate_many(requests):
@@ -57,14 +63,16 @@ def profile(
     mixtral.close()
 
 
-def show(trace: Path, num_experts: int | None = None, plot: Path | None = None) -> None:
+def show(trace: Path, num_experts: int | None = None, plot: Path | None = None, overwrite: bool = False) -> None:
     """Prints how evenly a trace's layers use their experts.
 
     Args:
         trace: Trace, .npz or .npy of any kind that docs/traces.md lists.
         num_experts: Experts of the model, for a trace that does not say.
         plot: Draw a heat map of the loads, layers by experts, to this .png.
+        overwrite: Replace the picture where it is there already.
     """
+    check_free(plot, overwrite)
     _present(RoutingTrace.load(trace, num_experts), trace, plot)
 
 
@@ -76,6 +84,7 @@ def popularity(
     fraction: float = 0.5,
     keep: int | None = None,
     output: Path | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Estimates each layer's load from the tokens' paths (Lina), and says how often it is right.
 
@@ -89,7 +98,9 @@ def popularity(
         fraction: Share of the tokens that is counted.
         keep: Count only so many likeliest experts of each path; left out, all.
         output: Write the profile of the counted part to this file, .npz.
+        overwrite: Replace output where it is there already.
     """
+    check_free(output, overwrite)
     whole = RoutingTrace.load(trace, num_experts)
     if whole.num_layers < 2:
         raise ValueError(f"{trace}: a trace of 1 layer has no paths to learn from")
@@ -151,7 +162,4 @@ def draw_loads(trace: RoutingTrace, path: Path) -> None:
             colour = "black" if value > 0.6 * most else "white"
             axes.text(expert, layer, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
     figure.colorbar(image, ax=axes)
-    try:
-        figure.savefig(path, dpi=120)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
+    save_figure(figure, path, dpi=120)

@@ -15,6 +15,7 @@ from mixtralkit.config.options import Natural
 from mixtralkit.training.corpus import Document, load_corpus
 from mixtralkit.training.questions import IsKnown, Record, Sizes, answers, continuations, exchanges, passages
 from mixtralkit.training.tokens import TokenSet
+from mixtralkit.whole_file import check_free, writing
 
 # Documents whose licence lets parts of them stand here (configs/prompts/README.md): of the man pages OpenSSL's, of
 # Python's library what the Python Software Foundation licenses.
@@ -30,6 +31,7 @@ def prompt_sets(
     output: Path | None = None,
     questions: Natural = 100,
     texts: Natural = 5,
+    overwrite: bool = False,
 ) -> None:
     """Writes OUTPUT/heldout.jsonl (questions and texts of every domain) and OUTPUT/token-counts.json.
 
@@ -42,8 +44,12 @@ def prompt_sets(
         output: folder for the two files; left out, configs/prompts.
         questions: of each domain, at most.
         texts: of each domain but chat, which has as many bytes of short ones.
+        overwrite: replace the two files where they are there already.
     """
     output = shipped("prompts") if output is None else output
+    lines, counts = output / "heldout.jsonl", output / "token-counts.json"
+    for path in (lines, counts):
+        check_free(path, overwrite)
     corpus = load_corpus([text])
     missing = sorted({*OPEN, CHAT} - set(corpus))
     if missing:
@@ -66,8 +72,8 @@ def prompt_sets(
     records += answers(CHAT, open_documents, questions, known_answers.__contains__, sizes)
     records += exchanges(CHAT, open_documents, texts * sizes.passage, known_answers.__contains__, sizes)
     output.mkdir(parents=True, exist_ok=True)
-    _write_lines(output / "heldout.jsonl", records)
-    _write_counts(counted, output / "token-counts.json")
+    _write_lines(lines, records)
+    _write_counts(counted, counts)
     for domain in (*OPEN, CHAT):
         own = [record for record in records if record["domain"] == domain]
         asked = sum("choices" in record for record in own)
@@ -80,9 +86,11 @@ def _search(documents: Iterable[Document]) -> IsKnown:
 
 
 def _write_lines(path: Path, records: Iterable[Record]) -> None:
-    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+    with writing(path) as unfinished:
+        unfinished.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
 
 
 def _write_counts(tokens: TokenSet, path: Path) -> None:
     counts = sum(np.bincount(ids, minlength=tokens.vocab_size) for ids in tokens.train.values())
-    path.write_text(json.dumps({"counts": counts.tolist()}, separators=(",", ":")) + "\n", encoding="utf-8")
+    with writing(path) as unfinished:
+        unfinished.write_text(json.dumps({"counts": counts.tolist()}, separators=(",", ":")) + "\n", encoding="utf-8")

@@ -25,6 +25,7 @@ from mixtralkit.evaluation.prompt_sets import PromptRecord
 from mixtralkit.mixtral import Mixtral, encode_prompt
 from mixtralkit.planning.hardware import Hardware
 from mixtralkit.version import __version__
+from mixtralkit.whole_file import check_free
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,15 @@ class WatchOptions(Options):
     Attributes:
         moe_report: Print what each layer routed, dropped, sent and shadowed at the end.
         record_routing: Write the experts that every token took to this trace, .npz (docs/traces.md).
+        overwrite: Replace the trace where it is there already.
     """
 
     moe_report: bool = False
     record_routing: Path | None = None
+    overwrite: bool = False
+
+    def check(self) -> None:
+        check_free(self.record_routing, self.overwrite)
 
 
 @dataclass(frozen=True)

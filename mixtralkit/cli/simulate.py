@@ -11,7 +11,7 @@ import numpy as np
 from mixtralkit.cli.run import command
 from mixtralkit.config import ModelConfig, shipped
 from mixtralkit.config.engine import Quantize
-from mixtralkit.config.options import Count, Natural
+from mixtralkit.config.options import Count, Natural, Ranks
 from mixtralkit.moe.weights import parse_weights
 from mixtralkit.planning import simulate as simulator
 from mixtralkit.planning.cost import ModelShape
@@ -22,6 +22,7 @@ from mixtralkit.planning.policies.registry import POLICIES, Given, make_plan
 from mixtralkit.planning.replay import PHASES, Execution
 from mixtralkit.planning.simulate import Simulation
 from mixtralkit.planning.trace import RoutingTrace
+from mixtralkit.whole_file import check_free
 
 _RANKS_SHOWN = 32  # one by one; of more ranks only the least, the median and the most
 
@@ -31,7 +32,7 @@ def simulate(
     trace: Path,
     plan: tuple[str, ...] = ("contiguous",),
     dispatcher: tuple[str, ...] = ("exact",),
-    world_size: Count | None = None,
+    world_size: Ranks | None = None,
     ranks_per_node: Count | None = None,
     batch: Count | None = None,
     chunks: Count = 1,
@@ -43,6 +44,7 @@ def simulate(
     data_bytes: Count | None = None,
     quantize: Quantize | None = None,
     plot: Path | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Replays TRACE against every PLAN under every DISPATCHER; prints tables, and one line of JSON for each.
 
@@ -64,7 +66,9 @@ def simulate(
         data_bytes: of a number in rows and weights; the hardware's when not given.
         quantize: format of the experts' weights (docs/quantised.md); left out, numbers of data_bytes.
         plot: picture to write, .png.
+        overwrite: replace the picture where it is there already.
     """
+    check_free(plot, overwrite)
     routing = RoutingTrace.load(trace, num_experts)
     machine = Hardware.load(shipped("hardware", hardware))
     config = ModelConfig.from_file(shipped("models", model))

@@ -12,7 +12,7 @@ from mixtralkit.config.engine import Dtype
 from mixtralkit.config.options import Count, NotNegative
 from mixtralkit.distributed import RankContext
 from mixtralkit.training.loop import Trainer
-from mixtralkit.training.run import load_config, prepare_tokens, run_training
+from mixtralkit.training.run import check_unused, load_config, prepare_tokens, run_training
 from mixtralkit.training.settings import TrainSettings
 from mixtralkit.training.tokens import TokenSet
 
@@ -60,6 +60,8 @@ def train(
     context = RankContext.start(device)
     products = parse_dtype(dtype or ("bfloat16" if context.device.type == "cuda" else "float32"))
     with context.agreed():
+        if context.is_first and not resume:
+            check_unused(output)
         if context.is_first and text:
             prepare_tokens(text, output / "tokens.npz", vocab_size, tokenizer, heldout_percent)
     with context.agreed():

@@ -60,6 +60,7 @@ class Called:
 
 Count = Annotated[int, Rule("of at least 1", lambda value: value >= 1)]
 Natural = Annotated[int, Rule("of at least 0", lambda value: value >= 0)]
+Ranks = Annotated[int, Rule("in 1 … 1024", lambda value: 1 <= value <= 1024)]
 Positive = Annotated[float, Rule("above 0", lambda value: value > 0)]
 NotNegative = Annotated[float, Rule("of at least 0", lambda value: value >= 0)]
 Share = Annotated[float, Rule("in [0, 1]", lambda value: 0 <= value <= 1)]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import json
 import sys
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from typing import Any
 
 from mixtralkit.config.ranks import rank_of
+from mixtralkit.engine.template import Renderer
 from mixtralkit.engine.tokenizer import Tokenizer
 
 Message = Mapping[str, str]
@@ -101,53 +100,18 @@ def _system_and_turns(messages: Sequence[Message]) -> tuple[str, Sequence[Messag
 
 def render(tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> str:
     """The dialog as the tokenizer's template writes it, up to where the assistant answers; ValueError if it refuses."""
-    import jinja2
-
     check_messages(messages)
-    where = f"chat template ({tokenizer.template_from})"
+    values = {"messages": [dict(message) for message in messages], "tools": tools or None, "documents": None}
+    values |= {"add_generation_prompt": True, **tokenizer.special_names}
     try:
-        template = _compiled(tokenizer.chat_template)
-        return template.render(
-            messages=[dict(message) for message in messages], tools=tools or None, documents=None,
-            add_generation_prompt=True, **tokenizer.special_names,
-        )  # fmt: skip
-    except jinja2.TemplateSyntaxError as error:
-        raise ValueError(f"{where}: line {error.lineno}: {error.message}") from None
-    except Exception as error:  # a template may raise anything
-        raise ValueError(f"{where}: {' '.join(str(error).split()) or type(error).__name__}") from None
+        return _renderer().render(tokenizer.chat_template, values)
+    except ValueError as error:
+        raise ValueError(f"chat template ({tokenizer.template_from}): {error}") from None
 
 
-@functools.lru_cache(maxsize=16)
-def _compiled(template: str) -> Any:
-    """The template in transformers' environment: a sandbox with its filters and functions."""
-    import jinja2.ext
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(jinja2.ext.Extension):
-        """``{% generation %}`` marks an assistant's text for training; it changes no text."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-            return jinja2.nodes.Scope(body).set_lineno(line)
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def to_json(x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None,
-                sort_keys: bool = False) -> str:  # fmt: skip
-        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals.update(
-        raise_exception=raise_exception, strftime_now=lambda format: datetime.now().strftime(format)
-    )
-    return environment.from_string(template)
+@functools.cache
+def _renderer() -> Renderer:
+    return Renderer()
 
 
 def check_messages(messages: Sequence[Message]) -> None:

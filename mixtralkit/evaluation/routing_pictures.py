@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from mixtralkit.whole_file import save_figure
+
 WHOLE = ""  # name of the whole trace among those of its domains
 MOST_PANELS = 12  # heat maps of a picture
 _MOST_NUMBERS, _MOST_ROWS = 16, 40  # columns and rows of a heat map whose cells still hold a number
@@ -53,7 +55,7 @@ def draw_load(shares: Mapping[str, np.ndarray], tokens: Mapping[str, int], path:
     left_out = len(shares) - len(names)
     more = f"; {left_out} smaller domains are in report.json" if left_out else ""
     figure.suptitle(f"Load of the experts, % of each layer's choices (even: {even:.3g}, white line{more})", fontsize=11)
-    _save(figure, path)
+    save_figure(figure, path, dpi=130)
 
 
 def draw_affinity(
@@ -92,7 +94,7 @@ def draw_affinity(
     axes.set_xticks(ticks, [f"{layer}→{layer + 1}" for layer in ticks])
     axes.set_ylim(bottom=0)
     _legend(axes, 1.01)
-    _save(figure, path)
+    save_figure(figure, path, dpi=130)
 
 
 def draw_ranks(over_mean: Mapping[str, np.ndarray], plain_LW: np.ndarray | None, policy: str, path: Path) -> None:
@@ -125,7 +127,7 @@ def draw_ranks(over_mean: Mapping[str, np.ndarray], plain_LW: np.ndarray | None,
     inverse.set_yticks([step / steps for step in range(1, steps + 1) if step / steps >= 1 / top])
     _legend(right, 1.12)
     figure.suptitle(f"Plan in use: {policy}, {ranks} ranks (rows before any cut to a capacity)")
-    _save(figure, path)
+    save_figure(figure, path, dpi=130)
 
 
 def _figure(width: float, height: float) -> Any:
@@ -224,13 +226,3 @@ def _short(name: str, most: int) -> str:
 
 def _inverse(x: Any) -> Any:
     return 1 / np.maximum(x, 1e-9)
-
-
-def _save(figure: Any, path: Path) -> None:
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    try:
-        figure.savefig(unfinished, dpi=130, format="png")
-        unfinished.replace(path)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise ValueError(f"{path}: cannot be written ({error.strerror})") from None

@@ -16,6 +16,7 @@ from mixtralkit.evaluation.routing_pictures import WHOLE, draw_affinity, draw_lo
 from mixtralkit.planning.plan import ExpertPlan, contiguous
 from mixtralkit.planning.policies.quality import measure, rank_loads
 from mixtralkit.planning.trace import RoutingTrace
+from mixtralkit.whole_file import check_free, writing
 
 VERSION = 1
 FILES = (
@@ -120,9 +121,12 @@ def _entropy(shares: np.ndarray) -> np.ndarray:
     return -bits.sum(tuple(range(1, shares.ndim)))
 
 
-def check_report(folder: str | Path) -> None:
-    """Makes the folder and fails early, in one sentence, where ``write_report`` could not do its work there."""
+def check_report(folder: str | Path, overwrite: bool = True) -> None:
+    """Makes the folder and fails early, in one sentence, where ``write_report`` could not do its work there, or would
+    replace files that it may not."""
     require_matplotlib()
+    for name in FILES:
+        check_free(Path(folder) / name, overwrite)
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         probe = Path(folder) / ".unfinished"
@@ -357,10 +361,5 @@ def _json(content: Any) -> str:
 
 def _write(path: Path, text: str) -> None:
     """A whole file or none, in place of an earlier one."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    try:
+    with writing(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")
-        unfinished.replace(path)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise ValueError(f"{path}: cannot be written ({error.strerror})") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from mixtralkit.evaluation.prompt_sets import PromptRecord
 from mixtralkit.json_file import read_bytes, read_object, shown
 from mixtralkit.planning.plan import ExpertPlan
 from mixtralkit.version import __version__
+from mixtralkit.whole_file import writing
 
 FORMAT = 2
 
@@ -191,11 +191,5 @@ def _of_model(facts: Mapping[str, Any], name: str) -> Any:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes a JSON file, whole or not at all."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    try:
+    with writing(path) as unfinished:
         unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
-        unfinished.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)
-        raise OSError(f"{path}: cannot be written ({error.strerror})") from None

@@ -29,7 +29,7 @@ from mixtralkit.moe.store import Carry, ExpertStore
 from mixtralkit.moe.table import LayerTable
 from mixtralkit.ops.counting import count_keys
 from mixtralkit.planning.cost import ShadowModel, choose_shadows
-from mixtralkit.planning.replicas import ReplicaTable, is_small
+from mixtralkit.planning.replicas import is_small
 
 if TYPE_CHECKING:
     from mixtralkit.moe.two_phase import PhaseReport
@@ -196,15 +196,12 @@ class Shadows:
         everywhere, experts = self.everywhere(layer), self.store.experts[layer]
         chosen = choose_shadows(loads_E.tolist(), self.training, everywhere, self.store.room)
         chosen = tuple(e for e in chosen if e not in everywhere)
-        slots_WE, copies = self.store.slots_WE(layer).copy(), None
-        own_W = (slots_WE >= 0).sum(1)
-        for number, expert in enumerate(chosen):
-            lacks_W = slots_WE[:, expert] < 0
-            slots_WE[lacks_W, expert] = own_W[lacks_W] + number
+        copies = None
         if chosen:
             owners = [self.store.owner(layer, e) for e in chosen]
             x_TD, *copies = _Lend.apply(x_TD, experts.w13, experts.w2, owners, self.context)
-        table = LayerTable(ReplicaTable(slots_WE, self.store.layout.plan.ranks_per_node), self.context)
+        numbers = {expert: number for number, expert in enumerate(chosen)}
+        table = LayerTable(self.store.replicas(layer, numbers), self.context)
         report = ShadowReport(tuple(sorted(chosen)), chosen, len(chosen) * self.store.expert_bytes)
         return x_TD, Lent(experts, copies, table, report)
 

@@ -12,7 +12,7 @@ on with whatever the tables say.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -140,16 +140,19 @@ class ExpertStore:
             return np.tile(np.arange(self.layout.config.num_experts), (self.layout.world_size, 1))
         return self.layout.plan.slot_of_LWE[layer]
 
-    def replicas(self, layer: int) -> ReplicaTable:
-        """Who computes what in a layer now: copies are numbered after each rank's own slots."""
-        slots_WE = self.slots_WE(layer)
-        copies = {expert: copy.number for (of, expert), copy in self.copies.items() if of == layer}
-        if copies:
-            slots_WE = slots_WE.copy()
-            own_W = (self.slots_WE(layer) >= 0).sum(1)
-            for expert, number in copies.items():
-                lacks_W = slots_WE[:, expert] < 0
-                slots_WE[lacks_W, expert] = own_W[lacks_W] + number
+    def replicas(self, layer: int, numbers: Mapping[int, int] | None = None) -> ReplicaTable:
+        """Who computes what in a layer: copies, by expert their numbers, have slots after each rank's own.
+
+        Args:
+            numbers: None for the copies that are there now.
+        """
+        if numbers is None:
+            numbers = {expert: copy.number for (of, expert), copy in self.copies.items() if of == layer}
+        slots_WE = self.slots_WE(layer).copy()
+        own_W = (slots_WE >= 0).sum(1)
+        for expert, number in numbers.items():
+            lacks_W = slots_WE[:, expert] < 0
+            slots_WE[lacks_W, expert] = own_W[lacks_W] + number
         return ReplicaTable(slots_WE, self.layout.plan.ranks_per_node, self.layout.parallel.attention == "tp")
 
     def owner(self, layer: int, expert: int) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mixtralkit.planning.formats import load_plan, save_plan
+from mixtralkit.whole_file import check_free
 
 
 def convert_plan(
@@ -28,8 +29,7 @@ def convert_plan(
         world_size: ranks, for a source that does not say (SGLang's, TensorRT-LLM's).
         overwrite: replace OUTPUT where it exists.
     """
-    if output.exists() and not overwrite:
-        raise ValueError(f"{output}: exists; name another file, or replace it with --overwrite")
+    check_free(output, overwrite)
     plan = load_plan(source, from_format, num_experts=num_experts, world_size=world_size)
     save_plan(plan, output, format)
     print(

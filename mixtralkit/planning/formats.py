@@ -26,6 +26,7 @@ import numpy as np
 
 from mixtralkit.json_file import check_finite, parse_json, read_bytes, shown
 from mixtralkit.planning.plan import ExpertPlan
+from mixtralkit.whole_file import writing
 
 MOST_BYTES, MOST_YAML_BYTES = 256 << 20, 16 << 20
 _OTHER_NAMES = {"vllm": "vllm-ascend", "tensorrt_llm": "tensorrt", "mixtralkit": "plan"}
@@ -104,10 +105,11 @@ def save_plan(plan: ExpertPlan, path: str | Path, format: str = "plan") -> None:
     if format == "sglang" and Path(path).suffix == ".pt":
         import torch
 
-        torch.save({key: torch.tensor(value) for key, value in content.items()}, path)
+        with writing(path) as unfinished:
+            torch.save({key: torch.tensor(value) for key, value in content.items()}, unfinished)
         return
-    text = content if isinstance(content, str) else json.dumps(content) + "\n"
-    Path(path).write_text(text, encoding="utf-8")
+    with writing(path) as unfinished:
+        unfinished.write_text(content if isinstance(content, str) else json.dumps(content) + "\n", encoding="utf-8")
 
 
 def _parse(path: Path) -> Any:

@@ -6,13 +6,14 @@ import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 
-from mixtralkit.json_file import load_json
+from mixtralkit.json_file import conform, load_json, shown
+from mixtralkit.whole_file import writing
 
 
 @dataclass(frozen=True)
@@ -178,19 +179,14 @@ class Hardware:
 
     def save(self, path: str | Path) -> None:
         """Writes a hardware file."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        with writing(path) as unfinished:
+            unfinished.write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Hardware:
         """Reads what ``to_dict`` gives; a ValueError names the field that is missing, unknown or wrong."""
-        values = _known_fields(cls, content, "hardware")
-        values["inside"] = _network(values["inside"], "inside")
-        if values.get("across") is not None:
-            values["across"] = _network(values["across"], "across")
-        if values.get("fused") is not None:
-            values["fused"] = _fused(values["fused"])
-        values["matrix_rates"] = _tuples(values["matrix_rates"])
-        return cls(**values)
+        _refuse_unknown(cls, content, "hardware")
+        return conform(content, cls, "hardware")
 
     @classmethod
     def load(cls, path: str | Path) -> Hardware:
@@ -206,51 +202,21 @@ def nearest(machines: Sequence[Hardware], ranks: int) -> Hardware:
     return min(machines, key=lambda machine: abs((machine.fused.members or 1) - ranks))
 
 
-def _network(content: Any, name: str) -> Network:
-    try:
-        values = _known_fields(Network, content, name)
-        for kind in ("exchange", "all_reduce", "broadcast"):
-            values[kind] = Link(**_known_fields(Link, values[kind], kind))
-        return Network(**values)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-
-
-def _fused(content: Any) -> FusedKernels:
-    try:
-        values = _known_fields(FusedKernels, content, "fused")
-        for name in ("linear", "experts", "sums", "exchange"):
-            values[name] = _tuples(values.get(name))
-        return FusedKernels(**values)
-    except ValueError as error:
-        raise ValueError(f"fused: {error}") from None
-
-
-def _tuples(points: Any) -> Any:
-    """Lists of lists as tuples of tuples; anything else as it is."""
-    if not isinstance(points, list | tuple):
-        return points
-    return tuple(tuple(point) if isinstance(point, list | tuple) else point for point in points)
-
-
-def _known_fields(cls: type, content: Any, name: str) -> dict[str, Any]:
+def _refuse_unknown(kind: type, content: Any, name: str) -> None:
+    """ValueError for a key that no field has, at any depth; ``conform`` passes over these."""
     if not isinstance(content, Mapping):
-        raise ValueError(f"{name} must be a JSON object, not {type(content).__name__}")
-    names = [f.name for f in fields(cls)]
-    missing = [f.name for f in fields(cls) if f.name not in content and f.default is MISSING]
-    unknown = [n for n in content if n not in names]
-    if missing or unknown:
-        parts = [f"lacks {', '.join(missing)}"] if missing else []
-        parts += [f"has unknown {', '.join(unknown)}"] if unknown else []
-        raise ValueError(f"{name} {' and '.join(parts)}")
-    return dict(content)
+        return
+    hints = get_type_hints(kind)
+    if unknown := [key for key in content if key not in hints]:
+        raise ValueError(f"{name} has unknown {', '.join(map(shown, unknown[:8]))}")
+    for key, value in content.items():
+        for part in (hints[key], *get_args(hints[key])):
+            if is_dataclass(part):
+                _refuse_unknown(part, value, key)
 
 
 def _check_points(name: str, points: Any, columns: tuple[str, ...]) -> None:
     """Points of numbers above 0 (seconds: at least 0), the first column rising."""
-    if not isinstance(points, tuple) or not all(isinstance(p, tuple) and len(p) == len(columns) for p in points):
-        kind = "pairs" if len(columns) == 2 else "triples"
-        raise ValueError(f"{name} must be a list of {kind} of {', '.join(columns[:-1])} and {columns[-1]}")
     if not points:
         raise ValueError(f"{name} must have at least one {'pair' if len(columns) == 2 else 'triple'}")
     for point in points:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from mixtralkit.json_file import load_json, shown
+from mixtralkit.whole_file import writing
 
 VERSION = 1
 OVERFLOWS = ("drop", "reroute")
@@ -182,7 +183,8 @@ class ExpertPlan:
 
     def save(self, path: str | Path) -> None:
         """Writes ``plan.json``."""
-        Path(path).write_text(json.dumps(self.to_dict()) + "\n", encoding="utf-8")
+        with writing(path) as unfinished:
+            unfinished.write_text(json.dumps(self.to_dict()) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> ExpertPlan:

@@ -8,6 +8,7 @@ import numpy as np
 
 from mixtralkit.planning.plan import ExpertPlan, contiguous
 from mixtralkit.planning.policies.quality import crossings_J, rank_loads
+from mixtralkit.whole_file import save_figure
 
 
 def plot_plan(plan: ExpertPlan, loads_LE: np.ndarray, transitions_LEE: np.ndarray | None, path: Path) -> None:
@@ -47,10 +48,7 @@ def plot_plan(plan: ExpertPlan, loads_LE: np.ndarray, transitions_LEE: np.ndarra
         right.set(xlabel="layer", ylabel="share of tokens", title="Tokens that come from another rank", ylim=(0, 1))
     right.xaxis.get_major_locator().set_params(integer=True)
     right.legend(loc="lower right")
-    try:
-        figure.savefig(path, dpi=120)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
+    save_figure(figure, path, dpi=120)
 
 
 def _over_mean(plan: ExpertPlan, loads_LE: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ import numpy as np
 from mixtralkit.json_file import check_ordinary
 from mixtralkit.npz_file import read_arrays
 from mixtralkit.planning.trace import RoutingTrace
+from mixtralkit.whole_file import writing
 
 LONGEST_PATH = 6
 _FEW_BINS = 1 << 22  # counting into so many bins costs less than sorting a large trace's keys
@@ -112,11 +113,8 @@ class PathPopularity:
         arrays = {f"keys_{layer}": keys for layer, keys in enumerate(self.keys)}
         arrays |= {f"counts_{layer}": counts for layer, counts in enumerate(self.counts)}
         header = {name: getattr(self, name) for name in ("num_experts", "top_k", "path_length", "num_layers", "prior")}
-        try:
-            with open(path, "wb") as file:
-                np.savez(file, **header, **arrays)
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
+        with writing(path) as unfinished, open(unfinished, "wb") as file:
+            np.savez(file, **header, **arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> PathPopularity:

@@ -9,6 +9,7 @@ import numpy as np
 
 from mixtralkit.planning.replay import PHASES
 from mixtralkit.planning.simulate import Simulation
+from mixtralkit.whole_file import save_figure
 
 # Okabe and Ito's colours, which everybody can tell apart.
 _COLOURS = ("#0072B2", "#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#F0E442", "#000000")
@@ -38,7 +39,7 @@ def draw(results: Mapping[str, Simulation], path: str | Path) -> None:
     balance.set(title="busiest rank's choices against the mean", xlabel="layer", ylabel="max / mean")
     balance.axhline(1.0, color="grey", linewidth=0.8)
     figure.legend(*layers.get_legend_handles_labels(), loc="outside lower right", ncols=4, fontsize="small")
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path, dpi=130)
 
 
 def _draw_phases(axes, results: Mapping[str, Simulation]) -> None:

@@ -15,6 +15,7 @@ from mixtralkit.json_file import conform, parse_json
 from mixtralkit.npz_file import read_arrays
 from mixtralkit.planning.recordings import is_recording, read_recording
 from mixtralkit.planning.trace_parts import check_replaceable, parts_of, read_parts
+from mixtralkit.whole_file import writing
 
 
 @dataclass(frozen=True)
@@ -212,14 +213,8 @@ class RoutingTrace:
         arrays = {"experts": self.experts, "sequence": self.sequence, "position": self.position}
         if self.weights is not None:
             arrays["weights"] = self.weights
-        unfinished = Path(f"{path}.unfinished")
-        try:
-            with open(unfinished, "wb") as file:  # by handle: numpy would add a suffix to a name without one
-                np.savez(file, **arrays, num_experts=self.num_experts, meta=json.dumps(dict(self.meta)))
-            unfinished.replace(path)
-        except OSError as error:
-            unfinished.unlink(missing_ok=True)
-            raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
+        with writing(path) as unfinished, open(unfinished, "wb") as file:  # numpy would add a suffix to a name
+            np.savez(file, **arrays, num_experts=self.num_experts, meta=json.dumps(dict(self.meta)))
 
     @classmethod
     def load(cls, path: str | Path, num_experts: int | None = None) -> RoutingTrace:

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mixtralkit.whole_file import writing
+
 SPLITS = ("train", "heldout")
 
 
@@ -47,7 +49,7 @@ def split(documents: Sequence[Document], heldout_percent: float = 4.0) -> dict[s
 def write_documents(path: Path, documents: Iterable[Document]) -> None:
     """One JSON object a line: ``name`` and ``text``, or ``name`` and ``turns``. Texts must be UTF-8."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
+    with writing(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
         for document in documents:
             body = {"turns": document.turns} if document.turns else {"text": document.text.decode()}
             file.write(json.dumps({"name": document.name, **body}, ensure_ascii=False) + "\n")

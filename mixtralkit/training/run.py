@@ -18,6 +18,7 @@ from mixtralkit.training.corpus import load_corpus
 from mixtralkit.training.evaluate import DomainFigures
 from mixtralkit.training.loop import Log, Trainer
 from mixtralkit.training.tokens import TokenSet, train_tokenizer
+from mixtralkit.whole_file import writing
 
 
 def prepare_tokens(
@@ -27,13 +28,27 @@ def prepare_tokens(
     tokenizer: Path | None = None,
     heldout_percent: float = 4.0,
 ) -> TokenSet:
-    """Reads text, encodes it with ``tokenizer`` or one trained on it, and keeps the tokens in ``cache``."""
+    """Reads text, encodes it with ``tokenizer`` or one trained on it, and keeps the tokens in ``cache``.
+
+    ValueError where ``cache`` has other tokens, which stay.
+    """
     corpus = load_corpus(text, heldout_percent)
     model = tokenizer.read_bytes() if tokenizer else train_tokenizer(corpus, vocab_size)
     tokens = TokenSet.encode(corpus, model)
+    if cache.exists():
+        if not tokens.equals(TokenSet.load(cache)):
+            raise ValueError(f"{cache}: has the tokens of another text; take these by --tokens, or move them away")
+        return tokens
     cache.parent.mkdir(parents=True, exist_ok=True)
     tokens.save(cache)
     return tokens
+
+
+def check_unused(output: Path) -> None:
+    """ValueError where a run has written into ``output``."""
+    for path in (output / "state", output / "report.json", output / "checkpoint"):
+        if path.exists():
+            raise ValueError(f"{path}: a run is there; go on with it by --resume, or name another output folder")
 
 
 def run_training(trainer: Trainer, output: Path, *, resume: bool, log_dir: Path | None, dtype: torch.dtype) -> None:
@@ -44,9 +59,6 @@ def run_training(trainer: Trainer, output: Path, *, resume: bool, log_dir: Path 
     """
     context = trainer.context
     state = output / "state"
-    with context.agreed():
-        if not resume and (there := next((p for p in (state, output / "report.json") if p.exists()), None)):
-            raise ValueError(f"{there}: a run is there; go on with it by --resume, or name another output folder")
     if resume and not trainer.resume(state):
         raise ValueError(f"resume: {state} holds no saved run")
     with ExitStack() as stack:
@@ -60,7 +72,8 @@ def run_training(trainer: Trainer, output: Path, *, resume: bool, log_dir: Path 
             save_checkpoint(folder, trainer.config, tensors, format="mistral-shards", shards=2, overwrite=True)
             (folder / "tokenizer.model").write_bytes(trainer.tokens.tokenizer)
             report = {"steps": trainer.done_steps, "domains": {d: f.to_dict() for d, f in figures.items()}}
-            (output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            with writing(output / "report.json") as unfinished:
+                unfinished.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
             print(format_figures(figures))
 
 

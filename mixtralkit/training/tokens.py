@@ -16,6 +16,7 @@ import sentencepiece
 from mixtralkit.json_file import Positive, conform, parse_json, shown
 from mixtralkit.npz_file import read_arrays
 from mixtralkit.training.corpus import SPLITS, Document, digest
+from mixtralkit.whole_file import writing
 
 BOS_ID, EOS_ID = 1, 2
 _CHUNK = 1 << 18  # characters that go to sentencepiece at once
@@ -171,11 +172,21 @@ class TokenSet:
     def vocab_size(self) -> int:
         return Encoder(self.tokenizer).vocab_size
 
+    def equals(self, other: TokenSet) -> bool:
+        """Whether the other has the same tokens, of the same tokenizer."""
+        mine, theirs = ((s.train, s.heldout) for s in (self, other))
+        same = (self.tokenizer, dict(self.heldout_bytes)) == (other.tokenizer, dict(other.heldout_bytes))
+        return same and all(
+            a.keys() == b.keys() and all(np.array_equal(a[domain], b[domain]) for domain in a)
+            for a, b in zip(mine, theirs, strict=True)
+        )
+
     def save(self, path: Path) -> None:
         """Writes a compressed ``.npz``."""
         arrays = {f"{name}/{domain}": ids for name in SPLITS for domain, ids in getattr(self, name).items()}
         meta = json.dumps({"version": 1, "heldout_bytes": dict(self.heldout_bytes)})
-        np.savez_compressed(path, meta=meta, tokenizer=np.frombuffer(self.tokenizer, np.uint8), **arrays)
+        with writing(path) as unfinished, open(unfinished, "wb") as file:
+            np.savez_compressed(file, meta=meta, tokenizer=np.frombuffer(self.tokenizer, np.uint8), **arrays)
 
     @classmethod
     def load(cls, path: Path) -> TokenSet:

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from mixtralkit.checkpoint import load_into, open_checkpoint, save_checkpoint
 from mixtralkit.checkpoint.gguf_blocks import BLOCK_TYPES
+from mixtralkit.config import ModelConfig
+from mixtralkit.distributed import RankContext
+from mixtralkit.layout import RankLayout
+from mixtralkit.moe.weights import parse_weights
+from tests.checkpoint.models import empty_parameters, random_tensors
 
 gguf = pytest.importorskip("gguf")
+CONFIG = ModelConfig(
+    dim=256, n_layers=2, head_dim=32, hidden_dim=512, n_heads=8, n_kv_heads=2, vocab_size=48, num_experts=4,
+    rope_theta=1e6, max_seq_len=128,
+)  # fmt: skip
+APART = {"ffn_gate": ["w1"], "ffn_up": ["w3"], "ffn_down": ["w2"]}
+PROJECTIONS = {"stacked": APART, "single": APART, "merged": {"ffn_gate_up": ["w1", "w3"], "ffn_down": ["w2"]}}
+QUANTISED = {"F32": 0, "F16": 1, "BF16": 30} | {kind.name: number for number, kind in BLOCK_TYPES.items()}
 
 
 def random_blocks(kind, count: int) -> np.ndarray:
@@ -35,3 +51,143 @@ def test_every_type_is_as_llama_cpp_has_it(number: int) -> None:
     found = kind.numbers(torch.from_numpy(blocks))
     assert found.shape == expected.shape == (64, kind.weights)
     assert found.view(torch.int32).equal(expected.view(torch.int32))
+
+
+def write_gguf(path: Path, layout: str, kind: str, **changes) -> dict[str, torch.Tensor]:
+    """A Mixtral as llama.cpp's converter writes it, random; what it means under our names, by ``gguf`` itself."""
+    tensors, expected = random_tensors(CONFIG, torch.float32), {}
+    writer = gguf.GGUFWriter(path, changes.pop("arch", "llama"), split_max_tensors=changes.pop("split", 0))
+    writer.add_block_count(CONFIG.n_layers)
+    writer.add_context_length(CONFIG.max_seq_len)
+    writer.add_embedding_length(CONFIG.dim)
+    writer.add_feed_forward_length(CONFIG.hidden_dim)
+    writer.add_head_count(CONFIG.n_heads)
+    writer.add_head_count_kv(CONFIG.n_kv_heads)
+    writer.add_rope_dimension_count(CONFIG.head_dim)
+    writer.add_rope_freq_base(CONFIG.rope_theta)
+    writer.add_layer_norm_rms_eps(CONFIG.norm_eps)
+    writer.add_expert_count(CONFIG.num_experts)
+    writer.add_expert_used_count(CONFIG.num_experts_per_tok)
+    writer.add_token_list([f"word {i}" for i in range(CONFIG.vocab_size)])
+    writer.add_token_scores([0.5] * CONFIG.vocab_size)
+    for key, value in changes.items():
+        writer.add_string(f"llama.{key}", value)
+
+    def add(name: str, parts: list[str], stack: bool = False) -> None:
+        values = [tensors[part].numpy() for part in parts]
+        plain = values[0].ndim == 1 or "gate_inp" in name
+        stored = gguf.GGMLQuantizationType["F32" if plain else kind]
+        if stored.value in BLOCK_TYPES:  # ``gguf`` writes only some of the types, so blocks are random
+            size = BLOCK_TYPES[stored.value]
+            raw = [random_blocks(size, v.size // size.weights).reshape(v.shape[0], -1) for v in values]
+        else:
+            raw = [gguf.quantize(v, stored) for v in values]
+        for part, value in zip(parts, raw, strict=True):
+            expected[part] = torch.from_numpy(gguf.dequantize(value, stored))
+        whole = np.stack(raw).reshape(CONFIG.num_experts, -1, raw[0].shape[1]) if stack else raw[0]
+        writer.add_tensor(f"{name}.weight", whole, raw_dtype=stored)
+
+    add("token_embd", ["tok_embeddings.weight"])
+    for layer in range(CONFIG.n_layers):
+        ours, theirs = f"layers.{layer}.", f"blk.{layer}."
+        for name, source in (
+            ("attn_q", "attention.wq"), ("attn_k", "attention.wk"), ("attn_v", "attention.wv"),
+            ("attn_output", "attention.wo"), ("attn_norm", "attention_norm"), ("ffn_norm", "ffn_norm"),
+            ("ffn_gate_inp", "feed_forward.gate"),
+        ):  # fmt: skip
+            add(theirs + name, [f"{ours}{source}.weight"])
+        for name, matrices in PROJECTIONS[layout].items():
+            experts = [
+                f"{ours}feed_forward.experts.{e}.{matrix}.weight"
+                for e in range(CONFIG.num_experts)
+                for matrix in matrices
+            ]
+            if layout == "single":
+                for e, expert in enumerate(experts):
+                    add(f"{theirs}{name}.{e}", [expert])
+            else:
+                add(f"{theirs}{name}_exps", experts, stack=True)
+    add("output_norm", ["norm.weight"])
+    add("output", ["output.weight"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return expected
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("layout", ["stacked", "single"])
+def test_a_model_is_read_bit_for_bit(tmp_path: Path, layout: str, kind: str) -> None:
+    expected = write_gguf(tmp_path / "model.gguf", layout, kind)
+    with open_checkpoint(tmp_path) as reader:
+        assert reader.config == CONFIG
+        for name, values in expected.items():
+            assert reader.read(name).float().equal(values), name
+        some = reader.read("layers.1.feed_forward.experts.2.w2.weight", (3, 9), (40, 300)).float()
+        assert some.equal(expected["layers.1.feed_forward.experts.2.w2.weight"][3:9, 40:300])
+        found = empty_parameters(RankLayout.single(CONFIG))
+        load_into(found, RankLayout.single(CONFIG), reader, RankContext())
+    assert found["layers.0.feed_forward.w2"][1].equal(expected["layers.0.feed_forward.experts.1.w2.weight"])
+
+
+@pytest.mark.parametrize(
+    ("layout", "kind", "split"), [("merged", "Q6_K", 0), ("single", "Q8_0", 9), ("stacked", "F16", 20)]
+)
+def test_gate_and_up_in_one_and_models_in_parts(tmp_path: Path, layout: str, kind: str, split: int) -> None:
+    expected = write_gguf(tmp_path / "model.gguf", layout, kind, split=split)
+    assert len(list(tmp_path.iterdir())) > 1 or not split
+    with open_checkpoint(tmp_path, "gguf") as reader:
+        for name, values in expected.items():
+            assert reader.read(name).float().equal(values), name
+
+
+def test_it_converts_and_rounds_like_any_other(tmp_path: Path) -> None:
+    expected = write_gguf(tmp_path / "model.gguf", "stacked", "Q4_K")
+    with open_checkpoint(tmp_path) as reader:
+        save_checkpoint(tmp_path / "hf", CONFIG, reader, "hf")
+    with open_checkpoint(tmp_path / "hf") as reader:
+        assert reader.read("layers.0.attention.wk.weight").equal(expected["layers.0.attention.wk.weight"])
+    layout = replace(RankLayout.single(CONFIG), weights=parse_weights("int8"))
+    found = empty_parameters(layout)
+    with open_checkpoint(tmp_path) as reader:
+        load_into(found, layout, reader, RankContext())
+    w2 = layout.weights.quantize(expected["layers.1.feed_forward.experts.3.w2.weight"])
+    assert found["layers.1.feed_forward.w2_data"][3].equal(w2.tensors[0])
+
+
+def refused(folder: Path) -> str:
+    with pytest.raises(ValueError, match=r"gguf") as caught:
+        open_checkpoint(folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_damaged_and_foreign_files_get_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(path, "stacked", "Q8_0")
+    content = path.read_bytes()
+    for cut in (3, 20, 700, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:cut])
+        assert "truncated" in refused(tmp_path) or cut == 3
+    path.write_bytes(content.replace(b"GGUF\3", b"GGUF\x09", 1))
+    assert "version (9) must be 2 or 3" in refused(tmp_path)
+    place = content.index(b"blk.0.attn_q.weight") + len(b"blk.0.attn_q.weight") + 4 + 16
+    path.write_bytes(content[:place] + (23).to_bytes(4, "little") + content[place + 4 :])
+    assert "blk.0.attn_q.weight is stored as IQ4_XS; only F32, F16, BF16, Q4_0" in refused(tmp_path)
+    path.write_bytes(content[: place + 4] + (2**62).to_bytes(8, "little") + content[place + 12 :])
+    assert "truncated: blk.0.attn_q.weight ends at byte" in refused(tmp_path)
+    path.write_bytes(content[:8] + (2**60).to_bytes(8, "little") + content[16:])
+    assert "damaged: it claims" in refused(tmp_path)
+    path.unlink()
+    write_gguf(path, "stacked", "F16", arch="qwen2moe")
+    assert "architecture 'qwen2moe' without experts, not a Mixtral" in refused(tmp_path)
+    path.unlink()
+    write_gguf(path, "stacked", "F16", **{"rope.scaling.type": "yarn"})
+    assert "llama.rope.scaling.type ('yarn') is not followed" in refused(tmp_path)
+    (tmp_path / "other.gguf").write_bytes(content)
+    assert "holds several models, keep one" in refused(tmp_path)
+    for name in ("model.gguf", "other.gguf"):
+        (tmp_path / name).unlink()
+    (tmp_path / "model-00002-of-00003.gguf").write_bytes(content)
+    assert "lacks parts of model-of-00003.gguf: it has those numbered 2" in refused(tmp_path)

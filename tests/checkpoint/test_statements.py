@@ -119,8 +119,8 @@ def test_format_chooses_among_several(tmp_path: Path) -> None:
     assert holds(tmp_path, 1, format="mistral")
     assert holds(tmp_path, 1, format="mistral-shards")
     assert "holds no checkpoint of format 'mixtralkit'; it holds mistral, hf" in said_of(tmp_path, format="mixtralkit")
-    with pytest.raises(ValueError, match=r"format \('gguf'\) must be one of mistral"):
-        open_checkpoint(tmp_path, "gguf")
+    with pytest.raises(ValueError, match=r"format \('ggml'\) must be one of mistral"):
+        open_checkpoint(tmp_path, "ggml")
 
 
 ROPES = [
@@ -203,9 +203,9 @@ def test_quantised_tensors_without_a_word_in_config(tmp_path: Path, name: str, m
     assert f"quantised by {method}" in said_of(folder)
 
 
-def test_gguf_is_refused_by_name(tmp_path: Path) -> None:
-    (tmp_path / "mixtral.Q4_K_M.gguf").write_bytes(b"GGUF")
-    assert "quantised by GGUF" in said_of(tmp_path)
+def test_ggml_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "mixtral.q4_0.ggml").write_bytes(b"ggml")
+    assert "quantised by GGML" in said_of(tmp_path)
 
 
 SIDE = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from mistral_common.protocol.instruct.normalize import get_normalizer
@@ -124,6 +125,42 @@ def test_templates_that_fail_are_one_sentence(tmp_path, template, says):
     folder = write_folder(tmp_path, tokenizer_config={"chat_template": template})
     with pytest.raises(ValueError, match=r"chat template \(.*tokenizer_config\.json\): .*" + says):
         encode_chat(Tokenizer.beside(folder), dialog("a"))
+
+
+LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}"
+ENDLESS = {
+    "loops": (LOOPS + "{% endfor %}" * 3, "takes more than 1 s"),
+    "loops that write": (LOOPS + "x{% endfor %}{% endfor %}{% endfor %}", "takes more than"),
+    "one long operation": ("{{ 10 ** 9999999999 }}", "takes more than"),
+    "much memory": ("{{ 'a' * 10 ** 10 }}", "takes more than 512 MB"),
+    "a text that doubles": (
+        "{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}",
+        "takes more than 512 MB",
+    ),
+    "a macro that calls itself": (
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}", "takes more than",
+    ),
+    "a long text": ("{% for a in range(99999) %}{{ 'a' * 1000 }}{% endfor %}", "writes 99,999,000 characters"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_templates_without_end_are_stopped_and_the_next_is_rendered(tmp_path, name):
+    """They hung, or ate the memory, of the whole run."""
+    template, says = ENDLESS[name]
+    bad = write_folder(tmp_path / "bad", tokenizer_config={"chat_template": template})
+    good = write_folder(tmp_path / "good", tokenizer_config={"chat_template": "{{ messages[0].content * 3 }}"})
+    with pytest.raises(ValueError, match=rf"chat template \(.*tokenizer_config\.json\): {says}"):
+        encode_chat(Tokenizer.beside(bad), dialog("a"))
+    assert render(Tokenizer.beside(good), dialog("a")) == "aaa"
+
+
+def test_threads_render_their_own_dialogs(tmp_path):
+    folder = write_folder(tmp_path, tokenizer_config={"chat_template": "{{ messages[0].content }}"})
+    tokenizer = Tokenizer.beside(folder)
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda i: render(tokenizer, dialog(f"<{i}>")), range(200)))
+    assert found == [f"<{i}>" for i in range(200)]
 
 
 @pytest.mark.parametrize("version", [2, 3])

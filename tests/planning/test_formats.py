@@ -266,7 +266,7 @@ def test_plans_are_converted(tmp_path, source, target):
     convert_plan(tmp_path / "source", tmp_path / "target", target, source, num_experts=4, world_size=2)
     assert (load_plan(tmp_path / "target", target, num_experts=4, world_size=2).slots_LWS == plan.slots_LWS).all()
     before = (tmp_path / "target").read_bytes()
-    with pytest.raises(ValueError, match=r"target: exists; .*--overwrite"):
+    with pytest.raises(ValueError, match=r"target: is there already; .*--overwrite"):
         convert_plan(tmp_path / "source", tmp_path / "target", "plan", num_experts=4, world_size=2)
     assert (tmp_path / "target").read_bytes() == before
 

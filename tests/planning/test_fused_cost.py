@@ -248,17 +248,17 @@ def test_saved_and_loaded_is_the_same(tmp_path):
     ("change", "words"),
     [
         ({"linear": []}, "fused: linear must have at least one triple"),
-        ({"linear": [[1, 2]]}, "fused: linear must be a list of triples of rows, seconds and FLOP/s"),
+        ({"linear": [[1, 2]]}, r"fused.linear\[0\] \(\[1, 2\]\) must be a list of 3"),
         ({"experts": [[4, 0, 1e9], [2, 0, 1e9]]}, r"fused: experts: rows \(4, 2\) must rise"),
-        ({"sums": [[1, -1]]}, r"fused: sums: seconds \(-1\) must be a number of at least 0"),
+        ({"sums": [[1, -1]]}, r"fused: sums: seconds \(-1.0\) must be a number of at least 0"),
         ({"members": 1}, r"fused: members \(1\) must be a whole number of at least 2"),
-        ({"small_s": None}, r"fused: small_s \(None\) must be a number"),
-        ({"speed": 1}, "fused: fused has unknown speed"),
+        ({"small_s": None}, r"fused.small_s \(None\) must be a number"),
+        ({"speed": 1}, "fused has unknown 'speed'"),
     ],
 )
 def test_bad_figures_are_named(tmp_path, change, words):
     content = _hardware().to_dict()
     content["fused"] |= change
     (tmp_path / "bad.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=rf"bad\.json: {words}"):
+    with pytest.raises(ValueError, match=rf"bad\.json: .*{words}"):
         Hardware.load(tmp_path / "bad.json")

@@ -49,6 +49,29 @@ def test_text_to_checkpoint_and_on(files, command_line):
     assert json.loads((out / "report.json").read_text())["steps"] == 20
 
 
+def test_nothing_of_another_run_is_touched(files, command_line):
+    """tokens.npz was written anew before anybody saw that a run was there."""
+    out = files / "out"
+    out.mkdir()
+    size = ("--config", files / "small.json", "--batch_tokens", 64, "--seq_len", 32, "--steps", 1, "--device", "cpu")
+    text = ("--vocab_size", 310, "--heldout_percent", 10, "--text")
+    assert command_line("train", out, *text, files / "prose", *size).returncode == 0
+    before = {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+    again = command_line("train", out, *text, files / "code.py", *size)
+    more = command_line("train", out, *text, files / "code.py", *size, "--resume")
+    (files / "other").mkdir()
+    (files / "other" / "tokens.npz").write_bytes(before[out / "tokens.npz"])
+    other = command_line("train", files / "other", *text, files / "code.py", *size)
+    for done, says in (
+        (again, f"error: {out}/state: a run is there; go on with it by --resume, or name another output folder\n"),
+        (more, f"error: {out}/tokens.npz: has the tokens of another text; take these by --tokens, or move them away\n"),
+        (other, f"error: {files}/other/tokens.npz: has the tokens of another text"),
+    ):
+        assert done.returncode == 1
+        assert done.stderr.startswith(says)
+    assert {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()} == before
+
+
 def check_checkpoint(folder: Path) -> bool:
     reader = open_checkpoint(folder)
     assert len(list(folder.glob("consolidated.*.pth"))) == 2

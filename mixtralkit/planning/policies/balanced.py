@@ -21,7 +21,7 @@ from mixtralkit.planning.policies.poured import count_copies, holds, pour
 _TRIES, _WORK = 16, 4_000  # plans for other loads, for layers that are not even; slots of them all
 _SMALL = 6_000  # ranks of all layers times experts, up to which plans are compared as they run
 _NOISE = 0.15  # how different, a standard deviation
-_AS_RUN = 20  # rounds of pouring that say how even a plan runs
+_AS_RUN = 50  # rounds of pouring that say how even a plan runs
 _TRIFLE = 2e-3  # over the even load as run, from which others are looked at
 
 
@@ -161,24 +161,28 @@ def spread_replicas(
     rows = np.flatnonzero((free_B > even_B * (1 + EVEN_ENOUGH)) | (peak_B > even_B * (1 + _TRIFLE)))
     if not len(rows):
         return found_BWS, peak_B
-    # others: EPLB's, and plans for loads somewhat different; of those no heavier than EPLB's the lightest as run
+    # others: EPLB's, and plans for loads somewhat different; of those in no way heavier than EPLB's the lightest
     loads, lacks = loads_BE[rows], lacks_BW[rows]
-    plans = np.stack([_as_eplb(loads, lacks, slots), found_BWS[rows]])
+    plans = np.stack([_as_eplb(loads, lacks, slots, heaviest=not small), found_BWS[rows]])
     if small:
         tries, random = min(_TRIES, _WORK // (lacks.size * slots)), np.random.default_rng(0)
         noisy = loads * np.maximum(1 + _NOISE * random.standard_normal((tries, *loads.shape)), 0.1)
-        tried = _joined(noisy.reshape(-1, loads.shape[1]), np.tile(lacks, (tries, 1)), slots, own)[0]
-        plans = np.concatenate([plans, tried.reshape(tries, *plans.shape[1:])])
+        noisy = np.concatenate([loads[None], noisy]).reshape(-1, loads.shape[1])
+        tried = _joined(noisy, np.tile(lacks, (tries + 1, 1)), slots, own, heaviest=False)[0]
+        plans = np.concatenate([plans, tried.reshape(tries + 1, *plans.shape[1:])])
     flat, all_loads = plans.reshape(-1, *plans.shape[2:]), np.tile(loads, (len(plans), 1))
     free = pour(flat, all_loads, rounds=100).sum(2).max(1).reshape(len(plans), -1)
     as_run = pour(flat, all_loads, own, rounds=_AS_RUN).sum(2).max(1).reshape(len(plans), -1) if small else free.copy()
     free[1], as_run[1] = np.minimum(free[1], free_B[rows]), np.minimum(as_run[1], peak_B[rows])
-    best = np.where(free <= free[0] * (1 + 1e-9), as_run + free, np.inf).argmin(0)
+    no_heavier = (free <= free[0] * (1 + 1e-9)) & (as_run <= as_run[0] * (1 + 1e-9))
+    best = np.where(no_heavier, as_run + free, np.inf).argmin(0)
     found_BWS[rows], peak_B[rows] = plans[best, np.arange(len(rows))], as_run[best, np.arange(len(rows))]
     return found_BWS, peak_B
 
 
-def _joined(loads_BE: np.ndarray, lacks_BW: np.ndarray, slots: int, own: float) -> tuple[np.ndarray, np.ndarray]:
+def _joined(
+    loads_BE: np.ndarray, lacks_BW: np.ndarray, slots: int, own: float, heaviest: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
     """``join`` of layers whose ranks lack different numbers of slots, nothing left empty."""
     short_B = lacks_BW.sum(1)
     copies_BE = count_replicas(loads_BE, lacks_BW.shape[1] * slots - short_B)
@@ -186,7 +190,7 @@ def _joined(loads_BE: np.ndarray, lacks_BW: np.ndarray, slots: int, own: float) 
     for short in np.unique(short_B):
         of = short_B == short
         found_BWS[of], part_BWS[of] = join(loads_BE[of], copies_BE[of], lacks_BW[of], slots, own)
-    return _filled(found_BWS, loads_BE), part_BWS
+    return _filled(found_BWS, loads_BE, heaviest), part_BWS
 
 
 def _experts_of_nodes(loads_LE: np.ndarray, groups: int, nodes: int, swaps: bool) -> np.ndarray:
@@ -225,7 +229,7 @@ def count_replicas(loads_BE: np.ndarray, total_B: np.ndarray) -> np.ndarray:
     return copies_BE
 
 
-def _as_eplb(loads_BE: np.ndarray, lacks_BW: np.ndarray, slots: int) -> np.ndarray:
+def _as_eplb(loads_BE: np.ndarray, lacks_BW: np.ndarray, slots: int, heaviest: bool = True) -> np.ndarray:
     """EPLB's packing [B, W, S] of equal parts; where a rank had an expert twice the slot is another's."""
     (batches, num_experts), world = loads_BE.shape, lacks_BW.shape[1]
     room_BW = slots - lacks_BW.astype(np.int64)
@@ -240,17 +244,21 @@ def _as_eplb(loads_BE: np.ndarray, lacks_BW: np.ndarray, slots: int) -> np.ndarr
     found_BWS = np.where(np.arange(slots) < room_BW[:, :, None], -1, -2)
     b, w, e = np.nonzero(holds_BWE)
     found_BWS[b, w, (holds_BWE.cumsum(2) - 1)[b, w, e]] = e
-    return _filled(found_BWS, loads_BE)
+    return _filled(found_BWS, loads_BE, heaviest)
 
 
-def _filled(slots_BWS: np.ndarray, loads_BE: np.ndarray) -> np.ndarray:
-    """Empty slots given to the experts with most load per replica that the rank does not have; no peak rises by it."""
+def _filled(slots_BWS: np.ndarray, loads_BE: np.ndarray, heaviest: bool) -> np.ndarray:
+    """Empty slots given to the experts with most load per replica that the rank does not have, or with least.
+
+    Poured, no peak rises by it. As run, a replica takes rows of its rank's own tokens, the fewer the lighter it is.
+    """
     num_experts = loads_BE.shape[1]
     holds_BWE, copies_BE = holds(slots_BWS, num_experts), count_copies(slots_BWS, num_experts)[:, :-1]
     while len(rows := np.flatnonzero((slots_BWS == -1).any((1, 2)))):
         place_B = (slots_BWS[rows] == -1).reshape(len(rows), -1).argmax(1)
         rank_B, slot_B = np.divmod(place_B, slots_BWS.shape[2])
-        each_BE = np.where(holds_BWE[rows, rank_B], -1.0, loads_BE[rows] / copies_BE[rows])
+        each_BE = loads_BE[rows] / copies_BE[rows] * (1 if heaviest else -1)
+        each_BE[holds_BWE[rows, rank_B]] = -np.inf
         expert_B = each_BE.argmax(1)
         slots_BWS[rows, rank_B, slot_B] = expert_B
         holds_BWE[rows, rank_B, expert_B] = True
