@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 PROGRAM = """
 import sys
+from importlib import resources
 site, ckpts = sys.argv[1:]
 import torch
 import mixtralkit
@@ -24,6 +25,7 @@ from mixtralkit.mixtral import EngineConfig, RankContext, choose_layout
 from mixtralkit.ops import runtime
 
 assert mixtralkit.__file__.startswith(site), mixtralkit.__file__
+assert resources.files("mixtralkit.server").joinpath("page.html").is_file(), "the server's page"
 gpu = torch.device("cuda", 0)
 torch.cuda.get_device_name = lambda *_: "NVIDIA H200"
 assert runtime.tuned("linear", gpu, 1, outputs=4096, inputs=1024), "settings of kernels"
