@@ -263,3 +263,43 @@ def test_answers_that_fit_a_schema(client):
     broken = {"name": "x", "schema": {"type": "colour"}}
     with pytest.raises(openai.BadRequestError, match="json_schema"):
         client.chat.completions.create(**asked, response_format={"type": "json_schema", "json_schema": broken})
+
+
+@pytest.mark.parametrize(("messages", "same_as"), [
+    ([("system", "Be brief."), ("user", "Hi")], [("user", "Be brief.\n\nHi")]),
+    ([("system", ""), ("user", "Hi")], [("user", "Hi")]),
+    ([("developer", "Be brief."), ("user", "Hi")], [("system", "Be brief."), ("user", "Hi")]),
+])  # fmt: skip
+def test_a_system_text_goes_before_the_first_question(server, messages, same_as):
+    """As Mixtral-8x7B's template has it; 8x22B's is in tests/engine/test_chat.py."""
+
+    def ids(pairs: list[tuple[str, str]]) -> list[int]:
+        dialog = [{"role": role, "content": content} for role, content in pairs]
+        return httpx.post(f"{server.url}/tokenize", json={"messages": dialog}, timeout=60).json()["tokens"]
+
+    assert ids(messages) == ids(same_as)
+
+
+def test_a_beginning_that_is_in_the_cache_changes_nothing(client, words):
+    """The same request a first and a second time, whole pages long, also behind one that a stop text ended."""
+    for length in (256, 300):  # two pages of 128, and a part of a third
+        ids = [words.bos_id, *(words.encode("Let us now tell of the ark. " * 60, bos=False))][:length]
+        ids[1] = 500 + length  # no other test's beginning
+        asked = {"prompt": ids, "max_tokens": 8, "logprobs": 2}
+        first, second = complete(client, **asked), complete(client, **asked)
+        stop = first.choices[0].text[3:6]
+        assert complete(client, **asked, stop=stop).choices[0].finish_reason == "stop"
+        third = complete(client, **asked)
+        assert first.usage.prompt_tokens_details.cached_tokens == 0
+        for again in (second, third):
+            assert 128 <= again.usage.prompt_tokens_details.cached_tokens < length, "one token at least is computed"
+            assert again.choices[0].text == first.choices[0].text
+            assert again.choices[0].logprobs.token_logprobs == pytest.approx(
+                first.choices[0].logprobs.token_logprobs, abs=1e-4
+            )
+
+
+def test_the_longest_answer_runs_to_the_end_of_the_context(client):
+    found = complete(client, prompt=[5] * 10, max_tokens=1014, temperature=1.0, seed=1,
+                     logit_bias={"2": -100})  # fmt: skip
+    assert (found.usage.total_tokens, found.choices[0].finish_reason) == (1024, "length")

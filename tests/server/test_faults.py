@@ -167,9 +167,10 @@ def _health(server: Server) -> int:
 
 @pytest.mark.slow
 def test_two_ranks_answer_as_one(server):
+    """With requests of their own, and new plans while they run."""
     asked = {"prompt": ["In the beginning God", "def __init__(self"], "max_tokens": 16, "temperature": 0}
     wanted = httpx.post(f"{server.url}/v1/completions", json=asked, timeout=120).json()
-    with Server("--max_batch_size", 4, "--attention", "dp", ranks=2).ready() as own:
+    with Server("--max_batch_size", 4, "--attention", "dp", "--update_step", 8, ranks=2).ready() as own:
         found = httpx.post(f"{own.url}/v1/completions", json=asked, timeout=120).json()
         assert found["choices"] == wanted["choices"]
         with stream(own) as answer:
@@ -177,7 +178,10 @@ def test_two_ranks_answer_as_one(server):
             next(lines)
         until(lambda: own.metric("vllm:kv_cache_usage_perc") == 0, 20)
         until(lambda: sum(map(sum, _loads(own))) > 0, 20)
-        shares = httpx.get(f"{own.url}/live", timeout=60).json()["ranks"]["shares"]
+        until(lambda: own.metric("mixtralkit:plan_longest_pause_seconds") > 0, 60)
+        live = httpx.get(f"{own.url}/live", timeout=60).json()
+        assert live["plan"]["considered"] > 0
+        shares = live["ranks"]["shares"]
         assert sum(shares) == pytest.approx(1)
         assert len(shares) == 2
         own.terminate()

@@ -11,7 +11,7 @@ import numpy as np
 from mixtralkit.planning.plan import ExpertPlan
 from mixtralkit.planning.policies.affinity_replicas import with_replicas
 from mixtralkit.planning.policies.chain import Fits, count_partitions, is_small, solve_exactly
-from mixtralkit.planning.policies.chain_bound import upper_bound
+from mixtralkit.planning.policies.chain_bound import kind_of_bound, upper_bound
 from mixtralkit.planning.policies.chain_search import search
 from mixtralkit.planning.policies.inputs import Budget, checked_loads
 from mixtralkit.planning.policies.packing import pack_once
@@ -72,7 +72,7 @@ def affinity(
             if bound
             else None,
             "bound": "of placements without replicas: "
-            + ("exact" if exact and per_node == world_size else "eigenvalues, entries and triangles of the chain"),
+            + ("exact" if exact and per_node == world_size else kind_of_bound(max(num_layers - 1, 1), num_experts)),
             "load_cap": load_cap,
         },
     )

@@ -33,6 +33,17 @@ _GOOD = 0.981  # of what known labels leave: then they are within 2% of the boun
 _EVERY = 10  # steps from one bound to the next
 
 
+def kind_of_bound(pairs: int, n: int) -> str:
+    """What ``upper_bound`` relaxes for so many pairs of layers and items of a layer."""
+    if _steps(pairs, n) < _EVERY:
+        return "largest entries of rows and columns"
+    return "eigenvalues, entries and triangles of the chain" if n <= _MOST_TRIANGLES else "eigenvalues and entries"
+
+
+def _steps(pairs: int, n: int) -> int:
+    return int(min(_WORK / (pairs * (2 * n) ** 3), _MOST_STEPS))
+
+
 def upper_bound(weights_JNN: np.ndarray, parts: int, found: float | None = None) -> float:
     """Most weight between items of one label that any labels can have; load caps only lower it.
 
@@ -44,7 +55,7 @@ def upper_bound(weights_JNN: np.ndarray, parts: int, found: float | None = None)
     whole = float(weights_JNN.sum())
     if pairs == 0 or parts == 1:
         return whole
-    steps = int(min(_WORK / (pairs * (2 * n) ** 3), _MOST_STEPS))
+    steps = _steps(pairs, n)
     if steps < _EVERY:  # too large: the largest entries of each row, or column
         sides = [np.partition(weights_JNN, n - size, axis=axis) for axis in (2, 1)]
         return float(np.minimum(sides[0][:, :, n - size :].sum((1, 2)), sides[1][:, n - size :].sum((1, 2))).sum())

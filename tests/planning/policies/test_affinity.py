@@ -13,7 +13,7 @@ from mixtralkit.planning.policies.affinity import affinity
 from mixtralkit.planning.policies.affinity_replicas import crossings as count_crossings
 from mixtralkit.planning.policies.affinity_replicas import with_replicas
 from mixtralkit.planning.policies.chain import solve_exactly, stays
-from mixtralkit.planning.policies.chain_bound import upper_bound
+from mixtralkit.planning.policies.chain_bound import kind_of_bound, upper_bound
 from mixtralkit.planning.policies.chain_search import search
 from mixtralkit.planning.policies.inputs import Budget
 from mixtralkit.planning.policies.quality import crossings_J, measure
@@ -225,6 +225,18 @@ def test_under_a_cap_replicas_are_added_and_nothing_moves():
     more = affinity(weights, 4, budget=Budget(slots_per_rank=3), **options)
     assert (more.holds_LWE | ~plain.holds_LWE).all()
     assert more.holds_LWE.sum() > plain.holds_LWE.sum()
+
+
+@pytest.mark.parametrize(
+    ("pairs", "experts", "kind"),
+    [(5, 32, "eigenvalues, entries and triangles"), (11, 128, "eigenvalues and entries"), (57, 256, "largest entries")],
+)
+def test_a_bound_says_which_it_is(pairs, experts, kind):
+    assert kind_of_bound(pairs, experts).startswith(kind)
+    if experts == 256:  # quick: and it is a bound
+        weights = random_transitions(np.random.default_rng(0), pairs + 1, experts)
+        labels_LN = np.tile(np.arange(experts) % 32, (pairs + 1, 1))
+        assert stays(weights, labels_LN) <= upper_bound(weights, 32) < weights.sum()
 
 
 def test_same_input_same_plan():

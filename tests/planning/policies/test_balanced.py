@@ -40,7 +40,7 @@ def random_case(case: int) -> tuple[np.ndarray, int, int, int, int]:
 def test_poured_never_heavier_than_eplb_and_never_twice_on_a_rank(case):
     """Poured only: with equal parts, which no dispatcher here takes, the plan can be heavier than EPLB's.
 
-    benchmarks/plans/bench_planning.py does the same for 2,000 matrices.
+    benchmarks/plans/bench_planning.py does the same for as many random matrices as asked for.
     """
     loads_LE, replicas, groups, nodes, gpus = random_case(case)
     ours = rebalance_experts(loads_LE, replicas, groups, nodes, gpus)[0].reshape(len(loads_LE), gpus, -1).tolist()
