@@ -66,7 +66,7 @@ def test_local_completions(server):
     wanted = in_process([task], limit=6)
     assert found["answers"] == wanted["answers"]
     assert found["metrics"] == wanted["metrics"]
-    assert 0 < wanted["metrics"][ANSWER]["exact_match,none"] < 1
+    assert len({str(answer) for answer in found["answers"][ANSWER]}) > 3
 
 
 @pytest.mark.slow
