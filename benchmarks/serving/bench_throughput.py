@@ -175,6 +175,8 @@ class Bench:
         """Captures the graphs of all sizes and compiles what prompts need: answers of all lengths end one by one."""
         lengths = [2 + (i * 60) // sequences for i in range(sequences)]
         self.run(self.requests(self.prompts([prompt_len] * sequences), lengths))
+        longest = self.engine.model.params.max_seq_len - 2
+        self.run(self.requests(self.prompts([longest, longest // 2, longest // 2]), [2, 2, 2]))
         self.engine.forget_prefixes()
 
     def single(self, prompt_len: int, new_tokens: int) -> None:

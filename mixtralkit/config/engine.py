@@ -198,7 +198,8 @@ class LimitOptions(Options):
     Attributes:
         max_batch_size: Sequences that run at a time, over all ranks; more of them wait.
         prefill_budget: Most prompt tokens that a rank runs in one step; more take more memory.
-        mixed_budget: Most of them in a step while most sequences decode, which it keeps waiting.
+        mixed_budget: Most of them in a step while few sequences begin beside those that decode, which it keeps
+            waiting.
         cuda_graphs: Capture decode steps as CUDA graphs, where the device has them.
         seed: Decides what is drawn at a temperature above 0; the same seed gives the same text.
         dtype: bfloat16, float16 or float32; left out, bfloat16 on a GPU and float32 on a CPU.

@@ -23,6 +23,8 @@ from mixtralkit.engine.grammar import Grammar
 from mixtralkit.engine.requests import Answer
 from mixtralkit.engine.step_plan import Arrival, Chunk, Rows, StepPlan
 
+MANY_BEGIN = 8  # times as many sequences may decode as begin for prompts to have the whole budget
+
 
 @dataclass(eq=False)
 class Sequence:
@@ -108,7 +110,7 @@ class Scheduler:
         owners: ranks that own sequences: the world size under attention ``dp``, else 1.
         slots, pages, page_size: of each of them.
         prefill_budget: most prompt tokens of a step on each.
-        mixed_budget: most of them while most sequences already decode, which such a step keeps waiting.
+        mixed_budget: most of them while few begin beside those that decode, which such a step keeps waiting.
         prefix_reuse: pages whose tokens are known are not computed again.
     """
 
@@ -177,10 +179,11 @@ class Scheduler:
     def plan(self) -> Planned | None:
         """The next step; None where there is nothing to compute before more is known."""
         made = _Making(self.step + 1, len(self.owners))
-        # as long as more sequences wait for their first token than decode, the steps are theirs
+        # while many wait for their first token, chunks are large, as prompts need for their speed; requests that come
+        # one by one keep those that decode waiting no longer than they must
         decoding = sum(not s.prefilling for s in self.running)
         begin = len(self.waiting) + sum(s.prefilling for s in self.running)
-        most = self.prefill_budget if begin >= decoding else self.mixed_budget
+        most = self.prefill_budget if begin * MANY_BEGIN >= decoding else self.mixed_budget
         for owner in self.owners:
             made.is_short[owner.number] = self._decodes(owner, made)
         budgets = [max(1, min(most, self.prefill_budget - len(own))) for own in made.decodes]

@@ -275,6 +275,8 @@ class TextStream:
             self._at_start = False
             if self._tokenizer.begins_with_space(token):
                 data = data[1:]
+        if data.isascii() and not self.is_unfinished:
+            return data.decode("ascii")  # most tokens; the decoder takes longer
         return self._utf8.decode(data).translate(_REPLACED)
 
     @property
