@@ -16,7 +16,7 @@ from mixtralkit.engine.generation import Engine
 from mixtralkit.engine.requests import Request
 from mixtralkit.engine.sampler import Asked, SamplingOptions, SlotRules, sample_each, settings_of, uniform
 from mixtralkit.engine.tokenizer import Tokenizer
-from tests.engine.parts import VOCAB_SIZE, engine_config, make_model, make_tokenizer
+from tests.engine.parts import VOCAB_SIZE, engine_config, make_model
 from tests.engine.test_slot_rules import slow
 from tests.ranks import run_ranks
 
@@ -26,18 +26,6 @@ SCHEMA = {
     "required": ["a", "b"],
     "additionalProperties": False,
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    make_tokenizer(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder) -> Tokenizer:
-    return Tokenizer(folder / "tokenizer.model")
 
 
 def asking_requests(count: int, temperatures=(0.0, 0.0, 1.5)) -> list[Request]:

@@ -19,23 +19,11 @@ from mixtralkit.engine.runner import Runner, bucket_sizes
 from mixtralkit.engine.sampler import SamplingOptions
 from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.planning.plan import ExpertPlan
-from tests.engine.parts import VOCAB_SIZE, PlainEngine, engine_config, make_model, make_tokenizer
+from tests.engine.parts import VOCAB_SIZE, PlainEngine, engine_config, make_model
 from tests.ranks import run_ranks
 
 GREEDY = SamplingOptions(temperature=0)
 HOT = SamplingOptions(temperature=3.0, top_p=1.0, seed=4)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    make_tokenizer(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder) -> Tokenizer:
-    return Tokenizer(folder / "tokenizer.model")
 
 
 def mixed_requests(count: int, seed: int = 0) -> list[Request]:

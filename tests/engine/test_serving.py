@@ -19,25 +19,13 @@ from mixtralkit.engine.requests import Abort, Completion, Request
 from mixtralkit.engine.sampler import SamplingOptions
 from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.mixtral import Mixtral
-from tests.engine.parts import VOCAB_SIZE, engine_config, make_model, make_tokenizer
+from tests.engine.parts import VOCAB_SIZE, engine_config, make_model
 from tests.ranks import RankError, run_ranks
 
 GREEDY = SamplingOptions(temperature=0)
 WARM = SamplingOptions(temperature=0.8, top_p=0.95, seed=11)
 PAGE = 16
 COMMON = tuple(random.Random(0).randrange(3, VOCAB_SIZE) for _ in range(2 * PAGE))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    make_tokenizer(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder) -> Tokenizer:
-    return Tokenizer(folder / "tokenizer.model")
 
 
 def small(context: RankContext, attention: str = "tp", experts: str = "ep", slots: int = 4, pages: int | None = None):

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from mixtralkit.moe.weights import Int4, PackedWeight
 from mixtralkit.ops.experts.triton_grouped import STREAMED, _spread, _weighted_sum, expert_sum_grouped
-from mixtralkit.ops.experts.triton_small import BLOCK_R, _choice_of, _is_last, _start_counting
+from mixtralkit.ops.experts.triton_small import BLOCK_R, _add_parts, _choice_of, _start_counting
 from mixtralkit.ops.experts.triton_sorting import sort_rows
 from mixtralkit.ops.runtime import multiprocessors, overlaps_launches
 
@@ -375,7 +375,7 @@ def _down_packed(
 ):  # fmt: skip
     """One slot's part of out[d] of the rows that chose it, for some d, as ``triton_small._down_some_rows``."""
     slot, part = (tl.program_id(1) // PARTS).to(tl.int64), tl.program_id(1) % PARTS
-    d_D, row_R = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_R)
+    d_D = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside_D = d_D < width
     place = slot
     if storage is not None:
@@ -396,19 +396,7 @@ def _down_packed(
         )  # fmt: skip
         places_DR = sums + (choice_R * PARTS + part)[None, :] * width + d_D[:, None]
         tl.store(places_DR, sum_DR, inside_D[:, None] & chose_R[None, :])
-    inside_RD, outputs_RD = (row_R < rows)[:, None] & inside_D[None, :], row_R[:, None] * width + d_D[None, :]
-    if residual is not None:
-        residual_RD = tl.load(residual + outputs_RD, inside_RD, 0.0)  # while this program's part is still on its way
-    if _is_last(arrived + tl.program_id(0), tl.num_programs(1)):
-        sum_RD = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-        for k in tl.static_range(TOP_K):
-            here_R = (present_R >> k) & 1 == 1
-            for p in tl.static_range(PARTS):
-                places_RD = sums + ((row_R * TOP_K + k) * PARTS + p)[:, None] * width + d_D[None, :]
-                sum_RD += tl.load(places_RD, here_R[:, None] & inside_D[None, :], 0.0, cache_modifier=".cg")
-        if residual is not None:
-            sum_RD += residual_RD.to(tl.float32)
-        tl.store(out + outputs_RD, sum_RD.to(out.dtype.element_ty), inside_RD)
+    _add_parts(sums, residual, arrived, out, present_R, rows, width, d_D, inside_D, PARTS, BLOCK_D, TOP_K, BLOCK_R)
 
 
 @triton.jit

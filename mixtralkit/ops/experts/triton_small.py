@@ -274,7 +274,7 @@ def _down_some_rows(
 ):  # fmt: skip
     """One slot's part of out[d] of the rows that chose it, for some d."""
     slot, part = (tl.program_id(1) // PARTS).to(tl.int64), tl.program_id(1) % PARTS
-    d_D, f_F, row_R = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_R)
+    d_D, f_F = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F)
     inside_D, first = d_D < width, part * STEPS * BLOCK_F
     w2_D = w2 + (slot * width + tl.where(inside_D, d_D, 0)) * hidden
     if storage is not None:
@@ -298,6 +298,16 @@ def _down_some_rows(
             sum_DR = tl.dot(w2_DF, h_FR, sum_DR, input_precision="ieee")
         places_DR = sums + (choice_R * PARTS + part)[None, :] * width + d_D[:, None]
         tl.store(places_DR, sum_DR, inside_D[:, None] & chose_R[None, :])
+    _add_parts(sums, residual, arrived, out, present_R, rows, width, d_D, inside_D, PARTS, BLOCK_D, TOP_K, BLOCK_R)
+
+
+@triton.jit
+def _add_parts(
+    sums, residual, arrived, out, present_R, rows, width, d_D, inside_D,
+    PARTS: tl.constexpr, BLOCK_D: tl.constexpr, TOP_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """The program that is last to come for some outputs adds the parts of them, and the residual."""
+    row_R = tl.arange(0, BLOCK_R)
     inside_RD, outputs_RD = (row_R < rows)[:, None] & inside_D[None, :], row_R[:, None] * width + d_D[None, :]
     if residual is not None:
         residual_RD = tl.load(residual + outputs_RD, inside_RD, 0.0)  # while this program's part is still on its way
