@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import warnings
 from typing import NamedTuple
 
@@ -14,6 +16,10 @@ from mixtralkit.cli.run import run_tool
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined, so before any import of one
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background; processes of tests would inherit it
+    with contextlib.suppress(ValueError):  # not in this thread
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

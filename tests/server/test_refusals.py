@@ -8,6 +8,7 @@ import json
 
 import pytest
 
+from mixtralkit.server.service import Service
 from tests.server.doubles import Slots, application, run
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -267,7 +268,7 @@ def test_an_engine_that_cannot_go_on(stream):
         return found, health, service.error
 
     monkey = pytest.MonkeyPatch()
-    monkey.setattr("mixtralkit.server.service._DEADLINE_S", 1e6)  # the deadline would end this process
+    monkey.setitem(Service.__init__.__globals__, "_DEADLINE_S", 1e6)  # the deadline would end this process
     try:
         found, health, error = run(ask, engine)
     finally:
