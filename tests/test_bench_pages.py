@@ -139,3 +139,13 @@ def test_two_phase():
         assert all(
             near(cell, found[threshold]) for cell, threshold in zip(cells, (None, 0.05, 0.1, 0.15, 0.2), strict=True)
         ), first
+
+
+def test_experts_in_fewer_bits():
+    found = table("docs/quantised.md", "| | 1 | 8 | 64 | 256 | prefill")
+    for row, name in (("int8", "int8"), ("fp8", "fp8"), ("int4:128", "int4:128")):
+        lines = [line for line in runs("model-quantised-h200") if line.get("quantize") == name]
+        wanted = [rate(line) for line in lines if line["measurement"] in ("decode", "prefill")]
+        assert [cell for cell in found[row] if cell] == wanted, row
+    plain = [rate(line) for line in runs("model-h200") if line["measurement"] in ("decode", "prefill")]
+    assert found["bfloat16 ([performance](performance.md))"] == plain
