@@ -60,7 +60,8 @@ class ExpertStore:
         """``room`` is for copies; ``layers`` None means all."""
         self.layout, self.context, self.dtype, self.room = layout, context, dtype, room
         self.copies: dict[tuple[int, int], Copy] = {}
-        self._memories: tuple[SymmetricMemory, SymmetricMemory] | None = None
+        self._memories: tuple[SymmetricMemory, ...] | None = None  # of the parts, where other ranks read them
+        self._first_W: dict[int, np.ndarray] = {}  # by layer, place of each rank's first slot in these
         self.relocations = 0
         self.layers = list(range(layout.config.n_layers)) if layers is None else list(layers)
         self.experts: dict[int, Experts] = {}
