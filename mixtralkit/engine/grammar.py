@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from functools import cached_property
@@ -23,6 +24,7 @@ class Grammars:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
+        self._compiled = functools.lru_cache(maxsize=128)(self._compile)  # who checks is not the one who begins
 
     def check(self, schema: str) -> None:
         """ValueError that says what is wrong with the schema, a JSON text, or that the library is missing."""
@@ -34,7 +36,7 @@ class Grammars:
         library = import_library()
         return Grammar(library.LLMatcher(self._tokens, self._compiled(schema), log_level=0), self._vocab_size)
 
-    def _compiled(self, schema: str) -> str:
+    def _compile(self, schema: str) -> str:
         matcher = import_library().LLMatcher
         try:
             content = json.loads(schema)

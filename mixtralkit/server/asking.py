@@ -137,7 +137,7 @@ class Asking:
             **wants, "stop": (stop,) if isinstance(stop, str) else tuple(stop or ()),
             "stop_token_ids": tuple(body.stop_token_ids or ()),
             "ignore_eos": bool(body.ignore_eos), "min_tokens": body.min_tokens or 0,
-            "json_schema": schema_of(body.response_format),
+            "json_schema": schema_of(body.response_format), "routed_experts": bool(body.routed_experts),
         }  # fmt: skip
         try:
             requests = tuple(
@@ -193,8 +193,6 @@ def schema_of(wanted: ResponseFormat | None) -> str | None:
 
 def refuse_unsupported(body: AnyRequest) -> None:
     """ApiError for what the engine cannot do, by name."""
-    if body.routed_experts:
-        raise unsupported("routed_experts")
     if body.stream_options is not None and not body.stream:
         raise bad("stream_options needs stream to be true", "stream_options")
 

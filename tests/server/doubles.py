@@ -48,8 +48,12 @@ class Slots:
         """Of what runs and waits; the rest is nought."""
         return EngineSnapshot(running=len(self.running), waiting=len(self.waiting), pages=8)
 
-    def serve(self, arrivals: Any) -> Iterator[list[StreamEvent]]:
-        """As the real one."""
+    def teller(self) -> Any:
+        """Its tokens are events."""
+        return SimpleNamespace(events=lambda told: told)
+
+    def tokens(self, arrivals: Any) -> Iterator[list[StreamEvent]]:
+        """As the real one, but with text."""
         closed = False
         while self.running or self.waiting or not closed:
             come = [] if closed else arrivals.poll(not self.running and not self.waiting)
