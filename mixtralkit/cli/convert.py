@@ -58,4 +58,6 @@ def convert(
         files = save_checkpoint(
             target, reader.config, reader, format, shards, dtype, ranks, overwrite=overwrite, progress=True
         )
+    for note in loaded.notes() if loaded else ():
+        print(note)
     print(f"{target}: {format}, {sum(path.stat().st_size for path in files):,} bytes in {len(files)} files")
