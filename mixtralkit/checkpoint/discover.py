@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from mixtralkit.config import ModelConfig, ParallelConfig
 from mixtralkit.json_file import conform, load_json, read_as, shown
 from mixtralkit.layout import RankLayout
 from mixtralkit.moe.weights import PLAIN, ExpertWeights, parse_weights
-from mixtralkit.planning.plan import ExpertPlan
+from mixtralkit.planning.plan import ExpertPlan, Words
 
 OURS_JSON = "checkpoint.json"
 OURS_VERSION = 1
@@ -65,8 +66,21 @@ class Found:
 
     @property
     def weights(self) -> ExpertWeights:
-        """The format of the experts."""
+        """The format of the experts, or of those for which ``precision`` has none."""
         return self.layouts[0].weights if self.layouts else PLAIN
+
+    @property
+    def precision(self) -> Words | None:
+        """The formats of the experts, as ``ExpertPlan.precision`` has them, where there are several."""
+        several = self.layouts and len(self.layouts[0].formats) > 1
+        return self.layouts[0].plan.precision if several else None
+
+    @cached_property
+    def formats_LE(self) -> list[list[ExpertWeights]]:
+        """The format of each expert."""
+        if self.layouts:
+            return self.layouts[0].formats_LE
+        return [[PLAIN] * self.config.num_experts] * self.config.n_layers
 
 
 def recognise(folder: str | Path, format: str | None = None) -> Found:

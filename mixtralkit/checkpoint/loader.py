@@ -96,11 +96,14 @@ def _check(
     for name in dict.fromkeys((*shapes, *found)):
         if shapes.get(name) != found.get(name):
             raise ValueError(f"{reader.folder}: {name}: found {found.get(name)}, the model wants {shapes.get(name)}")
-    if not reader.weights.is_plain and layout.weights != reader.weights:
-        raise ValueError(
-            f"{reader.folder}: quantize ({layout.weights.name!r}) must be {reader.weights.name!r}, in which the "
-            "checkpoint is, or left out"
-        )
+    for layer, formats_EE in enumerate(zip(layout.formats_LE, reader.found.formats_LE, strict=True)):
+        for expert, (wanted_format, held) in enumerate(zip(*formats_EE, strict=True)):
+            if not held.is_plain and wanted_format != held:
+                of = "" if layout.plan.precision is None else f" of layer {layer}, expert {expert}"
+                raise ValueError(
+                    f"{reader.folder}: quantize ({wanted_format.name!r}){of} must be {held.name!r}, in which the "
+                    "checkpoint is, or left out"
+                )
     wanted = layout.shapes()
     wrong = [
         f"{name}: found {tuple(parameters[name].shape) if name in parameters else None}, wanted {wanted.get(name)}"
@@ -144,10 +147,10 @@ def _bytes(piece: Piece, parameter: torch.Tensor) -> int:
 
 def _read_key(piece: Piece, layout: RankLayout, reader: CheckpointReader) -> _Key:
     """What is read for a piece: to be rounded, whole rows."""
-    if not piece.is_expert or layout.weights == reader.weights:
+    if not piece.is_expert or piece.weights == reader.format_of(piece.source):
         return _key(piece)
     outputs, columns = reader.shapes()[piece.source]
-    return piece.source, rows_read(layout, piece, outputs), (0, columns)
+    return piece.source, rows_read(piece, outputs), (0, columns)
 
 
 def _counted(layout: RankLayout, reader: CheckpointReader, transfers: Iterable[Transfer]) -> frozenset[_Key]:
@@ -170,7 +173,7 @@ def _reads(
     """The reads of ``pieces``, in the order of the files, each with the hash that it is added to."""
 
     def blocks(piece: Piece) -> Iterable[Block | RoundedBlock]:
-        if piece.is_expert and layout.weights != reader.weights:
+        if piece.is_expert and piece.weights != reader.format_of(piece.source):
             return rounded_blocks(reader, parameters, layout, piece)
         return (
             block for part in layout.parts(piece)

@@ -15,8 +15,8 @@ from mixtralkit.checkpoint.index import read_index
 from mixtralkit.checkpoint.names import STYLES, Slab, Stored, rank_tensors, stored_tensors
 from mixtralkit.checkpoint.quantised import method_of_tensors, refusal
 from mixtralkit.checkpoint.weight_hash import WeightHash
-from mixtralkit.layout import canonical_shapes
-from mixtralkit.moe.weights import ExpertWeights
+from mixtralkit.layout import canonical_shapes, expert_of
+from mixtralkit.moe.weights import PLAIN, ExpertWeights
 
 BLOCK_BYTES = 16 << 20
 MOST_LISTED = 8
@@ -118,8 +118,13 @@ class CheckpointReader:
 
     @property
     def weights(self) -> ExpertWeights:
-        """The format of its experts."""
+        """The format of its experts, or of those for which ``found.precision`` has none."""
         return self.found.weights
+
+    def format_of(self, source: str) -> ExpertWeights:
+        """The format of the expert of a canonical name."""
+        layer, expert = expert_of(source)
+        return self.found.formats_LE[layer][expert]
 
     @property
     def file_bytes(self) -> int:
@@ -134,7 +139,7 @@ class CheckpointReader:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Canonical names and shapes, in the order of the model."""
-        return canonical_shapes(self.config, self.weights)
+        return canonical_shapes(self.config, self.found.formats_LE)
 
     def dtype(self, name: str) -> torch.dtype:
         """Stored dtype of a canonical tensor."""
@@ -186,7 +191,7 @@ def open_checkpoint(folder: str | Path, format: str | None = None) -> Checkpoint
         indices = []
         for paths in found.files:
             files.append(ByteFile(paths))
-            indices.append(read_index(files[-1], packed=not found.weights.is_plain))
+            indices.append(read_index(files[-1], packed=bool(found.layouts) and found.layouts[0].formats != (PLAIN,)))
         tiles = _place_ranks(found, indices) if found.layouts else _place(found, indices)
     except BaseException:
         for file in files:
@@ -310,7 +315,7 @@ def _complete(
     found: Found, tiles: Sequence[Tile], extra: list[str], misshapen: list[str], broken: set[str]
 ) -> dict[str, tuple[Tile, ...]]:
     """Tiles by canonical name, each slab once; ValueError unless they fill every canonical tensor."""
-    shapes = canonical_shapes(found.config, found.weights)
+    shapes = canonical_shapes(found.config, found.formats_LE)
     by_name: dict[str, dict[Slab, Tile]] = {name: {} for name in shapes}
     for tile in tiles:
         by_name[tile.slab.source].setdefault(_untransposed(tile.slab), tile)
