@@ -149,8 +149,8 @@ class Engine:
         params = self.model.params
         check_prompt(request.id, request.prompt, params.max_seq_len, params.vocab_size)
         request.sampling.check_vocabulary(params.vocab_size)
-        if request.json_schema is not None:
-            self._grammars.check(request.json_schema)
+        if request.bound is not None:
+            self._grammars.check(*request.bound)
         cache = self.model.cache
         if cache is not None and len(request.prompt) > cache.pages * cache.page_size:
             raise ValueError(

@@ -260,8 +260,8 @@ class Leader:
         number = run.numbers_from + request.id
         answer = Progress(request, self.most_tokens(request), self.tokenizer)
         sequence = Sequence(self._next_key, answer, number, run)
-        if request.json_schema is not None:
-            sequence.grammar = self._grammars.begin(request.json_schema)
+        if request.bound is not None:
+            sequence.grammar = self._grammars.begin(*request.bound)
             sequence.mask = sequence.grammar.allowed(()).tobytes()
         self._next_key += 1
         self.next_number = max(self.next_number, number + 1)

@@ -32,6 +32,7 @@ class Request:
         ignore_eos: the tokenizer's end tokens are tokens like others.
         min_tokens: no end token comes before so many others.
         json_schema: a JSON text that the answer is to fit.
+        grammar: llguidance's grammar (Lark) that the answer is to fit, instead.
         routed_experts: also tell which experts each token took. The whole prompt is computed for it.
     """
 
@@ -48,6 +49,7 @@ class Request:
     ignore_eos: bool = False
     min_tokens: int = 0
     json_schema: str | None = None
+    grammar: str | None = None
     routed_experts: bool = False
 
     def __post_init__(self) -> None:
@@ -59,8 +61,11 @@ class Request:
             raise ValueError(f"top_logprobs ({self.top_logprobs}) must lie in 0 … {MOST_TOP_LOGPROBS}")
         if isinstance(self.min_tokens, bool) or not isinstance(self.min_tokens, int) or self.min_tokens < 0:
             raise ValueError(f"min_tokens ({self.min_tokens!r}) must be a whole number of at least 0")
-        if self.json_schema is not None and (self.min_tokens or self.ignore_eos):
-            raise ValueError("json_schema needs an answer that ends where it fits: no min_tokens and no ignore_eos")
+        if self.json_schema is not None and self.grammar is not None:
+            raise ValueError("json_schema and grammar cannot both bound an answer")
+        if self.bound is not None and (self.min_tokens or self.ignore_eos):
+            name = "json_schema" if self.grammar is None else "grammar"
+            raise ValueError(f"{name} needs an answer that ends where it fits: no min_tokens and no ignore_eos")
 
     @property
     def drawn_by(self) -> tuple[int, int]:
@@ -70,7 +75,14 @@ class Request:
     @property
     def asks(self) -> bool:
         """Whether logits are changed before its tokens are chosen."""
-        return self.sampling.asks or self.min_tokens > 0 or self.json_schema is not None
+        return self.sampling.asks or self.min_tokens > 0 or self.bound is not None
+
+    @property
+    def bound(self) -> tuple[str, bool] | None:
+        """What the answer is to fit, and whether it is a grammar and no JSON schema; None for any text."""
+        if self.grammar is not None:
+            return self.grammar, True
+        return None if self.json_schema is None else (self.json_schema, False)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from mixtralkit.engine.tokenizer import TextStream, Tokenizer
 from mixtralkit.server.asking import Asked
 from mixtralkit.server.errors import ApiError
 from mixtralkit.server.logprobs import Shapes, Told
-from mixtralkit.server.protocol import AnyRequest, ChatRequest, CompletionRequest
+from mixtralkit.server.protocol import AnyRequest, ChatRequest, CompletionRequest, NamedTool
 from mixtralkit.server.tools import ToolCalls
 
 
@@ -196,7 +196,10 @@ class ChatWriter(Writer):
         super().__init__(body, asked, model, tokenizer)
         self._shapes = Shapes(tokenizer)
         may_call = bool(body.tools) and body.tool_choice != "none"
-        self._calls = [ToolCalls(tokenizer) for _ in asked.requests] if may_call else None
+        many = body.parallel_tool_calls is not False
+        self._calls = [ToolCalls(tokenizer, many) for _ in asked.requests] if may_call else None
+        # OpenAI's servers say "stop" where the request has named the function
+        self._called = "stop" if isinstance(body.tool_choice, NamedTool) else "tool_calls"
 
     def chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
         return super().chunk(choice) | {"object": "chat.completion.chunk"}
@@ -218,7 +221,7 @@ class ChatWriter(Writer):
             numbered = [{"index": i, **call} for i, call in enumerate(calls)]
             yield self._delta(index, {"tool_calls": numbered}, (), None)
         if event.finish_reason:
-            yield self._delta(index, {}, (), "tool_calls" if calls else event.finish_reason)
+            yield self._delta(index, {}, (), self._called if calls else event.finish_reason)
 
     def choice(self, index: int, completion: Completion) -> dict[str, Any]:
         c = completion
@@ -230,7 +233,7 @@ class ChatWriter(Writer):
             text, calls = self._calls[index].push(StreamEvent(c.id, c.text, c.finish_reason, c, tokens))
             if calls:
                 message |= {"content": text or None, "tool_calls": calls}
-                reason = "tool_calls"
+                reason = self._called
         logprobs = self._shapes.chat(told) if self.body.logprobs else None
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
