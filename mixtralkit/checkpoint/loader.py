@@ -50,17 +50,17 @@ def load_into(
 ) -> str | None:
     """Fills ``parameters`` (named and shaped as ``layout.shapes()``) from ``reader``, each in its own dtype.
 
-    Experts are rounded on the way where the layout has them in another format than a plain checkpoint
-    (``quantising``). Every rank calls it. ``threads`` read at a time (None for ``reading_threads``); ``progress`` draws
-    a bar on rank 0. When it returns, the bytes are there, on a GPU too. With ``hashes`` it returns a hash of all
-    weights of the checkpoint, the same on every rank and for every layout, made of what is read anyway
-    (``weight_hash``).
+    Experts are rounded on the way where the layout has them in another format than the checkpoint (``quantising``),
+    but for those of our own files in fewer bits. Every rank calls it. ``threads`` read at a time (None for
+    ``reading_threads``); ``progress`` draws a bar on rank 0. When it returns, the bytes are there, on a GPU too. With
+    ``hashes`` it returns a hash of all weights that are read, the same on every rank and for every layout, made of
+    what is read anyway (``weight_hash``).
 
     ValueError, or RankFailed where another rank failed, when the parameters or the checkpoint do not fit the layout
     (before any byte is read), and when a file cannot be read.
     """
     with context.agreed():
-        _check(parameters, layout, reader, context)
+        reader = _check(parameters, layout, reader, context)
     threads = reading_threads(context) if threads is None else threads
     transfers = _plan_transfers(layout, parameters)
     received = {t.key for t in transfers if t.owner != context.rank}
@@ -85,7 +85,8 @@ def reading_threads(context: RankContext) -> int:
 
 def _check(
     parameters: Mapping[str, torch.Tensor], layout: RankLayout, reader: CheckpointReader, context: RankContext
-) -> None:
+) -> CheckpointReader:
+    """The reader of what the layout asks for: the checkpoint's own format of experts, or numbers."""
     if (layout.world_size, layout.rank) != (context.world_size, context.rank):
         raise ValueError(
             f"layout is of rank {layout.rank} of {layout.world_size}, this is rank {context.rank} "
@@ -96,7 +97,8 @@ def _check(
     for name in dict.fromkeys((*shapes, *found)):
         if shapes.get(name) != found.get(name):
             raise ValueError(f"{reader.folder}: {name}: found {found.get(name)}, the model wants {shapes.get(name)}")
-    if not reader.weights.is_plain and layout.weights != reader.weights:
+    chosen = reader if layout.weights == reader.weights else reader.in_numbers()
+    if chosen is None:
         raise ValueError(
             f"{reader.folder}: quantize ({layout.weights.name!r}) must be {reader.weights.name!r}, in which the "
             "checkpoint is, or left out"
@@ -109,6 +111,7 @@ def _check(
     ]
     if wrong:
         raise ValueError(f"the parameters to fill do not fit the layout: {'; '.join(wrong[:8])}")
+    return chosen
 
 
 def _key(piece: Piece) -> _Key:

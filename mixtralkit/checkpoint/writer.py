@@ -81,7 +81,9 @@ def save_checkpoint(
     folder, ranks = Path(folder), ranks or RankFiles()
     dtype = None if dtype is None else parse_dtype(dtype)
     source = tensors if isinstance(tensors, CheckpointReader) else _checked(config, tensors)
-    held = tensors.weights if isinstance(tensors, CheckpointReader) else PLAIN
+    if isinstance(source, CheckpointReader) and ranks.weights != source.weights:
+        source = source.in_numbers() or source
+    held = source.weights if isinstance(source, CheckpointReader) else PLAIN
     if not ranks.weights.is_plain and format != "mixtralkit":
         raise ValueError(f"quantize ({ranks.weights.name!r}) needs format 'mixtralkit', not {format!r}")
     if not (held.is_plain or ranks.weights.is_plain) and held != ranks.weights:
@@ -201,7 +203,7 @@ class _FileWriter:
         make(path, {name: (stored.shape, self.dtype(stored)) for name, stored in tensors.items()})
         file = ByteFile((path,))
         try:
-            index = read_index(file, packed=True)
+            index = read_index(file, PACKED_DTYPES)
         finally:
             file.close()
         with open(path, "r+b", buffering=0) as out:
