@@ -142,7 +142,7 @@ def _sentence(content: Any, said: str, name: str) -> str:
     """msgspec's message in our words."""
     text, _, path = said.partition(" - at `$")
     path = path.rstrip("`").lstrip(".")
-    where = ".".join(part for part in (name, path) if part)
+    where = name + path if path.startswith("[") else ".".join(part for part in (name, path) if part)
     lacking = re.fullmatch(r"Object missing required field `(.*)`", text)
     if lacking:
         return f"{where or 'it'} lacks {lacking[1]}"

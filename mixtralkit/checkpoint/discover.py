@@ -19,7 +19,7 @@ from mixtralkit.config import ModelConfig, ParallelConfig
 from mixtralkit.json_file import conform, load_json, read_as, shown
 from mixtralkit.layout import RankLayout
 from mixtralkit.moe.weights import PLAIN, ExpertWeights, parse_weights
-from mixtralkit.planning.plan import ExpertPlan
+from mixtralkit.planning.plan import ExpertPlan, Words
 
 OURS_JSON = "checkpoint.json"
 OURS_VERSION = 1
@@ -67,8 +67,14 @@ class Found:
 
     @property
     def weights(self) -> ExpertWeights:
-        """The format of the experts in our own files."""
+        """The format of the experts in our own files, or of those for which ``precision`` has none."""
         return self.layouts[0].weights if self.layouts else PLAIN
+
+    @property
+    def precision(self) -> Words | None:
+        """The formats of the experts, as ``ExpertPlan.precision`` has them, where there are several."""
+        several = self.layouts and len(self.layouts[0].formats) > 1
+        return self.layouts[0].plan.precision if several else None
 
 
 def recognise(folder: str | Path, format: str | None = None) -> Found:

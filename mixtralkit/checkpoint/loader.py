@@ -60,7 +60,7 @@ def load_into(
     (before any byte is read), and when a file cannot be read.
     """
     with context.agreed():
-        reader = _check(parameters, layout, reader, context)
+        _check(parameters, layout, reader, context)
     threads = reading_threads(context) if threads is None else threads
     transfers = _plan_transfers(layout, parameters)
     received = {t.key for t in transfers if t.owner != context.rank}
@@ -85,8 +85,7 @@ def reading_threads(context: RankContext) -> int:
 
 def _check(
     parameters: Mapping[str, torch.Tensor], layout: RankLayout, reader: CheckpointReader, context: RankContext
-) -> CheckpointReader:
-    """The reader of what the layout asks for: the checkpoint's own format of experts, or numbers."""
+) -> None:
     if (layout.world_size, layout.rank) != (context.world_size, context.rank):
         raise ValueError(
             f"layout is of rank {layout.rank} of {layout.world_size}, this is rank {context.rank} "
@@ -97,12 +96,14 @@ def _check(
     for name in dict.fromkeys((*shapes, *found)):
         if shapes.get(name) != found.get(name):
             raise ValueError(f"{reader.folder}: {name}: found {found.get(name)}, the model wants {shapes.get(name)}")
-    chosen = reader if layout.weights == reader.weights else reader.in_numbers()
-    if chosen is None:
-        raise ValueError(
-            f"{reader.folder}: quantize ({layout.weights.name!r}) must be {reader.weights.name!r}, in which the "
-            "checkpoint is, or left out"
-        )
+    for layer, formats_EE in enumerate(zip(layout.formats_LE, reader.formats_for(layout.formats_LE), strict=True)):
+        for expert, (wanted_format, held) in enumerate(zip(*formats_EE, strict=True)):
+            if not held.is_plain and wanted_format != held:
+                of = "" if layout.plan.precision is None else f" of layer {layer}, expert {expert}"
+                raise ValueError(
+                    f"{reader.folder}: quantize ({wanted_format.name!r}){of} must be {held.name!r}, in which the "
+                    "checkpoint is, or left out"
+                )
     wanted = layout.shapes()
     wrong = [
         f"{name}: found {tuple(parameters[name].shape) if name in parameters else None}, wanted {wanted.get(name)}"
@@ -111,7 +112,6 @@ def _check(
     ]
     if wrong:
         raise ValueError(f"the parameters to fill do not fit the layout: {'; '.join(wrong[:8])}")
-    return chosen
 
 
 def _key(piece: Piece) -> _Key:
@@ -145,12 +145,16 @@ def _bytes(piece: Piece, parameter: torch.Tensor) -> int:
     return (piece.rows[1] - piece.rows[0]) * (last - first) * parameter.dtype.itemsize
 
 
+def _is_rounded(piece: Piece, reader: CheckpointReader) -> bool:
+    return not piece.weights.is_plain and piece.weights != reader.format_of(piece.source)
+
+
 def _read_key(piece: Piece, layout: RankLayout, reader: CheckpointReader) -> _Key:
     """What is read for a piece: to be rounded, whole rows."""
-    if not piece.is_expert or layout.weights == reader.weights:
+    if not _is_rounded(piece, reader):
         return _key(piece)
     outputs, columns = reader.shapes()[piece.source]
-    return piece.source, rows_read(layout, piece, outputs), (0, columns)
+    return piece.source, rows_read(piece, outputs), (0, columns)
 
 
 def _counted(layout: RankLayout, reader: CheckpointReader, transfers: Iterable[Transfer]) -> frozenset[_Key]:
@@ -173,7 +177,7 @@ def _reads(
     """The reads of ``pieces``, in the order of the files, each with the hash that it is added to."""
 
     def blocks(piece: Piece) -> Iterable[Block | RoundedBlock]:
-        if piece.is_expert and layout.weights != reader.weights:
+        if _is_rounded(piece, reader):
             return rounded_blocks(reader, parameters, layout, piece)
         return (
             block for part in layout.parts(piece)

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from mixtralkit.checkpoint.index import FOREIGN_DTYPES, PACKED_DTYPES, read_inde
 from mixtralkit.checkpoint.names import STYLES, Slab, Stored, rank_tensors, stored_tensors
 from mixtralkit.checkpoint.quantised import method_of_tensors, unstated
 from mixtralkit.checkpoint.weight_hash import WeightHash
-from mixtralkit.layout import canonical_shapes
+from mixtralkit.layout import canonical_shapes, expert_of
 from mixtralkit.moe.weights import PLAIN, ExpertWeights
 
 BLOCK_BYTES = 16 << 20
@@ -100,7 +101,7 @@ class CheckpointReader:
         kind: what was found there, in words.
         config: the model.
         found: its files, and the JSON file that the model was read from.
-        weights: the format of its experts.
+        weights: the format of its experts, or of those for which ``found.precision`` has none.
     """
 
     def __init__(
@@ -109,10 +110,9 @@ class CheckpointReader:
         files: Sequence[ByteFile],
         tiles: dict[str, tuple[Tile, ...]],
         weights: ExpertWeights = PLAIN,
-        numbers: dict[str, tuple[Tile, ...]] | None = None,
     ) -> None:
         self.folder, self.kind, self.config, self.found = found.folder, found.kind, found.config, found
-        self.weights, self._files, self._tiles, self._numbers = weights, tuple(files), tiles, numbers
+        self.weights, self._files, self._tiles = weights, tuple(files), tiles
         self._order = {id(file): i for i, file in enumerate(self._files)}
 
     def __enter__(self) -> CheckpointReader:
@@ -126,11 +126,23 @@ class CheckpointReader:
         for file in self._files:
             file.close()
 
-    def in_numbers(self) -> CheckpointReader | None:
-        """The same files with experts as numbers, also of those in fewer bits that others made; None for our own."""
-        if self.weights.is_plain:
-            return self
-        return None if self._numbers is None else CheckpointReader(self.found, self._files, self._numbers)
+    @cached_property
+    def formats_LE(self) -> list[list[ExpertWeights]]:
+        """The format of each expert."""
+        return _formats(self.found, self.weights)
+
+    def formats_for(self, wanted_LE: Sequence[Sequence[ExpertWeights]]) -> list[list[ExpertWeights]]:
+        """In which each expert is read for the wanted format: as it is held, or as numbers where these can be had too.
+
+        They can of those in fewer bits that others made, and cannot of our own, which are rounded once.
+        """
+        pairs_LE = (zip(*row, strict=True) for row in zip(self.formats_LE, wanted_LE, strict=True))
+        return [[own if own == new or self.found.layouts else PLAIN for own, new in row] for row in pairs_LE]
+
+    def format_of(self, source: str) -> ExpertWeights:
+        """The format of the expert of a canonical name."""
+        layer, expert = expert_of(source)
+        return self.formats_LE[layer][expert]
 
     @property
     def file_bytes(self) -> int:
@@ -144,8 +156,9 @@ class CheckpointReader:
         return list(held.values())
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Canonical names and shapes, in the order of the model."""
-        return canonical_shapes(self.config, self.weights)
+        """Canonical names and shapes, in the order of the model; experts' as they are held, and then as numbers."""
+        numbers = {name: shape for name, shape in canonical_shapes(self.config).items() if name in self._tiles}
+        return canonical_shapes(self.config, self.formats_LE) | numbers
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype that a canonical tensor is written in; quantised ones are meant in another than they are read."""
@@ -215,16 +228,16 @@ def _dtypes(found: Found) -> dict[str, torch.dtype]:
     """Dtypes that its tensors may have beside floating ones."""
     if found.method is not None:
         return FOREIGN_DTYPES
-    return {} if found.weights.is_plain else PACKED_DTYPES
+    return PACKED_DTYPES if found.layouts and found.layouts[0].formats != (PLAIN,) else {}
 
 
 _Tiles = dict[str, tuple[Tile, ...]]
 
 
-def _place(found: Found, indices: Sequence[dict[str, Region]]) -> tuple[_Tiles, ExpertWeights, _Tiles | None]:
-    """Tiles of every canonical tensor from the tensors of all files, by their names and shapes.
+def _place(found: Found, indices: Sequence[dict[str, Region]]) -> tuple[_Tiles, ExpertWeights]:
+    """Tiles of every canonical tensor from the tensors of all files, by their names and shapes; the experts' format.
 
-    Returns the experts' format too, and where that is not plain the tiles of numbers.
+    Where that is not plain, there are tiles of their numbers too.
     """
     known = {name: stored for style in STYLES for name, stored in stored_tensors(style, found.config).items()}
     regions: dict[str, list[Region]] = {}
@@ -236,7 +249,7 @@ def _place(found: Found, indices: Sequence[dict[str, Region]]) -> tuple[_Tiles, 
         method = method_of_tensors(name for name in regions if name not in known)
         if method:
             raise ValueError(f"{found.folder}: {unstated(method)}")
-        return _by_name(found, known, regions, len(indices)), PLAIN, None
+        return _by_name(found, known, regions, len(indices)), PLAIN
     twice = next((parts for parts in regions.values() if len(parts) > 1), None)
     if twice:
         raise ValueError(f"{found.folder}: {twice[0].name} is in two files, {twice[0].file} and {twice[1].file}")
@@ -245,14 +258,14 @@ def _place(found: Found, indices: Sequence[dict[str, Region]]) -> tuple[_Tiles, 
         warnings.warn(_takes_memory(found, ours), stacklevel=3)
     numbers = _by_name(found, known, {name: [region] for name, region in ours.numbers.items()}, 1)
     if ours.weights.is_plain:
-        return numbers, PLAIN, None
+        return numbers, PLAIN
     parts = {
         f"{name.removesuffix('weight')}{part.name}": stored.part(part, ours.weights)
         for name, stored in known.items() if name.endswith("weight") and ".experts." in stored.slabs[0].source
         for part in ours.weights.parts
     }  # fmt: skip
     tensors = {name: [region] for name, region in ours.tensors.items()}
-    return _by_name(found, known | parts, tensors, 1, ours.weights), ours.weights, numbers
+    return numbers | _by_name(found, known | parts, tensors, 1, ours.weights), ours.weights
 
 
 def _takes_memory(found: Found, ours: InOurTerms) -> str:
@@ -371,12 +384,19 @@ def _tiles(stored: Stored, region: Region) -> list[Tile]:
     return tiles
 
 
+def _formats(found: Found, weights: ExpertWeights) -> list[list[ExpertWeights]]:
+    """Of each expert: as our own files say, or ``weights``."""
+    if found.layouts:
+        return found.layouts[0].formats_LE
+    return [[weights] * found.config.num_experts] * found.config.n_layers
+
+
 def _complete(
     found: Found, tiles: Sequence[Tile], extra: list[str], misshapen: list[str], broken: set[str],
     weights: ExpertWeights,
 ) -> _Tiles:  # fmt: skip
     """Tiles by canonical name, each slab once; ValueError unless they fill every canonical tensor."""
-    shapes = canonical_shapes(found.config, weights)
+    shapes = canonical_shapes(found.config, _formats(found, weights))
     by_name: dict[str, dict[Slab, Tile]] = {name: {} for name in shapes}
     for tile in tiles:
         by_name[tile.slab.source].setdefault(_untransposed(tile.slab), tile)

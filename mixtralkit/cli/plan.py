@@ -166,6 +166,7 @@ def _read(path: Path, request: PlanRequest) -> Given:
 
 
 def _figures(plan: ExpertPlan, given: Given, seconds: float) -> dict[str, object]:
+    gpu_W, host_W = given.shape.rank_bytes(plan)
     quality = measure(plan, given.loads_LE, given.trace and given.trace.transitions_LEE())
     return {
         "policy": plan.policy,
@@ -174,8 +175,10 @@ def _figures(plan: ExpertPlan, given: Given, seconds: float) -> dict[str, object
         "node_crossings_per_token": quality.node_crossings_per_token,
         "balancedness_mean_over_max": quality.balancedness_mean_over_max,
         "max_over_mean": quality.max_over_mean,
-        "memory_gb_per_rank": quality.memory_gb_per_rank(plan.num_layers, given.shape.expert_bytes),
+        "memory_gb_per_rank": float(gpu_W.max()) / 1e9,
+        **({"host_memory_gb_per_rank": float(host_W.max()) / 1e9} if host_W.any() else {}),
         "seconds": seconds,
+        **plan.counts(),
     }
 
 
@@ -199,6 +202,8 @@ def _held_out(policy: str, given: Given) -> dict[str, object]:
 
 def _print_notes(plan: ExpertPlan) -> None:
     """What a policy has to say beside its plan."""
+    for note in plan.notes():
+        print(note)
     meta = plan.meta
     if plan.policy == "auto":
         print(

@@ -75,6 +75,7 @@ def simulate(
     sizes = ModelShape.of(config, data_bytes or machine.data_bytes, parse_weights(quantize))
     shape = replace(sizes, num_experts=routing.num_experts, top_k=routing.top_k)
     results: dict[str, Simulation] = {}
+    plans: dict[str, ExpertPlan] = {}
     for name in plan:
         expert_plan = _load_plan(name, routing, world_size, ranks_per_node)
         if ranks_per_node is not None:
@@ -82,13 +83,18 @@ def simulate(
         for kind in dispatcher:
             execution = Execution(kind, batch, chunks, context, span)
             label = _label(name, kind, results)
+            plans[label] = expert_plan
             results[label] = simulator.simulate(expert_plan, routing, shape, machine, execution)
+    for label, expert_plan in plans.items():
+        for note in expert_plan.notes():
+            print(f"{label}: {note}")
     print(_totals(results))
     print(_by_layer(results))
     print(_by_rank(results))
     print(_links(results))
     for label, result in results.items():
-        print(json.dumps({"plan": label, "hardware": machine.name, **result.summary(), **_arrays(result)}))
+        print(json.dumps({"plan": label, "hardware": machine.name, **result.summary(), **plans[label].counts(),
+                          **_arrays(result)}))  # fmt: skip
     if plot is not None:
         from mixtralkit.planning.simulation_plot import draw
 

@@ -176,5 +176,6 @@ def table(found: Sequence[Candidate], chosen: Candidate, memory_gb: float | None
             f"{memory.weights:>9.2f}{memory.cache:>8.2f}{memory.exchange:>10.3f}{memory.working:>9.2f}"
             f"{memory.total:>8.2f}{note}"
         )
+    lines += chosen.plan.notes()
     lines.append(f"budget: {'none' if memory_gb is None else f'{memory_gb:g} GB a rank'}")
     return "\n".join(lines)

@@ -10,6 +10,7 @@ import numpy as np
 
 from mixtralkit.moe.weights import PLAIN, ExpertWeights
 from mixtralkit.planning.hardware import Hardware
+from mixtralkit.planning.plan import PRECISIONS, ExpertPlan
 
 if TYPE_CHECKING:
     from mixtralkit.config import ModelConfig
@@ -51,6 +52,20 @@ class ModelShape:
     def expert_bytes(self) -> int:
         """Weights of one expert."""
         return self.weights.expert_bytes(self.dim, self.hidden, self.data_bytes)
+
+    def expert_bytes_LE(self, plan: ExpertPlan) -> np.ndarray:
+        """int64 [L, E], weights of each expert in the format that the plan gives it."""
+        of = {
+            w: w.expert_bytes(self.dim, self.hidden, self.data_bytes)
+            for w in {PLAIN, self.weights, *PRECISIONS.values()}
+        }
+        return np.array([[of[weights] for weights in row] for row in plan.formats_LE(self.weights)], np.int64)
+
+    def rank_bytes(self, plan: ExpertPlan) -> tuple[np.ndarray, np.ndarray]:
+        """int64 [W] each: experts' weights that every rank has in its GPU's memory, and in the host's."""
+        held_LWE = plan.holds_LWE * self.expert_bytes_LE(plan)[:, None]
+        host_W = (held_LWE * plan.on_host_LE[:, None]).sum((0, 2))
+        return held_LWE.sum((0, 2)) - host_W, host_W
 
     @property
     def row_bytes(self) -> int:
@@ -95,7 +110,7 @@ class TimeModel:
     def __post_init__(self) -> None:
         self.hardware.networks(self.world_size, self.ranks_per_node)
 
-    def product_s(self, rows: np.ndarray | float, weights: float, size: float | None = None) -> np.ndarray:
+    def product_s(self, rows: np.ndarray | float, weights: float, size: np.ndarray | float | None = None) -> np.ndarray:
         """A product of ``rows`` rows with a matrix of so many ``weights``: the slower of arithmetic and reading.
 
         ``size`` is the bytes of the matrix; None those of numbers like the rows'.
@@ -106,21 +121,26 @@ class TimeModel:
         reading = (weights * self.shape.data_bytes if size is None else size) / self.hardware.memory_bandwidth
         return np.where(rows > 0, np.maximum(arithmetic, reading), 0.0)
 
-    def expert_s(self, rows: np.ndarray | float, split: int = 1) -> np.ndarray:
+    def expert_s(self, rows: np.ndarray | float, split: int = 1, size: np.ndarray | float | None = None) -> np.ndarray:
         """One expert, or its ``split``-th part, on one rank for ``rows`` choices; 0 for none.
 
         Its three matrices, and the copies of its rows: gathered, 2F wide and F wide between the products, summed.
+        ``size`` is the bytes of its weights; None those of the model's format.
         """
         shape, hidden = self.shape, self.shape.hidden / split
         copies = (4 * shape.dim + 6 * hidden) * shape.data_bytes / self.hardware.memory_bandwidth
-        product_s = self.product_s(rows, 3 * shape.dim * hidden, shape.expert_bytes / split)
+        size = shape.expert_bytes if size is None else size
+        product_s = self.product_s(rows, 3 * shape.dim * hidden, size / split)
         return product_s + np.asarray(rows, float) * copies
 
-    def experts_s(self, rows_WE: np.ndarray, split: int = 1) -> np.ndarray:
-        """All experts of each rank, one after the other: rows [..., W, E] → seconds [..., W]."""
+    def experts_s(self, rows_WE: np.ndarray, split: int = 1, size_E: np.ndarray | None = None) -> np.ndarray:
+        """All experts of each rank, one after the other: rows [..., W, E] → seconds [..., W].
+
+        ``size_E`` is as in ``expert_s``.
+        """
         rows_WE = np.asarray(rows_WE)
         mean_rows_W = rows_WE.sum(-1) / np.maximum((rows_WE > 0).sum(-1), 1)
-        return self.experts_start_s(mean_rows_W) + self.expert_s(rows_WE, split).sum(-1)
+        return self.experts_start_s(mean_rows_W) + self.expert_s(rows_WE, split, size_E).sum(-1)
 
     def experts_start_s(self, mean_rows: np.ndarray | float) -> np.ndarray | float:
         """What a rank's experts take beside their products; ``mean_rows`` are those of an expert that has any."""

@@ -3,7 +3,8 @@
 ==============  ======================================================================================================
 format          content
 ==============  ======================================================================================================
-``plan``        ours, ``plan.json`` (``ExpertPlan.save``); the only one that holds capacities, nodes and notes
+``plan``        ours, ``plan.json`` (``ExpertPlan.save``); the only one that holds capacities, precision, tiers,
+                nodes and notes
 ``sglang``      ``physical_to_logical_map`` [L, slots of all ranks], rank after rank; JSON, or a dict in a ``.pt``
 ``tensorrt``    YAML: ``num_slots``, ``initial_global_assignments`` {layer: [slots of all ranks], rank after rank}, at
                 the top or as ``load_balancer`` of ``moe_config``
@@ -90,8 +91,8 @@ def load_plan(
 def save_plan(plan: ExpertPlan, path: str | Path, format: str = "plan") -> None:
     """Writes ``plan`` as ``format``; ``sglang`` as a torch file where the path ends in ``.pt``.
 
-    Foreign formats hold who has which expert and nothing else: policy, nodes and notes are left out. ValueError for
-    what would change the result: a capacity; slots that are unequal or empty; in ``exflow`` a replica.
+    Foreign formats hold who has which expert and nothing else: policy, nodes, tiers and notes are left out. ValueError
+    for what would change the result: a capacity or precision; slots that are unequal or empty; in ``exflow`` a replica.
     """
     format = _OTHER_NAMES.get(format, format)
     if format not in FORMATS:
@@ -101,6 +102,8 @@ def save_plan(plan: ExpertPlan, path: str | Path, format: str = "plan") -> None:
         return
     if plan.cold_capacity_factor is not None:
         raise ValueError(f"cold_capacity_factor ({plan.cold_capacity_factor}) cannot be written as {format}")
+    if plan.precision is not None:
+        raise ValueError(f"precision ({plan.notes()[0].partition(': ')[2]}) cannot be written as {format}")
     content = FORMATS[format].write(plan)
     if format == "sglang" and Path(path).suffix == ".pt":
         import torch

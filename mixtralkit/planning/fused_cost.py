@@ -34,7 +34,7 @@ class FusedTimeModel(TimeModel):
         start_s, per_weight_s = _product(self._fused.linear, rows)
         return start_s + per_weight_s * weights * self._size_of_numbers
 
-    def expert_s(self, rows: np.ndarray | float, split: int = 1) -> np.ndarray:
+    def expert_s(self, rows: np.ndarray | float, split: int = 1, size: np.ndarray | float | None = None) -> np.ndarray:
         """One expert's share of the kernel that computes all of them; 0 for no rows.
 
         Figures are of plain weights: another format saves the reading of the bytes that it lacks, which all of the time
@@ -43,7 +43,7 @@ class FusedTimeModel(TimeModel):
         _, per_weight_s = _product(self._fused.experts, rows)
         weights = 3 * self.shape.dim * self.shape.hidden / split
         plain_s = per_weight_s * weights * self._size_of_numbers
-        size, bandwidth = self.shape.expert_bytes / split, self._fused.memory_bandwidth
+        size, bandwidth = (self.shape.expert_bytes if size is None else size) / split, self._fused.memory_bandwidth
         saved_s = (weights * self.shape.data_bytes - size) / bandwidth
         return np.where(plain_s > 0, np.maximum(plain_s - saved_s, np.minimum(plain_s, size / bandwidth)), 0.0)
 

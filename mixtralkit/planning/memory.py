@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mixtralkit.config import CacheOptions, ModelConfig, ParallelConfig
 from mixtralkit.moe.weights import PLAIN, ExpertWeights
-from mixtralkit.planning.plan import ExpertPlan
+from mixtralkit.planning.cost import ModelShape
+from mixtralkit.planning.plan import ExpertPlan, everywhere
 
 # Rows of the memory of ``ops.all_reduce``, which holds for any number of rows.
 _FEW_ROWS, _MANY_ROWS = 128, 4096
@@ -24,12 +25,14 @@ class RankMemory:
         cache: keys and values, of all the rank's sequences at full length where ``cache_tokens`` says nothing else.
         exchange: memory that other ranks' kernels write, and for copies of their experts.
         working: rows inside a step of prompts, and the logits.
+        host: experts in the host's memory, which is no part of the total.
     """
 
     weights: float
     cache: float
     exchange: float
     working: float
+    host: float = 0.0
 
     @property
     def total(self) -> float:
@@ -82,23 +85,23 @@ def rank_memory(config: ModelConfig, parallel: ParallelConfig, plan: ExpertPlan,
     middle = config.hidden_dim / (world if parallel.experts == "tp" else 1) * config.num_experts_per_tok
     working = tokens * (_ROWS_ALIVE * config.dim + middle) * b + 2 * sequences * config.vocab_size * 4
     exchange = _exchange(config, parallel, world, sequences, room) + room.copies_gb * 1e9
-    sizes = (_weights(config, parallel, plan, room), cache, exchange, working)
+    shape = ModelShape.of(config, b, room.weights)
+    shape = replace(shape, hidden=-(-config.hidden_dim // world)) if parallel.experts == "tp" else shape
+    held = everywhere(config.n_layers, config.num_experts, 1) if parallel.experts == "tp" else plan
+    experts_W, host_W = shape.rank_bytes(replace(held, precision=plan.precision, tier=plan.tier))
+    sizes = (_weights(config, parallel, world, b) + experts_W.max(), cache, exchange, working, host_W.max())
     return RankMemory(*(float(size) / 1e9 for size in sizes))
 
 
-def _weights(config: ModelConfig, parallel: ParallelConfig, plan: ExpertPlan, room: Room) -> int:
-    """Bytes of the fullest rank's parameters."""
-    world, dim = plan.world_size, config.dim
+def _weights(config: ModelConfig, parallel: ParallelConfig, world: int, data_bytes: int) -> int:
+    """Bytes of a rank's parameters beside the experts."""
+    dim = config.dim
     split = world if parallel.attention == "tp" else 1
     heads, kv_heads = config.n_heads // split, max(config.n_kv_heads // split, 1)
     attention = dim * config.head_dim * (2 * heads + 2 * kv_heads)
     ends = config.vocab_size * dim + -(-config.vocab_size // split) * dim + dim
     layers = config.n_layers * (attention + 2 * dim + config.num_experts * dim)
-    if parallel.experts == "tp":
-        slots, hidden = config.n_layers * config.num_experts, -(-config.hidden_dim // world)
-    else:
-        slots, hidden = int(plan.holds_LWE.sum((0, 2)).max()), config.hidden_dim
-    return (ends + layers) * room.data_bytes + slots * room.weights.expert_bytes(dim, hidden, room.data_bytes)
+    return (ends + layers) * data_bytes
 
 
 def _exchange(config: ModelConfig, parallel: ParallelConfig, world: int, sequences: int, room: Room) -> int:

@@ -1,8 +1,12 @@
-"""ExpertPlan: which ranks hold which experts, and how many rows may travel. All that planning tells the layer."""
+"""ExpertPlan: which ranks hold which experts, in which format, in which memory, and how many rows may travel.
+
+All that planning tells the layer.
+"""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,18 +15,27 @@ from typing import Any
 
 import numpy as np
 
-from mixtralkit.json_file import load_json, shown
+from mixtralkit.json_file import conform, load_json, shown
+from mixtralkit.moe.weights import FORMATS, PLAIN, ExpertWeights
 from mixtralkit.whole_file import writing
 
-VERSION = 1
+VERSIONS = (1, 2)  # 2 has precision or tier
+TIERS = ("gpu", "host")
+PRECISIONS = {PLAIN.name: PLAIN} | FORMATS
 OVERFLOWS = ("drop", "reroute")
 CUT_ORDERS = ("weight", "arrival")
+KEYS = (
+    "version", "num_layers", "num_experts", "world_size", "ranks_per_node", "policy", "slots", "cold_capacity_factor",
+    "cold_token_percent", "overflow", "cut_order", "precision", "tier", "meta",
+)  # fmt: skip
 MOST_EXPERTS, MOST_CAPACITY = 32768, 1e6  # bounds on what a file may claim
+
+Words = tuple[tuple[str | None, ...], ...]  # [L][E]
 
 
 @dataclass(frozen=True, eq=False)
 class ExpertPlan:
-    """Slots of every rank in every layer, and the rule for rows over capacity.
+    """Slots of every rank in every layer, each expert's format and memory, and the rule for rows over capacity.
 
     Attributes:
         slots_LWS: int32 expert ids, -1 for a slot left empty; read-only.
@@ -34,6 +47,10 @@ class ExpertPlan:
         cold_token_percent: share (0, 1] of that capacity which is really sent.
         overflow: what becomes of rows over the capacity: ``"drop"`` or ``"reroute"``.
         cut_order: which rows these are: ``"weight"`` keeps an expert's heaviest choices, ``"arrival"`` its first rows.
+        precision: [L][E] format of each expert on every rank that holds it, a name of ``PRECISIONS`` (``"plain"`` is
+            the model's dtype); None, of an expert or of all, is the format that the run has.
+        tier: [L][E] memory of each expert on every rank that holds it: ``"gpu"``, or ``"host"``, from where it is
+            computed or fetched; None is ``"gpu"``.
         meta: anything else worth keeping with the plan.
     """
 
@@ -45,6 +62,8 @@ class ExpertPlan:
     cold_token_percent: float = 1.0
     overflow: str = "drop"
     cut_order: str = "weight"
+    precision: Words | None = None
+    tier: Words | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -71,6 +90,9 @@ class ExpertPlan:
             raise ValueError(f"overflow ({self.overflow!r}) must be one of {', '.join(OVERFLOWS)}")
         if self.cut_order not in CUT_ORDERS:
             raise ValueError(f"cut_order ({self.cut_order!r}) must be one of {', '.join(CUT_ORDERS)}")
+        names = {name: weights.name for name, weights in PRECISIONS.items()}
+        for key, known in (("precision", names), ("tier", dict(zip(TIERS, TIERS, strict=True)))):
+            object.__setattr__(self, key, _words(key, getattr(self, key), known, slots.shape[0], self.num_experts))
 
     def _check_slots(self) -> None:
         outside = np.argwhere((self.slots_LWS < -1) | (self.slots_LWS >= self.num_experts))
@@ -124,6 +146,33 @@ class ExpertPlan:
         """Experts that ``rank`` holds in ``layer``, in the order of its slots."""
         return tuple(int(e) for e in self.slots_LWS[layer, rank] if e >= 0)
 
+    def formats_LE(self, weights: ExpertWeights = PLAIN) -> list[list[ExpertWeights]]:
+        """The format of each expert; ``weights`` is that of those for which the plan has none."""
+        if self.precision is None:
+            return [[weights] * self.num_experts] * self.num_layers
+        return [[weights if name is None else PRECISIONS[name] for name in row] for row in self.precision]
+
+    @cached_property
+    def on_host_LE(self) -> np.ndarray:
+        """True where expert e of layer l lies in host memory."""
+        rows = self.tier or ((None,) * self.num_experts,) * self.num_layers
+        return np.array([[word == "host" for word in row] for row in rows])
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """How many experts have each precision and each tier, by name; only of what the plan has."""
+        found = {}
+        for key, otherwise in (("precision", "as run"), ("tier", TIERS[0])):
+            if (rows := getattr(self, key)) is not None:
+                found[key] = dict(sorted(Counter(word or otherwise for row in rows for word in row).items()))
+        return found
+
+    def notes(self) -> list[str]:
+        """``counts``, a sentence each."""
+        return [
+            f"{key}: {', '.join(f'{count} experts {word}' for word, count in counts.items())}"
+            for key, counts in self.counts().items()
+        ]
+
     def check_fits(self, num_layers: int, num_experts: int, world_size: int) -> None:
         """ValueError unless the plan is for this model and this number of ranks."""
         for name, own, wanted in (
@@ -135,9 +184,10 @@ class ExpertPlan:
                 raise ValueError(f"plan: {name} ({own}) must be {wanted}, which is what runs")
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of a ``plan.json``; ``cut_order`` only where it is not the usual one."""
+        """The content of a ``plan.json``, of the least version; ``cut_order`` only where it is not the usual one."""
+        more = {key: getattr(self, key) for key in ("precision", "tier") if getattr(self, key) is not None}
         return {
-            "version": VERSION,
+            "version": VERSIONS[bool(more)],
             "num_layers": self.num_layers,
             "num_experts": self.num_experts,
             "world_size": self.world_size,
@@ -148,6 +198,7 @@ class ExpertPlan:
             "cold_token_percent": self.cold_token_percent,
             "overflow": self.overflow,
             **({} if self.cut_order == CUT_ORDERS[0] else {"cut_order": self.cut_order}),
+            **{key: [list(row) for row in rows] for key, rows in more.items()},
             "meta": dict(self.meta),
         }
 
@@ -159,8 +210,16 @@ class ExpertPlan:
         missing = [k for k in ("version", "num_layers", "num_experts", "world_size", "slots") if k not in content]
         if missing:
             raise ValueError(f"plan lacks: {', '.join(missing)}")
-        if content["version"] != VERSION:
-            raise ValueError(f"version ({shown(content['version'])}) must be {VERSION}")
+        version = content["version"]
+        if isinstance(version, bool) or version not in VERSIONS:
+            raise ValueError(f"version ({shown(version)}) must be one of {', '.join(map(str, VERSIONS))}")
+        words = {key: content.get(key) for key in ("precision", "tier")}
+        for key, rows in words.items():
+            if rows is not None and version == 1:
+                raise ValueError(f"version ({version}) must be 2 for a plan with {key}")
+            words[key] = conform(rows, list[list[str | None]] | None, key)
+        if version != 1 and (unknown := [key for key in content if key not in KEYS]):
+            raise ValueError(f"plan has unknown {', '.join(map(shown, unknown[:8]))}")
         meta, policy = content.get("meta", {}), content.get("policy", "unknown")
         if not isinstance(meta, Mapping) or not isinstance(policy, str):
             name, value, kind = ("meta", meta, "an object") if isinstance(policy, str) else ("policy", policy, "a text")
@@ -174,6 +233,7 @@ class ExpertPlan:
             cold_token_percent=content.get("cold_token_percent", 1.0),
             overflow=content.get("overflow", "drop"),
             cut_order=content.get("cut_order", CUT_ORDERS[0]),
+            **words,
             meta=meta,
         )
         for name in ("num_layers", "world_size"):
@@ -212,6 +272,22 @@ def _rectangle(slots: Any) -> np.ndarray:
         return np.array([[[*rank, *[-1] * (most - len(rank))] for rank in layer] for layer in slots])
     except (TypeError, ValueError):
         raise ValueError("slots must be lists of whole numbers, [layers][ranks][slots]") from None
+
+
+def _words(key: str, rows: Any, known: Mapping[str, str], layers: int, experts: int) -> Words | None:
+    """Rows [L][E] with each word as ``known`` spells it; None where no expert has one."""
+    if rows is None:
+        return None
+    if len(rows) != layers or any(len(row) != experts for row in rows):
+        raise ValueError(f"{key} must have {layers} lists of {experts} words, one for each layer and expert")
+    for layer, row in enumerate(rows):
+        for expert, word in enumerate(row):
+            if word is not None and word not in known:
+                raise ValueError(
+                    f"{key}: layer {layer}, expert {expert} ({shown(word)}) must be one of {', '.join(known)}"
+                )
+    found = tuple(tuple(None if word is None else known[word] for word in row) for row in rows)
+    return found if any(word is not None for row in found for word in row) else None
 
 
 def _is_number(value: Any) -> bool:

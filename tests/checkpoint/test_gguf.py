@@ -121,9 +121,8 @@ def write_gguf(path: Path, layout: str, kind: str, **changes) -> dict[str, torch
 @pytest.mark.parametrize("layout", ["stacked", "single"])
 def test_a_model_is_read_bit_for_bit(tmp_path: Path, layout: str, kind: str) -> None:
     expected = write_gguf(tmp_path / "model.gguf", layout, kind)
-    with open_checkpoint(tmp_path) as opened:
-        assert opened.weights.name == ("int4:32" if kind == "Q4_0" else "plain")
-        reader = opened.in_numbers()
+    with open_checkpoint(tmp_path) as reader:
+        assert reader.weights.name == ("int4:32" if kind == "Q4_0" else "plain")
         assert reader.config == CONFIG
         for name, values in expected.items():
             assert reader.read(name).float().equal(values), name

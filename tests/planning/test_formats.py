@@ -212,6 +212,9 @@ def test_a_capacity_is_not_lost_in_silence(tmp_path, format):
     plan = ExpertPlan(contiguous(1, 4, 2).slots_LWS, 4, cold_capacity_factor=1.0)
     with pytest.raises(ValueError, match=rf"cold_capacity_factor \(1.0\) cannot be written as {format}"):
         save_plan(plan, tmp_path / "a", format)
+    plan = ExpertPlan(plan.slots_LWS, 4, precision=[["int8"] * 4])
+    with pytest.raises(ValueError, match=rf"precision \(4 experts int8\) cannot be written as {format}"):
+        save_plan(plan, tmp_path / "a", format)
     assert not (tmp_path / "a").exists()
 
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mixtralkit.moe.weights import FORMATS
 from mixtralkit.planning.plan import ExpertPlan, contiguous, everywhere
 from tests.moe.layers import random_plan
 
@@ -39,6 +40,38 @@ def test_the_order_of_the_cut_is_written_where_it_is_not_by_weight():
     assert arrival.to_dict()["cut_order"] == "arrival"
     assert ExpertPlan.from_dict(arrival.to_dict()).cut_order == "arrival"
     assert ExpertPlan.from_dict(plan.to_dict()).cut_order == "weight"
+
+
+def test_precision_and_tier_make_version_2():
+    plan = contiguous(2, 4, 2)
+    assert plan.to_dict()["version"] == 1
+    assert not {"precision", "tier"} & plan.to_dict().keys()
+    words = {"precision": [["int4", None, "plain", "fp8:block"], [None] * 4], "tier": [["gpu"] * 4, ["host"] * 4]}
+    made = dataclasses.replace(plan, **words)
+    content = json.loads(json.dumps(made.to_dict()))
+    assert content["version"] == 2
+    assert content["precision"] == [["int4:32", None, "plain", "fp8:block"], [None] * 4]  # names are whole
+    assert ExpertPlan.from_dict(content).to_dict() == made.to_dict()
+    assert [weights.name for weights in made.formats_LE(FORMATS["int8"])[0]] == [
+        "int4:32",
+        "int8",
+        "plain",
+        "fp8:block",
+    ]
+    assert made.on_host_LE.tolist() == [[False] * 4, [True] * 4]
+    assert made.notes()[1] == "tier: 4 experts gpu, 4 experts host"
+    nothing = dataclasses.replace(plan, precision=[[None] * 4] * 2, tier=None)
+    assert nothing.to_dict() == plan.to_dict()
+    assert ExpertPlan.from_dict(plan.to_dict() | {"version": 2}).to_dict() == plan.to_dict()
+
+
+def test_version_1_is_written_as_ever(tmp_path):
+    contiguous(1, 4, 2).save(tmp_path / "plan.json")
+    assert (tmp_path / "plan.json").read_text() == (
+        '{"version": 1, "num_layers": 1, "num_experts": 4, "world_size": 2, "ranks_per_node": null, '
+        '"policy": "contiguous", "slots": [[[0, 1], [2, 3]]], "cold_capacity_factor": null, '
+        '"cold_token_percent": 1.0, "overflow": "drop", "meta": {}}\n'
+    )
 
 
 def test_contiguous_cuts_as_evenly_as_it_can():
@@ -80,7 +113,22 @@ def test_what_is_wrong_is_named(slots, changes, says):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"version": 2}, r"version \(2\) must be 1"),
+        ({"version": 3}, r"version \(3\) must be one of 1, 2"),
+        ({"version": True}, r"version \(True\) must be one of 1, 2"),
+        ({"precision": [["int8"] * 4]}, r"version \(1\) must be 2 for a plan with precision"),
+        ({"version": 2, "precision": [["int8"] * 3]}, r"precision must have 1 lists of 4 words"),
+        ({"version": 2, "precision": [["int8"] * 4] * 2}, r"precision must have 1 lists of 4 words"),
+        ({"version": 2, "precision": [[8] * 4]}, r"precision\[0\]\[0\] \(8\) must be a text or null"),
+        (
+            {"version": 2, "precision": [["int8", "int5", None, None]]},
+            r"precision: layer 0, expert 1 \('int5'\) must be",
+        ),
+        (
+            {"version": 2, "tier": [["gpu", "disk", None, None]]},
+            r"tier: layer 0, expert 1 \('disk'\) must be one of gpu",
+        ),
+        ({"version": 2, "tier": {}}, r"tier \({}\) must be a list or null"),
+        ({"version": 2, "tiers": [["gpu"] * 4]}, r"plan has unknown 'tiers'"),
         ({"world_size": 3}, r"world_size \(3\) differs from the 2 that slots has"),
         ({"slots": "abc"}, r"slots"),
         ({"slots": None}, r"slots must be lists"),

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,8 @@ def _run(*words: object, timeout_s: float = 60) -> subprocess.CompletedProcess:
 
 def test_plans_side_by_side(tmp_path, command_line):
     sample_routing(np.arange(1.0, 17).reshape(2, 8), 100, 2).save(tmp_path / "trace.npz")
-    everywhere(2, 8, 4).save(tmp_path / "all.json")
+    words = {"precision": [["int4"] * 4 + [None] * 4] * 2, "tier": [["gpu"] * 8, ["host"] * 8]}
+    replace(everywhere(2, 8, 4), **words).save(tmp_path / "all.json")
     done = command_line(
         "simulate", tmp_path / "trace.npz", "--plan", "contiguous", tmp_path / "all.json",
         "--dispatcher", "exact", "split_width", "--world_size", 4, "--batch", 8, "--plot", tmp_path / "it.png",
@@ -37,6 +39,9 @@ def test_plans_side_by_side(tmp_path, command_line):
     assert [line["plan"] for line in lines] == [
         f"{p}/{d}" for p in ("contiguous", "all") for d in ("exact", "split_width")
     ]
+    assert "all/exact: precision: 8 experts as run, 8 experts int4:32\nall/exact: tier: 8 experts gpu" in done.stdout
+    assert lines[2]["precision"] == {"as run": 8, "int4:32": 8}
+    assert "tier" not in lines[0]
     assert lines[2]["bytes_inside"] == 0 < lines[0]["bytes_inside"]
     assert all(sum(line["rows_by_rank"]) == pytest.approx(2 * 2 * 100) for line in lines)
     assert all(len(line["seconds_by_layer"]) == 2 for line in lines)

@@ -12,6 +12,7 @@ from mixtralkit.moe.weights import PLAIN, parse_weights
 from mixtralkit.planning.cost import KernelCounts, ModelShape, ShadowModel, TimeModel
 from mixtralkit.planning.hardware import Hardware
 from mixtralkit.planning.plan import contiguous
+from mixtralkit.planning.policies.registry import named_plan
 from mixtralkit.planning.replay import Execution
 from mixtralkit.planning.simulate import sample_routing, simulate
 from tests.configs import small_config
@@ -56,6 +57,45 @@ def test_experts_in_fewer_bits_are_read_sooner_and_move_sooner():
     shadows = [ShadowModel.from_hardware(shape, machine()) for shape in (plain, packed)]
     assert shadows[0].s_per_row == shadows[1].s_per_row
     assert shadows[1].s_per_shadow == pytest.approx(shadows[0].s_per_shadow * 4.125 / 16)
+
+
+def test_formats_of_a_plan_cost_what_a_run_in_one_format_does():
+    """All experts in one format by the plan, on one rank and on several, and a mixture between both."""
+    shape, trace = replace(ModelShape.of(small_config()), num_experts=4), sample_routing(np.ones((2, 4)), 64, 2)
+    slow = replace(machine(), memory_bandwidth=1e9)  # so that reading weights is what takes time
+    for world, kind in ((1, "local"), (2, "exact"), (2, "split_width")):
+        plan, run = contiguous(2, 4, world), Execution(kind, batch=4)
+        plain, packed = (
+            simulate(plan, trace, replace(shape, weights=weights), slow, run)
+            for weights in (PLAIN, parse_weights("int8"))
+        )
+        said = simulate(replace(plan, precision=[["int8"] * 4] * 2), trace, shape, slow, run)
+        some = simulate(replace(plan, precision=[["int8"] * 4, [None] * 4]), trace, shape, slow, run)
+        np.testing.assert_array_equal(said.phases_LP, packed.phases_LP)
+        np.testing.assert_array_equal(some.phases_LP[:1], packed.phases_LP[:1])
+        np.testing.assert_array_equal(some.phases_LP[1:], plain.phases_LP[1:])
+        assert said.step_s < plain.step_s
+
+
+def test_bytes_of_a_rank_are_those_of_its_experts():
+    shape, rng = ModelShape.of(small_config()), np.random.default_rng(0)
+    names, tiers = ["plain", "int8", "int4:128", None], ["gpu", "host", None]
+    plan = replace(
+        named_plan("hot_cold+1", np.ones((3, 8)), 2),
+        precision=rng.choice(np.array(names, object), (3, 8)).tolist(),
+        tier=rng.choice(np.array(tiers, object), (3, 8)).tolist(),
+    )
+    gpu_W, host_W = np.zeros(2), np.zeros(2)
+    for layer in range(3):
+        for rank in range(2):
+            for expert in plan.experts_of(layer, rank):
+                weights = parse_weights(None if plan.precision[layer][expert] in ("plain", None) else
+                                        plan.precision[layer][expert])  # fmt: skip
+                into = host_W if plan.tier[layer][expert] == "host" else gpu_W
+                into[rank] += weights.expert_bytes(shape.dim, shape.hidden, 2)
+    found = shape.rank_bytes(plan)
+    np.testing.assert_array_equal(found, (gpu_W, host_W))
+    assert host_W.min() > 0
 
 
 def test_experts_of_a_rank_add_up():
