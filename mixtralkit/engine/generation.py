@@ -330,7 +330,7 @@ class Engine:
         flight = self._runner.launch(message.plan, self.observe is not None, may_capture)
         flights.append((flight, planned))
         if self.expert_rows is not None:
-            self.expert_rows.add(flight.counts_LE)
+            self.expert_rows.add(flight)
         if manager is not None and flight.counts_LE is not None:
             manager.launched(flight)
 
