@@ -209,6 +209,25 @@ class Runner:
         self._heed(plan)
         return self._mixed(plan, observed) if plan.has_chunks else self._decode(plan, observed, may_capture)
 
+    @torch.no_grad()
+    def capture(self) -> None:
+        """Captures the decode steps of every number of rows, greedy and drawn; other kinds are when they come.
+
+        Collective, while no sequence has a slot; nothing where there are no graphs.
+        """
+        if self._graphs.is_on:
+            for rows in reversed(self._sizes):
+                for draws in (False, True):
+                    self._run(rows, (draws, False, False, False))
+
+    def _run(self, rows: int, kind: tuple[bool, ...], may_capture: bool = True) -> Run[_Answers]:
+        return self._graphs.run(
+            (rows, *kind),
+            lambda: self._decoded(self._own, rows, *kind),
+            lambda: self._decoded(_Memory(rows, self.context.device), rows, *kind),
+            may_capture,
+        )
+
     def _heed(self, plan: StepPlan) -> None:
         """What sequences ask of their logits goes to their slots."""
         mine = [new for new in plan.arrivals if new.owner == self._owner]
@@ -260,13 +279,7 @@ class Runner:
         if observed:
             kept = (own.tokens_B[:rows], own.positions_B[:rows], own.slots_B[:rows])
             batch = ForwardBatch(*(x.clone() for x in kept), self._spans([1] * len(self._rows.slots), self._rows))
-        kind = (plan.draws, plan.asks, bool(plan.tops), plan.routed)
-        run = self._graphs.run(
-            (rows, *kind),
-            lambda: self._decoded(own, rows, *kind),
-            lambda: self._decoded(_Memory(rows, self.context.device), rows, *kind),
-            may_capture,
-        )
+        run = self._run(rows, (plan.draws, plan.asks, bool(plan.tops), plan.routed), may_capture)
         return self._flight(plan, "graph" if run.replayed else "launched", run, batch, rows)
 
     def _place(self, plan: StepPlan) -> None:
