@@ -129,7 +129,7 @@ def test_a_port_that_is_taken_is_said_at_once(server):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("signal_", "rank", "attention"), [
-    (signal.SIGKILL, 1, "tp"), (signal.SIGSTOP, 1, "dp"), (signal.SIGSTOP, 0, "tp"),
+    (signal.SIGKILL, 1, "tp"), (signal.SIGKILL, 0, "tp"), (signal.SIGSTOP, 1, "dp"), (signal.SIGSTOP, 0, "tp"),
 ])  # fmt: skip
 def test_a_rank_that_dies_under_load(signal_, rank, attention):
     """503, every open stream ends with an error, exit code not 0, no process left."""
