@@ -88,7 +88,7 @@ class RankLayout:
         config, world = self.config, self.plan.world_size
         self.plan.check_fits(config.n_layers, config.num_experts, world)
         assert 0 <= self.rank < world
-        if (self.plan.precision or self.plan.tier) is not None:
+        if self.plan.precision is not None:
             raise ValueError(f"plan: {self.plan.notes()[0]}: cannot be run yet")
         if self.parallel.attention == "tp":
             if config.n_heads % world:

@@ -47,7 +47,7 @@ class Experts(nn.Module):
 
     def store_in(self, tensors: Sequence[torch.Tensor], places_S: torch.Tensor) -> None:
         """The memory that the parameters lie in, and the places of the slots there."""
-        self.storage = (*self._matrices(tensors), places_S)
+        self.storage = (*matrices_of(self.weights, self.columns, tensors), places_S)
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -56,16 +56,7 @@ class Experts(nn.Module):
 
     @property
     def matrices(self) -> Matrices:
-        return self._matrices(self.tensors)
-
-    def _matrices(self, tensors: Sequence[torch.Tensor]) -> Matrices:
-        if self.weights.is_plain:
-            return tuple(tensors)
-        parts = len(self.weights.parts)
-        return (
-            PackedWeight(self.weights, self.columns[0], tuple(tensors[:parts]), stacked=2),
-            PackedWeight(self.weights, self.columns[1], tuple(tensors[parts:])),
-        )
+        return matrices_of(self.weights, self.columns, self.tensors)
 
     @property
     def slots(self) -> int:
@@ -82,6 +73,17 @@ class Experts(nn.Module):
         if self.storage is None or self.trains:
             return run_experts(rows, *self.matrices)
         return run_experts(rows, *self.storage, likely_slots=self.slots)  # few batches have a use for copies
+
+
+def matrices_of(weights: ExpertWeights, columns: tuple[int, int] | None, tensors: Sequence[torch.Tensor]) -> Matrices:
+    """w13 and w2 of their parts; ``columns`` as in ``Experts``."""
+    if weights.is_plain:
+        return tuple(tensors)
+    parts = len(weights.parts)
+    return (
+        PackedWeight(weights, columns[0], tuple(tensors[:parts]), stacked=2),
+        PackedWeight(weights, columns[1], tuple(tensors[parts:])),
+    )
 
 
 def run_experts(

@@ -125,6 +125,9 @@ class MoELayer(nn.Module):
         elif self.shadows is not None:
             report = self.shadows.report(self.layer, phases)
         cut = CutRouting.of(routing, table.local_E, self._rule, rows.valid_T, self._none)
+        if self.store.tiers is not None:
+            self.store.tiers.guess(self.layer, hidden)
+            cut = replace(cut, experts_TK=cut.kept_TK, is_cut=True)  # no expert is brought for rows that only fill
         name = self.dispatchers.name(rows.per_rank is not None, rows.decode, torch.is_grad_enabled())
         dispatcher = self.dispatchers.by_name[name]
         if self.options.faster.schedule and name in CHUNKED:
