@@ -164,7 +164,14 @@ class Transformer(nn.Module):
         if not weights.is_plain and self.context.device.type == "cuda":  # the reference asks the host
             ours = ours and takes_packed(weights, self.params.dim, hidden[1] - hidden[0])
         trains = any(p.requires_grad for p in self.parameters())
-        return ours and not trains and self.store.tiers is None and self.dispatchers.name(True, True) in IN_GRAPHS
+        ours = ours and (self.store.tiers is None or self.decodes_in_pieces)
+        return ours and not trains and self.dispatchers.name(True, True) in IN_GRAPHS
+
+    @property
+    def decodes_in_pieces(self) -> bool:
+        """Whether a decode step is ``tiered.run_tiered``."""
+        alone = self.context.world_size == 1 and self.layout.plan.cold_capacity_factor is None
+        return self.store.tiers is not None and alone
 
     def adopt(self, layer: int, plan: ExpertPlan) -> MoveReport:
         """Goes over to ``plan``, which differs from the running one in ``layer`` alone, between two steps.

@@ -211,6 +211,12 @@ class ExpertStore:
         elif owner != self.context.rank:
             weights.copy_(theirs)
 
+    def retier(self, setup: TierSetup, layout: RankLayout) -> None:
+        """Goes over to other places on the GPU, and to the tiers of the layout's plan, between two steps."""
+        self.layout = layout
+        self.tiers.restart(setup, layout)
+        self.relocations += 1
+
     def drop(self, keys: Iterable[tuple[int, int]]) -> None:
         """Gives up copies, (layer, expert) each; their layers' rows do without them from now on."""
         layers = set()

@@ -5,6 +5,8 @@ says what a miss costs, and ``tiers`` decides and computes.
 """
 
 from mixtralkit.moe.tiers.costs import Costs
-from mixtralkit.moe.tiers.tiers import TierCounts, TieredExperts, Tiers, TierSetup
+from mixtralkit.moe.tiers.experts import TieredExperts
+from mixtralkit.moe.tiers.room import tier_setup
+from mixtralkit.moe.tiers.tiers import TierCounts, Tiers, TierSetup
 
-__all__ = ["Costs", "TierCounts", "TierSetup", "TieredExperts", "Tiers"]
+__all__ = ["Costs", "TierCounts", "TierSetup", "TieredExperts", "Tiers", "tier_setup"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -58,7 +59,8 @@ class HostExperts:
 
     def __del__(self) -> None:
         if getattr(self, "_pinned", False):
-            torch.cuda.cudart().cudaHostUnregister(self.blocks.data_ptr())
+            with contextlib.suppress(Exception):  # the device may be gone before its memory
+                torch.cuda.cudart().cudaHostUnregister(self.blocks.data_ptr())
 
 
 def _pin(memory: torch.Tensor) -> None:
@@ -113,3 +115,18 @@ def silence(weights: ExpertWeights, tensors: Sequence[torch.Tensor], place: int,
     for part, tensor in zip(weights.parts, tensors, strict=False):  # w13's come first
         if part.rows is not None:
             tensor[place].unflatten(0, (2, -1))[:, : part.cut_rows((0, last))[1]].zero_()
+
+
+def in_pieces(moves: Sequence[Move], most: int) -> list[Move]:
+    """The same bytes in moves of at most so many, or of a row."""
+    found = []
+    for move in moves:
+        if move.height > 1 or move.width <= most:
+            step = max(1, most // move.width)
+            for row in range(0, move.height, step):
+                target, source = move.target + row * move.target_pitch, move.source + row * move.source_pitch
+                found.append(move._replace(target=target, source=source, height=min(step, move.height - row)))
+            continue
+        for start in range(0, move.width, most):
+            found.append(Move(move.target + start, move.source + start, min(most, move.width - start)))
+    return found

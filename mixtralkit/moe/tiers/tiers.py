@@ -23,12 +23,11 @@ import torch
 from mixtralkit.config import TierOptions
 from mixtralkit.distributed import RankContext
 from mixtralkit.layout import RankLayout
-from mixtralkit.moe.dispatch.base import RoutedRows
-from mixtralkit.moe.experts import Experts, matrices_of
+from mixtralkit.moe.experts import matrices_of
 from mixtralkit.moe.tiers.bus import PIECE, CudaBus, PlainBus, Ticket
 from mixtralkit.moe.tiers.cache import Key, PlaceCache
 from mixtralkit.moe.tiers.costs import ROWS, Costs
-from mixtralkit.moe.tiers.memory import Empty, Geometry, HostExperts, Move, silence
+from mixtralkit.moe.tiers.memory import Empty, Geometry, HostExperts, Move, in_pieces, silence
 from mixtralkit.moe.weights import ExpertWeights
 from mixtralkit.ops.experts import expert_sum
 from mixtralkit.ops.gate import gate
@@ -137,28 +136,39 @@ class Tiers:
         """
         config, weights, device = layout.config, layout.weights, context.device
         self.dtype = dtype
-        self.layout, self.context, self.setup, self.layers = layout, context, setup, list(layers)
+        self.context, self.layers = context, list(layers)
         self.weights, self.columns = weights, (config.dim, layout.hidden[1] - layout.hidden[0])
         self.bus = bus or (CudaBus(device) if device.type == "cuda" else PlainBus())
         self.slots = {layer: len(layout.experts(layer)) for layer in layers}
-        self.costs, self.counts = setup.costs, TierCounts()
+        self.costs = setup.costs
         self.routers: dict[int, tuple[Norm, torch.Tensor]] = {}
-        self.splits = setup.splits
-        if self.splits is None:
-            self.splits = device.type == "cuda" and setup.options.misses == "auto" and _has_product(weights)
+        wanted = device.type == "cuda" if setup.splits is None else setup.splits
+        self.splits = wanted and setup.options.misses == "auto" and _has_product(weights)
+        pinned = device.type == "cuda"
+        self.hosts = {layer: HostExperts(empty, slots, pinned) for layer, slots in self.slots.items()}
+        hidden = self.columns[1]
+        self._sources = {layer: Geometry(weights, hidden, host.tensors) for layer, host in self.hosts.items()}
+        self._empty = empty
+        self.restart(setup, layout)
+
+    def restart(self, setup: TierSetup, layout: RankLayout) -> None:
+        """Takes other places, which the tiers of the layout's plan fill before the next step; nothing may be running.
+
+        Raises:
+            ValueError: too few places for a layer's experts at once.
+        """
+        config, device = layout.config, self.context.device
         most, spare = max(self.slots.values()), config.num_experts_per_tok if self.splits else 0
         if setup.places < most + spare:
             raise ValueError(
                 f"gpu_memory_gb leaves room for {setup.places} experts: there must be room for {most + spare}, those "
                 f"of a layer{f' and {spare} more' if spare else ''}"
             )
-        pinned = device.type == "cuda"
-        self.hosts = {layer: HostExperts(empty, slots, pinned) for layer, slots in self.slots.items()}
-        self._pool = tuple(part.zero_() for part in empty(setup.places, str(device)))
-        self.matrices = matrices_of(weights, self.columns, self._pool)
-        hidden = self.columns[1]
-        self._places = Geometry(weights, hidden, self._pool)
-        self._sources = {layer: Geometry(weights, hidden, host.tensors) for layer, host in self.hosts.items()}
+        self.setup, self.layout, self.counts = setup, layout, TierCounts()
+        self._pool = self.matrices = ()
+        self._pool = tuple(part.zero_() for part in self._empty(setup.places, str(device)))
+        self.matrices = matrices_of(self.weights, self.columns, self._pool)
+        self._places = Geometry(self.weights, self.columns[1], self._pool)
         self.cache = PlaceCache(setup.places - spare, config.n_layers, setup.options.expert_cache)
         self._spare = list(range(setup.places - spare, setup.places))
         self._silent = dict.fromkeys(self._spare, 0)
@@ -177,64 +187,19 @@ class Tiers:
     def expert_bytes(self) -> int:
         return sum(part[0].nbytes for part in self._pool)
 
-    # what a layer's rows go through
+    # products
 
-    def forward(self, layer: int, rows: RoutedRows) -> torch.Tensor:
-        """``Experts.forward``, wherever the experts are. Waits for the router."""
-        guessed, self._guessed = self._guessed, None
-        if not len(rows.x_RD):
-            return self._sum(layer, rows)
-        self.begin(layer)
-        asked = rows.slots_RK.flatten() if guessed is None else torch.cat([rows.slots_RK.flatten(), guessed.flatten()])
-        values = self._on_host(asked)
-        slots_N = values[: rows.slots_RK.numel()]
-        rows_S = np.bincount(slots_N[slots_N >= 0], minlength=self.slots[layer])
-        answer = self.ask(layer, rows_S)
-        if answer.cpu:
-            y_RD = self._by_parts(layer, rows, slots_N, answer)
-        else:
-            self._wait(answer)
-            self.tell(layer)
-            y_RD = self._sum(layer, rows)
-        self.look_ahead(layer, rows_S, None if guessed is None else values[len(slots_N) :])
-        return y_RD
+    def product(
+        self, layer: int, x_ND: torch.Tensor, slots_N1: torch.Tensor, weights_N1: torch.Tensor,
+        places_S: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """float32 [N, D]: weight · expert(x) of a choice a row on the GPU, zero for slot -1.
 
-    def _sum(self, layer: int, rows: RoutedRows) -> torch.Tensor:
-        """Where all experts that rows name are on the GPU: as if all were."""
-        slots = self.slots[layer]
-        step = self.setup.piece_rows or max(len(rows.x_RD), 1)
-        out_RD = rows.out_RD
-        if out_RD is None and step < len(rows.x_RD):
-            out_RD = torch.empty_like(rows.x_RD, memory_format=torch.contiguous_format)
-        pieces = [slice(start, start + step) for start in range(0, max(len(rows.x_RD), 1), step)]
-        for piece in pieces:
-            y_RD = expert_sum(
-                rows.x_RD[piece], rows.slots_RK[piece], rows.weights_RK[piece], *self.matrices,
-                None if rows.residual_RD is None else rows.residual_RD[piece],
-                None if out_RD is None else out_RD[piece], rows.likely_rows if len(pieces) == 1 else None,
-                self.places_LS[layer, :slots], slots,
-            )  # fmt: skip
-        return y_RD if out_RD is None else out_RD
-
-    def _by_parts(self, layer: int, rows: RoutedRows, slots_N: np.ndarray, answer: Answer) -> torch.Tensor:
-        """A part for each choice, from the GPU or the CPU, added as ``expert_sum`` adds them."""
-        x_RD, top_k = rows.x_RD, rows.slots_RK.shape[1]
-        x_ND, weights_N1 = x_RD.repeat_interleave(top_k, 0), rows.weights_RK.reshape(-1, 1)
-        self.tell(layer)
-        here_N1, late_N1 = (self._upload(only(slots_N, slots)) for slots in (answer.here, answer.late))
-        parts = [self.product(layer, x_ND, here_N1, weights_N1)] if answer.here else []
-        on_cpu = self.product_on_cpu(layer, x_ND.cpu(), only(slots_N, answer.cpu), weights_N1.cpu(), answer.first)
-        parts.append(on_cpu.to(x_RD.device, non_blocking=True))
-        if answer.late:
-            self._wait(answer)
-            parts.append(self.product(layer, x_ND, late_N1, weights_N1))
-        return add_parts(parts, top_k, rows.residual_RD, x_RD.dtype, rows.out_RD)
-
-    def product(self, layer: int, x_ND: torch.Tensor, slots_N1: torch.Tensor, weights_N1: torch.Tensor) -> torch.Tensor:
-        """float32 [N, D]: weight · expert(x) of a choice a row on the GPU, zero for slot -1."""
+        ``places_S`` is where the slots are, None for what the layer's table says.
+        """
         out_ND = torch.empty(x_ND.shape, dtype=torch.float32, device=x_ND.device)
         slots = self.slots[layer]
-        storage_S = self.places_LS[layer, :slots]
+        storage_S = self.places_LS[layer, :slots] if places_S is None else places_S
         return expert_sum(
             x_ND, slots_N1, weights_N1, *self.matrices, out_RD=out_ND, storage_S=storage_S, likely_slots=slots
         )
@@ -246,9 +211,14 @@ class Tiers:
         """As ``product``, on the CPU where the experts lie; ``first`` hidden columns of them, None for all."""
         if out_ND is None:
             out_ND = torch.empty(x_ND.shape, dtype=torch.float32)
-        slots_N1 = torch.from_numpy(np.ascontiguousarray(slots_N)).view(-1, 1)
         matrices = matrices_of(self.weights, self.columns, self.hosts[layer].tensors)
         self.counts.products += len(set(slots_N[slots_N >= 0].tolist()))
+        slots_N1 = torch.from_numpy(slots_N.reshape(-1, 1))
+        if len(slots_N1) > MOST_SPLIT_ROWS:
+            chosen_C = (slots_N1[:, 0] >= 0).nonzero()[:, 0]
+            given = (x_ND[chosen_C], slots_N1[chosen_C], weights_N1[chosen_C])
+            found_CD = expert_sum(*given, *matrices, out_RD=out_ND.new_empty(len(chosen_C), x_ND.shape[1]))
+            return out_ND.zero_().index_copy_(0, chosen_C, found_CD)
         if first is None:
             return expert_sum(x_ND, slots_N1, weights_N1, *matrices, out_RD=out_ND)
         from mixtralkit.ops.cpu.products import expert_sum_cpu
@@ -288,7 +258,7 @@ class Tiers:
         counts.hits, counts.misses = counts.hits + len(here), counts.misses + len(missing) + len(expected)
         counts.expected += len(expected)
         tickets = [ticket for key in expected for ticket in self._finish(key)]
-        split, first = self._to_split(missing)
+        split, first = self._to_split(missing, sum(needed.values()))
         if split:
             for key, place in zip(split, self._spare, strict=False):
                 tickets.append(self._fetch_part(key, place, first))
@@ -297,10 +267,13 @@ class Tiers:
         tickets += [self._fetch(key) for key in fetched]
         return _answer(here, [*expected, *fetched], tickets, on_cpu, None)
 
-    def _to_split(self, missing: Mapping[Key, int]) -> tuple[list[Key], int]:
-        """Experts that CPU and bus share, and how many hidden columns the CPU takes of each."""
-        few = 0 < len(missing) <= len(self._spare) and sum(missing.values()) <= MOST_SPLIT_ROWS
-        if not few or self.setup.options.misses != "auto" or not self.costs.product_s:
+    def _to_split(self, missing: Mapping[Key, int], choices: int) -> tuple[list[Key], int]:
+        """Experts that CPU and bus share, and how many hidden columns the CPU takes of each.
+
+        ``choices``: of all the layer's rows.
+        """
+        few = 0 < len(missing) <= len(self._spare) and choices <= MOST_SPLIT_ROWS
+        if not few or not self.splits or not self.costs.product_s:
             return [], 0
         hidden, unit = self.columns[1], max(SPLIT_COLUMNS, self.weights.unit, self.weights.height or 1)
         first = round(self.costs.cpu_share(missing) * hidden / unit) * unit
@@ -319,12 +292,12 @@ class Tiers:
         return ticket
 
     def _fetch_part(self, key: Key, place: int, first: int) -> Ticket:
-        """Begins to bring all but the first hidden columns to a spare place, which the layer's table then names."""
+        """Begins to bring all but the first hidden columns to a spare place."""
         if self._silent[place] != first:
             silence(self.weights, self._pool, place, first, self.columns[1])
             self._silent[place] = first
         self.counts.splits += 1
-        self._told[key], self._is_dirty[key[0]] = place, True
+        self._told[key] = place
         return self._copy(self._places.moves(place, self._sources[key[0]], key[1], first), True)
 
     def _copy(self, moves: list[Move], urgent: bool) -> Ticket:
@@ -341,6 +314,11 @@ class Tiers:
         return found[0]
 
     # what may be wanted next
+
+    def take_guess(self) -> torch.Tensor | None:
+        """The last guess, once."""
+        guessed, self._guessed = self._guessed, None
+        return guessed
 
     def guess(self, layer: int, hidden: Hidden) -> None:
         """Asks the next layer's router about the stream as it is in front of this layer's experts."""
@@ -371,7 +349,7 @@ class Tiers:
                 self._bring(layer, sorted(wanted, key=self.cache.value, reverse=True), distance)
         elif guessed is not None and at + 1 < len(self.layers):
             following, own = self.layers[at + 1], self.layout.experts(self.layers[at + 1])
-            experts = [expert for expert in dict.fromkeys(guessed.tolist()) if expert in own]
+            experts = [expert for expert in dict.fromkeys(guessed.tolist()) if expert in own]  # -1 is none
             self._bring(layer, [(following, own.index(expert)) for expert in experts], None)
         self.pump()
 
@@ -439,20 +417,25 @@ class Tiers:
         """The layer's tables on the device, in stream order."""
         if self._is_dirty[layer]:
             self._is_dirty[layer] = False
-            self.places_LS[layer] = self._upload(self._told[layer].copy())
-            self.here_LS[layer] = self._upload(self._told_here[layer].copy())
+            self.places_LS[layer] = self.upload(self._told[layer].copy())
+            self.here_LS[layer] = self.upload(self._told_here[layer].copy())
 
-    def _wait(self, answer: Answer) -> None:
+    def places_of(self, layer: int) -> np.ndarray:
+        """int64 [S]: where each slot's expert is, if it is on the GPU; also what was brought for the rows at hand."""
+        return self._told[layer, : self.slots[layer]]
+
+    def wait(self, answer: Answer) -> None:
+        """What the GPU does from now on comes after the copies."""
         for ticket in answer.tickets:
             self.bus.wait(ticket)
 
-    def _upload(self, values: np.ndarray) -> torch.Tensor:
+    def upload(self, values: np.ndarray) -> torch.Tensor:
         """On the device when it gets there; from pinned memory, which torch keeps until then."""
         tensor = torch.from_numpy(values)
         tensor = tensor.pin_memory() if self.context.device.type == "cuda" else tensor
         return tensor.to(self.context.device, non_blocking=True)
 
-    def _on_host(self, values: torch.Tensor) -> np.ndarray:
+    def on_host(self, values: torch.Tensor) -> np.ndarray:
         """Waits for the device, and begins pieces of what is guessed meanwhile."""
         if values.device.type == "cpu":
             return values.numpy()
@@ -501,7 +484,7 @@ class Tiers:
             return Costs(0.0)
         spare = self.setup.places - 1
         scratch = [part[spare].clone() for part in self._pool]
-        fetch_s = min(_seconds(self._bring_and_wait, layer, i % slots, spare) for i in range(4))
+        fetch_s = min(_seconds(self.bring_and_wait, layer, i % slots, spare) for i in range(4))
         for part, before in zip(self._pool, scratch, strict=True):
             part[spare] = before
         x_ND = torch.randn(max(ROWS), self.columns[0]).to(self.dtype)
@@ -519,62 +502,10 @@ class Tiers:
         self.counts = replace(self.counts, products=0)
         return Costs(fetch_s, tuple(products))
 
-    def _bring_and_wait(self, layer: int, slot: int, place: int) -> None:
+    def bring_and_wait(self, layer: int, slot: int, place: int) -> None:
         ticket = self.bus.copy(self._places.moves(place, self._sources[layer], slot), True)
         while not ticket.query():
             time.sleep(0)
-
-
-class TieredExperts(Experts):
-    """``Experts`` whose parameters lie in host memory, and some of which are on the GPU as well."""
-
-    def __init__(self, tiers: Tiers, layer: int) -> None:
-        super().__init__(tiers.hosts[layer].tensors, None, tiers.weights, tiers.columns)
-        self.tiers, self.layer = tiers, layer
-
-    def forward(self, rows: RoutedRows) -> torch.Tensor:
-        assert not self.trains, "experts in host memory do not train"
-        return self.tiers.forward(self.layer, rows)
-
-
-def add_parts(
-    parts: Sequence[torch.Tensor], top_k: int, residual_RD: torch.Tensor | None, dtype: torch.dtype,
-    out_RD: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
-    """Rows of their choices' parts: from several places, float32 [R · K, D] each, zero where another has it.
-
-    Added as ``expert_sum`` does: a row's choices in order, then the residual, and rounded once.
-    """
-    total_ND = parts[0]
-    for more_ND in parts[1:]:
-        total_ND = total_ND + more_ND
-    total_RKD = total_ND.unflatten(0, (-1, top_k))
-    sum_RD = total_RKD[:, 0]
-    for k in range(1, top_k):
-        sum_RD = sum_RD + total_RKD[:, k]
-    if residual_RD is not None:
-        sum_RD = sum_RD + residual_RD
-    return sum_RD.to(dtype) if out_RD is None else out_RD.copy_(sum_RD)
-
-
-def only(slots_N: np.ndarray, slots: Collection[int]) -> np.ndarray:
-    """int64 [N, 1]: the choices of some slots, -1 for others."""
-    return np.where(np.isin(slots_N, list(slots)), slots_N, -1).astype(np.int64).reshape(-1, 1)
-
-
-def in_pieces(moves: Sequence[Move], most: int) -> list[Move]:
-    """The same bytes in moves of at most so many, or of a row."""
-    found = []
-    for move in moves:
-        if move.height > 1 or move.width <= most:
-            step = max(1, most // move.width)
-            for row in range(0, move.height, step):
-                target, source = move.target + row * move.target_pitch, move.source + row * move.source_pitch
-                found.append(move._replace(target=target, source=source, height=min(step, move.height - row)))
-            continue
-        for start in range(0, move.width, most):
-            found.append(Move(move.target + start, move.source + start, min(most, move.width - start)))
-    return found
 
 
 def _has_product(weights: ExpertWeights) -> bool:
