@@ -10,6 +10,7 @@ from typing import Protocol
 
 from mixtralkit.engine.requests import Abort, Answer, Request, StreamEvent
 from mixtralkit.engine.scheduler import Sequence
+from mixtralkit.moe.tiers import TierCounts
 
 
 class Arrivals(Protocol):
@@ -36,6 +37,7 @@ class EngineSnapshot:
         prompt_tokens, generation_tokens: prompt tokens of requests that began, and tokens sampled.
         steps: launched so far; step_s: seconds between the last two that were taken.
         busy_since: ``time.monotonic()`` when the turn at hand began; None between turns and while nothing is to do.
+        tiers: what became of experts in host memory, of rank 0; noughts where there are none.
     """
 
     running: int = 0
@@ -52,6 +54,7 @@ class EngineSnapshot:
     steps: int = 0
     step_s: float = 0.0
     busy_since: float | None = None
+    tiers: TierCounts = field(default_factory=TierCounts)
 
 
 @dataclass(eq=False)

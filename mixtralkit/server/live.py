@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -87,4 +88,5 @@ def live(service: Service) -> dict[str, Any]:
             "balancedness": balancedness(shares_LW),
         },
         "plan": facts,
+        "tiers": asdict(snapshot.tiers),
     }  # fmt: skip
