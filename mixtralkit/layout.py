@@ -6,7 +6,7 @@ else knows how tensors are cut or fused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,7 +21,7 @@ class Piece:
 
     ``source`` is a name of ``canonical_shapes``. ``rows`` and ``columns`` are
     half-open bounds; columns is None for a vector. ``at`` is (rows,) of a matrix or vector, or (slot, rows) of
-    stacked experts, with rows half-open bounds as well.
+    stacked experts, with rows half-open bounds as well. ``weights`` is the format in which an expert's is held here.
     """
 
     source: str
@@ -29,6 +29,7 @@ class Piece:
     columns: tuple[int, int] | None
     target: str
     at: tuple[int | slice, ...]
+    weights: ExpertWeights = PLAIN
 
     @property
     def is_expert(self) -> bool:
@@ -36,7 +37,24 @@ class Piece:
         return len(self.at) > 1
 
 
-def canonical_shapes(config: ModelConfig, weights: ExpertWeights = PLAIN) -> dict[str, tuple[int, ...]]:
+@dataclass(frozen=True)
+class SlotGroup:
+    """The slots of a layer on a rank whose experts have one format, in order; ``suffix`` of its parameters' names."""
+
+    weights: ExpertWeights
+    slots: tuple[int, ...]
+    suffix: str = ""
+
+
+def expert_of(source: str) -> tuple[int, int]:
+    """Layer and expert of an expert's canonical name."""
+    _, layer, _, _, expert, *_ = source.split(".")
+    return int(layer), int(expert)
+
+
+def canonical_shapes(
+    config: ModelConfig, formats_LE: Sequence[Sequence[ExpertWeights]] | None = None
+) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a whole checkpoint in Mistral's one-file format, in its usual order.
 
     Experts in another format have its parts in place of ``weight``: ``layers.0.feed_forward.experts.0.w1.data`` ….
@@ -55,6 +73,7 @@ def canonical_shapes(config: ModelConfig, weights: ExpertWeights = PLAIN) -> dic
         shapes[prefix + "feed_forward.gate.weight"] = (config.num_experts, dim)
         for expert in range(config.num_experts):
             expert_prefix = f"{prefix}feed_forward.experts.{expert}."
+            weights = PLAIN if formats_LE is None else formats_LE[layer][expert]
             for matrix, size in (("w1", (hidden, dim)), ("w2", (dim, hidden)), ("w3", (hidden, dim))):
                 for part in weights.parts:
                     shapes[f"{expert_prefix}{matrix}.{part.name}"] = weights.shape(part, *size)
@@ -76,6 +95,8 @@ class RankLayout:
         layers.i.ffn_norm.weight [D]                 layers.i.attention.wo.weight [D, H·C]
 
     Where ``weights`` is not plain, w13 and w2 are the parts of that format, ``w13_data`` …, of w1 above those of w3.
+    Where the plan gives the experts of a layer several formats, each has its own, of the slots that have it:
+    ``w13_int8_data``, ``w13_plain`` …. ``weights`` is of those for which the plan has none, or the only one.
     """
 
     config: ModelConfig
@@ -88,8 +109,6 @@ class RankLayout:
         config, world = self.config, self.plan.world_size
         self.plan.check_fits(config.n_layers, config.num_experts, world)
         assert 0 <= self.rank < world
-        if self.plan.precision is not None:
-            raise ValueError(f"plan: {self.plan.notes()[0]}: cannot be run yet")
         if self.parallel.attention == "tp":
             if config.n_heads % world:
                 raise ValueError(
@@ -103,7 +122,10 @@ class RankLayout:
                 )
         if self.parallel.experts == "tp" and config.hidden_dim < world:
             raise ValueError(f"hidden_dim ({config.hidden_dim}) must be at least the world size ({world})")
-        self.weights.check_cut("hidden_dim", config.hidden_dim, self.hidden)
+        if len(self.formats) == 1:
+            object.__setattr__(self, "weights", self.formats[0])
+        for weights in self.formats:
+            weights.check_cut("hidden_dim", config.hidden_dim, self.hidden)
 
     @classmethod
     def single(cls, config: ModelConfig) -> RankLayout:
@@ -142,6 +164,31 @@ class RankLayout:
         """Bounds of this rank's part of each expert's hidden width."""
         return self._share(self.config.hidden_dim) if self.parallel.experts == "tp" else (0, self.config.hidden_dim)
 
+    @cached_property
+    def formats_LE(self) -> list[list[ExpertWeights]]:
+        """The format of each expert."""
+        return self.plan.formats_LE(self.weights)
+
+    @cached_property
+    def formats(self) -> tuple[ExpertWeights, ...]:
+        """Those that any expert has."""
+        return tuple(dict.fromkeys(weights for row in self.formats_LE for weights in row))
+
+    def check_one_format(self, what: str) -> None:
+        """ValueError where experts have several formats, which ``what`` cannot carry."""
+        if len(self.formats) > 1:
+            names = ", ".join(weights.name for weights in self.formats)
+            raise ValueError(f"{what} needs all experts in one format, and the plan's precision has {names}")
+
+    def groups(self, layer: int) -> tuple[SlotGroup, ...]:
+        """The layer's slots by format: every format that the layer has on any rank, so some may have no slot here."""
+        formats_E = self.formats_LE[layer]
+        slots: dict[ExpertWeights, list[int]] = {weights: [] for weights in formats_E}
+        for slot, expert in enumerate(self.experts(layer)):
+            slots[formats_E[expert]].append(slot)
+        several = len(slots) > 1
+        return tuple(SlotGroup(w, tuple(own), f"_{w.name}" if several else "") for w, own in slots.items())
+
     def experts(self, layer: int) -> tuple[int, ...]:
         """Experts this rank holds in ``layer``, in slot order."""
         if self.parallel.experts == "tp":
@@ -154,15 +201,16 @@ class RankLayout:
         heads, kv_heads, vocab, hidden = (b - a for a, b in (self.heads, self.kv_heads, self.vocab, self.hidden))
         shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (config.vocab_size, config.dim)}
         for layer in range(config.n_layers):
-            prefix, slots = f"layers.{layer}.", len(self.experts(layer))
+            prefix = f"layers.{layer}."
             shapes[prefix + "attention.wqkv.weight"] = ((heads + 2 * kv_heads) * config.head_dim, config.dim)
             shapes[prefix + "attention.wo.weight"] = (config.dim, heads * config.head_dim)
             shapes[prefix + "attention_norm.weight"] = (config.dim,)
             shapes[prefix + "ffn_norm.weight"] = (config.dim,)
             shapes[prefix + "feed_forward.gate.weight"] = (config.num_experts, config.dim)
-            for matrix, size in (("w13", (hidden, config.dim, 2)), ("w2", (config.dim, hidden))):
-                for name, part in self.weights.parameters(f"{prefix}feed_forward.{matrix}"):
-                    shapes[name] = (slots, *self.weights.shape(part, *size))
+            for group in self.groups(layer):
+                for matrix, size in (("w13", (hidden, config.dim, 2)), ("w2", (config.dim, hidden))):
+                    for name, part in group.weights.parameters(f"{prefix}feed_forward.{matrix}{group.suffix}"):
+                        shapes[name] = (len(group.slots), *group.weights.shape(part, *size))
         shapes["norm.weight"] = (config.dim,)
         shapes["output.weight"] = (vocab, config.dim)
         return shapes
@@ -185,11 +233,12 @@ class RankLayout:
 
     def parts(self, piece: Piece) -> tuple[Piece, ...]:
         """The pieces of the format's tensors that hold a piece of an expert; of any other, itself."""
-        if not piece.is_expert or self.weights.is_plain:
+        weights = piece.weights
+        if weights.is_plain:
             return (piece,)
         (slot, at), found = piece.at, []
-        for target, part in self.weights.parameters(piece.target):
-            rows, columns = self.weights.bounds(part, piece.rows, piece.columns)
+        for target, part in weights.parameters(piece.target):
+            rows, columns = weights.bounds(part, piece.rows, piece.columns)
             place = at.start // (at.stop - at.start) * (rows[1] - rows[0])  # w3 behind w1
             source = f"{piece.source.removesuffix('weight')}{part.name}"
             found.append(Piece(source, rows, columns, target, (slot, slice(place, place + rows[1] - rows[0]))))
@@ -210,11 +259,15 @@ class RankLayout:
         prefix = f"layers.{layer}.feed_forward."
         whole_dim, hidden = (0, self.config.dim), self.hidden[1] - self.hidden[0]
         yield _rows(f"{prefix}gate.weight", (0, self.config.num_experts), whole_dim, f"{prefix}gate.weight")
-        for slot, expert in enumerate(self.experts(layer)):
-            source = f"{prefix}experts.{expert}."
-            yield Piece(f"{source}w1.weight", self.hidden, whole_dim, f"{prefix}w13", (slot, slice(0, hidden)))
-            yield Piece(f"{source}w3.weight", self.hidden, whole_dim, f"{prefix}w13", (slot, slice(hidden, 2 * hidden)))
-            yield Piece(f"{source}w2.weight", whole_dim, self.hidden, f"{prefix}w2", (slot, slice(0, self.config.dim)))
+        experts = self.experts(layer)
+        for group in self.groups(layer):
+            w13, w2, weights = f"{prefix}w13{group.suffix}", f"{prefix}w2{group.suffix}", group.weights
+            for place, slot in enumerate(group.slots):
+                source, above, below = f"{prefix}experts.{experts[slot]}.", slice(0, hidden), slice(hidden, 2 * hidden)
+                yield Piece(f"{source}w1.weight", self.hidden, whole_dim, w13, (place, above), weights)
+                yield Piece(f"{source}w3.weight", self.hidden, whole_dim, w13, (place, below), weights)
+                down = slice(0, self.config.dim)
+                yield Piece(f"{source}w2.weight", whole_dim, self.hidden, w2, (place, down), weights)
 
 
 def _rows(source: str, rows: tuple[int, int], columns: tuple[int, int] | None, target: str, start: int = 0) -> Piece:

@@ -32,7 +32,7 @@ from mixtralkit.model.transformer import Transformer
 from mixtralkit.moe.tiers import tier_setup
 from mixtralkit.moe.weights import parse_weights
 from mixtralkit.planning.formats import load_plan
-from mixtralkit.planning.plan import ExpertPlan, contiguous
+from mixtralkit.planning.plan import ExpertPlan, Words, contiguous
 
 
 class Mixtral:
@@ -101,7 +101,7 @@ class Mixtral:
         config = with_free_memory(with_weights(config, reader), context)
         with context.agreed():
             architecture = reader.config.with_limits(config.cache.max_seq_len, config.limits.max_batch_size)
-            layout = choose_layout(architecture, context, config)
+            layout = choose_layout(architecture, context, config, reader.found.precision)
             dtype = choose_dtype(config.limits.dtype, context.device)
             model = Transformer(layout, context, dtype, config.moe, tier_setup(layout, context, config, dtype))
         pages = pages_of(config.cache, model)
@@ -294,15 +294,21 @@ def with_weights(config: EngineConfig, reader: CheckpointReader) -> EngineConfig
     return config if asked.is_plain else config.but(quantize=asked.name)
 
 
-def choose_layout(model: ModelConfig, context: RankContext, config: EngineConfig | None = None) -> RankLayout:
-    """This rank's share of the model; plan ``auto`` takes what fits ``memory_gb``, see ``with_free_memory``."""
+def choose_layout(
+    model: ModelConfig, context: RankContext, config: EngineConfig | None = None, precision: Words | None = None
+) -> RankLayout:
+    """This rank's share of the model; plan ``auto`` takes what fits ``memory_gb``, see ``with_free_memory``.
+
+    ``precision`` is that of a checkpoint whose experts have several formats, for a plan that has none.
+    """
     config = EngineConfig() if config is None else config
     world, asked, plan = context.world_size, config.parallel, config.parallel.plan
     weights = parse_weights(config.limits.quantize)
     if not isinstance(plan, ExpertPlan) and str(plan) == "auto":
         chosen = choose_automatically(model, context, config)
         if chosen is not None:
-            return RankLayout(model, *chosen, context.rank, weights)
+            parallel, plan = chosen
+            return RankLayout(model, parallel, with_precision(plan, precision), context.rank, weights)
         plan = None
     attention = asked.attention
     if attention == "auto":
@@ -314,7 +320,12 @@ def choose_layout(model: ModelConfig, context: RankContext, config: EngineConfig
     elif not isinstance(plan, ExpertPlan):
         plan = load_plan(plan, num_experts=model.num_experts, world_size=world)
     parallel = ParallelConfig(attention, "ep" if asked.experts == "auto" else asked.experts)
-    return RankLayout(model, parallel, plan, context.rank, weights)
+    return RankLayout(model, parallel, with_precision(plan, precision), context.rank, weights)
+
+
+def with_precision(plan: ExpertPlan, precision: Words | None) -> ExpertPlan:
+    """The plan with these formats of experts where it has none of its own."""
+    return plan if plan.precision is not None or precision is None else replace(plan, precision=precision)
 
 
 def pages_of(options: CacheOptions, model: Transformer) -> int | None:

@@ -36,12 +36,18 @@ _CUT_COLUMNS = ("wo.weight", "w2.weight", "tok_embeddings.weight")
 
 @dataclass(frozen=True)
 class RankFiles:
-    """How our own format is cut, and the format of its experts; a plan of None is contiguous."""
+    """How our own format is cut, and the format of its experts where the plan says none; None is contiguous."""
 
     world_size: int = 1
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     plan: ExpertPlan | None = None
     weights: ExpertWeights = PLAIN
+
+    def formats_LE(self, config: ModelConfig) -> list[list[ExpertWeights]]:
+        """The format of each expert."""
+        plan = self.plan or contiguous(config.n_layers, config.num_experts, 1)
+        plan.check_fits(config.n_layers, config.num_experts, plan.world_size)
+        return plan.formats_LE(self.weights)
 
     def layouts(self, config: ModelConfig) -> tuple[RankLayout, ...]:
         """The layout of each rank."""

@@ -6,7 +6,7 @@ for 128 of them; a format with one scale a matrix takes the matrix whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -17,8 +17,8 @@ from mixtralkit.checkpoint.files import Region
 from mixtralkit.checkpoint.reader import BLOCK_BYTES, Block, CheckpointReader
 from mixtralkit.checkpoint.weight_hash import WeightHash
 from mixtralkit.config import ModelConfig
-from mixtralkit.layout import Piece, RankLayout, canonical_shapes
-from mixtralkit.moe.weights import ExpertWeights, PackedWeight, Part
+from mixtralkit.layout import Piece, RankLayout, canonical_shapes, expert_of
+from mixtralkit.moe.weights import PLAIN, ExpertWeights, PackedWeight, Part
 
 
 class Source(Protocol):
@@ -42,8 +42,8 @@ def put_packed(
     rows = max(piece.rows[0], first), min(piece.rows[1], first + len(w_OK))
     if rows[0] >= rows[1]:
         return
-    packed = layout.weights.quantize(w_OK)
-    for part, tensor, target in zip(layout.weights.parts, packed.tensors, layout.parts(piece), strict=True):
+    packed = piece.weights.quantize(w_OK)
+    for part, tensor, target in zip(piece.weights.parts, packed.tensors, layout.parts(piece), strict=True):
         a, b = part.cut_rows(rows)
         start = 0 if part.rows is None else part.cut_rows((first, first))[0]
         slot, place = target.at
@@ -72,7 +72,7 @@ class RoundedBlock:
     def _empty(self, device: str) -> torch.Tensor:
         columns = self.reader.shapes()[self.piece.source][1]
         return torch.empty(
-            self.rows[1] - self.rows[0], columns, dtype=self.reader.dtype(self.piece.source), device=device
+            self.rows[1] - self.rows[0], columns, dtype=self.reader.dtype_read(self.piece.source), device=device
         )
 
     @property
@@ -99,9 +99,9 @@ class RoundedBlock:
         put_packed(self.parameters, self.layout, self.piece, w_RK.to(target.device), self.rows[0])
 
 
-def rows_read(layout: RankLayout, piece: Piece, outputs: int) -> tuple[int, int]:
+def rows_read(piece: Piece, outputs: int) -> tuple[int, int]:
     """Rows of a matrix that are read to round a piece of it."""
-    return (0, outputs) if layout.weights.height is None else piece.rows
+    return (0, outputs) if piece.weights.height is None else piece.rows
 
 
 def rounded_blocks(
@@ -109,8 +109,8 @@ def rounded_blocks(
 ) -> Iterator[RoundedBlock]:
     """The reads that fill a piece of an expert of another format than the checkpoint's."""
     outputs, columns = reader.shapes()[piece.source]
-    first, last = rows_read(layout, piece, outputs)
-    step = _rows_at_a_time(layout.weights, columns * reader.dtype(piece.source).itemsize) or outputs
+    first, last = rows_read(piece, outputs)
+    step = _rows_at_a_time(piece.weights, columns * reader.dtype_read(piece.source).itemsize) or outputs
     for start in range(first, last, step):
         yield RoundedBlock(reader, parameters, layout, piece, (start, min(start + step, last)))
 
@@ -123,39 +123,48 @@ def _rows_at_a_time(weights: ExpertWeights, row_bytes: int) -> int | None:
 
 @dataclass(frozen=True)
 class InFormat:
-    """A source of canonical tensors (``writer.Source``) with its experts in another format than they are there.
+    """A source of canonical tensors (``writer.Source``) with experts in other formats than they are there.
 
-    From plain weights they are rounded, and to plain ones made numbers again, of the dtype of the other weights.
+    From plain weights they are rounded, and to plain ones made numbers again, to be written in the dtype of the others.
+    ``held`` and ``wanted`` have the format of each expert, [L][E].
     """
 
     source: Source
     config: ModelConfig
-    held: ExpertWeights
-    wanted: ExpertWeights
+    held: Sequence[Sequence[ExpertWeights]]
+    wanted: Sequence[Sequence[ExpertWeights]]
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return canonical_shapes(self.config)
 
-    def _part(self, name: str) -> tuple[str, Part | None]:
-        """The name before the part's, and the part where the tensor is an expert's."""
+    def _formats(self, name: str) -> tuple[ExpertWeights, ExpertWeights]:
+        """In which an expert is held, and wanted; both plain for any other tensor."""
+        if ".experts." not in name:
+            return PLAIN, PLAIN
+        layer, expert = expert_of(name)
+        return self.held[layer][expert], self.wanted[layer][expert]
+
+    def _part(self, name: str) -> tuple[str, Part]:
+        """The name before the part's, and the part of the wanted format."""
         stem, _, part = name.rpartition(".")
-        parts = {part.name: part for part in self.wanted.parts}
-        return stem, parts[part] if ".experts." in name else None
+        return stem, next(one for one in self._formats(name)[1].parts if one.name == part)
 
     def dtype(self, name: str) -> torch.dtype:
-        _, part = self._part(name)
-        if part is None:
+        held, wanted = self._formats(name)
+        if held == wanted:
             return self.source.dtype(name)
+        _, part = self._part(name)
         return self.source.dtype("output.weight") if part.dtype is None else getattr(torch, part.dtype)
 
     def read(self, name: str, rows: tuple[int, int] | None, columns: tuple[int, int] | None) -> torch.Tensor:
-        stem, part = self._part(name)
-        if part is None:
+        held, wanted = self._formats(name)
+        if held == wanted:
             return self.source.read(name, rows, columns)
+        stem, part = self._part(name)
         outputs, inputs = self._shapes[f"{stem}.weight"]
         rows = rows or part.cut_rows((0, outputs))
-        height = (self.wanted if self.held.is_plain else self.held).height or outputs
+        height = (wanted if held.is_plain else held).height or outputs
         scale = part.rows or outputs  # rows of the matrix for one of the part
         first, last = rows[0] * scale // height * height, min(-(-rows[1] * scale // height) * height, outputs)
         step = max(1, BLOCK_BYTES // (4 * inputs * height)) * height
@@ -170,8 +179,9 @@ class InFormat:
 
     def _make(self, stem: str, part: Part, rows: tuple[int, int], inputs: int) -> torch.Tensor:
         """The part, of whole rows of the matrix."""
-        if self.held.is_plain:
-            packed = self.wanted.quantize(self.source.read(f"{stem}.weight", rows, None))
-            return packed.tensors[self.wanted.parts.index(part)]
-        tensors = [self.source.read(f"{stem}.{p.name}", p.cut_rows(rows), None) for p in self.held.parts]
-        return PackedWeight(self.held, inputs, tuple(tensors)).float().to(self.dtype(f"{stem}.weight"))
+        held, wanted = self._formats(stem)
+        if held.is_plain:
+            packed = wanted.quantize(self.source.read(f"{stem}.weight", rows, None))
+            return packed.tensors[wanted.parts.index(part)]
+        tensors = [self.source.read(f"{stem}.{p.name}", p.cut_rows(rows), None) for p in held.parts]
+        return PackedWeight(held, inputs, tuple(tensors)).float()

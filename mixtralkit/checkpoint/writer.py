@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -28,7 +29,7 @@ from mixtralkit.checkpoint.reader import BLOCK_BYTES, CheckpointReader
 from mixtralkit.config import DTYPES, ModelConfig, parse_dtype
 from mixtralkit.json_file import read_bytes
 from mixtralkit.layout import canonical_shapes
-from mixtralkit.moe.weights import PLAIN
+from mixtralkit.moe.weights import PLAIN, ExpertWeights
 
 __all__ = ["FORMATS", "RankFiles", "save_checkpoint"]
 
@@ -81,13 +82,15 @@ def save_checkpoint(
     folder, ranks = Path(folder), ranks or RankFiles()
     dtype = None if dtype is None else parse_dtype(dtype)
     source = tensors if isinstance(tensors, CheckpointReader) else _checked(config, tensors)
-    held = tensors.weights if isinstance(tensors, CheckpointReader) else PLAIN
-    if not ranks.weights.is_plain and format != "mixtralkit":
-        raise ValueError(f"quantize ({ranks.weights.name!r}) needs format 'mixtralkit', not {format!r}")
-    if not (held.is_plain or ranks.weights.is_plain) and held != ranks.weights:
-        raise ValueError(f"quantize ({ranks.weights.name!r}) must be {held.name!r}, in which the checkpoint is")
-    if held != ranks.weights:
-        source = InFormat(source, config, held, ranks.weights)
+    wanted = ranks.formats_LE(config)
+    held = tensors.formats_for(wanted) if isinstance(tensors, CheckpointReader) else _all_plain(config)
+    for own, new in zip(itertools.chain(*held), itertools.chain(*wanted), strict=True):
+        if not new.is_plain and format != "mixtralkit":
+            raise ValueError(f"quantize ({new.name!r}) needs format 'mixtralkit', not {format!r}")
+        if not (own.is_plain or new.is_plain) and own != new:
+            raise ValueError(f"quantize ({new.name!r}) must be {own.name!r}, in which the checkpoint is")
+    if held != wanted:
+        source = InFormat(source, config, held, wanted)
     files = weight_files(format, config, shards, ranks)
     old = _old_files(folder, overwrite)
     main = dtype or source.dtype("output.weight")
@@ -113,6 +116,10 @@ def save_checkpoint(
         except OSError as error:
             raise _disk_error(folder, error) from None
         return _move(partial, folder, old)
+
+
+def _all_plain(config: ModelConfig) -> list[list[ExpertWeights]]:
+    return [[PLAIN] * config.num_experts for _ in range(config.n_layers)]
 
 
 def _may_write(path: Path, content: bytes, overwrite: bool) -> bool:
@@ -201,7 +208,7 @@ class _FileWriter:
         make(path, {name: (stored.shape, self.dtype(stored)) for name, stored in tensors.items()})
         file = ByteFile((path,))
         try:
-            index = read_index(file, packed=True)
+            index = read_index(file, PACKED_DTYPES)
         finally:
             file.close()
         with open(path, "r+b", buffering=0) as out:

@@ -9,8 +9,9 @@ from mixtralkit.cli.run import command
 from mixtralkit.config import ParallelConfig
 from mixtralkit.config.engine import Dtype, Quantize
 from mixtralkit.config.options import Count
+from mixtralkit.mixtral import with_precision
 from mixtralkit.moe.weights import parse_weights
-from mixtralkit.planning.plan import ExpertPlan
+from mixtralkit.planning.plan import ExpertPlan, contiguous
 
 
 @command
@@ -48,8 +49,13 @@ def convert(
     with open_checkpoint(source, source_format) as reader:
         keeps = format == "mixtralkit" and not reader.weights.is_plain
         loaded = None if plan is None else ExpertPlan.load(plan)
+        world_size = world_size or (loaded.world_size if loaded else 1)
+        if format == "mixtralkit" and reader.found.precision is not None:
+            config = reader.config
+            placed = loaded or contiguous(config.n_layers, config.num_experts, world_size)
+            loaded = with_precision(placed, reader.found.precision)
         ranks = RankFiles(
-            world_size=world_size or (loaded.world_size if loaded else 1),
+            world_size=world_size,
             parallel=parallel,
             plan=loaded,
             weights=parse_weights(quantize or (reader.weights.name if keeps else None)),

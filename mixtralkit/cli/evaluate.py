@@ -161,7 +161,8 @@ class _Run:
                 work.check(max_seq_len)
         engine = with_free_memory(with_weights(engine, reader), context)
         with context.agreed():
-            layout = choose_layout(reader.config.with_limits(max_seq_len, max_batch_size), context, engine)
+            model = reader.config.with_limits(max_seq_len, max_batch_size)
+            layout = choose_layout(model, context, engine, reader.found.precision)
             engine = engine.but(**asdict(layout.parallel), plan=cut.applied(layout.plan))
             dtype = str(choose_dtype(engine.limits.dtype, context.device)).removeprefix("torch.")
             placed = facts_of_plan(

@@ -68,6 +68,7 @@ class PlanManager:
             raise ValueError(f"update_step needs experts 'ep', not {experts!r}: 'tp' has a part of each on every rank")
         if backend != "mixtralkit":
             raise ValueError(f"update_step needs moe_backend 'mixtralkit', not {backend!r}, which knows one plan")
+        model.layout.check_one_format("update_step")
         self.model, self.policy, self.update_step, self.judge = model, policy, update_step, judge
         self.context = model.context
         self.statistics = PlanStatistics()

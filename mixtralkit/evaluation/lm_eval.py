@@ -147,6 +147,7 @@ class MixtralLM(TemplateLM):
             "mixtralkit_version": __version__,
             "model_dtype": str(model.dtype),
             "quantize": None if model.layout.weights.is_plain else model.layout.weights.name,
+            **plan.counts(),
             "ranks": self.context.world_size,
             "attention": model.layout.parallel.attention,
             "experts": model.layout.parallel.experts,

@@ -51,9 +51,11 @@ def fingerprint(
 
 
 def facts_of_plan(plan: ExpertPlan, world_size: int, attention: str, max_batch_size: int, dtype: str) -> dict[str, Any]:
-    """The parts of ``fingerprint`` that wait for the plan, ``capacity`` and ``spread``."""
+    """The parts of ``fingerprint`` that wait for the plan: ``capacity``, ``formats`` and ``spread``."""
     placed = (plan, world_size, attention, max_batch_size)
-    return {"capacity": what_cuts(*placed), "spread": None if dtype == "float32" else what_rounds(*placed)}
+    formats = None if plan.precision is None else {"precision": _hash(plan.precision)}
+    spread = None if dtype == "float32" else what_rounds(*placed)
+    return {"capacity": what_cuts(*placed), "formats": formats, "spread": spread}
 
 
 def what_cuts(plan: ExpertPlan, world_size: int, attention: str, max_batch_size: int) -> dict[str, Any] | None:
@@ -72,11 +74,15 @@ def what_cuts(plan: ExpertPlan, world_size: int, attention: str, max_batch_size:
 def what_rounds(plan: ExpertPlan, world_size: int, attention: str, max_batch_size: int) -> dict[str, Any]:
     """What decides in which order numbers are added, and so their last bits: the ``spread`` of ``fingerprint``."""
     return {
-        "plan": hashlib.sha256(json.dumps(plan.slots_LWS.tolist()).encode()).hexdigest(),
+        "plan": _hash(plan.slots_LWS.tolist()),
         "ranks": world_size,
         "attention": attention,
         "max_batch_size": max_batch_size,
     }
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _limitless(config: ModelConfig) -> dict[str, Any]:
@@ -171,8 +177,8 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
         if old.get(name) != new.get(name):
             return words
     for part, words in (
-        ("options", "another setting"), ("capacity", "another setting"), ("spread", "another setting"),
-        ("versions", "another version"),
+        ("options", "another setting"), ("capacity", "another setting"), ("formats", "another setting"),
+        ("spread", "another setting"), ("versions", "another version"),
     ):  # fmt: skip
         if part not in new:
             continue

@@ -88,6 +88,7 @@ def _check_supported(layout: RankLayout, options: MoEOptions) -> None:
     if world > 1 and (layout.parallel.attention, layout.parallel.experts) != ("dp", "ep"):
         got = f"attention ({layout.parallel.attention!r}), experts ({layout.parallel.experts!r})"
         raise ValueError(f"{got} must be 'dp' and 'ep' {needs} over several ranks")
+    layout.check_one_format("moe_backend 'fastmoe'")
     if config.num_experts % world:
         raise ValueError(f"num_experts ({config.num_experts}) must be a multiple of world_size ({world}) {needs}")
     plain = contiguous(plan.num_layers, plan.num_experts, world)

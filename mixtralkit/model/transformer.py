@@ -160,9 +160,10 @@ class Transformer(nn.Module):
     def decodes_in_graphs(self) -> bool:
         """Whether a decode step is the same launches on the same addresses whatever the routing is."""
         ours = self.options.backend == "mixtralkit" and self.two_phase is None
-        weights, hidden = self.layout.weights, self.layout.hidden
-        if not weights.is_plain and self.context.device.type == "cuda":  # the reference asks the host
-            ours = ours and takes_packed(weights, self.params.dim, hidden[1] - hidden[0])
+        hidden = self.layout.hidden
+        for weights in self.layout.formats:
+            if not weights.is_plain and self.context.device.type == "cuda":  # the reference asks the host
+                ours = ours and takes_packed(weights, self.params.dim, hidden[1] - hidden[0])
         trains = any(p.requires_grad for p in self.parameters())
         ours = ours and (self.store.tiers is None or self.decodes_in_pieces)
         return ours and not trains and self.dispatchers.name(True, True) in IN_GRAPHS
@@ -301,7 +302,7 @@ class Transformer(nn.Module):
             generator = torch.Generator(self.context.device).manual_seed(seed * len(numbers) + numbers[piece.source])
             whole = torch.empty(shapes[piece.source], dtype=self.dtype, device=self.context.device)
             whole.normal_(0.0, std, generator=generator)
-            if piece.is_expert and not self.layout.weights.is_plain:
+            if not piece.weights.is_plain:
                 put_packed(tensors, self.layout, piece, whole)
             else:
                 tensors[piece.target][piece.at].copy_(whole[slice(*piece.rows), slice(*piece.columns)])

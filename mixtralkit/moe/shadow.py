@@ -63,6 +63,7 @@ def shadow_room(layout: RankLayout, context: RankContext, dtype: torch.dtype, op
     travels = context.world_size > 1 and layout.parallel == ParallelConfig("dp", "ep")
     if not (options.copies_experts and travels):
         return 0
+    layout.check_one_format("copying experts (faster_shadow, dynamic)")
     config = layout.config
     expert_bytes = layout.weights.expert_bytes(config.dim, config.hidden_dim, dtype.itemsize)
     room = min(int(options.shadow_memory_gb * 1e9) // expert_bytes, config.n_layers * config.num_experts)

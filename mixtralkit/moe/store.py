@@ -25,6 +25,7 @@ from mixtralkit.moe.experts import Experts
 from mixtralkit.moe.table import LayerTable
 from mixtralkit.moe.tiers import TieredExperts, Tiers, TierSetup
 from mixtralkit.moe.transfers import MoveReport, move_experts, stays_in_place, transfers
+from mixtralkit.moe.weights import ExpertWeights
 from mixtralkit.planning.replicas import ReplicaTable
 
 # (weights, owner, theirs), bytes: the owner's weights into this rank's; ``theirs`` is its memory, None where nobody
@@ -93,9 +94,11 @@ class ExpertStore:
         """Of w13 and of w2."""
         return self.layout.config.dim, self.layout.hidden[1] - self.layout.hidden[0]
 
-    def _empty(self, slots: int, device: str | None = None) -> tuple[torch.Tensor, ...]:
-        """Memory for the parts of w13, then of w2."""
-        (dim, hidden), weights = self._columns, self.layout.weights
+    def _empty(
+        self, slots: int, device: str | None = None, weights: ExpertWeights | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        """Memory for the parts of w13, then of w2; None is the layout's format."""
+        (dim, hidden), weights = self._columns, self.layout.weights if weights is None else weights
         shapes = [(part, weights.shape(part, hidden, dim, 2)) for part in weights.parts]
         shapes += [(part, weights.shape(part, dim, hidden)) for part in weights.parts]
         dtypes = [self.dtype if part.dtype is None else getattr(torch, part.dtype) for part, _ in shapes]
@@ -130,13 +133,15 @@ class ExpertStore:
         self._held = storage
         first = 0
         for layer, slots in zip(self.layers, slots_L, strict=True):
-            own, storage_S = self._empty(slots) if storage is None else None, None
-            if storage is not None:
+            groups, storage_S = self.layout.groups(layer), None
+            if storage is None:
+                own = [part for g in groups for part in self._empty(len(g.slots), weights=g.weights)]
+            else:
                 own = tuple(weights[first : first + slots] for weights in storage)
                 storage_S = self._own_places(slots)
                 storage_S += first
             stored = None if storage is None else (storage, storage_S)
-            self.experts[layer] = Experts(own, stored, self.layout.weights, self._columns)
+            self.experts[layer] = Experts(own, stored, groups, self._columns)
             self.tables[layer] = LayerTable(self.replicas(layer), self.context, self.room > 0)
             first += slots
         self._places = list(range(first, first + self.room))
@@ -262,6 +267,8 @@ class ExpertStore:
 
     def _check_fits(self, layout: RankLayout, layer: int) -> None:
         old, new = self.layout.plan, layout.plan
+        for one in (self.layout, layout):
+            one.check_one_format("a new plan between steps")
         if layout.parallel.experts != "ep":
             raise ValueError(f"experts ({layout.parallel.experts!r}) must be 'ep' for a new plan between steps")
         if self.tiers is not None:

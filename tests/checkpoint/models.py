@@ -38,7 +38,8 @@ def empty_parameters(layout: RankLayout, dtype: torch.dtype = torch.float32) -> 
     """A rank's parameters, to be loaded into."""
     dtypes = {
         name: dtype if part.dtype is None else getattr(torch, part.dtype)
-        for matrix in ("w13", "w2") for name, part in layout.weights.parameters(matrix)
+        for layer in range(layout.config.n_layers) for group in layout.groups(layer)
+        for matrix in ("w13", "w2") for name, part in group.weights.parameters(matrix + group.suffix)
     }  # fmt: skip
     return {
         name: torch.empty(shape, dtype=dtypes.get(name.rpartition(".")[2], dtype))

@@ -32,22 +32,32 @@ def loaded(folder: Path, layout: RankLayout, context: RankContext | None = None)
 
 def rounded(tensors: dict[str, torch.Tensor], layout: RankLayout) -> dict[str, torch.Tensor]:
     """The oracle: whole matrices rounded, then cut and put together."""
-    weights, hidden, found = layout.weights, layout.hidden, {}
-    for layer in range(CONFIG.n_layers):
-        prefix = f"layers.{layer}.feed_forward."
+    hidden, found = layout.hidden, {}
+    everything = [(layer, group) for layer in range(CONFIG.n_layers) for group in layout.groups(layer)]
+    for layer, group in everything:
+        prefix, weights = f"layers.{layer}.feed_forward.", group.weights
         for matrix, own in (("w13", ("w1", "w3")), ("w2", ("w2",))):
-            for i, (name, part) in enumerate(weights.parameters(matrix)):
+            for i, (name, part) in enumerate(weights.parameters(matrix + group.suffix)):
                 slots = []
-                for expert in layout.experts(layer):
+                for expert in (layout.experts(layer)[slot] for slot in group.slots):
                     parts = []
                     for one in own:
-                        tensor = weights.quantize(tensors[f"{prefix}experts.{expert}.{one}.weight"]).tensors[i]
+                        tensor = tensors[f"{prefix}experts.{expert}.{one}.weight"]
+                        tensor = tensor.float() if weights.is_plain else weights.quantize(tensor).tensors[i]
                         if matrix == "w13":
                             parts.append(tensor[slice(*part.cut_rows(hidden))])
                         else:
                             parts.append(tensor[:, slice(*part.cut_columns(hidden))])
                     slots.append(torch.cat(parts))
-                found[prefix + name] = torch.stack(slots)
+                found[prefix + name] = (
+                    torch.stack(slots)
+                    if slots
+                    else torch.empty(
+                        0,
+                        *layout.shapes()[prefix + name][1:],
+                        dtype=torch.float32 if part.dtype is None else getattr(torch, part.dtype),
+                    )
+                )
     return found
 
 
@@ -103,6 +113,57 @@ def test_converted_files_load_as_what_is_rounded_while_loading(tmp_path: Path, n
     numbers = loaded(tmp_path / "numbers", RankLayout.single(CONFIG))
     w2_DF = weights.quantize(tensors["layers.1.feed_forward.experts.3.w2.weight"]).float()
     assert numbers["layers.1.feed_forward.w2"][3].equal(w2_DF.bfloat16().float())
+
+
+def test_formats_of_a_plan_are_rounded_written_and_read_each_by_itself(tmp_path: Path, monkeypatch) -> None:
+    """Four formats in a layer, cut for two ranks one of which lacks some of them."""
+    monkeypatch.setattr(quantising, "BLOCK_BYTES", 70_000)
+    tensors = random_tensors(CONFIG)
+    plan = replace(contiguous(2, 4, 1), precision=[["int8", "plain", "fp8:block", "int4"], ["int4:64:zeros"] * 4])
+    save_checkpoint(tmp_path / "plain", CONFIG, tensors)
+    cut = RankFiles(2, ParallelConfig("dp", "tp"), replace(contiguous(2, 4, 2), precision=plan.precision))
+    apart = replace(cut, parallel=ParallelConfig("dp", "ep"))
+    with open_checkpoint(tmp_path / "plain") as plain:
+        for name, ranks in (("one", RankFiles(plan=plan)), ("cut", cut), ("apart", apart)):
+            save_checkpoint(tmp_path / name, CONFIG, plain, "mixtralkit", ranks=ranks)
+    for name in ("cut", "apart"):
+        with open_checkpoint(tmp_path / name) as packed:
+            assert packed.found.precision == plan.precision
+            save_checkpoint(tmp_path / f"{name}-one", CONFIG, packed, "mixtralkit", ranks=RankFiles(plan=plan))
+    one, *others = ((tmp_path / n / "rank-00-of-01.safetensors").read_bytes() for n in ("one", "cut-one", "apart-one"))
+    assert others == [one, one]
+    layout = RankLayout(CONFIG, ParallelConfig(), plan)
+    for name in ("plain", "one", "cut", "apart"):
+        assert_same_bits(loaded(tmp_path / name, layout), rounded(tensors, layout))
+    with open_checkpoint(tmp_path / "one") as packed:
+        save_checkpoint(tmp_path / "numbers", CONFIG, packed, "hf")
+        further = RankFiles(plan=replace(plan, precision=[["int8", "int8", "fp8:block", "int4"], plan.precision[1]]))
+        save_checkpoint(
+            tmp_path / "further", CONFIG, packed, "mixtralkit", ranks=further
+        )  # what is plain may be rounded
+        other = RankFiles(plan=replace(plan, precision=[["int4"] * 4] * 2))
+        with pytest.raises(ValueError, match=r"quantize \('int4:32'\) must be 'int8'"):
+            save_checkpoint(tmp_path / "other", CONFIG, packed, "mixtralkit", ranks=other)
+    numbers = loaded(tmp_path / "numbers", RankLayout.single(CONFIG))["layers.0.feed_forward.w2"]
+    w2_EDF = [tensors[f"layers.0.feed_forward.experts.{expert}.w2.weight"] for expert in range(4)]
+    assert numbers[1].equal(w2_EDF[1].float())
+    assert numbers[2].equal(parse_weights("fp8:block").quantize(w2_EDF[2]).float().bfloat16().float())
+    wrong = replace(layout, plan=replace(plan, precision=[["int4"] * 4] * 2))
+    with pytest.raises(ValueError, match=r"quantize \('int4:32'\) of layer 0, expert 0 must be 'int8'"):
+        loaded(tmp_path / "one", wrong)
+
+
+def _mixed_rank(context: RankContext, folder: Path):
+    tensors = random_tensors(CONFIG, seed=1)
+    names = [["int8", "plain", "fp8:block", "int4"], ["plain", "int8", "int8", "plain"]]
+    for experts, plan in (("ep", contiguous(2, 4, 2)), ("ep", everywhere(2, 4, 2)), ("tp", contiguous(2, 4, 2))):
+        layout = RankLayout(CONFIG, ParallelConfig("dp", experts), replace(plan, precision=names), context.rank)
+        assert_same_bits(loaded(folder, layout, context), rounded(tensors, layout))
+
+
+def test_ranks_have_their_parts_of_several_formats(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, CONFIG, random_tensors(CONFIG, seed=1), "mistral-shards")
+    run_ranks(_mixed_rank, 2, tmp_path)
 
 
 def test_files_of_one_format_are_no_other(tmp_path: Path) -> None:

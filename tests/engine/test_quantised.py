@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 
 from mixtralkit import Mixtral
 from mixtralkit.checkpoint import RankFiles, open_checkpoint, save_checkpoint
-from mixtralkit.distributed import RankContext
+from mixtralkit.distributed import RankContext, RankFailed
 from mixtralkit.moe.weights import parse_weights
 from mixtralkit.planning.plan import ExpertPlan, contiguous
 from tests.engine.parts import engine_config, make_checkpoint
@@ -115,13 +116,85 @@ def test_random_weights_are_rounded_too(folder: Path) -> None:
     torch.testing.assert_close(rounded, plain.store.experts[1].matrices[0], rtol=0, atol=0.6 * 0.15 * 5 / 127)
 
 
-def test_the_command_says_what_is_wrong(folder: Path, tmp_path: Path, command_line) -> None:
+def mixed_plan(world: int, slots: list | None = None) -> ExpertPlan:
+    """Four formats in every layer, one of them by what the run has."""
+    names = ["plain", "int8", "int4:32", "fp8:block", "int4:128:zeros", None, "int8", "plain"]
+    plan = contiguous(3, 8, world)
+    plan = plan if slots is None else ExpertPlan(np.array([slots] * 3), 8)
+    return replace(plan, precision=[names[layer:] + names[:layer] for layer in range(3)])
+
+
+@pytest.fixture(scope="module")
+def mixed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The plan's formats in a checkpoint, and one of the numbers that they stand for."""
+    where = tmp_path_factory.mktemp("mixed")
+    with open_checkpoint(folder) as plain:
+        ranks = RankFiles(plan=mixed_plan(1), weights=parse_weights("int4:64"))
+        save_checkpoint(where / "packed", CONFIG, plain, "mixtralkit", ranks=ranks)
+    with open_checkpoint(where / "packed") as packed:
+        save_checkpoint(where / "numbers", CONFIG, packed, "mistral")
+    return where
+
+
+def test_formats_side_by_side_are_their_numbers(folder: Path, mixed: Path) -> None:
+    """Rounded while loading by the plan, written so, or as numbers: one text."""
+    found = texts(folder, quantize="int4:64", plan=mixed_plan(1))
+    assert texts(mixed / "packed") == found
+    assert texts(mixed / "numbers") == found
+    assert len({str(texts(folder, **one)) for one in ({}, {"quantize": "int8"}, {"quantize": "int4:64"})} | {
+        str(found)}) == 4  # fmt: skip
+
+
+def _mixed_on_two(context: RankContext, folder: Path, packed: Path):
+    copies = mixed_plan(2, [[0, 1, 2, 3, 7], [4, 5, 6, 7, 0]])
+    flags = [
+        {"attention": "tp", "experts": "tp"},
+        {"attention": "tp"},
+        {"attention": "dp", "plan": copies},
+        {"attention": "coherent"},
+    ]
+    found = [texts(folder, context, **{"quantize": "int4:64", "plan": mixed_plan(2)} | one) for one in flags]
+    found.append(texts(packed, context, attention="dp", plan=replace(copies, precision=None)))
+    refused = []
+    for one in ({"faster_shadow": True}, {"moe_backend": "fastmoe"}):
+        with pytest.raises((ValueError, RankFailed)) as caught:
+            texts(folder, context, attention="dp", plan=mixed_plan(2), **one)
+        refused.append(str(caught.value))
+    return found, refused
+
+
+def test_formats_side_by_side_on_ranks(folder: Path, mixed: Path) -> None:
+    expected = texts(mixed / "numbers")
+    for found, refused in run_ranks(_mixed_on_two, 2, folder, mixed / "packed"):
+        assert found == [expected] * 5
+        assert "copying experts (faster_shadow, dynamic) needs all experts in one format" in refused[0]
+        assert (
+            "moe_backend 'fastmoe' needs all experts in one format, and the plan's precision has plain, int8"
+            in refused[1]
+        )
+
+
+def test_one_format_for_all_by_the_plan_is_that_of_the_run(folder: Path) -> None:
+    plan = replace(contiguous(3, 8, 1), precision=[["int8"] * 8] * 3)
+    model = Mixtral.build(folder, max_seq_len=40, context=RankContext(), plan=plan).model
+    assert model.layout.weights == parse_weights("int8")
+    assert set(model.named_tensors()) == set(replace(model.layout, plan=contiguous(3, 8, 1)).shapes())
+
+
+def test_the_command_says_what_is_wrong(folder: Path, mixed: Path, tmp_path: Path, command_line) -> None:
+    mixed_plan(1).save(tmp_path / "mixed.json")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("In the beginning\n")
     convert = ("convert", "--format", "mixtralkit")
     for words, sentence in [
         (("generate", "hello", "-m", folder, "--quantize", "int5"), "quantize ('int5') must be one of int4, fp8, int8"),
         (("convert", folder, tmp_path / "a", "--format", "hf", "--quantize", "int8"), "needs format 'mixtralkit'"),
         ((*convert, folder, tmp_path / "a", "--quantize", "int4", "--experts", "tp", "--world_size", 8, "--attention",
           "dp"), "hidden_dim (256) must be cut into multiples of 64"),
+        (("generate", "--prompts", prompts, "-m", mixed / "packed", "--quantize", "int8"),
+         "quantize ('int8') of layer 0, expert 5 must be 'int4:64', in which the checkpoint is"),
+        (("generate", "--prompts", prompts, "-m", folder, "--plan", tmp_path / "mixed.json", "--update_step", 4),
+         "update_step needs all experts in one format, and the plan's precision has plain, int8, int4:32"),
     ]:  # fmt: skip
         done = command_line(*words)
         assert done.returncode != 0
@@ -129,5 +202,11 @@ def test_the_command_says_what_is_wrong(folder: Path, tmp_path: Path, command_li
         assert len(done.stderr.splitlines()) == 1
     for source, target, *more in ((folder, "b", "--quantize", "int4:64"), (tmp_path / "b", "c")):
         assert command_line(*convert, source, tmp_path / target, *more).returncode == 0
+    more = ("--plan", tmp_path / "mixed.json", "--quantize", "int4:64")
+    done = command_line(*convert, folder, tmp_path / "d", *more)
+    assert "precision: 3 experts as run, 3 experts fp8:block" in done.stdout
+    assert command_line(*convert, tmp_path / "d", tmp_path / "e").returncode == 0
     name = "rank-00-of-01.safetensors"
+    for folder in ("d", "e"):
+        assert (tmp_path / folder / name).read_bytes() == (mixed / "packed" / name).read_bytes()
     assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "c" / name).read_bytes()

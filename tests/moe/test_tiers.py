@@ -15,7 +15,7 @@ from mixtralkit.config import TierOptions
 from mixtralkit.distributed import RankContext
 from mixtralkit.layout import RankLayout
 from mixtralkit.moe.dispatch.base import RoutedRows
-from mixtralkit.moe.experts import run_experts
+from mixtralkit.moe.experts import as_matrices, run_experts
 from mixtralkit.moe.store import ExpertStore
 from mixtralkit.moe.tiers import Costs, TierSetup
 from mixtralkit.moe.tiers.bus import PlainBus
@@ -172,11 +172,7 @@ def test_parts_of_an_expert_are_copied_or_silent(weights: str | None) -> None:
     PlainBus().copy(here.moves(0, there, 6, first))
     moved = sum(move.nbytes for move in here.moves(0, there, 6, first))
     assert moved < 0.62 * store.expert_bytes
-    up, down = store.experts[1].weights, places
-    del up
-    from mixtralkit.moe.experts import matrices_of
-
-    w13, w2 = matrices_of(kind, store._columns, down)
+    w13, w2 = as_matrices(kind, store._columns, places)
     x, weights_11 = torch.randn(1, 64), torch.ones(1, 1)
     part = run_experts(RoutedRows(x, torch.tensor([[0]]), weights_11), w13, w2)
     plain = [(w if kind.is_plain else w.float())[1] for w in (w13, w2)]

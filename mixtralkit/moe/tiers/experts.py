@@ -16,7 +16,7 @@ class TieredExperts(Experts):
     """``Experts`` whose parameters lie in host memory, and some of which are on the GPU as well."""
 
     def __init__(self, tiers: Tiers, layer: int) -> None:
-        super().__init__(tiers.hosts[layer].tensors, None, tiers.weights, tiers.columns)
+        super().__init__(tiers.hosts[layer].tensors, None, tiers.layout.groups(layer), tiers.columns)
         self.tiers, self.layer = tiers, layer
 
     def forward(self, rows: RoutedRows) -> torch.Tensor:

@@ -23,7 +23,7 @@ import torch
 from mixtralkit.config import TierOptions
 from mixtralkit.distributed import RankContext
 from mixtralkit.layout import RankLayout
-from mixtralkit.moe.experts import matrices_of
+from mixtralkit.moe.experts import as_matrices
 from mixtralkit.moe.tiers.bus import PIECE, CudaBus, PlainBus, Ticket
 from mixtralkit.moe.tiers.cache import Key, PlaceCache
 from mixtralkit.moe.tiers.costs import ROWS, Costs
@@ -132,8 +132,9 @@ class Tiers:
         """Takes the memory. ``empty`` makes a format's tensors for so many experts; ``bus`` None is the device's.
 
         Raises:
-            ValueError: too few places for a layer's experts at once.
+            ValueError: too few places for a layer's experts at once, or experts of several formats.
         """
+        layout.check_one_format("gpu_memory_gb")
         config, weights, device = layout.config, layout.weights, context.device
         self.dtype = dtype
         self.context, self.layers = context, list(layers)
@@ -167,7 +168,7 @@ class Tiers:
         self.setup, self.layout, self.counts = setup, layout, TierCounts()
         self._pool = self.matrices = ()
         self._pool = tuple(part.zero_() for part in self._empty(setup.places, str(device)))
-        self.matrices = matrices_of(self.weights, self.columns, self._pool)
+        self.matrices = as_matrices(self.weights, self.columns, self._pool)
         self._places = Geometry(self.weights, self.columns[1], self._pool)
         self.cache = PlaceCache(setup.places - spare, config.n_layers, setup.options.expert_cache)
         self._spare = list(range(setup.places - spare, setup.places))
@@ -211,7 +212,7 @@ class Tiers:
         """As ``product``, on the CPU where the experts lie; ``first`` hidden columns of them, None for all."""
         if out_ND is None:
             out_ND = torch.empty(x_ND.shape, dtype=torch.float32)
-        matrices = matrices_of(self.weights, self.columns, self.hosts[layer].tensors)
+        matrices = as_matrices(self.weights, self.columns, self.hosts[layer].tensors)
         self.counts.products += len(set(slots_N[slots_N >= 0].tolist()))
         slots_N1 = torch.from_numpy(slots_N.reshape(-1, 1))
         if len(slots_N1) > MOST_SPLIT_ROWS:
@@ -488,7 +489,7 @@ class Tiers:
         for part, before in zip(self._pool, scratch, strict=True):
             part[spare] = before
         x_ND = torch.randn(max(ROWS), self.columns[0]).to(self.dtype)
-        matrices = matrices_of(self.weights, self.columns, self.hosts[layer].tensors)
+        matrices = as_matrices(self.weights, self.columns, self.hosts[layer].tensors)
         if not runs_cpu(x_ND, *matrices):
             return Costs(fetch_s)
         products = []
