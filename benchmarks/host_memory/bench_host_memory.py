@@ -48,6 +48,7 @@ from mixtralkit.ops.hidden import Hidden
 from mixtralkit.planning.plan import contiguous
 
 UNTIMED = 8  # steps in front of those that are timed: captures, first uses
+AHEAD = 4  # steps behind them, since the engine launches before it tells
 
 
 @command
@@ -98,7 +99,7 @@ def bench_host_memory(
     bench.places = places
     bench.emit("machine", describe_run(ranks) | {"model": model.stem, "quantize": quantize, "misses": misses})
     bench.build(max(budgets))
-    routings = {"even": even_routing(config, 2 * steps + 4 * UNTIMED)}
+    routings = {"even": even_routing(config, 2 * (steps + 2 * UNTIMED))}
     if trace is not None:
         routings["trace"] = read_routing(trace, config)
     for budget in budgets:
@@ -182,7 +183,7 @@ class Bench:
         tiers.costs = tiers.measure()
         self.rates = Rates.measure(tiers, Ceilings.measure(self.ranks, self.dtype).read)
         seconds = {"memory_s": round(built - started, 1), "fill_and_measure_s": round(time.perf_counter() - built, 1)}
-        self.emit("rates", self.rates.rounded() | seconds | {"expert_mb": round(tiers.expert_bytes / 1e6, 2)})
+        self.emit("rates", self.rates.rounded() | seconds | {"expert_mb": round(tiers.expert_bytes / 1e6, 4)})
 
     def _fill_experts(self) -> None:
         (dim, hidden), device = self.model.store.tiers.columns, self.ranks.device
@@ -237,7 +238,7 @@ class Bench:
 
     def decode(self, budget: float, name: str, choices_SLK: np.ndarray, batch: int, context: int, steps: int) -> None:
         """Steps of a batch behind a context of random tokens."""
-        length = context + UNTIMED + steps + 2
+        length = context + UNTIMED + steps + AHEAD + 2
         engine = self._use(budget, choices_SLK, batch, length)
         model, own = self.model, [block.feed_forward.gate for block in self.model.layers]
         half = choices_SLK[len(choices_SLK) // 2 :]
@@ -247,26 +248,27 @@ class Bench:
         tiers, rng = model.store.tiers, np.random.default_rng(1)
         clock = Clock(tiers) if self.profile else None
         prompts = rng.integers(0, self.config.vocab_size, (batch, context)).tolist()
-        requests = [Request(i, tuple(ids), UNTIMED + steps + 1, GREEDY) for i, ids in enumerate(prompts)]
-        times, before = [], None
+        requests = [Request(i, tuple(ids), UNTIMED + steps + AHEAD, GREEDY) for i, ids in enumerate(prompts)]
+        times, counted = [], []
         for _ in steps_of(engine, requests, batch):
             times.append(time.perf_counter())
-            if len(times) == UNTIMED:
-                before = replace(tiers.counts)
-                if clock is not None:
-                    clock.clear()
-        found = {k: v - getattr(before, k) for k, v in asdict(tiers.counts).items()}
+            if len(times) == UNTIMED and clock is not None:
+                clock.clear()
+            if len(times) in (UNTIMED, UNTIMED + steps):
+                counted.append(asdict(tiers.counts))
+            if len(times) == UNTIMED + steps:
+                break
+        found = {key: value - counted[0][key] for key, value in counted[1].items()}
         for block, router in zip(model.layers, own, strict=True):
             block.feed_forward.gate = router
-        count = len(times) - UNTIMED
         timed_ms = 1e3 * np.diff(times[UNTIMED - 1 :])
         self.emit("decode", {
             "budget_gb": budget, "routing": name, "batch": batch, "context": context,
             "places": tiers.setup.places, "step_ms": round(float(timed_ms.mean()), 3),
             "median_ms": round(float(np.median(timed_ms)), 3),
-            **self._bound(found, batch, context, count, float(timed_ms.mean())),
-            **{key: round(value / count, 3) for key, value in found.items()}, **self._memory(),
-            **({} if clock is None else {"host_ms": clock.per_step(count)}),
+            **self._bound(found, batch, context, steps, float(timed_ms.mean())),
+            **{key: round(value / steps, 3) for key, value in found.items()}, **self._memory(),
+            **({} if clock is None else {"host_ms": clock.per_step(steps)}),
         })  # fmt: skip
 
     def _bound(self, found: dict[str, int], batch: int, context: int, steps: int, step_ms: float) -> dict[str, float]:
