@@ -14,6 +14,7 @@ sampled, so that rank 0's host reads all answers, a step later as well.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
@@ -97,13 +98,15 @@ class _Answers:
 
 @dataclass(frozen=True)
 class Values:
-    """What a step gave to an owner's sequences: of the sampled rows in their order, and of the scored ones."""
+    """What a step gave to an owner's sequences: of the sampled rows in their order, and of the scored ones; where
+    asked for, int16 experts [T, L, K] of all rows."""
 
     tokens: list[int]
     logprobs: list[float]
     tops: list[Top]
     scores: list[float]
     score_tops: list[Top]
+    experts_TLK: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -113,8 +116,8 @@ class Flight:
     ``kind`` says how it ran: ``"graph"``, ``"launched"`` kernel by kernel, or ``"mixed"``, with chunks. ``batch`` are
     this rank's rows where somebody looks at them. ``reports`` are those of its rows, the ones that only fill behind,
     and ``counts_LE`` (int64) the choices of each expert by the others, where they are counted; the next launch may
-    overwrite both. ``packed`` [W, bytes] is on the host, with its values once ``done`` has passed. ``recapture_s`` is
-    that of ``graphs.Run``.
+    overwrite both. ``packed`` [W, bytes] is on the host, with its values once ``done`` has passed: of ``room`` sampled
+    and ``scored`` rows, and the experts of all rows, ``routed`` their shape. ``recapture_s`` is that of ``graphs.Run``.
     """
 
     plan: StepPlan
@@ -125,6 +128,7 @@ class Flight:
     packed: torch.Tensor
     room: int
     scored: int
+    routed: tuple[int, int, int]
     done: torch.cuda.Event | None
     recapture_s: float
 
@@ -150,13 +154,19 @@ class Flight:
             rows = self.room + self.scored
             tops_N2K = packed[scored : scored + _TOP_SIZE * rows].view(torch.float32).view(rows, 2, -1).tolist()
             tops = [tuple(zip(map(int, ids), logprobs, strict=True)) for ids, logprobs in tops_N2K]
-        return Values(tokens_B.tolist(), logprobs_B.tolist(), tops[: self.room], scores, tops[self.room :])
+        experts_TLK = None
+        if self.plan.routed:
+            start = scored + (_TOP_SIZE * (self.room + self.scored) if self.plan.tops else 0)
+            end = start + 2 * math.prod(self.routed)
+            experts_TLK = packed[start:end].clone().view(torch.int16).view(self.routed).numpy()
+        tops, score_tops = tops[: self.room], tops[self.room :]
+        return Values(tokens_B.tolist(), logprobs_B.tolist(), tops, scores, score_tops, experts_TLK)
 
     def loads_LE(self) -> np.ndarray:
         """int64 choices of each expert by the rows of all ranks, where they travel with the answers. Waits."""
         self.wait()
-        counts_WN = self.packed[:, -8 * self.counts_LE.numel() :].contiguous().view(torch.int64)
-        return counts_WN.sum(0).view(self.counts_LE.shape).numpy()
+        counts_WN = self.packed[:, -8 * self.counts_LE.numel() :].clone(memory_format=torch.contiguous_format)
+        return counts_WN.view(torch.int64).sum(0).view(self.counts_LE.shape).numpy()
 
 
 class Runner:
@@ -256,7 +266,7 @@ class Runner:
         if observed:
             kept = (own.tokens_B[:rows], own.positions_B[:rows], own.slots_B[:rows])
             batch = ForwardBatch(*(x.clone() for x in kept), self._spans([1] * len(self._rows.slots), self._rows))
-        kind = (plan.draws, plan.asks, bool(plan.tops))
+        kind = (plan.draws, plan.asks, bool(plan.tops), plan.routed)
         if self.model.decodes_in_pieces:
             run = self._decoded_in_pieces(rows, kind, may_capture)
         else:
@@ -266,7 +276,7 @@ class Runner:
                 lambda: self._decoded(_Memory(rows, self.context.device), rows, *kind),
                 may_capture,
             )
-        return self._flight(plan, "graph" if run.replayed else "launched", run, batch)
+        return self._flight(plan, "graph" if run.replayed else "launched", run, batch, rows)
 
     def _place(self, plan: StepPlan) -> None:
         """Gives each of this rank's sequences a row; where its last token is on the device, that moves there."""
@@ -297,11 +307,11 @@ class Runner:
         keys = [(*self._in[slot].drawn_by, position + 1) for slot, position in zip(slots, positions, strict=True)]
         self._own.uniforms_B[: len(keys)].copy_(self._upload([uniform(*key) for key in keys], torch.float32))
 
-    def _decoded(self, of: _Memory, rows: int, draws: bool, asks: bool, tops: bool) -> _Answers:
-        batch = self._batch_of(of, rows)
-        return self._sampled(of, batch, *self.model.hidden(batch), draws, asks, tops)
+    def _decoded(self, of: _Memory, rows: int, draws: bool, asks: bool, tops: bool, routed: bool) -> _Answers:
+        batch = self._batch_of(of, rows, routed)
+        return self._sampled(of, batch, *self.model.hidden(batch), draws, asks, tops, routed)
 
-    def _decoded_in_pieces(self, rows: int, kind: tuple[bool, bool, bool], may_capture: bool) -> Run[_Answers]:
+    def _decoded_in_pieces(self, rows: int, kind: tuple[bool, ...], may_capture: bool) -> Run[_Answers]:
         """The same where the host has a say in every layer; the last piece takes what is sampled."""
         if rows not in self._desks:
             params, device = self.model.params, self.context.device
@@ -325,13 +335,13 @@ class Runner:
         )
         return Run(answers, ran[-1].replayed, sum(one.recapture_s for one in ran))
 
-    def _batch_of(self, of: _Memory, rows: int) -> ForwardBatch:
+    def _batch_of(self, of: _Memory, rows: int, observed: bool = False) -> ForwardBatch:
         batch = ForwardBatch.of_rows(of.tokens_B[:rows], of.positions_B[:rows], of.slots_B[:rows], rows)
-        return self.model.attend_to(replace(batch, observed=self._counts), self.cache)
+        return self.model.attend_to(replace(batch, observed=self._counts or observed), self.cache)
 
     def _sampled(
         self, of: _Memory, batch: ForwardBatch, hidden: Hidden, reports: list[MoEReport], draws: bool, asks: bool,
-        tops: bool,
+        tops: bool, routed: bool,
     ) -> _Answers:  # fmt: skip
         rows = len(batch)
         part_BV = self.model.logits(hidden)
@@ -339,6 +349,7 @@ class Runner:
         of.positions_B[:rows].add_(of.advance_B[:rows])
         counts_LE = self._counted(reports, of.slots_B[:rows]) if self._counts else None
         more = [self._tops(part_BV, len(of.slots_B))] if tops else []
+        more += [_routed(reports, rows)] if routed else []
         return self._answers(of, reports, counts_LE, more)
 
     def _mixed(self, plan: StepPlan, observed: bool) -> Flight:
@@ -360,7 +371,7 @@ class Runner:
         rows_N = self._upload([row for _, row, _ in sampled] + scored, torch.int64)
         each = zip(plan.rows, plan.chunks, strict=True)
         most = max(len(rows.slots) + sum(len(chunk.ids) for chunk in of) for rows, of in each)
-        whole = observed or self.counts_choices  # reports of all rows are wanted in the last layer too
+        whole = observed or self.counts_choices or plan.routed  # reports of all rows are wanted in the last layer too
         batch = ForwardBatch(tokens_T, positions_T, slots_T, spans, StepRows(most), observed=whole)
         batch = replace(batch, wanted_N=None if whole or len(rows_N) == len(batch) else rows_N)
         hidden, reports = self.model.hidden(self.model.attend_to(batch, self.cache))
@@ -383,8 +394,9 @@ class Runner:
             scores_M[: len(scored)] = logprobs_of(whole_MV, targets_M)
         if plan.tops:
             more += [self._tops(part_BV, len(own.slots_B)), self._tops(part_MV, most_scored)]
+        more += [_routed(reports, most)] if plan.routed else []
         answers = self._answers(own, reports, counts_LE, more)
-        return self._flight(plan, "mixed", Run(answers), batch, most_scored)
+        return self._flight(plan, "mixed", Run(answers), batch, most, most_scored)
 
     def _spans(self, lengths: list[int], firsts: Rows) -> tuple[Span, ...]:
         """Of sequences one after the other; ``firsts`` are the slots and first positions."""
@@ -444,7 +456,7 @@ class Runner:
         return count_keys(keys_LBK, layers * experts + 1)[:-1].view(layers, experts)
 
     def _flight(
-        self, plan: StepPlan, kind: str, run: Run[_Answers], batch: ForwardBatch | None, scored: int = 0
+        self, plan: StepPlan, kind: str, run: Run[_Answers], batch: ForwardBatch | None, rows: int, scored: int = 0
     ) -> Flight:
         packed, done = self._to_host(run.value.packed), None
         if self.context.device.type == "cuda":
@@ -454,8 +466,9 @@ class Runner:
         if run.replayed and self.model.shadows is not None:  # the graph's are those of its capture
             told = enumerate(reports)
             reports = [replace(report, shadows=self.model.shadows.report(layer)) for layer, report in told]
+        routed = (rows, self.model.params.n_layers, self.model.params.num_experts_per_tok)
         return Flight(
-            plan, kind, batch, reports, run.value.counts_LE, packed, len(self._own.slots_B), scored, done,
+            plan, kind, batch, reports, run.value.counts_LE, packed, len(self._own.slots_B), scored, routed, done,
             run.recapture_s,
         )  # fmt: skip
 
@@ -473,3 +486,9 @@ class Runner:
 def _choices(report: MoEReport) -> torch.Tensor:
     """int64 [E]: how many rows chose each expert."""
     return count_keys(report.routing.experts_TK, report.routing.logits_TE.shape[1])
+
+
+def _routed(reports: list[MoEReport], rows: int) -> torch.Tensor:
+    """Experts of a step's rows and of so many more as make ``rows``: int16 [rows, L, K], as bytes."""
+    experts_TLK = torch.stack([report.routing.experts_TK for report in reports], dim=1).to(torch.int16)
+    return F.pad(experts_TLK, (0, 0, 0, 0, 0, rows - len(experts_TLK))).flatten().view(torch.uint8)
