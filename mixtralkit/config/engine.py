@@ -31,8 +31,8 @@ class SourceOptions(Options):
     """Where the model comes from.
 
     Attributes:
-        model: Folder with the checkpoint, of any format that docs/checkpoints.md lists.
-        tokenizer: Sentencepiece model or tokenizer.json; left out, the one in the model's folder.
+        model: Folder with the checkpoint, of any format that docs/checkpoints.md lists, or a .gguf file.
+        tokenizer: Sentencepiece model or tokenizer.json; left out, the one in the model's folder or in the .gguf file.
         format: Which checkpoint to take where the folder holds several, as convert calls them.
         chat_template: Jinja file that dialogs are written by; left out, the folder's, or else Mistral's.
         stop_token_ids: Ids that end an answer, beside those that the folder's files say.
