@@ -28,7 +28,7 @@ class Run(Generic[T]):
 
 
 class Graphs:
-    """Runs functions as CUDA graphs, one a key, whose intermediate memory is one pool.
+    """Runs functions as CUDA graphs, one a key, whose intermediate memory is one pool; ``is_on`` says whether it does.
 
     A replay repeats the kernels of the first run on the addresses of the first run: what changes must lie in tensors
     that the function reads and writes in place. The pool is safe to share because replays follow each other on one
