@@ -60,6 +60,8 @@ def _both(tiers: Tiers, costs: Costs) -> tuple[float, float]:
     x_ND = torch.randn(1, tiers.columns[0]).to(tiers.dtype)
 
     def copy() -> None:
+        if tiers.context.device.type == "cuda":
+            torch.cuda.synchronize(tiers.context.device)  # gives this thread the device's context
         started = time.perf_counter()
         for i in range(8):
             tiers.bring_and_wait(layer, i % slots, place)
