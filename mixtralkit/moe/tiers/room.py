@@ -10,7 +10,7 @@ import torch
 from mixtralkit.config import EngineConfig
 from mixtralkit.distributed import RankContext
 from mixtralkit.layout import RankLayout
-from mixtralkit.moe.tiers.tiers import TierSetup
+from mixtralkit.moe.tiers.setup import TierSetup
 from mixtralkit.planning.memory import Room, rank_memory
 
 RESERVE_GB = 0.7  # for the device's context, memory pools of graphs and libraries. Assumed
