@@ -247,10 +247,7 @@ def _print_notes(plan: ExpertPlan) -> None:
             f"no choice within the budget has less than {meta['harm_bound']:.4g}"
         )
     elif plan.policy == "tiers" and plan.tier is not None:
-        print(
-            f"of {meta['gpu_memory_gb']:g} GB {meta['fixed_gb']:.2f} are taken without experts, and "
-            f"{meta['transit_gb']:.2f} by experts on their way"
-        )
+        print(f"of {meta['gpu_memory_gb']:g} GB {meta['taken_gb']:.2f} are taken by all but experts")
     elif plan.policy == "two_phase" and meta:
         print(
             f"estimates right in {meta['estimates_right']:.0%} of the layers, corrected in {meta['corrected']:.0%}, "
