@@ -152,7 +152,7 @@ class Bench:
     def run(self, requests: list[Request], starts: list[float] | None = None) -> Record | None:
         if self.engine.context.is_first:
             return run(self.engine, requests, starts)
-        for _ in self.engine.serve(None):
+        for _ in self.engine.run(requests) if starts is None else self.engine.serve(None):
             pass
         return None
 
@@ -173,6 +173,7 @@ class Bench:
 
     def warm_up(self, sequences: int, prompt_len: int) -> None:
         """Captures the graphs of all sizes and compiles what prompts need: answers of all lengths end one by one."""
+        self.engine.warm_up()
         lengths = [2 + (i * 60) // sequences for i in range(sequences)]
         self.run(self.requests(self.prompts([prompt_len] * sequences), lengths))
         longest = self.engine.model.params.max_seq_len - 2

@@ -83,20 +83,19 @@ class Record:
 
 
 def run(engine: Engine, requests: list[Request], starts: list[float] | None = None) -> Record:
-    """Serves the requests, which come at ``starts`` or all at once; every token of an answer must have a text."""
+    """Serves the requests, which come at ``starts``, or runs them as one list; every token must have a text."""
     load, record = Load(requests, starts or [0.0] * len(requests)), Record(requests)
     record.tokens_s = {request.id: [] for request in requests}
     came = {request.id: start for request, start in zip(requests, load.starts, strict=True)}
     load.began = time.perf_counter()
     with watched(record):
-        for events in engine.serve(load):
+        for events in ([event] for event in engine.run(requests)) if starts is None else engine.serve(load):
             now = time.perf_counter() - load.began
             for event in events:
                 if event.error is not None:
                     raise RuntimeError(event.error)
                 if event.text:
                     record.tokens_s[event.id].append(now - came[event.id])
-            record.running.append(engine.snapshot().running)
     record.duration_s = time.perf_counter() - load.began
     for request in requests:
         assert len(record.tokens_s[request.id]) == request.max_gen_len
@@ -127,6 +126,7 @@ def watched(record: Record) -> Iterator[None]:
         chunks = sum(len(chunk.ids) for own in flight.plan.chunks for chunk in own)
         decodes = sum(len(own) for own in planned.slots) - sum(len(own) for own in flight.plan.chunks)
         record.steps.append((flight.kind, decodes, chunks, engine._step_s))
+        record.running.append(decodes + sum(len(own) for own in flight.plan.chunks))
 
     with (
         patch.object(Engine, "_advance", timed),
