@@ -43,8 +43,8 @@ from mixtralkit.moe.layer import MoEReport, StepRows
 from mixtralkit.ops.counting import count_keys
 
 MOST_IN_GRAPH = 1536  # prompt tokens; launching 32 layers took a host 57 ms, as long as an H200 needs for 1,100 tokens
-PROMPT_TOKENS = (32, 128, 256, 512, 768, 1024, MOST_IN_GRAPH)  # that steps with chunks are made for
-BESIDE = 4  # times as many rows go to the next number of decodes that steps with chunks are made for
+PROMPT_TOKENS = (64, 256, 512, 768, 1024, MOST_IN_GRAPH)  # that steps with chunks are made for
+FEW_BESIDE = 16  # rows that decode beside them; else there is room for all, which costs little where they are missing
 _SAMPLED_SIZE = 12  # bytes of a sampled token: its int64 id and its float32 log-probability
 _TOP_SIZE = 8 * MOST_TOP_LOGPROBS  # bytes of the likeliest tokens in a place: ids and log-probabilities in float32
 
@@ -249,14 +249,10 @@ class Runner:
     def warm_up(self) -> None:
         """Makes the graphs of all greedy steps, the largest first, whose memory the others then share. Collective; no
         step may be in flight."""
-        most = len(self._own.slots_B)
-        beside = [0]
-        while beside[-1] < most:
-            beside.append(self._beside(beside[-1] + 1))
         self._own.slots_B.fill_(-1)
         if self._pads_prompts:
             for tokens in reversed(PROMPT_TOKENS):
-                for rows in reversed(beside):
+                for rows in sorted({self._beside(rows) for rows in self._sizes} | {0}, reverse=True):
                     self._run_prompts(self._shape_of(rows, tokens), False, True)
         for rows in reversed(self._sizes):
             self._run_decode(rows, (False, False, False), True)
@@ -404,12 +400,10 @@ class Runner:
         spans = max(4, tokens // 64)
         return _Shape(rows, tokens, spans, min(rows + spans, len(self._own.slots_B)))
 
-    def _beside(self, least: int) -> int:
-        """Rows that decode, at least so many, in steps with chunks: 0, 8, 32, 128, …."""
-        size = 0
-        while size < least:
-            size = min(max(8, BESIDE * size), len(self._own.slots_B))
-        return size
+    def _beside(self, rows: int) -> int:
+        """Rows that decode which steps with chunks are made for: none, a few, or all that may."""
+        slots = len(self._own.slots_B)
+        return 0 if not rows else min(FEW_BESIDE, slots) if rows <= FEW_BESIDE else slots
 
     def _mixed_in_graph(self, plan: StepPlan, shape: _Shape, may_capture: bool) -> Flight:
         mine, chunks = plan.rows[self._owner], plan.chunks[self._owner]
