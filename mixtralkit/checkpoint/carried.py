@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtralkit.checkpoint.discover import Found
+from mixtralkit.checkpoint.quantised import STATED_IN
 from mixtralkit.checkpoint.statements import SIDE_FILES, Statements, with_end_ids
 from mixtralkit.json_file import read_bytes, read_object
 from mixtralkit.model_parameters import HUGGING_FACE_KEYS
@@ -15,7 +16,7 @@ from mixtralkit.model_parameters import HUGGING_FACE_KEYS
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 # Keys of a config.json that say nothing beyond what every Mixtral is, or that stand elsewhere in the other formats.
 _IMPLIED = {
-    *HUGGING_FACE_KEYS, *_DTYPE_KEYS, "architectures", "model_type", "hidden_act", "tie_word_embeddings",
+    *HUGGING_FACE_KEYS, *_DTYPE_KEYS, *STATED_IN, "architectures", "model_type", "hidden_act", "tie_word_embeddings",
     "rope_parameters", "rope_scaling", "rope_theta", "sliding_window", "num_experts", "eos_token_id",
     "transformers_version", "_name_or_path",
 }  # fmt: skip
@@ -51,9 +52,10 @@ def _is_same_kind(source: Mapping[str, Any], target: Mapping[str, Any]) -> bool:
 
 def _with_dtype(path: Path, stated: Mapping[str, Any], dtype: str) -> bytes:
     said = [key for key in _DTYPE_KEYS if stated.get(key) is not None]
-    if "hidden_size" not in stated or all(stated[key] == dtype for key in said):
+    kept = {key: value for key, value in stated.items() if key not in STATED_IN}  # what is written is not quantised
+    if "hidden_size" not in stated or (len(kept) == len(stated) and all(stated[key] == dtype for key in said)):
         return read_bytes(path)
-    return (json.dumps({**stated, **dict.fromkeys(said, dtype)}, indent=2) + "\n").encode()
+    return (json.dumps({**kept, **dict.fromkeys(said, dtype)}, indent=2) + "\n").encode()
 
 
 def _across(found: Found, files: dict[str, bytes], stated: Mapping[str, Any]) -> tuple[dict[str, bytes], list[str]]:

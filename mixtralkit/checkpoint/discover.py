@@ -6,15 +6,15 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from mixtralkit.checkpoint.files import ByteFile
-from mixtralkit.checkpoint.gguf import model_of
-from mixtralkit.checkpoint.quantised import method_of_files, refusal, stated_method
+from mixtralkit.checkpoint.foreign import METHODS, Method, method_of
+from mixtralkit.checkpoint.gguf import GgufBlocks, model_of
+from mixtralkit.checkpoint.quantised import STATED_IN, method_of_files, refusal
 from mixtralkit.config import ModelConfig, ParallelConfig
 from mixtralkit.json_file import conform, load_json, read_as, shown
 from mixtralkit.layout import RankLayout
@@ -53,7 +53,7 @@ class Found:
     """A checkpoint folder: its kind, model, and files in order; ``layouts`` of the ranks in our own format.
 
     ``parameters`` is the JSON file that the model was read from. ``weight_map`` is the index of a Hugging Face folder:
-    the file of each tensor.
+    the file of each tensor. ``method`` is how others quantised it.
     """
 
     folder: Path
@@ -63,10 +63,11 @@ class Found:
     parameters: Path
     layouts: tuple[RankLayout, ...] = ()
     weight_map: Mapping[str, str] = field(default_factory=dict)
+    method: Method | None = None
 
     @property
     def weights(self) -> ExpertWeights:
-        """The format of the experts, or of those for which ``precision`` has none."""
+        """The format of the experts in our own files, or of those for which ``precision`` has none."""
         return self.layouts[0].weights if self.layouts else PLAIN
 
     @property
@@ -74,13 +75,6 @@ class Found:
         """The formats of the experts, as ``ExpertPlan.precision`` has them, where there are several."""
         several = self.layouts and len(self.layouts[0].formats) > 1
         return self.layouts[0].plan.precision if several else None
-
-    @cached_property
-    def formats_LE(self) -> list[list[ExpertWeights]]:
-        """The format of each expert."""
-        if self.layouts:
-            return self.layouts[0].formats_LE
-        return [[PLAIN] * self.config.num_experts] * self.config.n_layers
 
 
 def recognise(folder: str | Path, format: str | None = None) -> Found:
@@ -112,11 +106,14 @@ def recognise(folder: str | Path, format: str | None = None) -> Found:
     if kind == "mixtralkit":
         return _ours(folder, paths)
     if kind == GGUF:
-        return Found(folder, kind, _gguf_model(paths[0]), tuple((path,) for path in paths), paths[0])
+        files = tuple((path,) for path in paths)
+        return Found(folder, kind, _gguf_model(paths[0]), files, paths[0], method=GgufBlocks())
     parameters = _parameters_file(folder, kind)
-    config = load_json(parameters, _model_of)
+    config, method = load_json(parameters, _model_of)
+    method = method or _stated_beside(folder)
     files = (tuple(paths),) if "splits" in kind else tuple((path,) for path in paths)
-    return Found(folder, kind, config, files, parameters, weight_map=weight_map if kind == _INDEXED else {})
+    weight_map = weight_map if kind == _INDEXED else {}
+    return Found(folder, kind, config, files, parameters, weight_map=weight_map, method=method)
 
 
 def _choose(folder: Path, found: Mapping[str, list[Path]], format: str | None) -> tuple[str, list[Path]]:
@@ -250,11 +247,17 @@ def _gguf_model(path: Path) -> ModelConfig:
         file.close()
 
 
-def _model_of(params: Any) -> ModelConfig:
-    method = stated_method(params) if isinstance(params, Mapping) else None
-    if method:
-        raise ValueError(refusal(method))
-    return ModelConfig.from_dict(params)
+def _model_of(params: Any) -> tuple[ModelConfig, Method | None]:
+    method = method_of(params) if isinstance(params, Mapping) else None
+    return ModelConfig.from_dict({k: v for k, v in params.items() if k not in STATED_IN} if method else params), method
+
+
+def _stated_beside(folder: Path) -> Method | None:
+    """What the writers of GPTQ and AWQ say in files of their own, where ``config.json`` says nothing."""
+    for name, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
+        if (folder / name).exists():
+            return load_json(folder / name, lambda content, method=method: METHODS[method](conform(content, dict)))
+    return None
 
 
 def _parameters_file(folder: Path, kind: str) -> Path:

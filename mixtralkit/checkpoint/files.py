@@ -157,6 +157,11 @@ class Region:
         return self.shape[-1] if len(self.shape) > 1 else 1
 
     @property
+    def written(self) -> torch.dtype:
+        """The dtype that it is converted in where nobody asks for another."""
+        return self.dtype
+
+    @property
     def end(self) -> int:
         """Byte behind its last element."""
         return self.position(self.rows - 1, self.columns) if self.rows and self.columns else self.offset

@@ -20,7 +20,7 @@ import torch
 
 from mixtralkit.checkpoint.files import ByteFile, Cursor, Region
 from mixtralkit.checkpoint.gguf import MAGIC, read_gguf_index
-from mixtralkit.checkpoint.quantised import method_of_tensors, refusal
+from mixtralkit.checkpoint.quantised import method_of_tensors, unstated
 from mixtralkit.json_file import Count, conform, parse_json, shown
 
 MOST_HEADER_BYTES = 100_000_000  # as safetensors itself has it
@@ -29,7 +29,8 @@ MOST_PICKLE_BYTES = 64 << 20  # of the names and sizes alone
 SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
 }  # fmt: skip
-PACKED_DTYPES = {"U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn}  # of our own format alone
+PACKED_DTYPES = {"U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn}  # of our own format
+FOREIGN_DTYPES = PACKED_DTYPES | {"I32": torch.int32, "U32": torch.int32, "I64": torch.int64}  # of other quantisers
 
 _STORAGE_DTYPES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32,
@@ -37,10 +38,10 @@ _STORAGE_DTYPES = {
 }  # fmt: skip
 
 
-def read_index(file: ByteFile, packed: bool = False) -> dict[str, Region]:
+def read_index(file: ByteFile, more: Mapping[str, torch.dtype] | None = None) -> dict[str, Region]:
     """Names and places of the tensors of a ``.safetensors``, ``.pth``, ``.pt`` or ``.gguf`` file, by its content.
 
-    ``packed`` lets safetensors have the dtypes of experts in fewer bits. ValueError, naming the file, for a damaged
+    ``more`` are dtypes that safetensors may have beside floating ones. ValueError, naming the file, for a damaged
     file and for a pickle that asks for more than tensors.
     """
     head = file.read(0, min(file.size, 64))
@@ -49,7 +50,7 @@ def read_index(file: ByteFile, packed: bool = False) -> dict[str, Region]:
     if head.startswith(MAGIC):
         return read_gguf_index(file)
     if ".safetensors" in file.paths[0].suffixes:
-        return _read_safetensors_index(file, SAFETENSORS_DTYPES | (PACKED_DTYPES if packed else {}))
+        return _read_safetensors_index(file, SAFETENSORS_DTYPES | (more or {}))
     if head.startswith(b"PK"):
         return _read_torch_index(file)
     if head.startswith(b"\x80"):
@@ -72,9 +73,9 @@ def _read_safetensors_index(file: ByteFile, dtypes: Mapping[str, torch.dtype]) -
     stored = dict.fromkeys(entry.dtype for entry in entries.values())
     unknown = next((dtype for dtype in stored if dtype not in dtypes), None)
     if unknown is not None:
-        method = method_of_tensors(entries)
+        method = method_of_tensors(entries) if len(dtypes) == len(SAFETENSORS_DTYPES) else None
         name = next(name for name, entry in entries.items() if entry.dtype == unknown)
-        what = f"; {refusal(method)}" if method else f"; only {', '.join(dtypes)} are read"
+        what = f"; it {unstated(method)}" if method else f"; only {', '.join(dtypes)} are read"
         raise ValueError(f"{file}: {shown(name)} is stored as {shown(unknown)}{what}")
     index = {}
     for name, entry in entries.items():

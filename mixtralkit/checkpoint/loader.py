@@ -50,11 +50,11 @@ def load_into(
 ) -> str | None:
     """Fills ``parameters`` (named and shaped as ``layout.shapes()``) from ``reader``, each in its own dtype.
 
-    Experts are rounded on the way where the layout has them in another format than a plain checkpoint
-    (``quantising``). Every rank calls it. ``threads`` read at a time (None for ``reading_threads``); ``progress`` draws
-    a bar on rank 0. When it returns, the bytes are there, on a GPU too. With ``hashes`` it returns a hash of all
-    weights of the checkpoint, the same on every rank and for every layout, made of what is read anyway
-    (``weight_hash``).
+    Experts are rounded on the way where the layout has them in another format than the checkpoint (``quantising``),
+    but for those of our own files in fewer bits. Every rank calls it. ``threads`` read at a time (None for
+    ``reading_threads``); ``progress`` draws a bar on rank 0. When it returns, the bytes are there, on a GPU too. With
+    ``hashes`` it returns a hash of all weights that are read, the same on every rank and for every layout, made of
+    what is read anyway (``weight_hash``).
 
     ValueError, or RankFailed where another rank failed, when the parameters or the checkpoint do not fit the layout
     (before any byte is read), and when a file cannot be read.
@@ -96,7 +96,7 @@ def _check(
     for name in dict.fromkeys((*shapes, *found)):
         if shapes.get(name) != found.get(name):
             raise ValueError(f"{reader.folder}: {name}: found {found.get(name)}, the model wants {shapes.get(name)}")
-    for layer, formats_EE in enumerate(zip(layout.formats_LE, reader.found.formats_LE, strict=True)):
+    for layer, formats_EE in enumerate(zip(layout.formats_LE, reader.formats_for(layout.formats_LE), strict=True)):
         for expert, (wanted_format, held) in enumerate(zip(*formats_EE, strict=True)):
             if not held.is_plain and wanted_format != held:
                 of = "" if layout.plan.precision is None else f" of layer {layer}, expert {expert}"
@@ -145,9 +145,13 @@ def _bytes(piece: Piece, parameter: torch.Tensor) -> int:
     return (piece.rows[1] - piece.rows[0]) * (last - first) * parameter.dtype.itemsize
 
 
+def _is_rounded(piece: Piece, reader: CheckpointReader) -> bool:
+    return not piece.weights.is_plain and piece.weights != reader.format_of(piece.source)
+
+
 def _read_key(piece: Piece, layout: RankLayout, reader: CheckpointReader) -> _Key:
     """What is read for a piece: to be rounded, whole rows."""
-    if not piece.is_expert or piece.weights == reader.format_of(piece.source):
+    if not _is_rounded(piece, reader):
         return _key(piece)
     outputs, columns = reader.shapes()[piece.source]
     return piece.source, rows_read(piece, outputs), (0, columns)
@@ -173,7 +177,7 @@ def _reads(
     """The reads of ``pieces``, in the order of the files, each with the hash that it is added to."""
 
     def blocks(piece: Piece) -> Iterable[Block | RoundedBlock]:
-        if piece.is_expert and piece.weights != reader.format_of(piece.source):
+        if _is_rounded(piece, reader):
             return rounded_blocks(reader, parameters, layout, piece)
         return (
             block for part in layout.parts(piece)

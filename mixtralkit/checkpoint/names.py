@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from mixtralkit.config import ModelConfig
 from mixtralkit.layout import RankLayout, canonical_shapes
+from mixtralkit.moe.weights import ExpertWeights, Part
 
 STYLES = ("mistral", "stacked", "hugging-face", "packed", "gguf", "gguf-merged", "gguf-single")
 
@@ -46,6 +47,18 @@ class Stored:
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    def part(self, part: Part, weights: ExpertWeights) -> Stored:
+        """The same of a part of experts' matrices in a format of fewer bits; only of whole matrices as they are."""
+        slabs = tuple(
+            Slab(
+                f"{slab.source.removesuffix('weight')}{part.name}",
+                *(range(size) for size in weights.shape(part, len(slab.rows), len(slab.columns))),
+            )
+            for slab in self.slabs
+        )
+        rows = sum(slab.height for slab in slabs) // math.prod(self.shape[:-2])
+        return Stored((*self.shape[:-2], rows, slabs[0].width), slabs)
 
     def cut_rows(self, rows: range) -> Stored:
         """A block of its rows; only a tensor of one plain slab is ever cut."""

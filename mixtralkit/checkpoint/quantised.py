@@ -1,17 +1,18 @@
-"""Which quantisation a checkpoint says that it has; none of them is read yet."""
+"""Which quantisation a checkpoint says that it has, and what those are called that are not read."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-# quant_method in config.json -> what people call it
-_METHODS = {
-    "awq": "AWQ", "gptq": "GPTQ", "fp8": "FP8", "fbgemm_fp8": "FP8 (fbgemm)", "modelopt": "ModelOpt",
-    "bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed-tensors", "hqq": "HQQ", "aqlm": "AQLM",
-    "quanto": "quanto", "eetq": "EETQ", "exl2": "EXL2", "exl3": "EXL3", "torchao": "torchao", "gguf": "GGUF",
-    "mxfp4": "MXFP4", "marlin": "Marlin", "auto-round": "AutoRound", "vptq": "VPTQ", "higgs": "HIGGS",
-    "spqr": "SpQR", "quark": "Quark", "bitnet": "BitNet",
+from mixtralkit.json_file import shown
+
+# quant_method in config.json -> what people call it, where it is not read (``foreign.METHODS`` are)
+REFUSED = {
+    "modelopt": "ModelOpt", "bitsandbytes": "bitsandbytes", "hqq": "HQQ", "aqlm": "AQLM", "quanto": "quanto",
+    "eetq": "EETQ", "exl2": "EXL2", "exl3": "EXL3", "torchao": "torchao", "gguf": "GGUF", "mxfp4": "MXFP4",
+    "marlin": "Marlin", "auto-round": "AutoRound", "vptq": "VPTQ", "higgs": "HIGGS", "spqr": "SpQR",
+    "quark": "Quark", "bitnet": "BitNet", "mlx": "MLX", "modelopt_fp8": "ModelOpt",
 }  # fmt: skip
 
 # The end of a tensor's name that only such a file has -> method
@@ -24,25 +25,30 @@ _TENSORS = {
 
 _FILES = {".ggml": "GGML"}
 
+STATED_IN = ("quantization_config", "compression_config", "quantization")  # keys of a config.json
 
-def stated_method(config: Mapping[str, Any]) -> str | None:
-    """The method that a ``config.json`` or ``params.json`` states, or None."""
-    for key in ("quantization_config", "compression_config", "quantization"):
+
+def stated_quantisation(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:
+    """The method that a ``config.json`` or ``params.json`` states, as ``quant_method`` has it, and its settings."""
+    for key in STATED_IN:
         stated = config.get(key)
-        if not isinstance(stated, Mapping) or not stated:
+        if not stated:
             continue
+        if not isinstance(stated, Mapping):
+            raise ValueError(f"{key} ({shown(stated)}) must be an object")
         method = stated.get("quant_method")
         if isinstance(method, str):
-            return _METHODS.get(method.lower(), method)
+            return method.lower(), stated
         if stated.get("load_in_4bit") or stated.get("load_in_8bit"):
-            return "bitsandbytes"
+            return "bitsandbytes", stated
         if "zero_point" in stated and "version" in stated:
-            return "AWQ"
+            return "awq", stated
         if "desc_act" in stated:
-            return "GPTQ"
+            return "gptq", stated
         if "qformat_weight" in stated:
-            return f"FP8 ({stated['qformat_weight']})"
-        return {"quantization": "MLX", "compression_config": "compressed-tensors"}.get(key, "a method without a name")
+            return f"FP8 ({stated['qformat_weight']})", stated
+        named = {"quantization": "mlx", "compression_config": "compressed-tensors"}
+        return named.get(key, "a method without a name"), stated
     return None
 
 
@@ -60,4 +66,9 @@ def method_of_files(names: Iterable[str]) -> str | None:
 
 def refusal(method: str) -> str:
     """What to say of a checkpoint of such weights."""
-    return f"its weights are quantised by {method}, which is not read yet; take the checkpoint in bfloat16 or float16"
+    return f"its weights are quantised by {method}, which is not read; take the checkpoint in bfloat16 or float16"
+
+
+def unstated(method: str) -> str:
+    """What to say of tensors of a method that no file states."""
+    return f"has tensors of weights quantised by {method}, and no config.json that states quantization_config"

@@ -72,7 +72,7 @@ class RoundedBlock:
     def _empty(self, device: str) -> torch.Tensor:
         columns = self.reader.shapes()[self.piece.source][1]
         return torch.empty(
-            self.rows[1] - self.rows[0], columns, dtype=self.reader.dtype(self.piece.source), device=device
+            self.rows[1] - self.rows[0], columns, dtype=self.reader.dtype_read(self.piece.source), device=device
         )
 
     @property
@@ -110,7 +110,7 @@ def rounded_blocks(
     """The reads that fill a piece of an expert of another format than the checkpoint's."""
     outputs, columns = reader.shapes()[piece.source]
     first, last = rows_read(piece, outputs)
-    step = _rows_at_a_time(piece.weights, columns * reader.dtype(piece.source).itemsize) or outputs
+    step = _rows_at_a_time(piece.weights, columns * reader.dtype_read(piece.source).itemsize) or outputs
     for start in range(first, last, step):
         yield RoundedBlock(reader, parameters, layout, piece, (start, min(start + step, last)))
 
@@ -125,7 +125,7 @@ def _rows_at_a_time(weights: ExpertWeights, row_bytes: int) -> int | None:
 class InFormat:
     """A source of canonical tensors (``writer.Source``) with experts in other formats than they are there.
 
-    From plain weights they are rounded, and to plain ones made numbers again, of the dtype of the other weights.
+    From plain weights they are rounded, and to plain ones made numbers again, to be written in the dtype of the others.
     ``held`` and ``wanted`` have the format of each expert, [L][E].
     """
 
@@ -184,4 +184,4 @@ class InFormat:
             packed = wanted.quantize(self.source.read(f"{stem}.weight", rows, None))
             return packed.tensors[wanted.parts.index(part)]
         tensors = [self.source.read(f"{stem}.{p.name}", p.cut_rows(rows), None) for p in held.parts]
-        return PackedWeight(held, inputs, tuple(tensors)).float().to(self.dtype(f"{stem}.weight"))
+        return PackedWeight(held, inputs, tuple(tensors)).float()

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from mixtralkit.checkpoint.discover import INDEX_JSON, SHARDED_PTH, Found, recognise
 from mixtralkit.checkpoint.files import ByteFile, Region
-from mixtralkit.checkpoint.index import read_index
+from mixtralkit.checkpoint.foreign import InOurTerms, in_our_terms
+from mixtralkit.checkpoint.index import FOREIGN_DTYPES, PACKED_DTYPES, read_index
 from mixtralkit.checkpoint.names import STYLES, Slab, Stored, rank_tensors, stored_tensors
-from mixtralkit.checkpoint.quantised import method_of_tensors, refusal
+from mixtralkit.checkpoint.quantised import method_of_tensors, unstated
 from mixtralkit.checkpoint.weight_hash import WeightHash
 from mixtralkit.layout import canonical_shapes, expert_of
 from mixtralkit.moe.weights import PLAIN, ExpertWeights
@@ -98,11 +101,18 @@ class CheckpointReader:
         kind: what was found there, in words.
         config: the model.
         found: its files, and the JSON file that the model was read from.
+        weights: the format of its experts, or of those for which ``found.precision`` has none.
     """
 
-    def __init__(self, found: Found, files: Sequence[ByteFile], tiles: dict[str, tuple[Tile, ...]]) -> None:
+    def __init__(
+        self,
+        found: Found,
+        files: Sequence[ByteFile],
+        tiles: dict[str, tuple[Tile, ...]],
+        weights: ExpertWeights = PLAIN,
+    ) -> None:
         self.folder, self.kind, self.config, self.found = found.folder, found.kind, found.config, found
-        self._files, self._tiles = tuple(files), tiles
+        self.weights, self._files, self._tiles = weights, tuple(files), tiles
         self._order = {id(file): i for i, file in enumerate(self._files)}
 
     def __enter__(self) -> CheckpointReader:
@@ -116,15 +126,23 @@ class CheckpointReader:
         for file in self._files:
             file.close()
 
-    @property
-    def weights(self) -> ExpertWeights:
-        """The format of its experts, or of those for which ``found.precision`` has none."""
-        return self.found.weights
+    @cached_property
+    def formats_LE(self) -> list[list[ExpertWeights]]:
+        """The format of each expert."""
+        return _formats(self.found, self.weights)
+
+    def formats_for(self, wanted_LE: Sequence[Sequence[ExpertWeights]]) -> list[list[ExpertWeights]]:
+        """In which each expert is read for the wanted format: as it is held, or as numbers where these can be had too.
+
+        They can of those in fewer bits that others made, and cannot of our own, which are rounded once.
+        """
+        pairs_LE = (zip(*row, strict=True) for row in zip(self.formats_LE, wanted_LE, strict=True))
+        return [[own if own == new or self.found.layouts else PLAIN for own, new in row] for row in pairs_LE]
 
     def format_of(self, source: str) -> ExpertWeights:
         """The format of the expert of a canonical name."""
         layer, expert = expert_of(source)
-        return self.found.formats_LE[layer][expert]
+        return self.formats_LE[layer][expert]
 
     @property
     def file_bytes(self) -> int:
@@ -138,24 +156,29 @@ class CheckpointReader:
         return list(held.values())
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Canonical names and shapes, in the order of the model."""
-        return canonical_shapes(self.config, self.found.formats_LE)
+        """Canonical names and shapes, in the order of the model; experts' as they are held, and then as numbers."""
+        numbers = {name: shape for name, shape in canonical_shapes(self.config).items() if name in self._tiles}
+        return canonical_shapes(self.config, self.formats_LE) | numbers
 
     def dtype(self, name: str) -> torch.dtype:
-        """Stored dtype of a canonical tensor."""
+        """The dtype that a canonical tensor is written in; quantised ones are meant in another than they are read."""
+        return self._tiles[name][0].region.written
+
+    def dtype_read(self, name: str) -> torch.dtype:
+        """The dtype that a canonical tensor is read in."""
         return self._tiles[name][0].region.dtype
 
     def read(
         self, name: str, rows: tuple[int, int] | None = None, columns: tuple[int, int] | None = None
     ) -> torch.Tensor:
-        """A CPU tensor of the stored dtype with rows and columns (half-open bounds, None for all) of ``name``."""
+        """A CPU tensor of ``dtype_read`` with rows and columns (half-open bounds, None for all) of ``name``."""
         shape = self.shapes()[name]
         rows = rows or (0, shape[0])
         size = [rows[1] - rows[0]]
         if len(shape) > 1:
             columns = columns or (0, shape[1])
             size.append(columns[1] - columns[0])
-        out = torch.empty(size, dtype=self.dtype(name))
+        out = torch.empty(size, dtype=self.dtype_read(name))
         for block in self.blocks(name, rows, columns, out):
             block.read()
         return out
@@ -191,32 +214,82 @@ def open_checkpoint(folder: str | Path, format: str | None = None) -> Checkpoint
         indices = []
         for paths in found.files:
             files.append(ByteFile(paths))
-            indices.append(read_index(files[-1], packed=bool(found.layouts) and found.layouts[0].formats != (PLAIN,)))
-        tiles = _place_ranks(found, indices) if found.layouts else _place(found, indices)
+            indices.append(read_index(files[-1], _dtypes(found)))
+        if found.layouts:
+            return CheckpointReader(found, files, _place_ranks(found, indices), found.weights)
+        return CheckpointReader(found, files, *_place(found, indices))
     except BaseException:
         for file in files:
             file.close()
         raise
-    return CheckpointReader(found, files, tiles)
 
 
-def _place(found: Found, indices: Sequence[dict[str, Region]]) -> dict[str, tuple[Tile, ...]]:
-    """Tiles of every canonical tensor from the tensors of all files, by their names and shapes."""
+def _dtypes(found: Found) -> dict[str, torch.dtype]:
+    """Dtypes that its tensors may have beside floating ones."""
+    if found.method is not None:
+        return FOREIGN_DTYPES
+    return PACKED_DTYPES if found.layouts and found.layouts[0].formats != (PLAIN,) else {}
+
+
+_Tiles = dict[str, tuple[Tile, ...]]
+
+
+def _place(found: Found, indices: Sequence[dict[str, Region]]) -> tuple[_Tiles, ExpertWeights]:
+    """Tiles of every canonical tensor from the tensors of all files, by their names and shapes; the experts' format.
+
+    Where that is not plain, there are tiles of their numbers too.
+    """
     known = {name: stored for style in STYLES for name, stored in stored_tensors(style, found.config).items()}
     regions: dict[str, list[Region]] = {}
     for index in indices:
         for name, region in index.items():
             regions.setdefault(name, []).append(region)
-    method = method_of_tensors(name for name in regions if name not in known)
-    if method:
-        raise ValueError(f"{found.folder}: {refusal(method)}")
     _check_index(found, regions)
+    if found.method is None:
+        method = method_of_tensors(name for name in regions if name not in known)
+        if method:
+            raise ValueError(f"{found.folder}: {unstated(method)}")
+        return _by_name(found, known, regions, len(indices)), PLAIN
+    twice = next((parts for parts in regions.values() if len(parts) > 1), None)
+    if twice:
+        raise ValueError(f"{found.folder}: {twice[0].name} is in two files, {twice[0].file} and {twice[1].file}")
+    ours = in_our_terms(found.method, known, {name: parts[0] for name, parts in regions.items()})
+    if ours.why:
+        warnings.warn(_takes_memory(found, ours), stacklevel=3)
+    numbers = _by_name(found, known, {name: [region] for name, region in ours.numbers.items()}, 1)
+    if ours.weights.is_plain:
+        return numbers, PLAIN
+    parts = {
+        f"{name.removesuffix('weight')}{part.name}": stored.part(part, ours.weights)
+        for name, stored in known.items() if name.endswith("weight") and ".experts." in stored.slabs[0].source
+        for part in ours.weights.parts
+    }  # fmt: skip
+    tensors = {name: [region] for name, region in ours.tensors.items()}
+    return numbers | _by_name(found, known | parts, tensors, 1, ours.weights), ours.weights
+
+
+def _takes_memory(found: Found, ours: InOurTerms) -> str:
+    experts = [shape for name, shape in canonical_shapes(found.config).items() if ".experts." in name]
+    size = 2 * sum(map(math.prod, experts)) / 1e9
+    return (
+        f"{found.folder}: experts quantised by {found.method.title} become numbers, {size:,.1f} GB of memory in "
+        f"16 bits, because {ours.why}; quantize rounds them to fewer bits"
+    )
+
+
+def _by_name(
+    found: Found,
+    known: Mapping[str, Stored],
+    regions: Mapping[str, Sequence[Region]],
+    files: int,
+    weights: ExpertWeights = PLAIN,
+) -> _Tiles:
     extra, misshapen, tiles = [], [], []
     for name, parts in regions.items():
         if name not in known:
             extra += [f"{name} {_shape(parts[0].shape)} in {parts[0].file}"] if not name.endswith(_DERIVED) else []
             continue
-        _check_repeated(found, name, known[name], parts, len(indices))
+        _check_repeated(found, name, known[name], parts, files)
         placed = _put_together(known[name], parts)
         if placed is None:
             shapes = " + ".join(dict.fromkeys(_shape(part.shape) for part in parts))
@@ -224,7 +297,7 @@ def _place(found: Found, indices: Sequence[dict[str, Region]]) -> dict[str, tupl
         else:
             tiles += placed
     broken = {slab.source for name in regions if name in known for slab in known[name].slabs} if misshapen else set()
-    return _complete(found, tiles, extra, misshapen, broken)
+    return _complete(found, tiles, extra, misshapen, broken, weights)
 
 
 def _check_index(found: Found, regions: Mapping[str, Sequence[Region]]) -> None:
@@ -284,7 +357,7 @@ def _put_together(stored: Stored, parts: Sequence[Region]) -> list[Tile] | None:
     return None
 
 
-def _place_ranks(found: Found, indices: Sequence[dict[str, Region]]) -> dict[str, tuple[Tile, ...]]:
+def _place_ranks(found: Found, indices: Sequence[dict[str, Region]]) -> _Tiles:
     """Tiles of every canonical tensor from the rank-ready files of our own format."""
     extra, misshapen, missing, tiles = [], [], [], []
     for layout, index, (path,) in zip(found.layouts, indices, found.files, strict=True):
@@ -300,7 +373,7 @@ def _place_ranks(found: Found, indices: Sequence[dict[str, Region]]) -> dict[str
                 tiles += _tiles(stored, region)
     if extra or misshapen or missing:
         raise _incomplete(found, missing, extra, misshapen)
-    return _complete(found, tiles, [], [], set())
+    return _complete(found, tiles, [], [], set(), found.weights)
 
 
 def _tiles(stored: Stored, region: Region) -> list[Tile]:
@@ -311,11 +384,19 @@ def _tiles(stored: Stored, region: Region) -> list[Tile]:
     return tiles
 
 
+def _formats(found: Found, weights: ExpertWeights) -> list[list[ExpertWeights]]:
+    """Of each expert: as our own files say, or ``weights``."""
+    if found.layouts:
+        return found.layouts[0].formats_LE
+    return [[weights] * found.config.num_experts] * found.config.n_layers
+
+
 def _complete(
-    found: Found, tiles: Sequence[Tile], extra: list[str], misshapen: list[str], broken: set[str]
-) -> dict[str, tuple[Tile, ...]]:
+    found: Found, tiles: Sequence[Tile], extra: list[str], misshapen: list[str], broken: set[str],
+    weights: ExpertWeights,
+) -> _Tiles:  # fmt: skip
     """Tiles by canonical name, each slab once; ValueError unless they fill every canonical tensor."""
-    shapes = canonical_shapes(found.config, found.formats_LE)
+    shapes = canonical_shapes(found.config, _formats(found, weights))
     by_name: dict[str, dict[Slab, Tile]] = {name: {} for name in shapes}
     for tile in tiles:
         by_name[tile.slab.source].setdefault(_untransposed(tile.slab), tile)

@@ -83,7 +83,7 @@ def save_checkpoint(
     dtype = None if dtype is None else parse_dtype(dtype)
     source = tensors if isinstance(tensors, CheckpointReader) else _checked(config, tensors)
     wanted = ranks.formats_LE(config)
-    held = tensors.found.formats_LE if isinstance(tensors, CheckpointReader) else _all_plain(config)
+    held = tensors.formats_for(wanted) if isinstance(tensors, CheckpointReader) else _all_plain(config)
     for own, new in zip(itertools.chain(*held), itertools.chain(*wanted), strict=True):
         if not new.is_plain and format != "mixtralkit":
             raise ValueError(f"quantize ({new.name!r}) needs format 'mixtralkit', not {format!r}")
@@ -208,7 +208,7 @@ class _FileWriter:
         make(path, {name: (stored.shape, self.dtype(stored)) for name, stored in tensors.items()})
         file = ByteFile((path,))
         try:
-            index = read_index(file, packed=True)
+            index = read_index(file, PACKED_DTYPES)
         finally:
             file.close()
         with open(path, "r+b", buffering=0) as out:

@@ -14,10 +14,11 @@ from mixtralkit.checkpoint.gguf_blocks import BLOCK_TYPES
 from mixtralkit.config import ModelConfig
 from mixtralkit.distributed import RankContext
 from mixtralkit.layout import RankLayout
-from mixtralkit.moe.weights import parse_weights
+from mixtralkit.moe.weights import PackedWeight, parse_weights
 from tests.checkpoint.models import empty_parameters, random_tensors
 
 gguf = pytest.importorskip("gguf")
+pytestmark = pytest.mark.filterwarnings("ignore:.* become numbers")
 CONFIG = ModelConfig(
     dim=256, n_layers=2, head_dim=32, hidden_dim=512, n_heads=8, n_kv_heads=2, vocab_size=48, num_experts=4,
     rope_theta=1e6, max_seq_len=128,
@@ -121,6 +122,7 @@ def write_gguf(path: Path, layout: str, kind: str, **changes) -> dict[str, torch
 def test_a_model_is_read_bit_for_bit(tmp_path: Path, layout: str, kind: str) -> None:
     expected = write_gguf(tmp_path / "model.gguf", layout, kind)
     with open_checkpoint(tmp_path) as reader:
+        assert reader.weights.name == ("int4:32" if kind == "Q4_0" else "plain")
         assert reader.config == CONFIG
         for name, values in expected.items():
             assert reader.read(name).float().equal(values), name
@@ -191,3 +193,25 @@ def test_damaged_and_foreign_files_get_one_sentence(tmp_path: Path) -> None:
         (tmp_path / name).unlink()
     (tmp_path / "model-00002-of-00003.gguf").write_bytes(content)
     assert "lacks parts of model-of-00003.gguf: it has those numbered 2" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["stacked", "single", "merged"])
+def test_q4_0_experts_are_kept_as_they_are(tmp_path: Path, layout: str) -> None:
+    expected = write_gguf(tmp_path / "model.gguf", layout, "Q4_0")
+    kept = replace(RankLayout.single(CONFIG), weights=parse_weights("int4:32"))
+    found = empty_parameters(kept)
+    with open_checkpoint(tmp_path) as reader:
+        assert reader.weights == kept.weights
+        load_into(found, kept, reader, RankContext())
+    for matrix, columns, own in (("w13", CONFIG.dim, ("w1", "w3")), ("w2", CONFIG.hidden_dim, ("w2",))):
+        parts = tuple(found[f"layers.1.feed_forward.{name}"] for name, _ in kept.weights.parameters(matrix))
+        numbers = PackedWeight(kept.weights, columns, parts, len(own)).float()
+        for e in range(CONFIG.num_experts):
+            whole = torch.cat([expected[f"layers.1.feed_forward.experts.{e}.{w}.weight"] for w in own])
+            assert numbers[e].equal(whole)
+
+
+def test_experts_without_an_exact_home_take_memory(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "model.gguf", "stacked", "Q8_0")
+    with pytest.warns(UserWarning, match="by GGUF become numbers, 0.0 GB of memory in 16 bits, because .*Q8_0 has no"):
+        open_checkpoint(tmp_path).close()
