@@ -70,7 +70,7 @@ def bench_throughput(
         sequences: that run at a time, and requests of the case fixed.
         prompt_len: of single and fixed.
         new_tokens: of single and fixed.
-        requests: of uniform and poisson.
+        requests: of uniform; poisson has half of them.
         shortest: of a prompt, and of an answer, in uniform and poisson.
         longest: of a prompt, and of an answer, in uniform and poisson.
         shared: tokens that the prompts of prefix begin with.
@@ -117,7 +117,7 @@ def bench_throughput(
     if "uniform" in wanted or "poisson" in wanted:
         rate = bench.uniform(requests, shortest, longest, sequences)
         if "poisson" in wanted:
-            bench.poisson(requests, shortest, longest, load * rate)
+            bench.poisson(max(1, requests // 2), shortest, longest, load * rate)
     if "prefix" in wanted:
         bench.prefix(sharing, shared)
     bench.say({"measurement": "goals", **bench.goals})
