@@ -241,6 +241,7 @@ class Mixtral:
         ignore_eos: bool = False,
         min_tokens: int = 0,
         json_schema: str | Mapping[str, Any] | None = None,
+        routed_experts: bool = False,
         **sampling: Any,
     ) -> Request:
         """A request for the engine; ``id`` names the prompt in errors and, with the seed, decides what is drawn.
@@ -257,6 +258,7 @@ class Mixtral:
             id, encode_prompt(self.tokenizer, id, prompt), length, chosen, stops, bool(prompt_logprobs),
             tuple(stop_token_ids or ()), ignore_eos=ignore_eos, min_tokens=min_tokens,
             json_schema=json.dumps(json_schema) if isinstance(json_schema, Mapping) else json_schema,
+            routed_experts=routed_experts,
         )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from mixtralkit.engine.control import Control
 from mixtralkit.engine.generation import Engine
+from mixtralkit.engine.leader import Leader
 from mixtralkit.engine.requests import Request
 from mixtralkit.engine.runner import Flight
 
@@ -105,7 +106,7 @@ def run(engine: Engine, requests: list[Request], starts: list[float] | None = No
 @contextmanager
 def watched(record: Record) -> Iterator[None]:
     """Measures the host's part of each turn."""
-    advance, take = Engine._advance, Engine._take
+    advance, take = Engine._advance, Leader._take
     wait, wait_for, poll = Flight.wait, Control.wait_for, Load.poll
     waited = [0.0]
 
@@ -120,17 +121,17 @@ def watched(record: Record) -> Iterator[None]:
         advance(engine)
         record.host_s.append(time.perf_counter() - started - waited[0])
 
-    def noted(engine, message):
-        flight, planned = engine._flights[0]
-        take(engine, message)
+    def noted(leader, message, control):
+        flight, planned = leader.flights[0]
+        take(leader, message, control)
         chunks = sum(len(chunk.ids) for own in flight.plan.chunks for chunk in own)
         decodes = sum(len(own) for own in planned.slots) - sum(len(own) for own in flight.plan.chunks)
-        record.steps.append((flight.kind, decodes, chunks, engine._step_s))
+        record.steps.append((flight.kind, decodes, chunks, leader._step_s))
         record.running.append(decodes + sum(len(own) for own in flight.plan.chunks))
 
     with (
         patch.object(Engine, "_advance", timed),
-        patch.object(Engine, "_take", noted),
+        patch.object(Leader, "_take", noted),
         patch.object(Flight, "wait", lambda flight: timed_wait(wait, flight)),
         patch.object(Control, "wait_for", lambda control, flight: timed_wait(wait_for, control, flight)),
         patch.object(Load, "poll", lambda load, is_idle: timed_wait(poll, load, is_idle)),

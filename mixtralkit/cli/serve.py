@@ -33,8 +33,7 @@ def serve(
     def load() -> tuple[Engine, Callable[[], None]]:
         mixtral = Mixtral.load(engine, RankContext.start(engine.limits.device))
         if server.expert_load:
-            shape = mixtral.model.params
-            mixtral.engine.expert_rows = ExpertRows(shape.n_layers, shape.num_experts, mixtral.model.context.device)
+            mixtral.engine.expert_rows = ExpertRows(mixtral.model)
         mixtral.engine.plan_manager = updates.manager(mixtral, engine.parallel.hardware)
         return mixtral.engine, mixtral.close
 

@@ -10,9 +10,7 @@ So a step is planned, told and launched while another one runs, whatever comes o
 
 from __future__ import annotations
 
-import math
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Many
@@ -23,12 +21,14 @@ from mixtralkit.distributed import RankFailed
 from mixtralkit.engine.control import Control
 from mixtralkit.engine.expert_rows import ExpertRows
 from mixtralkit.engine.grammar import Grammars
+from mixtralkit.engine.leader import Ended, Leader
 from mixtralkit.engine.plan_manager import PlanManager
-from mixtralkit.engine.requests import Abort, Answer, Completion, Request, StreamEvent, Top, check_prompt
+from mixtralkit.engine.requests import Abort, Answer, Completion, Request, StreamEvent, check_prompt
 from mixtralkit.engine.runner import Flight, Runner
-from mixtralkit.engine.runs import Arrivals, EngineSnapshot, Run
-from mixtralkit.engine.scheduler import Planned, Scheduler, Sequence
-from mixtralkit.engine.step_plan import Message, News
+from mixtralkit.engine.runs import Arrivals, EngineSnapshot, Run, Told
+from mixtralkit.engine.scheduler import Planned, Scheduler
+from mixtralkit.engine.step_plan import Message, Took
+from mixtralkit.engine.tell import Teller
 from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.model.transformer import Observe, Transformer
 
@@ -51,8 +51,11 @@ class Engine:
         prefix_reuse: what is in the cache of earlier requests that began alike is not computed again.
 
     Attributes:
+        leads: the class that decides on rank 0.
         expert_rows: where each step counts the experts that its rows chose; on every rank or on none.
     """
+
+    leads = Leader
 
     def __init__(
         self,
@@ -76,13 +79,12 @@ class Engine:
         self._driver: int | None = None  # the thread that makes a turn
         self._all_know = False  # that a turn has failed
         self._runs: dict[int, Run] = {}
-        self._run_of: dict[int, Run] = {}  # by key of a sequence; of ranks that follow
+        self._run_of: dict[int, Run] = {}  # by key of an answer that this rank makes text of
+        self._teller = self.teller()
         self._closing: deque[Run] = deque()
-        self._next_run = self._next_key = self._next_number = 0
-        self._prompted = self._generated = 0
-        self._step_s = 0.0
-        self._taken_at: float | None = None
-        self._busy_since: float | None = None
+        self._next_run = 0
+        self._flights: deque[tuple[Flight, Planned | None]] = deque()
+        self._leader = self.leads(model, tokenizer, self._grammars, self.check, self._tell, self._runs, self._flights)
         self.expert_rows: ExpertRows | None = None
         self.reset()
 
@@ -120,21 +122,37 @@ class Engine:
         Rank 0 asks ``arrivals``; the others give None, follow, and get no events. What fails in one request is the
         ``error`` of its last event.
         """
+        teller = self.teller()
+        ending = _WithEnds(arrivals, teller)
+        for told in self.tokens(None if arrivals is None else ending):
+            if events := teller.events(told):
+                ending.ends += [Abort(event.id, untold=True) for event in events if event.finish_reason]
+                yield events
+
+    def tokens(self, arrivals: Arrivals | None) -> Iterator[Told]:
+        """As ``serve``, but before it is text, which a ``teller`` makes in any one thread.
+
+        Whoever makes it sends an ``Abort`` where the text ended an answer.
+        """
         run = self._open(Run(0, arrivals=arrivals, serves=True))
         try:
             while not run.ended or run.events:
-                if events := self._next_events(run):
-                    yield events
+                yield from self._next_events(run)
         finally:
             self._close(run)
+
+    def teller(self) -> Teller:
+        """Makes events of tokens."""
+        params = self.model.params
+        return Teller(self.tokenizer, (params.n_layers, params.num_experts_per_tok))
 
     def check(self, request: Request) -> None:
         """ValueError with one sentence where the request can never run. Any thread may ask."""
         params = self.model.params
         check_prompt(request.id, request.prompt, params.max_seq_len, params.vocab_size)
         request.sampling.check_vocabulary(params.vocab_size)
-        if request.json_schema is not None:
-            self._grammars.check(request.json_schema)
+        if request.bound is not None:
+            self._grammars.check(*request.bound)
         cache = self.model.cache
         if cache is not None and len(request.prompt) > cache.pages * cache.page_size:
             raise ValueError(
@@ -144,32 +162,14 @@ class Engine:
 
     def snapshot(self) -> EngineSnapshot:
         """What the engine does at the moment; of rank 0. Any thread may ask."""
-        scheduler = self._scheduler
-        totals = EngineSnapshot(
-            prompt_tokens=self._prompted, generation_tokens=self._generated, step_s=self._step_s,
-            busy_since=self._busy_since,
-        )  # fmt: skip
-        if scheduler is None:  # before the first step
-            cache, owners = self.model.cache, self.model.ranks_with_own_sequences
-            if cache is None:
-                return totals
-            return replace(totals, pages=owners * cache.pages, page_size=cache.page_size)
-        pools = [owner.pool for owner in scheduler.owners]
-        pages, free = sum(pool.pages for pool in pools), sum(pool.free for pool in pools)
-        return replace(
-            totals,
-            running=sum(len(owner.running) for owner in scheduler.owners), waiting=len(scheduler.waiting),
-            pages=pages, pages_used=pages - free, page_size=scheduler.page_size,
-            pages_reusable=sum(pool.reusable for pool in pools), prefix_queries=scheduler.prefix_queries,
-            prefix_hits=scheduler.prefix_hits, preemptions=scheduler.preemptions, steps=scheduler.step,
-        )  # fmt: skip
+        return self._leader.snapshot()
 
     def reset(self) -> None:
         """Forgets graphs, prefixes and what is running, and gives back their memory; the next run makes new ones.
         Collective."""
         self._runner: Runner | None = None
-        self._scheduler: Scheduler | None = None
-        self._flights: deque[tuple[Flight, Planned | None]] = deque()
+        self._leader.scheduler = None
+        self._flights.clear()
 
     def warm_up(self) -> None:
         """Makes the graphs that requests would else wait for. Collective; nothing may be running."""
@@ -178,8 +178,8 @@ class Engine:
 
     def forget_prefixes(self) -> None:
         """Computes all prompts anew from now on, so that what ran before changes no bit of what comes. Collective."""
-        if self._scheduler is not None:
-            self._scheduler.forget_prefixes()
+        if self._leader.scheduler is not None:
+            self._leader.scheduler.forget_prefixes()
 
     def _events(
         self, requests: Iterable[Request], is_lazy: bool, should_stop: Callable[[], bool] | None
@@ -195,7 +195,7 @@ class Engine:
         if self.context.world_size > 1 and any(other.thread != run.thread for other in self._runs.values()):
             raise RuntimeError("another thread has a run of this model open: over several ranks one thread may run it")
         with self._turn:
-            run.number, run.numbers_from = self._next_run, self._next_number
+            run.number, run.numbers_from = self._next_run, self._leader.next_number
             self._next_run += 1
             self._runs[run.number] = run
         return run
@@ -214,16 +214,18 @@ class Engine:
     def _sweep(self) -> None:
         """Takes closed runs' sequences out; with the last one nothing stays in flight."""
         while self._closing:
-            for key, sequence in self._closing.popleft().sequences.items():
-                if self.context.is_first:
-                    sequence.answer.ended = True
-                    self._scheduler.leave(sequence)
-                self._run_of.pop(key, None)
+            run = self._closing.popleft()
+            if self.context.is_first:
+                self._leader.drop(run)
+            keys = [key for key, reader in self._run_of.items() if reader is run]
+            self._teller.drop(keys)
+            for key in keys:
+                del self._run_of[key]
         if not self._runs:
             while self._flights:
                 self._flights.popleft()[0].wait()
                 if self.context.is_first:
-                    self._scheduler.step_ended()
+                    self._leader.scheduler.step_ended()
 
     def _next_events(self, run: Run) -> list[StreamEvent]:
         """The run's events after at least one turn of the loop, which another thread may make."""
@@ -242,7 +244,7 @@ class Engine:
             self._fail(error)
             raise
         finally:
-            self._busy_since = None
+            self._leader.busy_since = None
             with self._turn:
                 self._driver = None
                 self._turn.notify_all()
@@ -262,8 +264,9 @@ class Engine:
             run.error = RuntimeError(f"the engine has failed: {error}")
             run.sequences.clear()
         self._closing.clear()
+        self._teller.drop(self._run_of)
         self._run_of.clear()
-        self._busy_since = None
+        self._leader.busy_since = None
         self.reset()
 
     def _advance(self) -> None:
@@ -271,12 +274,21 @@ class Engine:
         self._all_know = False
         self._prepare()
         if not self.context.is_first:
-            self._follow(self._control.receive())
+            message = self._control.receive()
+            self._execute(message)
+            if message.took is not None:
+                self._tell(message.took)
+            self._heed(message)
             return
         try:
-            message, planned = self._decide()
+            self._sweep()
+            # who looks is to see all tokens
+            self._leader.scheduler.prefix_reuse = self.prefix_reuse and self.observe is None
+            moves = self.plan_manager is not None and self.plan_manager.is_due
+            message, planned = self._leader.decide(self._control, self.observe is not None, moves)
             self._control.send(message)
             self._execute(message, planned)
+            self._heed(message)
         except Exception as error:
             if not isinstance(error, RankFailed) and not self._all_know:
                 self._control.send(Message(failed=str(error) or type(error).__name__))
@@ -295,42 +307,12 @@ class Engine:
         if self._flights or any(run.sequences for run in self._runs.values()):  # what runs needs what it has
             return
         if runner is None or runner.cache is not cache:
-            self._scheduler = Scheduler(
+            self._leader.scheduler = Scheduler(
                 self.model.ranks_with_own_sequences, cache.slots, cache.pages, cache.page_size, self.prefill_budget,
                 self.mixed_budget, self.prefix_reuse,
             )  # fmt: skip
-        self._scheduler.forget_rows()
+        self._leader.scheduler.forget_rows()
         self._runner = Runner(self.model, cache, self.cuda_graphs, counts)
-
-    def _decide(self) -> tuple[Message, Planned | None]:
-        """Of rank 0: what the others have to know of this turn, and the step that it launches."""
-        self._busy_since = time.monotonic()
-        self._sweep()
-        message, scheduler = Message(), self._scheduler
-        scheduler.prefix_reuse = self.prefix_reuse and self.observe is None  # who looks is to see all tokens
-        news = message.news
-        if len(self._flights) == 2:
-            self._take(message)
-        if self._flights and self.observe is not None:
-            message.surplus = self._flights[-1][1].surplus
-        for run in list(self._runs.values()):
-            self._ask(run, news)
-        in_flight = len(self._flights) - message.takes
-        is_due = self.plan_manager is not None and self.plan_manager.is_due
-        planned = None if is_due and in_flight else scheduler.plan()
-        if planned is None and in_flight and not message.takes:
-            self._take(message)
-            in_flight -= 1
-        for run in list(self._runs.values()):
-            self._interrupt(run, news)
-            is_last = len(self._runs) == 1  # which leaves nothing in flight
-            if run.exhausted and not run.sequences and not (is_last and (in_flight or planned)):
-                run.ended = True
-                news.ended_runs.append(run.number)
-        if planned is not None:
-            message.plan = planned.plan
-            news.cached += [(s.key, s.answer.cached_tokens) for s in planned.cached if self._tells(s.run)]
-        return message, planned
 
     def _execute(self, message: Message, planned: Planned | None = None) -> None:
         """What every rank does of a turn."""
@@ -342,7 +324,7 @@ class Engine:
             flights[-1] = (replace(flight, batch=None), flights[-1][1])
             if step is not None:
                 self.observe(*step)
-        if message.takes:
+        if message.took is not None:
             flight, _ = flights.popleft()
             if model.counted_shadows is not None:
                 model.shadows.between_steps(flight.loads_LE())
@@ -355,7 +337,7 @@ class Engine:
         flight = self._runner.launch(message.plan, self.observe is not None, may_capture)
         flights.append((flight, planned))
         if self.expert_rows is not None:
-            self.expert_rows.add(flight.counts_LE)
+            self.expert_rows.add(flight)
         if manager is not None and flight.counts_LE is not None:
             manager.launched(flight)
 
@@ -366,187 +348,20 @@ class Engine:
             self._all_know = True
             raise
 
-    def _take(self, message: Message) -> None:
-        """Gives the oldest step's values to their sequences. Waits for the step."""
-        flight, planned = self._flights[0]
-        message.takes = True
-        self._control.wait_for(flight)
-        values = [flight.values(owner) for owner in range(len(planned.sampled))]
-        now = time.monotonic()
-        self._step_s = now - (self._taken_at or now)
-        self._taken_at = now
-        self._scheduler.step_ended()
-        news = message.news
-        for own, scored in zip(values, planned.scored, strict=True):
-            at = 0
-            for sequence, count in scored:
-                scores, tops = own.scores[at : at + count], _cut(own.score_tops[at : at + count], sequence)
-                at += count
-                if sequence.answer.ended:
-                    continue
-                sequence.answer.prompt_logprobs += scores
-                sequence.answer.prompt_top_logprobs += tops
-                if self._tells(sequence.run):
-                    news.scored.append((sequence.key, scores, tops))
-        for own, sampled in zip(values, planned.sampled, strict=True):
-            tops = own.tops or [()] * len(sampled)
-            for sequence, token, logprob, top in zip(sampled, own.tokens, own.logprobs, tops, strict=False):
-                if not sequence.answer.ended:
-                    self._accept(sequence, token, logprob, top, news)
-        for sequence in planned.ending:
-            if not sequence.answer.ended:
-                self._end(sequence, "length", news)
+    def _tell(self, took: Took) -> list[Ended]:
+        """Makes the events of what a step gave, on every rank alike; (run, key, error) of the answers that ended."""
+        return [*self._handed_out(self._teller.of_step(took))]
 
-    def _accept(self, sequence: Sequence, token: int, logprob: float, top: Top, news: News) -> None:
-        """Gives a sequence its next token, and frees its place where that ends it."""
-        answer, run = sequence.answer, sequence.run
-        try:
-            if not math.isfinite(logprob):
-                raise RuntimeError(
-                    f"the model gave no finite logits for prompt {answer.request.id} at position "
-                    f"{answer.length} in {self.model.dtype}; float16 overflows where bfloat16 does not"
-                )
-            top = top[: answer.request.top_logprobs]
-            event = answer.accept(token, logprob, top)
-            if sequence.grammar is not None and not answer.ended:
-                sequence.mask = sequence.grammar.allowed(answer.tokens).tobytes()
-        except Exception as error:
-            self._lose(sequence, error, news)
-            return
-        self._generated += 1
-        if self._tells(run):
-            news.keys.append(sequence.key)
-            news.tokens.append(token)
-            news.logprobs.append(logprob)
-            news.tops.append(top)
-        if event is not None:
-            run.events.append(event)
-        if answer.ended:
-            self._leave(sequence)
-
-    def _end(self, sequence: Sequence, reason: str, news: News, error: str | None = None) -> None:
-        """Ends an answer for another reason than its tokens."""
-        sequence.run.events.append(_last_event(sequence.answer, reason, error))
-        if self._tells(sequence.run):
-            news.ends.append((sequence.key, reason, error))
-        self._leave(sequence)
-
-    def _lose(self, sequence: Sequence, error: Exception, news: News) -> None:
-        """What fails in one request ends that request where an engine serves, and else its run."""
-        if sequence.run.serves:
-            self._end(sequence, "error", news, str(error) or type(error).__name__)
-        else:
-            self._lose_run(sequence.run, error, news)
-
-    def _lose_run(self, run: Run, error: Exception, news: News) -> None:
-        run.error = error
-        self._runs.pop(run.number, None)
-        for sequence in list(run.sequences.values()):
-            sequence.answer.ended = True
-            self._leave(sequence)
-        news.failed_runs.append((run.number, str(error)))
-
-    def _leave(self, sequence: Sequence) -> None:
-        del sequence.run.sequences[sequence.key]
-        self._scheduler.leave(sequence)
-
-    def _tells(self, run: Run) -> bool:
-        """Whether other ranks make the run's events too."""
-        return self.context.world_size > 1 and not run.serves
-
-    def _ask(self, run: Run, news: News) -> None:
-        """Takes the requests that have come."""
-        if run.arrivals is not None:
-            self._poll(run, news)
-            return
-        try:
-            while not run.exhausted:
-                if run.is_lazy and len(self._scheduler.waiting) >= self.model.params.max_batch_size:
-                    break
-                request = next(run.requests, None)
-                if request is None:
-                    run.exhausted = True
-                    break
-                if run.is_lazy:
-                    self.check(request)
-                news.began.append((run.number, self._begin(run, request).key))
-            if run.should_stop is not None and not run.stops and run.should_stop():
-                run.stops = run.exhausted = True
-                self._interrupt(run, news)
-        except Exception as error:
-            self._lose_run(run, error, news)
-
-    def _poll(self, run: Run, news: News) -> None:
-        """Takes what has come to a serving engine; waits for it where there is nothing to do."""
-        if run.exhausted:
-            return
-        is_idle = not self._flights and not self._scheduler.has_work and len(self._runs) == 1
-        if is_idle:
-            self._busy_since = self._taken_at = None
-        came = run.arrivals.poll(is_idle)
-        self._busy_since = time.monotonic()
-        if came is None:
-            run.exhausted = True
-            return
-        for one in came:
-            if isinstance(one, Abort):
-                for sequence in [s for s in run.sequences.values() if s.answer.request.id == one.id]:
-                    self._end(sequence, "aborted", news)
-                continue
-            try:
-                self.check(one)
-                self._begin(run, one)
-            except Exception as error:
-                run.events.append(_last_event(Answer(one, 0, self.tokenizer), "error", str(error)))
-
-    def _begin(self, run: Run, request: Request) -> Sequence:
-        number = run.numbers_from + request.id
-        sequence = Sequence(self._next_key, self._answer(request), number, run)
-        if request.json_schema is not None:
-            sequence.grammar = self._grammars.begin(request.json_schema)
-            sequence.mask = sequence.grammar.allowed(()).tobytes()
-        self._next_key += 1
-        self._next_number = max(self._next_number, number + 1)
-        self._prompted += len(request.prompt)
-        run.sequences[sequence.key] = sequence
-        self._scheduler.add(sequence)
-        return sequence
-
-    def _answer(self, request: Request) -> Answer:
-        """With the limit that the request, the model and the cache set."""
-        cache = self.model.cache
-        longest = min(self.model.params.max_seq_len, cache.pages * cache.page_size)
-        return Answer(request, min(request.max_gen_len, longest - len(request.prompt)), self.tokenizer)
-
-    def _interrupt(self, run: Run, news: News) -> None:
-        """Ends what is left of a run that is to stop, when the tokens in flight have come."""
-        if run.stops:
-            for sequence in list(run.sequences.values()):
-                sequence.stops = True
-                if not sequence.unread:
-                    self._end(sequence, "interrupted", news)
-
-    def _follow(self, message: Message) -> None:
-        """A turn of another rank, which makes the events of its own runs out of what rank 0 tells."""
-        self._execute(message)
+    def _heed(self, message: Message) -> None:
+        """What else happened in a turn, on every rank alike."""
         news = message.news
         for number, key in news.began:
             if (run := self._runs.get(number)) is not None:
-                run.sequences[key] = self._answer(next(run.requests))
+                request = run.begun.popleft() if self.context.is_first else next(run.requests)
+                self._teller.begin(key, Answer(request, self._leader.most_tokens(request), self.tokenizer))
                 self._run_of[key] = run
-        for key, count in news.cached:
-            if (answer := self._told(key)) is not None:
-                answer.cached_tokens = count
-        for key, scores, tops in news.scored:
-            if (answer := self._told(key)) is not None:
-                answer.prompt_logprobs += scores
-                answer.prompt_top_logprobs += tops
-        for key, token, logprob, top in zip(news.keys, news.tokens, news.logprobs, news.tops, strict=True):
-            if (answer := self._told(key)) is not None:
-                self._tell(key, answer.accept(token, logprob, top))
-        for key, reason, error in news.ends:
-            if (answer := self._told(key)) is not None:
-                self._tell(key, answer.finish(reason, error=error))
+        for _ in self._handed_out(self._teller.of_news(news)):
+            pass
         for number in news.ended_runs:
             if (run := self._runs.get(number)) is not None:
                 run.ended = True
@@ -554,35 +369,37 @@ class Engine:
             if (run := self._runs.pop(number, None)) is not None:
                 run.error = RankFailed(f"rank 0: {words}")
 
-    def _told(self, key: int) -> Answer | None:
-        """An answer that somebody on this rank reads."""
-        run = self._run_of.get(key)
-        return None if run is None else run.sequences.get(key)
+    def _handed_out(self, events: Iterable[tuple[int, StreamEvent]]) -> Iterator[Ended]:
+        """Gives each event to its run; those that ended an answer."""
+        for key, event in events:
+            run = self._run_of[key]
+            if event.cause is not None:
+                run.error = event.cause
+            else:
+                run.events.append(event)
+            if event.finish_reason is not None:
+                del self._run_of[key]
+                yield run, key, event.cause
 
-    def _tell(self, key: int, event: StreamEvent | None) -> None:
-        run = self._run_of[key]
-        if event is not None:
-            run.events.append(event)
-        if run.sequences[key].ended:
-            del run.sequences[key], self._run_of[key]
+
+class _WithEnds:
+    """Arrivals with those that the text has ended, which an engine does not know by itself.
+
+    Attributes:
+        ends: that are still to be told.
+    """
+
+    def __init__(self, arrivals: Arrivals | None, teller: Teller) -> None:
+        self._arrivals, self._teller = arrivals, teller
+        self.ends: list[Abort] = []
+
+    def poll(self, wait: bool) -> list[Request | Abort] | None:
+        ends, self.ends = self.ends, []
+        came = self._arrivals.poll(wait and not ends)
+        return None if came is None and not ends and not self._teller else [*ends, *(came or ())]
 
 
 def check_prefill_budget(prefill_budget: int) -> None:
     """ValueError unless a step has room for a prompt token."""
     if isinstance(prefill_budget, bool) or not isinstance(prefill_budget, int) or prefill_budget < 1:
         raise ValueError(f"prefill_budget ({prefill_budget!r}) must be a whole number of at least 1")
-
-
-def _last_event(answer: Answer, reason: str, error: str | None) -> StreamEvent:
-    """``Answer.finish``, also where the error was one of making the text."""
-    try:
-        return answer.finish(reason, error=error)
-    except Exception:
-        answer.ended = True
-        done = Completion(answer.request.id, answer.tokens, answer.logprobs, None, "".join(answer.deltas), reason)
-        return StreamEvent(answer.request.id, "", reason, done, error=error)
-
-
-def _cut(tops: list[Top], sequence: Sequence) -> list[Top]:
-    """As many of the likeliest tokens as the request asks for."""
-    return [top[: sequence.answer.request.top_logprobs] for top in tops]

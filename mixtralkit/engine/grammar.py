@@ -1,7 +1,8 @@
-"""Answers that fit a JSON schema: which tokens may come next, by the library llguidance (extra ``serve``)."""
+"""Answers that fit a JSON schema or a grammar: which tokens may come next, by llguidance (extra ``serve``)."""
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from functools import cached_property
@@ -23,30 +24,34 @@ class Grammars:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
+        self._compiled = functools.lru_cache(maxsize=128)(self._compile)  # who checks is not the one who begins
 
-    def check(self, schema: str) -> None:
-        """ValueError that says what is wrong with the schema, a JSON text, or that the library is missing."""
+    def check(self, text: str, lark: bool = False) -> None:
+        """ValueError that says what is wrong with a JSON schema or a Lark grammar, or that llguidance is missing."""
         import_library()
-        self._compiled(schema)
+        self._compiled(text, lark)
 
-    def begin(self, schema: str) -> Grammar:
-        """The state of an answer that is to fit a schema; ValueError as from ``check``."""
+    def begin(self, text: str, lark: bool = False) -> Grammar:
+        """The state of an answer that is to fit; ValueError as from ``check``."""
         library = import_library()
-        return Grammar(library.LLMatcher(self._tokens, self._compiled(schema), log_level=0), self._vocab_size)
+        return Grammar(library.LLMatcher(self._tokens, self._compiled(text, lark), log_level=0), self._vocab_size)
 
-    def _compiled(self, schema: str) -> str:
-        matcher = import_library().LLMatcher
+    def _compile(self, text: str, lark: bool) -> str:
+        matcher, name = import_library().LLMatcher, "grammar" if lark else "json_schema"
         try:
-            content = json.loads(schema)
-            if not isinstance(content, dict):
-                raise ValueError("is no JSON object")
-            # white space as json.dumps has it: a model that may write more can go on with it for ever
-            compiled = matcher.grammar_from_json_schema(content, overrides={"whitespace_flexible": False})
+            if lark:
+                compiled = matcher.grammar_from_lark(text)
+            else:
+                content = json.loads(text)
+                if not isinstance(content, dict):
+                    raise ValueError("is no JSON object")
+                # white space as json.dumps has it: a model that may write more can go on with it for ever
+                compiled = matcher.grammar_from_json_schema(content, overrides={"whitespace_flexible": False})
+            said = matcher.validate_grammar(compiled, self._tokens)
+            if said and not said.startswith("WARNING"):
+                raise ValueError(said)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"json_schema ({_short(schema)}): {_short(str(error))}") from None
-        said = matcher.validate_grammar(compiled, self._tokens)
-        if said and not said.startswith("WARNING"):
-            raise ValueError(f"json_schema ({_short(schema)}): {_short(said)}")
+            raise ValueError(f"{name} ({_short(text)}): {_short(str(error))}") from None
         return compiled
 
     @cached_property
@@ -90,7 +95,7 @@ class Grammar:
         if not self._matcher.is_error():
             self._matcher.unsafe_compute_mask_ptr(self._mask_W.ctypes.data, self._mask_W.nbytes)
         if self._matcher.is_error():
-            raise ValueError(f"json_schema: {_short(self._matcher.get_error())}")
+            raise ValueError(f"json_schema or grammar: {_short(self._matcher.get_error())}")
         return self._mask_W.copy()
 
 

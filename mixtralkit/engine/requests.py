@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from mixtralkit.engine.sampler import Asked, SamplingOptions
 from mixtralkit.engine.tokenizer import TextStream, Tokenizer
 
@@ -30,6 +32,8 @@ class Request:
         ignore_eos: the tokenizer's end tokens are tokens like others.
         min_tokens: no end token comes before so many others.
         json_schema: a JSON text that the answer is to fit.
+        grammar: llguidance's grammar (Lark) that the answer is to fit, instead.
+        routed_experts: also tell which experts each token took. The whole prompt is computed for it.
     """
 
     id: int
@@ -45,6 +49,8 @@ class Request:
     ignore_eos: bool = False
     min_tokens: int = 0
     json_schema: str | None = None
+    grammar: str | None = None
+    routed_experts: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.max_gen_len, bool) or not isinstance(self.max_gen_len, int) or self.max_gen_len < 0:
@@ -55,8 +61,11 @@ class Request:
             raise ValueError(f"top_logprobs ({self.top_logprobs}) must lie in 0 … {MOST_TOP_LOGPROBS}")
         if isinstance(self.min_tokens, bool) or not isinstance(self.min_tokens, int) or self.min_tokens < 0:
             raise ValueError(f"min_tokens ({self.min_tokens!r}) must be a whole number of at least 0")
-        if self.json_schema is not None and (self.min_tokens or self.ignore_eos):
-            raise ValueError("json_schema needs an answer that ends where it fits: no min_tokens and no ignore_eos")
+        if self.json_schema is not None and self.grammar is not None:
+            raise ValueError("json_schema and grammar cannot both bound an answer")
+        if self.bound is not None and (self.min_tokens or self.ignore_eos):
+            name = "json_schema" if self.grammar is None else "grammar"
+            raise ValueError(f"{name} needs an answer that ends where it fits: no min_tokens and no ignore_eos")
 
     @property
     def drawn_by(self) -> tuple[int, int]:
@@ -66,14 +75,22 @@ class Request:
     @property
     def asks(self) -> bool:
         """Whether logits are changed before its tokens are chosen."""
-        return self.sampling.asks or self.min_tokens > 0 or self.json_schema is not None
+        return self.sampling.asks or self.min_tokens > 0 or self.bound is not None
+
+    @property
+    def bound(self) -> tuple[str, bool] | None:
+        """What the answer is to fit, and whether it is a grammar and no JSON schema; None for any text."""
+        if self.grammar is not None:
+            return self.grammar, True
+        return None if self.json_schema is None else (self.json_schema, False)
 
 
 @dataclass(frozen=True)
 class Abort:
-    """The request with this id is not wanted any more."""
+    """The request with this id is not wanted any more. ``untold``: its answer has ended, and nothing is told of it."""
 
     id: int
+    untold: bool = False
 
 
 Top = tuple[tuple[int, float], ...]  # token ids and their log-probabilities, the likeliest first
@@ -100,7 +117,9 @@ class Completion:
     for the space that its first word loses. ``end_token`` is the one that ended it, None where none did; ``end`` tells
     its log-probability too.
     ``top_logprobs`` and ``prompt_top_logprobs`` are the likeliest tokens at each place, None unless asked for.
-    ``cached_tokens`` of the prompt had not to be computed.
+    ``cached_tokens`` of the prompt had not to be computed. ``routed_experts``, where asked for, are the experts that
+    each token took, int16 [tokens, L, K] by falling weight: of the prompt's and the answer's that the model was given,
+    which are all but the last token, unless an end token followed it.
     """
 
     id: int
@@ -115,6 +134,7 @@ class Completion:
     prompt_top_logprobs: list[Top] | None = None
     cached_tokens: int = 0
     end: Token | None = None
+    routed_experts: np.ndarray | None = None
 
     @property
     def texts(self) -> list[str]:
@@ -141,7 +161,8 @@ class StreamEvent:
     """More text of an answer; the last event of a request carries the reason and the whole answer.
 
     ``tokens`` are those whose text is certain now, where the request asks for them; of all events together they are
-    the answer's, and their texts joined its text. ``error`` is a sentence where the reason is ``"error"``.
+    the answer's, and their texts joined its text. ``error`` is a sentence where the reason is ``"error"``, ``cause``
+    the exception if making the text was what failed. ``routed_experts`` are those known since the event before.
     """
 
     id: int
@@ -150,6 +171,8 @@ class StreamEvent:
     completion: Completion | None = None
     tokens: tuple[Token, ...] = ()
     error: str | None = None
+    routed_experts: np.ndarray | None = None
+    cause: Exception | None = None
 
 
 class StopFilter:
@@ -185,28 +208,18 @@ class StopFilter:
 
 
 @dataclass(eq=False)
-class Answer:
-    """What a request has so far."""
+class Progress:
+    """How far a request has come, in tokens alone: what deciding needs."""
 
     request: Request
     limit: int
     tokenizer: Tokenizer
     tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    top_logprobs: list[Top] = field(default_factory=list)
-    prompt_logprobs: list[float] = field(default_factory=lambda: [0.0])
-    prompt_top_logprobs: list[Top] = field(default_factory=lambda: [()])
+    routed: int = 0  # positions whose experts are known, where the request asks for them
     cached_tokens: int = 0
-    deltas: list[str] = field(default_factory=list)
     ended: bool = False
 
     def __post_init__(self) -> None:
-        self._stream = TextStream(self.tokenizer, keeps_space=True)  # stop texts are found with the first word's space
-        self._stops = StopFilter(self.request.stop)
-        self._texts: list[str] = []
-        self._certain = 0  # characters of these that no stop text can take any more
-        self._told = self._told_certain = 0  # tokens that events have carried, and their characters
-        self._loses_space: bool | None = None  # known with the first token that has a text
         self._ends = frozenset(self.request.stop_token_ids)
         if not self.request.ignore_eos:
             self._ends |= self.tokenizer.end_ids
@@ -231,6 +244,36 @@ class Answer:
             return None
         return Asked(request.sampling, request.prompt, tuple(self.tokens), request.min_tokens, tuple(self._ends))
 
+    def take(self, token: int) -> None:
+        """The next token, which may be the last."""
+        if token in self._ends:
+            self.ended = True
+            return
+        self.tokens.append(token)
+        self.ended = len(self.tokens) >= self.limit
+
+
+@dataclass(eq=False)
+class Answer(Progress):
+    """What a request has so far: its text too, and what is told with it."""
+
+    logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[Top] = field(default_factory=list)
+    prompt_logprobs: list[float] = field(default_factory=lambda: [0.0])
+    prompt_top_logprobs: list[Top] = field(default_factory=lambda: [()])
+    experts: list[np.ndarray] = field(default_factory=list)
+    deltas: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._stream = TextStream(self.tokenizer, keeps_space=True)  # stop texts are found with the first word's space
+        self._stops = StopFilter(self.request.stop)
+        self._texts: list[str] = []
+        self._certain = 0  # characters of these that no stop text can take any more
+        self._told = self._told_certain = 0  # tokens that events have carried, and their characters
+        self._told_experts = 0
+        self._loses_space: bool | None = None  # known with the first token that has a text
+
     def accept(self, token: int, logprob: float, top: Top = ()) -> StreamEvent | None:
         """Takes the next token; the event is None when it completes no text and ends nothing."""
         if token in self._ends:
@@ -250,7 +293,19 @@ class Answer:
         if not delta:
             return None
         self.deltas.append(delta)
-        return StreamEvent(self.request.id, delta, tokens=self._newly_told() if self.request.logprobs else ())
+        told = self._newly_told() if self.request.logprobs else ()
+        return StreamEvent(self.request.id, delta, tokens=told, routed_experts=self._new_experts())
+
+    def end(self, reason: str, error: str | None = None, cause: Exception | None = None) -> StreamEvent:
+        """The last event, also where making the text is what failed."""
+        try:
+            event = self.finish(reason, error=error)
+        except Exception:
+            self.ended = True
+            done = Completion(self.request.id, self.tokens, self.logprobs, None, "".join(self.deltas), reason)
+            event = StreamEvent(self.request.id, "", reason, done, error=error)
+        event.cause = cause
+        return event
 
     def finish(self, reason: str, delta: str = "", end: Token | None = None, error: str | None = None) -> StreamEvent:
         """The last event, with whatever text was held back."""
@@ -267,9 +322,14 @@ class Answer:
             request.id, self.tokens, self.logprobs, self.prompt_logprobs if request.prompt_logprobs else None,
             "".join(self.deltas), reason, texts, end and end.id, self.top_logprobs if request.top_logprobs else None,
             self.prompt_top_logprobs if request.top_logprobs and request.prompt_logprobs else None, self.cached_tokens,
-            end,
+            end, np.concatenate(self.experts) if self.experts else None,
         )  # fmt: skip
-        return StreamEvent(request.id, delta, reason, completion, told, error)
+        return StreamEvent(request.id, delta, reason, completion, told, error, self._new_experts())
+
+    def _new_experts(self) -> np.ndarray | None:
+        """Those that no event has carried yet."""
+        new, self._told_experts = self.experts[self._told_experts :], len(self.experts)
+        return np.concatenate(new) if new else None
 
     def _shown(self, certain: str) -> str:
         """Text that is certain now as the answer has it: without the space of its first word."""

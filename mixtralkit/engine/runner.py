@@ -15,6 +15,7 @@ sampled, so that rank 0's host reads all answers, a step later as well.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
 
@@ -122,13 +123,15 @@ class _Answers:
 
 @dataclass(frozen=True)
 class Values:
-    """What a step gave to an owner's sequences: of the sampled rows in their order, and of the scored ones."""
+    """What a step gave to an owner's sequences: of the sampled rows in their order, and of the scored ones; where
+    asked for, int16 experts [T, L, K] of all rows."""
 
     tokens: list[int]
     logprobs: list[float]
     tops: list[Top]
     scores: list[float]
     score_tops: list[Top]
+    experts_TLK: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -138,8 +141,8 @@ class Flight:
     ``kind`` says how it ran: ``"graph"``, ``"launched"`` kernel by kernel, or ``"mixed"``, with chunks. ``batch`` are
     this rank's rows where somebody looks at them. ``reports`` are those of its rows, the ones that only fill behind,
     and ``counts_LE`` (int64) the choices of each expert by the others, where they are counted; the next launch may
-    overwrite both. ``packed`` [W, bytes] is on the host, with its values once ``done`` has passed. ``recapture_s`` is
-    that of ``graphs.Run``.
+    overwrite both. ``packed`` [W, bytes] is on the host, with its values once ``done`` has passed: of ``room`` sampled
+    and ``scored`` rows, and the experts of all rows, ``routed`` their shape. ``recapture_s`` is that of ``graphs.Run``.
     """
 
     plan: StepPlan
@@ -150,6 +153,7 @@ class Flight:
     packed: torch.Tensor
     room: int
     scored: int
+    routed: tuple[int, int, int]
     done: torch.cuda.Event | None
     recapture_s: float
 
@@ -175,13 +179,19 @@ class Flight:
             rows = self.room + self.scored
             tops_N2K = packed[scored : scored + _TOP_SIZE * rows].view(torch.float32).view(rows, 2, -1).tolist()
             tops = [tuple(zip(map(int, ids), logprobs, strict=True)) for ids, logprobs in tops_N2K]
-        return Values(tokens_B.tolist(), logprobs_B.tolist(), tops[: self.room], scores, tops[self.room :])
+        experts_TLK = None
+        if self.plan.routed:
+            start = scored + (_TOP_SIZE * (self.room + self.scored) if self.plan.tops else 0)
+            end = start + 2 * math.prod(self.routed)
+            experts_TLK = packed[start:end].clone().view(torch.int16).view(self.routed).numpy()
+        tops, score_tops = tops[: self.room], tops[self.room :]
+        return Values(tokens_B.tolist(), logprobs_B.tolist(), tops, scores, score_tops, experts_TLK)
 
     def loads_LE(self) -> np.ndarray:
         """int64 choices of each expert by the rows of all ranks, where they travel with the answers. Waits."""
         self.wait()
-        counts_WN = self.packed[:, -8 * self.counts_LE.numel() :].contiguous().view(torch.int64)
-        return counts_WN.sum(0).view(self.counts_LE.shape).numpy()
+        counts_WN = self.packed[:, -8 * self.counts_LE.numel() :].clone(memory_format=torch.contiguous_format)
+        return counts_WN.view(torch.int64).sum(0).view(self.counts_LE.shape).numpy()
 
 
 class Runner:
@@ -255,7 +265,7 @@ class Runner:
                 for rows in sorted({self._beside(rows) for rows in self._sizes} | {0}, reverse=True):
                     self._run_prompts(self._shape_of(rows, tokens), False, True)
         for rows in reversed(self._sizes):
-            self._run_decode(rows, (False, False, False), True)
+            self._run_decode(rows, (False,) * 4, True)
 
     def observed(self, flight: Flight, surplus: Many[int]) -> tuple[ForwardBatch, list[MoEReport]] | None:
         """This rank's rows as an ``Observe`` takes them, but for those of the slots in ``surplus`` and those that were
@@ -295,10 +305,10 @@ class Runner:
         if observed:
             kept = (own.tokens_B[:rows], own.positions_B[:rows], own.slots_B[:rows])
             batch = ForwardBatch(*(x.clone() for x in kept), self._spans([1] * len(self._rows.slots), self._rows))
-        run = self._run_decode(rows, (plan.draws, plan.asks, bool(plan.tops)), may_capture)
-        return self._flight(plan, "graph" if run.replayed else "launched", run, batch)
+        run = self._run_decode(rows, (plan.draws, plan.asks, bool(plan.tops), plan.routed), may_capture)
+        return self._flight(plan, "graph" if run.replayed else "launched", run, batch, rows)
 
-    def _run_decode(self, rows: int, kind: tuple[bool, bool, bool], may_capture: bool) -> Run[_Answers]:
+    def _run_decode(self, rows: int, kind: tuple[bool, ...], may_capture: bool) -> Run[_Answers]:
         return self._graphs.run(
             (rows, *kind),
             lambda: self._decoded(self._own, rows, *kind),
@@ -335,14 +345,16 @@ class Runner:
         keys = [(*self._in[slot].drawn_by, position + 1) for slot, position in zip(slots, positions, strict=True)]
         self._own.uniforms_B[: len(keys)].copy_(self._upload([uniform(*key) for key in keys], torch.float32))
 
-    def _decoded(self, of: _Memory, rows: int, draws: bool, asks: bool, tops: bool) -> _Answers:
+    def _decoded(self, of: _Memory, rows: int, draws: bool, asks: bool, tops: bool, routed: bool) -> _Answers:
         batch = ForwardBatch.of_rows(of.tokens_B[:rows], of.positions_B[:rows], of.slots_B[:rows], rows)
-        hidden, reports = self.model.hidden(self.model.attend_to(replace(batch, observed=self._counts), self.cache))
+        batch = replace(batch, observed=self._counts or routed)
+        hidden, reports = self.model.hidden(self.model.attend_to(batch, self.cache))
         part_BV = self.model.logits(hidden)
         self._sample(part_BV, of, draws, (batch.slots_T, batch.positions_T) if asks else None)
         of.positions_B[:rows].add_(of.advance_B[:rows])
         counts_LE = self._counted(reports, of.slots_B[:rows]) if self._counts else None
         more = [self._tops(part_BV, len(of.slots_B))] if tops else []
+        more += [_routed(reports, rows)] if routed else []
         return self._answers(of, reports, counts_LE, more)
 
     def _mixed(self, plan: StepPlan, observed: bool, may_capture: bool) -> Flight:
@@ -362,8 +374,9 @@ class Runner:
         sampled += [(s.slot, s.stop - 1, s.end - 1) for chunk, s in of_chunks if chunk.is_sampled]
         scored = [s.start + c.skipped + i for c, s in of_chunks for i in range(len(c.targets))]
         rows_N = self._upload([row for _, row, _ in sampled] + scored, torch.int64)
-        whole = observed or self._counts  # reports of all rows are wanted in the last layer too
-        batch = ForwardBatch(tokens_T, positions_T, slots_T, spans, StepRows(_most_rows(plan)), observed=whole)
+        most = _most_rows(plan)
+        whole = observed or self._counts or plan.routed  # reports of all rows are wanted in the last layer too
+        batch = ForwardBatch(tokens_T, positions_T, slots_T, spans, StepRows(most), observed=whole)
         batch = self.model.attend_to(batch, self.cache)
         if plan.draws and sampled:
             self._set([self._in[slot] for slot, _, _ in sampled])
@@ -383,12 +396,14 @@ class Runner:
             scores_M[: len(scored)] = logprobs_of(whole_MV, targets_M)
         if plan.tops:
             more += [self._tops(part_BV, len(own.slots_B)), self._tops(part_MV, most_scored)]
+        more += [_routed(reports, most)] if plan.routed else []
         answers = self._answers(own, reports, counts_LE, more)
-        return self._flight(plan, "mixed", Run(answers), batch, most_scored)
+        return self._flight(plan, "mixed", Run(answers), batch, most, most_scored)
 
     def _shape(self, plan: StepPlan, observed: bool) -> _Shape | None:
         """What a step with chunks is made up to, so that few graphs serve all; None where it runs without one."""
-        special = observed or plan.tops or plan.asks or any(chunk.targets for of in plan.chunks for chunk in of)
+        special = observed or plan.tops or plan.asks or plan.routed
+        special = special or any(chunk.targets for of in plan.chunks for chunk in of)
         tokens = max(sum(len(chunk.ids) for chunk in of) for of in plan.chunks)
         if special or not self._pads_prompts or tokens > MOST_IN_GRAPH:
             return None
@@ -427,7 +442,8 @@ class Runner:
             drawn = [*zip(mine.slots, mine.positions, strict=True), *ends]
             self._set([self._in[slot] for slot, _ in drawn], shape.sampled - len(drawn))
             self._draw([slot for slot, _ in drawn], [position for _, position in drawn])
-        return self._flight(plan, "mixed", self._run_prompts(shape, plan.draws, may_capture), None)
+        run = self._run_prompts(shape, plan.draws, may_capture)
+        return self._flight(plan, "mixed", run, None, shape.rows + shape.tokens)
 
     def _prompts_of(self, shape: _Shape) -> _Prompts:
         if shape not in self._prompts:
@@ -525,7 +541,7 @@ class Runner:
         return count_keys(keys_LBK, layers * experts + 1)[:-1].view(layers, experts)
 
     def _flight(
-        self, plan: StepPlan, kind: str, run: Run[_Answers], batch: ForwardBatch | None, scored: int = 0
+        self, plan: StepPlan, kind: str, run: Run[_Answers], batch: ForwardBatch | None, rows: int, scored: int = 0
     ) -> Flight:
         packed, done = self._to_host(run.value.packed), None
         if self.context.device.type == "cuda":
@@ -535,8 +551,9 @@ class Runner:
         if run.replayed and self.model.shadows is not None:  # the graph's are those of its capture
             told = enumerate(reports)
             reports = [replace(report, shadows=self.model.shadows.report(layer)) for layer, report in told]
+        routed = (rows, self.model.params.n_layers, self.model.params.num_experts_per_tok)
         return Flight(
-            plan, kind, batch, reports, run.value.counts_LE, packed, len(self._own.slots_B), scored, done,
+            plan, kind, batch, reports, run.value.counts_LE, packed, len(self._own.slots_B), scored, routed, done,
             run.recapture_s,
         )  # fmt: skip
 
@@ -555,3 +572,9 @@ def _most_rows(plan: StepPlan) -> int:
     """Of any rank."""
     each = zip(plan.rows, plan.chunks, strict=True)
     return max(len(rows.slots) + sum(len(chunk.ids) for chunk in of) for rows, of in each)
+
+
+def _routed(reports: list[MoEReport], rows: int) -> torch.Tensor:
+    """Experts of a step's rows and of so many more as make ``rows``: int16 [rows, L, K], as bytes."""
+    experts_TLK = torch.stack([report.routing.experts_TK for report in reports], dim=1).to(torch.int16)
+    return F.pad(experts_TLK, (0, 0, 0, 0, 0, rows - len(experts_TLK))).flatten().view(torch.uint8)

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from mixtralkit.engine.requests import Abort, Answer, Request, StreamEvent
+from mixtralkit.engine.requests import Abort, Request, StreamEvent
 from mixtralkit.engine.scheduler import Sequence
+from mixtralkit.engine.step_plan import News, Took
 
 
 class Arrivals(Protocol):
@@ -54,13 +55,27 @@ class EngineSnapshot:
     busy_since: float | None = None
 
 
+@dataclass
+class Told:
+    """What a turn of a serving engine gave, before it is text (``tell.Teller``): requests that began with their keys
+    and most tokens, the step's tokens, and what else happened."""
+
+    began: list[tuple[int, Request, int]] = field(default_factory=list)
+    took: Took = field(default_factory=Took)
+    news: News = field(default_factory=News)
+
+    def __bool__(self) -> bool:
+        took = self.took
+        return bool(self.began or took.keys or took.scored or took.routed or self.news.ends or self.news.cached)
+
+
 @dataclass(eq=False)
 class Run:
     """One call's requests and what came of them.
 
-    ``sequences`` are those that have begun and not ended, by key; on ranks that follow, their answers. ``requests`` are
-    still to come: all at once unless they are taken as there is room (``is_lazy``). ``arrivals`` are those of an engine
-    that ``serves``, whose events tell errors instead of raising them.
+    On rank 0 ``sequences`` are those that have begun and not ended, by key, and ``begun`` the last turn's requests.
+    ``requests`` are still to come: all at once unless they are taken as there is room (``is_lazy``). ``arrivals`` are
+    those of an engine that ``serves``: its ``events`` are what each turn ``told``, and tell errors instead of raising.
     """
 
     number: int
@@ -71,8 +86,10 @@ class Run:
     serves: bool = False
     numbers_from: int = 0
     thread: int = field(default_factory=threading.get_ident)
-    sequences: dict[int, Sequence | Answer] = field(default_factory=dict)
-    events: deque[StreamEvent] = field(default_factory=deque)
+    sequences: dict[int, Sequence] = field(default_factory=dict)
+    events: deque[StreamEvent | Told] = field(default_factory=deque)
+    told: Told = field(default_factory=Told)
+    begun: deque[Request] = field(default_factory=deque)
     stops: bool = False
     exhausted: bool = False
     ended: bool = False

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 from mixtralkit.cache.pages import KnownPage, PagePool
 from mixtralkit.engine.grammar import Grammar
-from mixtralkit.engine.requests import Answer
+from mixtralkit.engine.requests import Progress
 from mixtralkit.engine.step_plan import Arrival, Chunk, Rows, StepPlan
 
 MANY_BEGIN = 8  # times as many sequences may decode as begin for prompts to have the whole budget
@@ -44,7 +44,7 @@ class Sequence:
     """
 
     key: int
-    answer: Answer
+    answer: Progress
     number: int
     run: object = None
     owner: int = -1
@@ -78,7 +78,8 @@ class Planned:
 
     ``sampled`` are the sequences with a next token and ``scored`` those with scores of prompt tokens, by owner, in the
     order of the values; ``ending`` those at their ends with this step though nothing is sampled; ``slots`` all that
-    take part, where they are in this step; ``cached`` those that begin with pages that were known.
+    take part, where they are in this step; ``cached`` those that begin with pages that were known; ``routed`` those
+    whose experts are told: the first of their rows, its position, how many rows.
     """
 
     plan: StepPlan
@@ -87,6 +88,7 @@ class Planned:
     ending: list[Sequence]
     slots: list[list[tuple[int, Sequence]]]
     cached: list[Sequence]
+    routed: list[list[tuple[Sequence, int, int, int]]]
 
     @property
     def surplus(self) -> list[list[int]]:
@@ -273,7 +275,10 @@ class Scheduler:
             return None
         answer = sequence.answer
         known: list[KnownPage] = []
-        if self.prefix_reuse and not (answer.request.prompt_logprobs and sequence.scored < len(answer.request.prompt)):
+        request = answer.request
+        lacks = request.prompt_logprobs and sequence.scored < len(request.prompt)  # what only computing tells
+        lacks |= request.routed_experts and answer.routed < answer.length - 1
+        if self.prefix_reuse and not lacks:
             known = owner.pool.match(answer.ids(0, answer.length))
         taken = sum(owner.pool.is_free(page.page) for page in known)
         left = owner.pool.free - taken - (self._pages_of(answer.length) - len(known))
@@ -372,7 +377,12 @@ class Scheduler:
             self.step, rows and [Rows(*columns) for columns in rows], made.chunks, made.arrivals, made.tables,
             any(r.sampling.temperature > 0 for r in running), max((r.top_logprobs for r in told), default=0),
             any(r.asks for r in running), [[(s.slot, s.mask) for s in own if s.mask is not None] for own in sampled],
+            any(s.answer.request.routed_experts for own in made.slots for _, s in own),
         )  # fmt: skip
+        routed = [
+            list(_routed(*own)) if plan.routed else []
+            for own in zip(made.decodes, made.slots, made.chunks, strict=True)
+        ]
         self._last = sampled if is_decode else None
         for own in self._newest:
             for sequence in own:
@@ -381,7 +391,7 @@ class Scheduler:
             for sequence in own:
                 sequence.unread = True
         self._newest = sampled
-        return Planned(plan, sampled, made.scored, made.ending, made.slots, made.cached)
+        return Planned(plan, sampled, made.scored, made.ending, made.slots, made.cached, routed)
 
 
 class _Making:
@@ -406,3 +416,15 @@ def _rows(sequences: list[Sequence]) -> Iterator[list[int]]:
     yield [s.row if s.unread else -1 for s in sequences]
     yield [0 if s.unread else s.answer.tokens[-1] for s in sequences]
     yield [s.computed - 1 for s in sequences]
+
+
+def _routed(
+    decodes: list[Sequence], slots: list[tuple[int, Sequence]], chunks: list[Chunk]
+) -> Iterator[tuple[Sequence, int, int, int]]:
+    """As ``Planned.routed``; the rows of a step are those that decode, then the chunks."""
+    spans = [(s.computed - 1, 1) for s in decodes] + [(chunk.start, len(chunk.ids)) for chunk in chunks]
+    row = 0
+    for (_, sequence), (position, count) in zip(slots, spans, strict=True):
+        if sequence.answer.request.routed_experts:
+            yield sequence, row, position, count
+        row += count

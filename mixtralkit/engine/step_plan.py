@@ -57,7 +57,8 @@ class StepPlan(msgspec.Struct, array_like=True):
         chunks: of prompts, or of what a preempted sequence had; none is a decode step.
         arrivals: sequences with a slot since the last step.
         tables: (slot, which pages of the sequence from here on, pages) that have changed.
-        draws: some row is not greedy. tops: how many of the likeliest tokens are told with each.
+        draws: some row is not greedy. tops: how many of the likeliest tokens are told with each. routed: the experts
+            of the rows are told.
         asks: some row's logits are changed. masks: (slot, bits of the tokens that a grammar allows next) of rows.
     """
 
@@ -70,30 +71,41 @@ class StepPlan(msgspec.Struct, array_like=True):
     tops: int = 0
     asks: bool = False
     masks: list[list[tuple[int, bytes]]] = []
+    routed: bool = False
 
     @property
     def has_chunks(self) -> bool:
         return any(self.chunks)
 
 
+class Took(msgspec.Struct, array_like=True):
+    """What the oldest step in flight gave, sequences by their keys.
+
+    Attributes:
+        scored: log-probabilities of prompt tokens, and the likeliest in their places.
+        routed: int16 experts [tokens, L, K] of the next positions, as bytes; they go before the tokens sampled.
+        keys, tokens, logprobs, tops: what was sampled.
+    """
+
+    scored: list[tuple[int, list[float], list[Top]]] = []
+    routed: list[tuple[int, bytes]] = []
+    keys: list[int] = []
+    tokens: list[int] = []
+    logprobs: list[float] = []
+    tops: list[Top] = []
+
+
 class News(msgspec.Struct, array_like=True):
-    """What ranks with text learn, sequences by their keys.
+    """What else happened in a turn; behind what the step gave.
 
     Attributes:
         began: (run, key) of each request that was taken from the requests of a run, in that order.
-        scored: log-probabilities of prompt tokens, and the likeliest in their places.
-        keys, tokens, logprobs, tops: what was sampled.
-        ends: (key, reason, error) of those that end for another reason than their tokens.
+        ends: (key, reason, error) of those that end for another reason than their tokens and texts.
         cached: (key, prompt tokens that were in the cache).
         ended_runs: runs that are over; failed_runs: those that an error ended, and its words.
     """
 
     began: list[tuple[int, int]] = []
-    scored: list[tuple[int, list[float], list[Top]]] = []
-    keys: list[int] = []
-    tokens: list[int] = []
-    logprobs: list[float] = []
-    tops: list[Top] = []
     ends: list[tuple[int, str, str | None]] = []
     cached: list[tuple[int, int]] = []
     ended_runs: list[int] = []
@@ -104,14 +116,14 @@ class Message(msgspec.Struct, array_like=True):
     """From rank 0 to all, once in each turn of its loop.
 
     Attributes:
-        takes: the oldest step in flight has been taken.
+        took: the oldest step in flight has been taken, and gave this to those that all ranks read.
         surplus: slots in the newest step in flight, by owner, whose sequences had ended before it began.
         plan: the step to launch, None for none.
         failed: words of the error that ends all.
     """
 
     news: News = msgspec.field(default_factory=News)
-    takes: bool = False
+    took: Took | None = None
     surplus: list[list[int]] = []
     plan: StepPlan | None = None
     failed: str | None = None

@@ -15,7 +15,7 @@ from mixtralkit.engine.tokenizer import TextStream, Tokenizer
 from mixtralkit.server.asking import Asked
 from mixtralkit.server.errors import ApiError
 from mixtralkit.server.logprobs import Shapes, Told
-from mixtralkit.server.protocol import AnyRequest, ChatRequest, CompletionRequest
+from mixtralkit.server.protocol import AnyRequest, ChatRequest, CompletionRequest, NamedTool
 from mixtralkit.server.tools import ToolCalls
 
 
@@ -36,6 +36,7 @@ class Writer:
         self._always_usage = options is not None and options.continuous_usage_stats
         self._generated = [0] * len(asked.requests)
         self._cached = [0] * len(asked.requests)
+        self._experts: dict[int, list[list[list[int]]]] = {}  # that no chunk has told yet, by answer
         self.head = {
             "id": f"{self.prefix}-{uuid.uuid4().hex}", "object": self.kind, "created": int(time.time()), "model": model,
         }  # fmt: skip
@@ -55,6 +56,8 @@ class Writer:
     def note(self, index: int, event: StreamEvent) -> None:
         """Counts an event's tokens; ApiError for one that is the end of a request that could not be answered."""
         self._generated[index] += len(event.tokens)
+        if event.routed_experts is not None and self.body.stream:
+            self._experts.setdefault(index, []).extend(event.routed_experts.tolist())
         done = event.completion
         if done is not None:
             self._generated[index] = len(done.tokens) + (done.end_token is not None)
@@ -66,6 +69,8 @@ class Writer:
 
     def chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
         """A chunk of a stream."""
+        if (experts := self._experts.pop(choice["index"], None)) is not None:
+            choice["routed_experts"] = experts
         more = {"usage": self.usage} if self._always_usage else {"usage": None} if self.tells_usage else {}
         return {**self.head, "choices": [choice], **more}
 
@@ -75,7 +80,11 @@ class Writer:
 
     def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
         """An answer that is no stream."""
-        return {**self.head, "choices": [self.choice(i, c) for i, c in enumerate(completions)], "usage": self.usage}
+        choices = [self.choice(i, c) for i, c in enumerate(completions)]
+        for choice, completion in zip(choices, completions, strict=True):
+            if completion.routed_experts is not None:
+                choice["routed_experts"] = completion.routed_experts.tolist()
+        return {**self.head, "choices": choices, "usage": self.usage}
 
     @property
     def usage(self) -> dict[str, Any]:
@@ -187,7 +196,10 @@ class ChatWriter(Writer):
         super().__init__(body, asked, model, tokenizer)
         self._shapes = Shapes(tokenizer)
         may_call = bool(body.tools) and body.tool_choice != "none"
-        self._calls = [ToolCalls(tokenizer) for _ in asked.requests] if may_call else None
+        many = body.parallel_tool_calls is not False
+        self._calls = [ToolCalls(tokenizer, many) for _ in asked.requests] if may_call else None
+        # OpenAI's servers say "stop" where the request has named the function
+        self._called = "stop" if isinstance(body.tool_choice, NamedTool) else "tool_calls"
 
     def chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
         return super().chunk(choice) | {"object": "chat.completion.chunk"}
@@ -209,7 +221,7 @@ class ChatWriter(Writer):
             numbered = [{"index": i, **call} for i, call in enumerate(calls)]
             yield self._delta(index, {"tool_calls": numbered}, (), None)
         if event.finish_reason:
-            yield self._delta(index, {}, (), "tool_calls" if calls else event.finish_reason)
+            yield self._delta(index, {}, (), self._called if calls else event.finish_reason)
 
     def choice(self, index: int, completion: Completion) -> dict[str, Any]:
         c = completion
@@ -221,7 +233,7 @@ class ChatWriter(Writer):
             text, calls = self._calls[index].push(StreamEvent(c.id, c.text, c.finish_reason, c, tokens))
             if calls:
                 message |= {"content": text or None, "tool_calls": calls}
-                reason = "tool_calls"
+                reason = self._called
         logprobs = self._shapes.chat(told) if self.body.logprobs else None
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 

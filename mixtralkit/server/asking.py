@@ -14,7 +14,7 @@ from mixtralkit.engine.grammar import ANY_OBJECT
 from mixtralkit.engine.requests import Request
 from mixtralkit.engine.sampler import SamplingOptions
 from mixtralkit.engine.tokenizer import Tokenizer
-from mixtralkit.server.errors import ApiError, bad
+from mixtralkit.server.errors import bad
 from mixtralkit.server.protocol import (
     AnyRequest,
     AssistantMessage,
@@ -22,12 +22,14 @@ from mixtralkit.server.protocol import (
     CompletionRequest,
     Content,
     Message,
+    NamedTool,
     ResponseFormat,
     TextPart,
     Tool,
     ToolCall,
     ToolMessage,
 )
+from mixtralkit.server.tools import call_grammar
 
 _COMPLETION_TOKENS = 16  # OpenAI's, where a completion does not say
 _ANSWERS = ("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias")  # as SamplingOptions
@@ -67,7 +69,7 @@ class Asking:
 
     def completion(self, body: CompletionRequest) -> Asked:
         """ApiError that names the field that is wrong."""
-        refuse_unsupported(body)
+        check_stream(body)
         prompts = prompts_of(body.prompt)
         if len(prompts) > self.max_prompts:
             raise bad(
@@ -81,21 +83,19 @@ class Asking:
 
     def chat(self, body: ChatRequest) -> Asked:
         """ApiError that names the field that is wrong."""
-        refuse_unsupported(body)
+        check_stream(body)
         if body.top_logprobs and not body.logprobs:
             raise bad(f"top_logprobs ({body.top_logprobs}) needs logprobs to be true", "top_logprobs")
         given = {name: getattr(body, name) for name in ("max_tokens", "max_completion_tokens")}
         given = {name: value for name, value in given.items() if value is not None}
         if len(set(given.values())) > 1:
             raise bad(f"max_tokens ({body.max_tokens}) and max_completion_tokens ({body.max_completion_tokens}) differ")
-        if not (body.tool_choice is None or body.tool_choice in ("none", "auto")):
-            raise unsupported("tool_choice other than none and auto", "tool_choice")
-        if body.parallel_tool_calls is False:
-            raise unsupported("parallel_tool_calls false", "parallel_tool_calls")
         ids = self.dialog(body.messages, None if body.tool_choice == "none" else body.tools)
+        grammar = self._calls(body)
         room = self.max_seq_len - len(ids)
         name, length = next(iter(given.items()), ("max_tokens", max(room, 1)))
-        return self._asked(body, [ids], length, name, {"logprobs": True, "top_logprobs": body.top_logprobs or 0})
+        wants = {"logprobs": True, "top_logprobs": body.top_logprobs or 0, "grammar": grammar}
+        return self._asked(body, [ids], length, name, wants)
 
     def text(self, text: str, add_bos: bool = True) -> tuple[int, ...]:
         """Token ids of a text in which special tokens may stand by name, behind exactly one begin token."""
@@ -114,6 +114,27 @@ class Asking:
             return tuple(encode_chat(self.tokenizer, [_plain(message) for message in messages], described))
         except ValueError as error:
             raise bad(f"messages: {error}", "messages") from None
+
+    def _calls(self, body: ChatRequest) -> str | None:
+        """The grammar of an answer that must call a tool, or whose calls must fit; None for any answer."""
+        tools, choice = body.tools or [], body.tool_choice
+        if isinstance(choice, NamedTool):
+            name = choice.function.name
+            tools = [tool for tool in tools if tool.function.name == name]
+            if not tools:
+                raise bad(f"tool_choice names {name!r}, which is none of the tools", "tool_choice")
+        elif choice == "required" and not tools:
+            raise bad("tool_choice 'required' needs tools", "tool_choice")
+        forced = isinstance(choice, NamedTool) or choice == "required"
+        if choice == "none" or not (forced or any(tool.function.strict for tool in tools)):
+            return None
+        if schema_of(body.response_format) is not None:
+            raise bad("response_format and calls that must fit cannot both bound an answer", "response_format")
+        many = body.parallel_tool_calls is not False and not isinstance(choice, NamedTool)
+        try:
+            return call_grammar(self.tokenizer, tools, many, free=not forced)
+        except ValueError as error:
+            raise bad(str(error), "tool_choice" if forced else "tools", "unsupported_field") from None
 
     def _ids(self, prompt: str | Sequence[int], number: int, of: int) -> tuple[int, ...]:
         where = "prompt" if of == 1 else f"prompt.{number}"
@@ -137,7 +158,7 @@ class Asking:
             **wants, "stop": (stop,) if isinstance(stop, str) else tuple(stop or ()),
             "stop_token_ids": tuple(body.stop_token_ids or ()),
             "ignore_eos": bool(body.ignore_eos), "min_tokens": body.min_tokens or 0,
-            "json_schema": schema_of(body.response_format),
+            "json_schema": schema_of(body.response_format), "routed_experts": bool(body.routed_experts),
         }  # fmt: skip
         try:
             requests = tuple(
@@ -191,17 +212,10 @@ def schema_of(wanted: ResponseFormat | None) -> str | None:
     return json.dumps(wanted.json_schema.schema_)
 
 
-def refuse_unsupported(body: AnyRequest) -> None:
-    """ApiError for what the engine cannot do, by name."""
-    if body.routed_experts:
-        raise unsupported("routed_experts")
+def check_stream(body: AnyRequest) -> None:
+    """ApiError where a stream's options stand without one."""
     if body.stream_options is not None and not body.stream:
         raise bad("stream_options needs stream to be true", "stream_options")
-
-
-def unsupported(what: str, name: str | None = None) -> ApiError:
-    """400 for a field of OpenAI's, or a value of it, that is not served."""
-    return bad(f"{what} is not supported", name or what, "unsupported_field")
 
 
 def content_text(content: Content | None) -> str:

@@ -1,9 +1,10 @@
-"""The engine's thread, and the way between it and the event loop.
+"""The engine's thread, the one that makes text of its tokens, and the way between them and the event loop.
 
 ::
 
-    event loop   submit, abort ──► inbox ──► poll    engine's thread
-                 Answers ◄── call_soon_threadsafe ◄── the events of a step
+    event loop   submit, abort ──► inbox ──► poll             engine's thread
+                 Answers ◄── call_soon_threadsafe ◄── events ◄── tokens of a step
+                                            text's thread (ends by stop texts ──► inbox)
 
 Only ``poll`` and ``run`` are called in the engine's thread.
 """
@@ -14,6 +15,7 @@ import asyncio
 import contextlib
 import itertools
 import math
+import queue
 import threading
 import time
 from collections import deque
@@ -22,7 +24,8 @@ from typing import Any
 
 from mixtralkit.engine.generation import Engine
 from mixtralkit.engine.requests import Abort, Request, StreamEvent
-from mixtralkit.engine.runs import EngineSnapshot
+from mixtralkit.engine.runs import EngineSnapshot, Told
+from mixtralkit.engine.tell import Teller
 from mixtralkit.server.errors import ApiError
 
 _POLL_S = 1.0  # the engine tells the other ranks so often that it lives
@@ -100,6 +103,7 @@ class EngineThread(threading.Thread):
         self._loop = asyncio.get_running_loop()
         self._inbox: deque[Request | Abort] = deque()
         self._news = threading.Condition()
+        self._told: queue.SimpleQueue[tuple[Told, float] | None] = queue.SimpleQueue()
         self._closing = False
         self._open: dict[int, Answers] = {}
         self._ids = itertools.count()
@@ -114,8 +118,14 @@ class EngineThread(threading.Thread):
         try:
             engine = self._load()
             self._tell(self._is_ready, engine)
-            for events in engine.serve(self):
-                self._tell(self._deliver, events, time.perf_counter())
+            text = threading.Thread(target=self._make_text, args=(engine.teller(),), name="detokenize", daemon=True)
+            text.start()
+            try:
+                for told in engine.tokens(self):
+                    self._told.put((told, time.perf_counter()))
+            finally:
+                self._told.put(None)
+                text.join()  # what it still has to say comes before the end
             self.at_end()
         except BaseException as caught:
             error = caught
@@ -129,6 +139,18 @@ class EngineThread(threading.Thread):
             come = list(self._inbox)
             self._inbox.clear()
             return None if self._closing and not come else come
+
+    def _make_text(self, teller: Teller) -> None:
+        """In a thread of its own: the engine's tokens become events, and it hears which of them end an answer."""
+        try:
+            while (item := self._told.get()) is not None:
+                told, at_s = item
+                events = teller.events(told)
+                self._put([Abort(e.id, untold=True) for e in events if e.finish_reason == "stop" or e.cause])
+                if events:
+                    self._tell(self._deliver, events, at_s)
+        except Exception as error:
+            self._tell(self._on_end, error)
 
     def _tell(self, function: Callable[..., None], *values: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended

@@ -122,17 +122,22 @@ class _State:
 
     def _experts(self, values: tuple[str, ...]) -> Iterator[Metric]:
         """Who was chosen, what the plan in force makes of it, and how it changed."""
-        seen, loads = live(self._service), self._service.loads.total_LE
-        choices = CounterMetricFamily("mixtralkit:expert_choices", "Rows that chose an expert.",
-                                      labels=(*_LABELS, "layer", "expert"))  # fmt: skip
-        for (layer, expert), count in np.ndenumerate(loads):
-            choices.add_metric((*values, str(layer), str(expert)), int(count))
-        yield choices
-        ranks = GaugeMetricFamily("mixtralkit:rank_load", "Share of the last seconds' rows that a rank computes.",
-                                  labels=(*_LABELS, "rank"))  # fmt: skip
-        for rank, share in enumerate(seen["ranks"]["shares"]):
-            ranks.add_metric((*values, str(rank)), share)
-        yield ranks
+        seen, total = live(self._service), self._service.loads.total
+        layers = seen["ranks"]["layers"]
+        cut_2L, hits_2L = total.cut_S2L.sum(0), total.hits_S2L.sum(0)
+        for name, text, labels, sums in (
+            ("expert_choices", "Rows that chose an expert.", ("layer", "expert"), total.choices_LE),
+            ("dropped_rows", "Choices over a capacity that nobody computed.", ("layer",), cut_2L[0]),
+            ("rerouted_rows", "Choices over a capacity that went to another expert.", ("layer",), cut_2L[1]),
+            ("hot_hits", "Choices of experts that the plan has on every rank.", ("layer",), hits_2L[0]),
+            ("shadow_hits", "Choices of experts that are on every rank by a copy.", ("layer",), hits_2L[1]),
+        ):
+            yield _each(CounterMetricFamily, name, text, labels, values, sums)
+        shares_LW, even_L = np.array(layers["shares"]), np.array(layers["balancedness"])
+        text = "Share of a layer's rows, in the last seconds, that a rank computes."
+        yield _each(GaugeMetricFamily, "rank_load", text, ("layer", "rank"), values, shares_LW)
+        text = "Mean load of the ranks by the busiest's, in a layer; 1 is even."
+        yield _each(GaugeMetricFamily, "layer_balancedness", text, ("layer",), values, even_L)
         plan, even = seen["plan"], seen["ranks"]["balancedness"]
         for family, name, text, value in (
             (GaugeMetricFamily, "balancedness", "Mean load of the ranks by the busiest's; 1 is even.", even or 0.0),
@@ -147,4 +152,14 @@ class _State:
 def _one(family: Any, name: str, text: str, labels: tuple[str, ...], values: tuple[str, ...], value: float) -> Metric:
     made = family(name, text, labels=labels)
     made.add_metric(values, value)
+    return made
+
+
+def _each(
+    family: Any, name: str, text: str, labels: tuple[str, ...], values: tuple[str, ...], figures: np.ndarray
+) -> Metric:
+    """One of ours with a value for each place of an array, which the labels name."""
+    made = family(f"mixtralkit:{name}", text, labels=(*_LABELS, *labels))
+    for place, value in np.ndenumerate(figures):
+        made.add_metric((*values, *map(str, place)), value.item())
     return made

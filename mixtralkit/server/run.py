@@ -47,7 +47,7 @@ def serve_other(options: ServerOptions, load: Load) -> None:
     def rows() -> str:
         if engine.expert_rows is None or engine.model.ranks_with_own_sequences == 1:
             return ""  # rank 0 has the same rows
-        return json.dumps(engine.expert_rows.read().tolist())
+        return json.dumps([engine.context.rank, *engine.expert_rows.read().tolist()])
 
     watch = RankWatch.start(engine.context, options.rank_timeout_s, _leave, rows)
     for _ in engine.serve(None):
@@ -70,7 +70,12 @@ async def _serve(name: str, options: ServerOptions, load: Load, listener: socket
 
         watch = RankWatch.start(context, options.rank_timeout_s, dead)
         if watch is not None:
-            service.others_rows = lambda: [np.array(json.loads(line)) for line in watch.lines if line.startswith("[")]
+
+            def told() -> dict[int, np.ndarray]:
+                lines = [json.loads(line) for line in watch.lines if line.startswith("[")]
+                return {rank: np.array(sums) for rank, *sums in lines}
+
+            service.others_rows = told
 
         def end() -> None:
             if watch is not None:

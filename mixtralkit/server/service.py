@@ -7,7 +7,7 @@ import functools
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, TypeVar
 
@@ -45,8 +45,8 @@ class Service:
         self.metrics = Metrics(self)
         self.ended = asyncio.Event()  # when the process may leave
         self.asking: Asking | None = None
-        self.loads = Loads(0, 0)
-        self.others_rows: Callable[[], Iterable[np.ndarray]] = tuple  # of ranks with sequences of their own
+        self.loads = Loads(1, 0, 0)
+        self.others_rows: Callable[[], dict[int, np.ndarray]] = dict  # sums of ranks with sequences of their own
         self._text_work = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="text")
         self.thread = EngineThread(load, self._ready, self._end)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -129,7 +129,8 @@ class Service:
     def _ready(self, engine: Engine) -> None:
         options = self.options
         self.asking = Asking(engine, engine.tokenizer, options.max_prompts, options.max_n, self.thread.next_id)
-        self.loads = Loads(engine.model.params.n_layers, engine.model.params.num_experts)
+        shape = engine.model.params
+        self.loads = Loads(engine.model.ranks_with_own_sequences, shape.n_layers, shape.num_experts)
         if self.state == "loading":
             self.state = "ready"
             self._spawn(self._look())
@@ -171,7 +172,7 @@ class Service:
             await asyncio.sleep(_LOOK_S)
             own = self.engine.expert_rows
             if own is not None:
-                self.loads.take(own.read() + sum(self.others_rows()))
+                self.loads.take({0: own.read(), **self.others_rows()})
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.ensure_future(work)

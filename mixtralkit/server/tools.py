@@ -1,4 +1,4 @@
-"""Calls of tools in what a model says.
+"""Calls of tools in what a model says, and grammars that make it say some.
 
 Mistral's models write ``[TOOL_CALLS]``, a token without text, and a JSON list of calls. Those trained on Hermes's
 format write ``<tool_call>``, a JSON object and ``</tool_call>`` for each. What cannot be read as calls is text.
@@ -10,21 +10,78 @@ import json
 import re
 import secrets
 import string
+from collections.abc import Sequence
 from typing import Any
 
 from mixtralkit.engine.requests import StopFilter, StreamEvent
 from mixtralkit.engine.tokenizer import Tokenizer
+from mixtralkit.server.protocol import Tool
 
 _LIST, _ONE = "[TOOL_CALLS]", "<tool_call>"
 _ID = re.compile(r"[a-zA-Z0-9]{9}")  # Mistral's templates take no other
 _LETTERS = string.ascii_letters + string.digits
 
+_ANY = {"type": "object"}
+_AN_ID = {"type": "string", "pattern": "^[a-zA-Z0-9]{9}$"}
+_AS_DUMPED = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # as models were shown it
+
+
+def call_grammar(tokenizer: Tokenizer, tools: Sequence[Tool], many: bool, free: bool) -> str:
+    """Answers that call one of the tools, or several, with arguments as these describe them: llguidance's Lark.
+
+    Args:
+        many: several calls may come.
+        free: text may come before the calls, or no call at all.
+
+    Raises:
+        ValueError: where the model's template shows no format of calls, or arguments are described in a wrong way.
+    """
+    described, each = {}, []
+    for i, tool in enumerate(tools):
+        described[f"tool{i}"] = _ANY
+        if tool.function.parameters and (tool.function.strict or not free):
+            described[f"tool{i}"] = _moved(tool.function.parameters, f"#/$defs/tool{i}")
+        properties = {"name": {"const": tool.function.name}, "arguments": {"$ref": f"#/$defs/tool{i}"}, "id": _AN_ID}
+        each.append({"type": "object", "properties": properties, "required": ["name", "arguments"],
+                     "additionalProperties": False})  # fmt: skip
+    said = {"anyOf": each}
+    template, mark = tokenizer.chat_template, tokenizer.id_of(_LIST)
+    if template is None or _LIST in template:
+        said = {"type": "array", "items": said, "minItems": 1, **({} if many else {"maxItems": 1})}
+        is_token = mark is not None and not tokenizer.piece_bytes[mark]
+        calls = f'{f"<[{mark}]>" if is_token else json.dumps(_LIST)} " "? json'
+    elif _ONE in template:
+        is_token, calls = False, '"<tool_call>" "\\n"? json "\\n"? "</tool_call>"'
+        calls = f'{calls} ("\\n"? {calls})*' if many else calls
+    else:
+        raise ValueError(f"the model's chat template writes calls neither as {_LIST} nor as {_ONE}")
+    if free and not is_token:  # any text may be one that looks like a call
+        raise ValueError("a function's strict needs a tool_choice here: the model's calls are texts like others")
+    start = f"start: TEXT ({calls})?\nTEXT: /(.|\\n)*/" if free else f"start: {calls}"
+    return f"{start}\njson: %json {json.dumps({**said, '$defs': described, 'x-guidance': _AS_DUMPED})}\n"
+
+
+def _moved(schema: Any, root: str) -> Any:
+    """A JSON schema that stands somewhere else now, with its references."""
+    if isinstance(schema, list):
+        return [_moved(value, root) for value in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {name: _moved(value, root) for name, value in schema.items()}
+    if isinstance(own := schema.get("$ref"), str) and own.startswith("#"):
+        moved["$ref"] = root + own[1:]
+    return moved
+
 
 class ToolCalls:
-    """Splits one answer into text and calls, as it comes."""
+    """Splits one answer into text and calls, as it comes.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._list_id = tokenizer.id_of(_LIST)
+    Args:
+        many: give all calls, else the first.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, many: bool = True) -> None:
+        self._many, self._list_id = many, tokenizer.id_of(_LIST)
         self._filter = StopFilter((_LIST, _ONE))
         self._shown = 0  # characters of the whole that were given as text
         self._whole = ""
@@ -40,7 +97,7 @@ class ToolCalls:
             if not calls:
                 text = self._whole[self._shown :].replace(_LIST, "")
         self._shown += len(text)
-        return text, calls
+        return text, calls if self._many else calls[:1]
 
 
 def read_calls(text: str) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ import torch
 from mixtralkit.config import ModelConfig, MoEOptions, ParallelConfig
 from mixtralkit.distributed import RankContext
 from mixtralkit.engine.generation import Engine
+from mixtralkit.engine.leader import Leader
 from mixtralkit.engine.requests import StreamEvent
 from mixtralkit.engine.step_plan import Message
 from mixtralkit.engine.tokenizer import Tokenizer
@@ -56,21 +57,27 @@ def make_tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer(path)
 
 
+class PlainLeader(Leader):
+    """Plans nothing before all is known."""
+
+    def decide(self, control, watched, moves):
+        if self.flights:
+            message = Message(surplus=self.flights[0][1].surplus)
+            self._take(message, control)
+            return message, None
+        return super().decide(control, watched, moves)
+
+
 class PlainEngine(Engine):
     """One request after the other, and one step after the other: the oracle of many at once that run ahead."""
+
+    leads = PlainLeader
 
     def run(self, requests, should_stop=None) -> Iterator[StreamEvent]:
         self.prefix_reuse = False
         for request in requests:
-            self._next_number = 0
+            self._leader.next_number = 0
             yield from super().run([request], should_stop)
-
-    def _decide(self):
-        if self._flights:  # nothing is planned before all is known
-            message = Message(surplus=self._flights[0][1].surplus)
-            self._take(message)
-            return message, None
-        return super()._decide()
 
 
 def engine_config(**changes) -> ModelConfig:

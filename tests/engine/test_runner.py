@@ -14,6 +14,7 @@ from mixtralkit.distributed import RankContext
 from mixtralkit.engine import runner
 from mixtralkit.engine.generation import Engine
 from mixtralkit.engine.graphs import Graphs
+from mixtralkit.engine.leader import Leader
 from mixtralkit.engine.requests import Request
 from mixtralkit.engine.runner import Runner, bucket_sizes
 from mixtralkit.engine.sampler import SamplingOptions
@@ -71,7 +72,7 @@ class Diary:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.lines: list[tuple[str, int]] = []
         self.rows: list[int] = []
-        launch, take = Runner.launch, Engine._take
+        launch, take = Runner.launch, Leader._take
         flights: dict[int, int] = {}
 
         def launched(runner, plan, *args):
@@ -83,12 +84,12 @@ class Diary:
             self.rows.append(same + chunks)
             return flight
 
-        def taken(engine, message):
-            self.lines.append(("take", flights[id(engine._flights[0][0].plan)]))
-            return take(engine, message)
+        def taken(leader, *args):
+            self.lines.append(("take", flights[id(leader.flights[0][0].plan)]))
+            return take(leader, *args)
 
         monkeypatch.setattr(Runner, "launch", launched)
-        monkeypatch.setattr(Engine, "_take", taken)
+        monkeypatch.setattr(Leader, "_take", taken)
 
 
 def _three_answers(context: RankContext, folder: Path) -> tuple[list[tuple[str, int]], list[int]]:

@@ -12,12 +12,13 @@ from typing import Any
 
 import httpx
 
-from mixtralkit.config import ServerOptions
+from mixtralkit.config import ParallelConfig, ServerOptions
 from mixtralkit.distributed import RankContext
 from mixtralkit.engine.requests import Abort, Completion, Request, StreamEvent, Token
 from mixtralkit.engine.runs import EngineSnapshot
 from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.planning.plan import contiguous
+from mixtralkit.planning.replicas import ReplicaTable
 from mixtralkit.server.app import make_app
 from mixtralkit.server.service import Service
 from tests.server.process import CKPTS
@@ -31,7 +32,12 @@ class Slots:
         self.context = RankContext()
         shape = {"n_layers": 2, "num_experts": 4, "vocab_size": self.tokenizer.n_words}
         params = SimpleNamespace(max_seq_len=max_seq_len, max_batch_size=slots, **shape)
-        self.model = SimpleNamespace(params=params, layout=SimpleNamespace(plan=contiguous(2, 4, 1)))
+        plan, parallel = contiguous(2, 4, 1), ParallelConfig("tp", "ep")
+        tables = [SimpleNamespace(replicas=ReplicaTable.of(plan, layer, True)) for layer in range(2)]
+        self.model = SimpleNamespace(
+            params=params, layout=SimpleNamespace(plan=plan, parallel=parallel), ranks_with_own_sequences=1,
+            store=SimpleNamespace(tables=tables),
+        )  # fmt: skip
         self.expert_rows = self.plan_manager = None
         self.steps = threading.Semaphore(0)
         self.runs_freely = True
@@ -48,8 +54,12 @@ class Slots:
         """Of what runs and waits; the rest is nought."""
         return EngineSnapshot(running=len(self.running), waiting=len(self.waiting), pages=8)
 
-    def serve(self, arrivals: Any) -> Iterator[list[StreamEvent]]:
-        """As the real one."""
+    def teller(self) -> Any:
+        """Its tokens are events."""
+        return SimpleNamespace(events=lambda told: told)
+
+    def tokens(self, arrivals: Any) -> Iterator[list[StreamEvent]]:
+        """As the real one, but with text."""
         closed = False
         while self.running or self.waiting or not closed:
             come = [] if closed else arrivals.poll(not self.running and not self.waiting)

@@ -303,3 +303,29 @@ def test_the_longest_answer_runs_to_the_end_of_the_context(client):
     found = complete(client, prompt=[5] * 10, max_tokens=1014, temperature=1.0, seed=1,
                      logit_bias={"2": -100})  # fmt: skip
     assert (found.usage.total_tokens, found.choices[0].finish_reason) == (1024, "length")
+
+
+def test_which_experts_each_token_took(client):
+    """Of all tokens that the model was given, the same whole, streamed, in a chat, and from Python."""
+    alone = Mixtral.build(CKPTS, max_seq_len=64, max_batch_size=1, device="cpu")
+    asked = {"routed_experts": True, "max_tokens": 6, "n": 2, "seed": 3, "temperature": 1.0}
+    whole = complete(client, **asked)
+    prompt = whole.usage.prompt_tokens
+    parts: list[list] = [[], []]
+    for chunk in complete(client, **asked, stream=True):
+        parts[chunk.choices[0].index] += getattr(chunk.choices[0], "routed_experts", None) or []
+    for choice, streamed in zip(whole.choices, parts, strict=True):
+        assert choice.routed_experts == streamed
+        assert len(streamed) == prompt + 6 - (choice.finish_reason == "length")
+    (wanted,) = alone.engine.complete([alone.request(0, PROMPT, 6, temperature=0, routed_experts=True)])
+    assert complete(client, routed_experts=True, max_tokens=6).choices[0].routed_experts == (
+        wanted.routed_experts.tolist()
+    )
+    assert not hasattr(complete(client).choices[0], "routed_experts"), "where nobody asks"
+    chat = {"model": "ckpts", "messages": [{"role": "user", "content": "Hi"}], "temperature": 0, "max_tokens": 5,
+            "extra_body": {"routed_experts": True}}  # fmt: skip
+    said = client.chat.completions.create(**chat).choices[0].routed_experts
+    streamed = [getattr(c.choices[0], "routed_experts", None) or [] for c in
+                client.chat.completions.create(**chat, stream=True)]  # fmt: skip
+    assert said == [experts for part in streamed for experts in part]
+    assert {len(layer) for layers in said for layer in layers} == {2}

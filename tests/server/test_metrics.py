@@ -33,8 +33,11 @@ def test_the_experts_loads_are_there(server):
     assert (len(loads), len(loads[0])) == (6, 8)
     assert len({sum(layer) for layer in loads}) == 1, "each layer routes the same rows"
     assert sum(loads[0]) % 2 == 0, "each row to two experts"
-    assert server.metric("mixtralkit:rank_load") == 1.0
+    assert server.metric("mixtralkit:rank_load") == 6.0, "1 in each layer"
+    assert server.metric("mixtralkit:layer_balancedness") == 6.0
     assert server.metric("mixtralkit:balancedness") == 1.0
+    for name in ("dropped_rows", "rerouted_rows", "hot_hits", "shadow_hits"):
+        assert server.metric(f"mixtralkit:{name}_total") == 0, "there is one rank"
 
 
 def test_every_name_of_the_guide_is_served(server):

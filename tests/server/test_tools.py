@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from dataclasses import replace
 
+import jsonschema
+import numpy as np
 import pytest
 
+from mixtralkit.distributed import RankContext
 from mixtralkit.engine.chat import render
+from mixtralkit.engine.generation import Engine
+from mixtralkit.engine.grammar import Grammars
 from mixtralkit.engine.requests import Completion, StreamEvent, Token
-from mixtralkit.server.tools import read_calls
+from mixtralkit.engine.tokenizer import TextStream, Tokenizer
+from mixtralkit.server.protocol import Tool
+from mixtralkit.server.tools import ToolCalls, call_grammar, read_calls
+from tests.engine.parts import engine_config, make_model
+from tests.engine.side_files import trained
+from tests.engine.test_side_files import CONTROLS
 from tests.server.doubles import Slots, run
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
@@ -112,12 +123,124 @@ def test_the_template_shows_tools_calls_and_results():
         messages = [*ASKED["messages"], {"role": "assistant", "content": None, "tool_calls": [call]},
                     {"role": "tool", "tool_call_id": "abcDEF123", "content": "31"}]  # fmt: skip
         return [await client.post("/v1/chat/completions", json={**ASKED, "messages": messages, **more})
-                for more in ({}, {"tool_choice": "required"}, {"parallel_tool_calls": False})]  # fmt: skip
+                for more in ({}, {"tool_choice": "required"}, {"tool_choice": {"type": "function",
+                             "function": {"name": "other"}}}, {"tools": None, "tool_choice": "required"})]  # fmt: skip
 
     good, *refused = run(ask, engine)
     assert good.status_code == 200
     assert shown[0].startswith('<s>[TOOLS] [{"type": "function", "function": {"name": "weather"')
     assert '"arguments": {"city": "Rome"}' in shown[0], "values, not JSON in JSON"
     assert shown[0].endswith("[tool] 31abcDEF123")
-    assert [answer.status_code for answer in refused] == [400, 400]
+    assert [answer.status_code for answer in refused] == [400, 400, 400]
+    for answer, says in zip(refused, ("writes calls neither as", "names 'other'", "needs tools"), strict=True):
+        assert says in answer.json()["error"]["message"]
+        assert answer.json()["error"]["param"] == "tool_choice"
     assert "[TOOLS]" not in render(engine.tokenizer, ASKED["messages"])
+
+
+def test_one_call_where_no_more_are_wanted():
+    text = '<tool_call>{"name": "a"}</tool_call><tool_call>{"name": "b"}</tool_call>'
+    for message in said(text, parallel_tool_calls=False):
+        assert [call["function"]["name"] for call in message["tool_calls"]] == ["a"]
+        assert message["reason"] == "tool_calls"
+
+
+CITY = {
+    "type": "object", "properties": {"city": {"$ref": "#/$defs/City"}, "warm": {"type": "boolean"}},
+    "required": ["city", "warm"], "additionalProperties": False, "$defs": {"City": {"enum": ["Rome", "Köln"]}},
+}  # fmt: skip
+TWO = [
+    {"type": "function", "function": {"name": "weather", "parameters": CITY, "strict": True}},
+    {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {},
+                                                                    "additionalProperties": False}}},
+]  # fmt: skip
+
+
+def random_answer(tokenizer: Tokenizer, grammar: str, seed: int) -> list[int]:
+    """Random allowed tokens, an end wherever it may be."""
+    rng, ids = random.Random(seed), []
+    state = Grammars(tokenizer, tokenizer.n_words).begin(grammar, lark=True)
+    while len(ids) < 4000:
+        mask = np.flatnonzero(np.unpackbits(state.allowed(ids).view(np.uint8), bitorder="little")).tolist()
+        goes_on = [id for id in mask if id not in tokenizer.end_ids]
+        if len(goes_on) < len(mask) and (not goes_on or rng.random() < 0.5):
+            return ids
+        ids.append(rng.choice(goes_on))
+    raise AssertionError("it does not end")
+
+
+def events_of(tokenizer: Tokenizer, ids: list[int]) -> StreamEvent:
+    stream = TextStream(tokenizer)
+    texts = [stream.push(id) for id in ids]
+    done = Completion(0, ids, [0.0] * len(ids), None, "".join(texts), "stop", texts)
+    tokens = tuple(Token(id, 0.0, text) for id, text in zip(ids, texts, strict=True))
+    return StreamEvent(0, "".join(texts), "stop", done, tokens)
+
+
+@pytest.mark.parametrize("template", [None, "[TOOL_CALLS] {{ tools }}", "<tool_call> {{ tools }}"])
+@pytest.mark.parametrize("many", [True, False])
+def test_a_call_that_must_come_comes(tmp_path, template, many):
+    """Whatever the model wants: random tokens of those that the grammar allows are calls that fit their tools."""
+    (tmp_path / "tokenizer.model.v3").write_bytes(trained(control_symbols=CONTROLS))
+    tokenizer = Tokenizer.beside(tmp_path)
+    tokenizer.chat_template = template
+    tools, names, counts = [Tool.model_validate(tool) for tool in TWO], set(), set()
+    for seed in range(12):
+        ids = random_answer(tokenizer, call_grammar(tokenizer, tools, many, free=False), seed)
+        text, calls = ToolCalls(tokenizer).push(events_of(tokenizer, ids))
+        assert (text, bool(calls)) == ("", True), tokenizer.decode(ids)
+        counts.add(len(calls))
+        for call in calls:
+            names.add(call["function"]["name"])
+            parameters = {"weather": CITY, "now": TWO[1]["function"]["parameters"]}[call["function"]["name"]]
+            jsonschema.validate(json.loads(call["function"]["arguments"]), parameters)
+    assert names == {"weather", "now"}
+    assert (max(counts) > 1) == many
+
+
+def test_strict_arguments_fit_also_where_calls_are_free(tmp_path):
+    (tmp_path / "tokenizer.model.v3").write_bytes(trained(control_symbols=CONTROLS))
+    tokenizer = Tokenizer.beside(tmp_path)
+    tools = [Tool.model_validate(tool) for tool in TWO]
+    grammars, grammar = Grammars(tokenizer, tokenizer.n_words), call_grammar(tokenizer, tools, True, free=True)
+
+    def allows(ids: list[int]) -> bool:
+        state = grammars.begin(grammar, lark=True)
+        return all(state.allowed(ids[:i])[id // 32] >> id % 32 & 1 for i, id in enumerate(ids))
+
+    mark, encode = tokenizer.id_of("[TOOL_CALLS]"), tokenizer.encode
+    good = encode('[{"name": "weather", "arguments": {"city": "Rome", "warm": true}}]', bos=False)
+    bad = encode('[{"name": "weather", "arguments": {"city": "Paris", "warm": true}}]', bos=False)
+    free = encode('[{"name": "now", "arguments": {}}]', bos=False)
+    end = [tokenizer.eos_id]
+    assert allows([*encode("I do not know.\n", bos=False), *end])
+    assert allows([mark, *good, *end])
+    assert allows([*encode("Let me look.", bos=False), mark, *free, *end])
+    assert not allows([mark, *bad])
+    tokenizer.chat_template = "<tool_call> {{ tools }}"
+    with pytest.raises(ValueError, match="strict needs a tool_choice"):
+        call_grammar(tokenizer, tools, True, free=True)
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "now"}}])
+def test_a_model_that_never_heard_of_tools_calls_them(tmp_path, choice):
+    """The engine, its grammar and Mistral's template of version 3, over HTTP, whole and streamed."""
+    (tmp_path / "tokenizer.model.v3").write_bytes(trained(control_symbols=CONTROLS))
+    model = make_model(RankContext(), engine_config(max_seq_len=1024))
+    engine = Engine(model, Tokenizer.beside(tmp_path))
+    asked = {"messages": [{"role": "user", "content": "Hi"}], "tools": TWO, "tool_choice": choice, "max_tokens": 300,
+             "seed": 5}  # fmt: skip
+
+    async def ask(service, client):
+        whole = await client.post("/v1/chat/completions", json=asked)
+        parts = await client.post("/v1/chat/completions", json={**asked, "stream": True})
+        return whole, parts.text
+
+    whole, lines = run(ask, engine)
+    (said,) = whole.json()["choices"]
+    assert said["finish_reason"] == ("tool_calls" if choice == "required" else "stop")
+    functions = [call["function"] for call in said["message"]["tool_calls"]]
+    assert {function["name"] for function in functions} <= ({"now", "weather"} if choice == "required" else {"now"})
+    deltas = [json.loads(line[6:])["choices"][0]["delta"] for line in lines.splitlines() if line.startswith("data: {")]
+    assert [call["function"] for delta in deltas for call in delta.get("tool_calls", [])] == functions
+    assert "".join(delta.get("content") or "" for delta in deltas) == ""
