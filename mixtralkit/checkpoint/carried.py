@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mixtralkit.checkpoint.discover import Found
+from mixtralkit.checkpoint.discover import GGUF, Found
+from mixtralkit.checkpoint.gguf_vocabulary import side_files
 from mixtralkit.checkpoint.quantised import STATED_IN
 from mixtralkit.checkpoint.statements import SIDE_FILES, Statements, with_end_ids
 from mixtralkit.json_file import read_bytes, read_object
@@ -23,7 +24,7 @@ _IMPLIED = {
 
 
 def carried_files(found: Found, written: Mapping[str, str], dtype: str) -> tuple[dict[str, bytes], list[str]]:
-    """Side files of a conversion by name, and sentences on what is lost.
+    """Side files of a conversion by name, those that a GGUF file holds in its keys too, and sentences on what is lost.
 
     The parameters' file keeps its bytes where source and target have the same one and the same dtype; all others keep
     them always. End tokens that only ``config.json`` says go to ``generation_config.json`` where there is none.
@@ -34,15 +35,21 @@ def carried_files(found: Found, written: Mapping[str, str], dtype: str) -> tuple
         dtype: of the target, by name.
     """
     files = {name: text.encode() for name, text in written.items()}
-    for name in SIDE_FILES:
-        if (found.folder / name).is_file():
-            files[name] = read_bytes(found.folder / name)
+    held = [name for name in SIDE_FILES if (found.folder / name).is_file() and not found.alone]
+    notes = []
+    if found.kind == GGUF and not {"tokenizer.model", "tokenizer.json"}.intersection(held):
+        try:
+            files |= side_files(found.parameters)
+        except ValueError as error:
+            notes.append(f"no tokenizer is written: {error}")
+    files |= {name: read_bytes(found.folder / name) for name in held}
     source = found.parameters.name
     stated = read_object(found.parameters) if source.endswith(".json") and source != "checkpoint.json" else {}
     if source in written and _is_same_kind(stated, json.loads(written[source])):
         files[source] = _with_dtype(found.parameters, stated, dtype)
-        return files, []
-    return _across(found, files, stated)
+        return files, notes
+    files, lost = _across(found, files, stated)
+    return files, [*notes, *lost]
 
 
 def _is_same_kind(source: Mapping[str, Any], target: Mapping[str, Any]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,8 @@ class Found:
     """A checkpoint folder: its kind, model, and files in order; ``layouts`` of the ranks in our own format.
 
     ``parameters`` is the JSON file that the model was read from. ``weight_map`` is the index of a Hugging Face folder:
-    the file of each tensor. ``method`` is how others quantised it.
+    the file of each tensor. ``method`` is how others quantised it. ``alone`` is of a file that was given and not its
+    folder: what lies beside it is not its.
     """
 
     folder: Path
@@ -64,6 +65,7 @@ class Found:
     layouts: tuple[RankLayout, ...] = ()
     weight_map: Mapping[str, str] = field(default_factory=dict)
     method: Method | None = None
+    alone: bool = False
 
     @property
     def weights(self) -> ExpertWeights:
@@ -81,11 +83,15 @@ def recognise(folder: str | Path, format: str | None = None) -> Found:
     """Looks at the names in ``folder`` and reads its model parameters.
 
     Args:
+        folder: or one ``.gguf`` file, which may be a part of several.
         format: which checkpoint to take where the folder holds several, as the writer's formats are called.
 
     ValueError, in one sentence, for a folder that is missing, holds none or several checkpoints, or lacks a file.
     """
     folder = Path(folder)
+    if folder.suffix == ".gguf" and folder.is_file():
+        _, paths = _choose(folder, {GGUF: _parts_of(folder)}, format)
+        return replace(_gguf(folder.parent, paths), alone=True)
     if not folder.is_dir():
         raise ValueError(f"{folder}: {'is not a folder' if folder.exists() else 'no such folder'}")
     found = checkpoint_files(folder)
@@ -102,12 +108,11 @@ def recognise(folder: str | Path, format: str | None = None) -> Found:
             f"{INDEX_JSON}, {OURS_JSON}); it holds {_some(held) or 'nothing'}"
         )
     kind, paths = _choose(folder, found, format)
+    if kind == GGUF:
+        return _gguf(folder, paths)
     _check_numbers(folder, kind, paths, weight_map)
     if kind == "mixtralkit":
         return _ours(folder, paths)
-    if kind == GGUF:
-        files = tuple((path,) for path in paths)
-        return Found(folder, kind, _gguf_model(paths[0]), files, paths[0], method=GgufBlocks())
     parameters = _parameters_file(folder, kind)
     config, method = load_json(parameters, _model_of)
     method = method or _stated_beside(folder)
@@ -195,9 +200,6 @@ def _check_numbers(folder: Path, kind: str, paths: Sequence[Path], weight_map: M
         if missing:
             raise ValueError(f"{folder}: lacks {_some(missing)}, which {INDEX_JSON} names")
         return
-    if kind == GGUF:
-        _check_gguf(folder, paths)
-        return
     if kind.startswith("Hugging Face"):
         _check_shards(folder, paths)
         return
@@ -239,12 +241,24 @@ def _check_gguf(folder: Path, paths: Sequence[Path]) -> None:
         )
 
 
-def _gguf_model(path: Path) -> ModelConfig:
-    file = ByteFile((path,))
+def _gguf(folder: Path, paths: Sequence[Path]) -> Found:
+    _check_gguf(folder, paths)
+    file = ByteFile(paths[:1])
     try:
-        return model_of(file)
+        config = model_of(file)
     finally:
         file.close()
+    return Found(folder, GGUF, config, tuple((path,) for path in paths), paths[0], method=GgufBlocks())
+
+
+def _parts_of(path: Path) -> list[Path]:
+    """All parts of the model that a file is of, in order."""
+    match = re.fullmatch(r"(.+)-\d+-of-(\d+)\.gguf", path.name, re.ASCII)
+    if match is None:
+        return [path]
+    name = re.compile(rf"{re.escape(match[1])}-(\d+)-of-{match[2]}\.gguf", re.ASCII)
+    found = {int(part[1]): other for other in path.parent.iterdir() if (part := name.fullmatch(other.name))}
+    return [found[number] for number in sorted(found)]
 
 
 def _model_of(params: Any) -> tuple[ModelConfig, Method | None]:

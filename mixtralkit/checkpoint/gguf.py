@@ -26,6 +26,7 @@ from mixtralkit.moe.weights.int4 import pack_bits
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MOST_HEADER_BYTES = 256 << 20  # of keys, among them all words of a vocabulary
+_AHEAD_BYTES = 1 << 20
 MOST_NUMBERS = 1 << 24  # of an array, and tensors
 _PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16, 28: torch.float64}
 _OTHERS = {
@@ -121,12 +122,17 @@ class _Words:
 
     def __init__(self, file: ByteFile) -> None:
         self.file, self.at = file, 0
+        self._ahead, self._from = b"", 0
 
     def take(self, size: int) -> bytes:
         if size > self.file.size - self.at or self.at + size > MOST_HEADER_BYTES:
             raise ValueError(f"{self.file}: truncated or damaged: its header goes on for {size:,} bytes at {self.at:,}")
+        if self.at + size > self._from + len(self._ahead):
+            self._from = self.at
+            self._ahead = self.file.read(self.at, min(max(size, _AHEAD_BYTES), self.file.size - self.at))
+        start = self.at - self._from
         self.at += size
-        return self.file.read(self.at - size, size)
+        return self._ahead[start : start + size]
 
     def numbers(self, code: str, count: int = 1) -> tuple:
         return struct.unpack(f"<{count}{code}", self.take(struct.calcsize(f"<{code}") * count))

@@ -18,6 +18,7 @@ COMMANDS = {
     "show": "mixtralkit.cli.profile:show",
     "popularity": "mixtralkit.cli.profile:popularity",
     "plan": "mixtralkit.cli.plan:plan",
+    "quantise-report": "mixtralkit.cli.quantise_report:quantise_report",
     "convert-plan": "mixtralkit.planning.convert:convert_plan",
     "simulate": "mixtralkit.cli.simulate:simulate",
     "measure": "mixtralkit.cli.measure:measure",

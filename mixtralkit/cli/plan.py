@@ -76,6 +76,7 @@ class PolicyOptions(Options):
         num_groups: balanced: groups of experts that stay on one node each (hierarchical); global without it.
         shares: balanced: what is made even, loads as they are poured here, or in equal parts of replicas, as in SGLang.
         finetune_threshold: two_phase: total-variation distance above which a layer is corrected; Lina's rule without.
+        errors: bits: what mixtralkit quantise-report measured, .json; memory_gb is filled.
         shadow_steps: shadow: steps over which sending the weights is paid.
         dispatcher: auto: how the plan will run: exact, static, two_stage, coherent, replicated or symmetric.
     """
@@ -91,6 +92,7 @@ class PolicyOptions(Options):
     num_groups: Count | None = None
     shares: Literal["poured", "equal"] = "poured"
     finetune_threshold: Share | None = None
+    errors: Path | None = None
     shadow_steps: Positive = 1.0
     dispatcher: str = "exact"
 
@@ -113,8 +115,8 @@ def plan(
 
     Args:
         trace: Routing trace (.npz, .npy), or SGLang's recorded loads (.pt).
-        policy: contiguous, hot_cold, two_phase, affinity, balanced, shadow, everywhere or auto, or a plan by name as
-            balanced+4 or hot_cold/node+2 (docs/planning.md).
+        policy: contiguous, hot_cold, two_phase, affinity, balanced, shadow, everywhere, bits or auto, or a plan by name
+            as balanced+4 or hot_cold/node+2 (docs/planning.md).
         output: File for the plan.
         format: mixtralkit, sglang, tensorrt_llm, vllm or exflow.
         plot: File for a picture of loads and crossings, layer by layer.
@@ -126,12 +128,13 @@ def plan(
         raise ValueError(f"policy ({policy!r}) must be one of {', '.join([*POLICIES, 'auto'])}")
     for path in (output, plot):
         check_free(path, overwrite)
-    given = replace(_read(trace, request), options=_options(policy, only))
+    given = replace(_read(trace, request, policy), options=_options(policy, only))
     started = time.perf_counter()
     execution = Execution(only.dispatcher, request.batch)
     made = auto_for(given, execution) if policy == "auto" else make_plan(policy, given)
     seconds = time.perf_counter() - started
-    given.budget.require(int(made.holds_LWE.sum(2).max()), made.num_layers, f"policy {policy}")
+    if made.precision is None:
+        given.budget.require(int(made.holds_LWE.sum(2).max()), made.num_layers, f"policy {policy}")
     save_plan(made, output, FORMATS[format])
     if plot is not None:
         plot_plan(made, given.loads_LE, given.trace and given.trace.transitions_LEE(), plot)
@@ -153,13 +156,14 @@ def _options(policy: str, only: PolicyOptions) -> dict[str, object]:
     return options
 
 
-def _read(path: Path, request: PlanRequest) -> Given:
+def _read(path: Path, request: PlanRequest, policy: str) -> Given:
     trace, loads_LE = load_routing(path, request.num_experts)
     model = ModelConfig.from_file(shipped("models", request.model))
     shape = ModelShape.of(model, parse_dtype(request.dtype).itemsize, parse_weights(request.quantize))
     shape = replace(shape, num_experts=loads_LE.shape[1], top_k=shape.top_k if trace is None else trace.top_k)
     budget = Budget(request.slots_per_rank, request.memory_gb, shape.expert_bytes)
-    budget.slots(*loads_LE.shape, request.world_size)
+    if policy != "bits":
+        budget.slots(*loads_LE.shape, request.world_size)
     hardware = Hardware.load(shipped("hardware", request.hardware))
     rows = request.batch * request.world_size * shape.top_k
     return Given(loads_LE, request.world_size, trace, request.ranks_per_node, budget, shape, hardware, rows)
@@ -217,6 +221,11 @@ def _print_notes(plan: ExpertPlan) -> None:
         print(
             f"{'exact' if meta['exact'] else 'not proven to be the best'}; no placement without replicas has fewer "
             f"than {meta['crossings_bound']:.3f} crossings a token ({meta['bound'].rpartition(': ')[2]})"
+        )
+    elif plan.policy == "bits":
+        print(
+            f"{meta['bits']:.3f} bits a weight, harm {meta['harm']:.4g} by the errors of {meta['errors']}; "
+            f"no choice within the budget has less than {meta['harm_bound']:.4g}"
         )
     elif plan.policy == "two_phase" and meta:
         print(

@@ -1,4 +1,4 @@
-"""The two kinds of tokenizer file: a sentencepiece model, and ``tokenizer.json`` of the ``tokenizers`` library."""
+"""The two kinds of tokenizer: a sentencepiece model, and ``tokenizer.json`` of the ``tokenizers`` library."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import sentencepiece
 
+from mixtralkit.checkpoint.gguf_vocabulary import keys_of, sentencepiece_model
 from mixtralkit.json_file import conform, parse_json, read_bytes, shown
 
 SPACE = "\u2581"  # sentencepiece's visible space
@@ -17,10 +18,13 @@ _APART = "☺"  # no piece joins it to what follows, as in mistral-common
 
 
 class SentencePieces:
-    """A sentencepiece model as Llama and Mistral use it. Text never becomes a control id."""
+    """A sentencepiece model as Llama and Mistral use it, in a file of its own or a GGUF's keys.
+
+    Text never becomes a control id.
+    """
 
     def __init__(self, path: Path) -> None:
-        content = _content(path)
+        content = sentencepiece_model(path, keys_of(path)) if path.suffix == ".gguf" else _content(path)
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_proto=content)
         except (RuntimeError, ValueError):

@@ -16,8 +16,10 @@ sampled, so that rank 0's host reads all answers, a step later as well.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -39,13 +41,16 @@ from mixtralkit.engine.step_plan import Arrival, Rows, StepPlan
 from mixtralkit.model.attention import CachedAttention
 from mixtralkit.model.batch import ForwardBatch, Span
 from mixtralkit.model.kv_cache import KVCache
+from mixtralkit.model.tiered import Desk, run_tiered
 from mixtralkit.model.transformer import Transformer
 from mixtralkit.moe.layer import MoEReport, StepRows
 from mixtralkit.ops.counting import count_keys
+from mixtralkit.ops.hidden import Hidden
 
 MOST_IN_GRAPH = 1536  # prompt tokens; launching 32 layers took a host 57 ms, as long as an H200 needs for 1,100 tokens
 PROMPT_TOKENS = (64, 256, 512, 768, 1024, MOST_IN_GRAPH)  # that steps with chunks are made for
 FEW_BESIDE = 16  # rows that decode beside them; else there is room for all, which costs little where they are missing
+T = TypeVar("T")
 _SAMPLED_SIZE = 12  # bytes of a sampled token: its int64 id and its float32 log-probability
 _TOP_SIZE = 8 * MOST_TOP_LOGPROBS  # bytes of the likeliest tokens in a place: ids and log-probabilities in float32
 
@@ -215,6 +220,7 @@ class Runner:
         self._graphs = Graphs(self.context.device, cuda_graphs and model.in_graphs(True))
         self._pads_prompts = self.context.device.type == "cuda" and model.in_graphs(False)
         self._prompts: dict[_Shape, _Prompts] = {}
+        self._desks: dict[int, Desk] = {}  # by rows
         self._relocations = model.store.relocations
         self._in: dict[int, Arrival] = {}  # by slot
         self._rows, self._filled = Rows(), 0
@@ -309,6 +315,8 @@ class Runner:
         return self._flight(plan, "graph" if run.replayed else "launched", run, batch, rows)
 
     def _run_decode(self, rows: int, kind: tuple[bool, ...], may_capture: bool) -> Run[_Answers]:
+        if self.model.decodes_in_pieces:
+            return self._decoded_in_pieces(rows, kind, may_capture)
         return self._graphs.run(
             (rows, *kind),
             lambda: self._decoded(self._own, rows, *kind),
@@ -346,9 +354,42 @@ class Runner:
         self._own.uniforms_B[: len(keys)].copy_(self._upload([uniform(*key) for key in keys], torch.float32))
 
     def _decoded(self, of: _Memory, rows: int, draws: bool, asks: bool, tops: bool, routed: bool) -> _Answers:
+        batch = self._batch_of(of, rows, routed)
+        return self._sampled(of, batch, *self.model.hidden(batch), draws, asks, tops, routed)
+
+    def _decoded_in_pieces(self, rows: int, kind: tuple[bool, ...], may_capture: bool) -> Run[_Answers]:
+        """The same where the host has a say in every layer; the last piece takes what is sampled."""
+        if rows not in self._desks:
+            params, device = self.model.params, self.context.device
+            most = max(self.model.store.tiers.slots.values())
+            given = (rows, params.num_experts_per_tok, params.dim, most, self.model.dtype, device)
+            self._desks[rows] = Desk(*given)
+            if self._graphs.is_on:  # so that kernels are compiled before they are captured
+                scratch = _Memory(rows, device)
+                run_tiered(self.model, self._batch_of(scratch, rows), Desk(*given), lambda _, piece: piece())
+        batch, ran = self._batch_of(self._own, rows), []
+
+        def run(key: tuple, piece: Callable[[], T], rehearse: Callable[[], object] = lambda: None) -> T:
+            ran.append(self._graphs.run((rows, *key), piece, rehearse, may_capture))
+            return ran[-1].value
+
+        hidden, reports = run_tiered(self.model, batch, self._desks[rows], run)
+        answers = run(
+            ("sampled", *kind),
+            lambda: self._sampled(self._own, batch, hidden, reports, *kind),
+            lambda: self._sampled(_Memory(rows, self.context.device), batch, hidden, reports, *kind),
+        )
+        return Run(answers, ran[-1].replayed, sum(one.recapture_s for one in ran))
+
+    def _batch_of(self, of: _Memory, rows: int, observed: bool = False) -> ForwardBatch:
         batch = ForwardBatch.of_rows(of.tokens_B[:rows], of.positions_B[:rows], of.slots_B[:rows], rows)
-        batch = replace(batch, observed=self._counts or routed)
-        hidden, reports = self.model.hidden(self.model.attend_to(batch, self.cache))
+        return self.model.attend_to(replace(batch, observed=self._counts or observed), self.cache)
+
+    def _sampled(
+        self, of: _Memory, batch: ForwardBatch, hidden: Hidden, reports: list[MoEReport], draws: bool, asks: bool,
+        tops: bool, routed: bool,
+    ) -> _Answers:  # fmt: skip
+        rows = len(batch)
         part_BV = self.model.logits(hidden)
         self._sample(part_BV, of, draws, (batch.slots_T, batch.positions_T) if asks else None)
         of.positions_B[:rows].add_(of.advance_B[:rows])

@@ -6,9 +6,12 @@ import codecs
 import re
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
+from mixtralkit.checkpoint.gguf_vocabulary import keys_of
+from mixtralkit.checkpoint.gguf_vocabulary import statements as of_gguf
 from mixtralkit.checkpoint.statements import Statements
 from mixtralkit.engine.pieces import SPACE, JsonPieces, SentencePieces
 from mixtralkit.json_file import read_text
@@ -26,7 +29,7 @@ class Tokenizer:
     tokens are found in it, as are all special ones by the ``tokenizers`` library where ``tokenizer.json`` is read.
 
     Args:
-        model_path: a sentencepiece model or a ``tokenizer.json``.
+        model_path: a sentencepiece model, a ``tokenizer.json``, or a GGUF file with a vocabulary.
         statements: of the files beside; None for none.
         vocab_size: the model's; added tokens beyond it are left out, with a warning.
         chat_template: a jinja template that goes before the folder's, a file.
@@ -90,8 +93,9 @@ class Tokenizer:
         """The tokenizer of the checkpoint in ``folder``, with all that its side files say.
 
         Args:
+            folder: or a GGUF file, which says all of it.
             path: a tokenizer's file, or a folder with one; None finds it in ``folder``. The files beside it are read,
-                and end tokens are those of ``folder``.
+                and end tokens are those of ``folder``. Of a GGUF file, the vocabulary and all that it says are.
 
         Raises:
             ValueError: naming the file and what is wrong with it.
@@ -100,10 +104,14 @@ class Tokenizer:
         path = folder if path is None else Path(path)
         if path.is_dir():
             found = next((path / name for name in _FILES if (path / name).exists()), None)
+            found = found or min(path.glob("*.gguf"), default=None)
             if found is None and (path / "tekken.json").exists():
                 raise ValueError(f"tokenizer ({path / 'tekken.json'}): Mistral's tekken is not read")
             path = found or path / _FILES[0]
-        said = Statements.read(folder, path.parent)
+        said = Statements() if folder.is_file() else Statements.read(folder, path.parent)
+        if path.suffix == ".gguf":
+            own = of_gguf(path, keys_of(path))
+            said = own if said.end_ids is None else replace(own, end_ids=said.end_ids)
         for note in said.notes:
             warnings.warn(note, stacklevel=2)
         return cls(path, said, vocab_size, chat_template, stop_token_ids)

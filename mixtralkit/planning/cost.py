@@ -53,6 +53,10 @@ class ModelShape:
         """Weights of one expert."""
         return self.weights.expert_bytes(self.dim, self.hidden, self.data_bytes)
 
+    def sizes(self, formats: Sequence[str]) -> np.ndarray:
+        """Bytes of an expert in each of these formats of ``plan.PRECISIONS``."""
+        return np.array([PRECISIONS[n].expert_bytes(self.dim, self.hidden, self.data_bytes) for n in formats], float)
+
     def expert_bytes_LE(self, plan: ExpertPlan) -> np.ndarray:
         """int64 [L, E], weights of each expert in the format that the plan gives it."""
         of = {

@@ -5,40 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from mixtralkit.checkpoint import load_into, open_checkpoint, save_checkpoint
 from mixtralkit.checkpoint.gguf_blocks import BLOCK_TYPES
-from mixtralkit.config import ModelConfig
 from mixtralkit.distributed import RankContext
 from mixtralkit.layout import RankLayout
 from mixtralkit.moe.weights import PackedWeight, parse_weights
-from tests.checkpoint.models import empty_parameters, random_tensors
+from tests.checkpoint.gguf_files import CONFIG, QUANTISED, random_blocks, write_gguf
+from tests.checkpoint.models import empty_parameters
 
 gguf = pytest.importorskip("gguf")
 pytestmark = pytest.mark.filterwarnings("ignore:.* become numbers")
-CONFIG = ModelConfig(
-    dim=256, n_layers=2, head_dim=32, hidden_dim=512, n_heads=8, n_kv_heads=2, vocab_size=48, num_experts=4,
-    rope_theta=1e6, max_seq_len=128,
-)  # fmt: skip
-APART = {"ffn_gate": ["w1"], "ffn_up": ["w3"], "ffn_down": ["w2"]}
-PROJECTIONS = {"stacked": APART, "single": APART, "merged": {"ffn_gate_up": ["w1", "w3"], "ffn_down": ["w2"]}}
-QUANTISED = {"F32": 0, "F16": 1, "BF16": 30} | {kind.name: number for number, kind in BLOCK_TYPES.items()}
-
-
-def random_blocks(kind, count: int) -> np.ndarray:
-    """Bytes of blocks with scales that are numbers."""
-    blocks = np.random.default_rng(kind.size).integers(0, 256, (count, kind.size), dtype=np.uint8)
-    halves = {
-        "Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0], "Q2_K": [80, 82], "Q3_K": [108],
-        "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208],
-    }  # fmt: skip
-    scales = np.random.default_rng(1).normal(0, 0.1, (count, 2)).astype(np.float16)
-    for i, place in enumerate(halves[kind.name]):
-        blocks[:, place : place + 2] = scales[:, i : i + 1].copy().view(np.uint8)
-    return blocks
 
 
 @pytest.mark.parametrize("number", BLOCK_TYPES, ids=lambda number: BLOCK_TYPES[number].name)
@@ -52,69 +31,6 @@ def test_every_type_is_as_llama_cpp_has_it(number: int) -> None:
     found = kind.numbers(torch.from_numpy(blocks))
     assert found.shape == expected.shape == (64, kind.weights)
     assert found.view(torch.int32).equal(expected.view(torch.int32))
-
-
-def write_gguf(path: Path, layout: str, kind: str, **changes) -> dict[str, torch.Tensor]:
-    """A Mixtral as llama.cpp's converter writes it, random; what it means under our names, by ``gguf`` itself."""
-    tensors, expected = random_tensors(CONFIG, torch.float32), {}
-    writer = gguf.GGUFWriter(path, changes.pop("arch", "llama"), split_max_tensors=changes.pop("split", 0))
-    writer.add_block_count(CONFIG.n_layers)
-    writer.add_context_length(CONFIG.max_seq_len)
-    writer.add_embedding_length(CONFIG.dim)
-    writer.add_feed_forward_length(CONFIG.hidden_dim)
-    writer.add_head_count(CONFIG.n_heads)
-    writer.add_head_count_kv(CONFIG.n_kv_heads)
-    writer.add_rope_dimension_count(CONFIG.head_dim)
-    writer.add_rope_freq_base(CONFIG.rope_theta)
-    writer.add_layer_norm_rms_eps(CONFIG.norm_eps)
-    writer.add_expert_count(CONFIG.num_experts)
-    writer.add_expert_used_count(CONFIG.num_experts_per_tok)
-    writer.add_token_list([f"word {i}" for i in range(CONFIG.vocab_size)])
-    writer.add_token_scores([0.5] * CONFIG.vocab_size)
-    for key, value in changes.items():
-        writer.add_string(f"llama.{key}", value)
-
-    def add(name: str, parts: list[str], stack: bool = False) -> None:
-        values = [tensors[part].numpy() for part in parts]
-        plain = values[0].ndim == 1 or "gate_inp" in name
-        stored = gguf.GGMLQuantizationType["F32" if plain else kind]
-        if stored.value in BLOCK_TYPES:  # ``gguf`` writes only some of the types, so blocks are random
-            size = BLOCK_TYPES[stored.value]
-            raw = [random_blocks(size, v.size // size.weights).reshape(v.shape[0], -1) for v in values]
-        else:
-            raw = [gguf.quantize(v, stored) for v in values]
-        for part, value in zip(parts, raw, strict=True):
-            expected[part] = torch.from_numpy(gguf.dequantize(value, stored))
-        whole = np.stack(raw).reshape(CONFIG.num_experts, -1, raw[0].shape[1]) if stack else raw[0]
-        writer.add_tensor(f"{name}.weight", whole, raw_dtype=stored)
-
-    add("token_embd", ["tok_embeddings.weight"])
-    for layer in range(CONFIG.n_layers):
-        ours, theirs = f"layers.{layer}.", f"blk.{layer}."
-        for name, source in (
-            ("attn_q", "attention.wq"), ("attn_k", "attention.wk"), ("attn_v", "attention.wv"),
-            ("attn_output", "attention.wo"), ("attn_norm", "attention_norm"), ("ffn_norm", "ffn_norm"),
-            ("ffn_gate_inp", "feed_forward.gate"),
-        ):  # fmt: skip
-            add(theirs + name, [f"{ours}{source}.weight"])
-        for name, matrices in PROJECTIONS[layout].items():
-            experts = [
-                f"{ours}feed_forward.experts.{e}.{matrix}.weight"
-                for e in range(CONFIG.num_experts)
-                for matrix in matrices
-            ]
-            if layout == "single":
-                for e, expert in enumerate(experts):
-                    add(f"{theirs}{name}.{e}", [expert])
-            else:
-                add(f"{theirs}{name}_exps", experts, stack=True)
-    add("output_norm", ["norm.weight"])
-    add("output", ["output.weight"])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return expected
 
 
 @pytest.mark.parametrize("kind", QUANTISED)
@@ -146,7 +62,7 @@ def test_gate_and_up_in_one_and_models_in_parts(tmp_path: Path, layout: str, kin
 
 def test_it_converts_and_rounds_like_any_other(tmp_path: Path) -> None:
     expected = write_gguf(tmp_path / "model.gguf", "stacked", "Q4_K")
-    with open_checkpoint(tmp_path) as reader:
+    with open_checkpoint(tmp_path) as reader, pytest.warns(UserWarning, match=r"no tokenizer is written: .*token_type"):
         save_checkpoint(tmp_path / "hf", CONFIG, reader, "hf")
     with open_checkpoint(tmp_path / "hf") as reader:
         assert reader.read("layers.0.attention.wk.weight").equal(expected["layers.0.attention.wk.weight"])

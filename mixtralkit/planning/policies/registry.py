@@ -11,6 +11,7 @@ slots of a layer, over all ranks, beyond one for each expert.
 ``balanced+N``         replicas and packing for even ranks (EPLB); ``balanced/node+N`` keeps an expert on one node
 ``shadow``             FasterMoE's choice, kept
 ``everywhere``         every expert on every rank
+``bits``               contiguous, each expert in the format that harms least (needs measured errors)
 ``auto``               the one of all these with the least predicted time
 =====================  =============================================================================================
 """
@@ -21,6 +22,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -29,10 +31,12 @@ from mixtralkit.planning.hardware import Hardware
 from mixtralkit.planning.plan import ExpertPlan, contiguous, everywhere
 from mixtralkit.planning.policies.affinity import affinity, least_cap
 from mixtralkit.planning.policies.balanced import balanced
+from mixtralkit.planning.policies.bits import bits
 from mixtralkit.planning.policies.hot_cold import hot_cold, most_hot
 from mixtralkit.planning.policies.inputs import Budget
 from mixtralkit.planning.policies.shadow import shadow
 from mixtralkit.planning.policies.two_phase import two_phase
+from mixtralkit.planning.precision import ErrorTable
 from mixtralkit.planning.trace import RoutingTrace
 
 _EVEN_CAP = 1.05  # of ``affinity/even``: this many times the least peak that its placements can have
@@ -142,6 +146,16 @@ def _shadow(given: Given, count: int | None, shadow_steps: float = 1.0) -> Exper
     return shadow(given.loads_LE, given.world_size, costs, given.rows, shadow_steps, given.budget)
 
 
+def _bits(given: Given, count: int | None, errors: ErrorTable | Path | None = None) -> ExpertPlan:
+    if errors is None:
+        raise ValueError("errors is missing: policy bits needs what mixtralkit quantise-report measured")
+    table = errors if isinstance(errors, ErrorTable) else ErrorTable.load_from(errors)
+    if table.error.shape[:2] != given.loads_LE.shape:
+        found, wanted = table.error.shape[:2], given.loads_LE.shape
+        raise ValueError(f"errors: layers and experts {found} must be {wanted}, which is what the trace has")
+    return bits(table, given.shape, given.world_size, given.budget)
+
+
 _HOT = ("hot_experts", "hot_per", "cold", "cold_capacity_factor", "cold_token_percent", "overflow", "cut_order")
 POLICIES: dict[str, tuple[Callable[..., ExpertPlan], tuple[str, ...]]] = {
     "contiguous": (_contiguous, ()),
@@ -154,6 +168,7 @@ POLICIES: dict[str, tuple[Callable[..., ExpertPlan], tuple[str, ...]]] = {
     "balanced/node": (_balanced_on_nodes, ()),
     "shadow": (_shadow, ("shadow_steps",)),
     "everywhere": (_everywhere, ()),
+    "bits": (_bits, ("errors",)),
 }
 """How each policy makes a plan, and the options it takes."""
 COUNTED = ("hot_cold", "two_phase", "affinity", "balanced")
