@@ -10,12 +10,12 @@ import torch
 from mixtralkit.config import EngineConfig
 from mixtralkit.distributed import RankContext
 from mixtralkit.layout import RankLayout
-from mixtralkit.moe.tiers.tiers import TierSetup
+from mixtralkit.moe.tiers.setup import TierSetup
 from mixtralkit.planning.memory import Room, rank_memory
 
 RESERVE_GB = 0.7  # for the device's context, memory pools of graphs and libraries. Assumed
 PIECE_ROWS = 104  # of an expert in the mean, up to which no product unpacks it first (``ops/experts/triton_packed.py``)
-UNPACKED_SHARE = 0.15  # of the budget, up to which a layer's unpacked experts get room beside those in places
+UNPACKED_SHARE = 0.05  # of the budget, up to which a layer's unpacked experts get room beside those in places
 
 
 def tier_setup(layout: RankLayout, context: RankContext, config: EngineConfig, dtype: torch.dtype) -> TierSetup | None:
