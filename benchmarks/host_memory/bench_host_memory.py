@@ -43,6 +43,7 @@ from mixtralkit.layout import RankLayout
 from mixtralkit.model.transformer import Transformer
 from mixtralkit.moe.router import Router, Routing
 from mixtralkit.moe.tiers import TierSetup, tier_setup
+from mixtralkit.moe.tiers.warm import measure
 from mixtralkit.moe.weights import parse_weights
 from mixtralkit.ops.hidden import Hidden
 from mixtralkit.planning.plan import contiguous
@@ -180,7 +181,7 @@ class Bench:
                 tensor.normal_(0.0, 0.02) if tensor.dim() > 1 else tensor.fill_(1.0)
         self._fill_experts()
         tiers = self.model.store.tiers
-        tiers.costs = tiers.measure()
+        tiers.costs = measure(tiers)
         self.rates = Rates.measure(tiers, Ceilings.measure(self.ranks, self.dtype).read)
         seconds = {"memory_s": round(built - started, 1), "fill_and_measure_s": round(time.perf_counter() - built, 1)}
         self.emit("rates", self.rates.rounded() | seconds | {"expert_mb": round(tiers.expert_bytes / 1e6, 4)})

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from mixtralkit.moe.tiers import Costs, Tiers
+from mixtralkit.moe.tiers.warm import bring_and_wait
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,11 @@ def _both(tiers: Tiers, costs: Costs) -> tuple[float, float]:
     x_ND = torch.randn(1, tiers.columns[0]).to(tiers.dtype)
 
     def copy() -> None:
+        if tiers.context.device.type == "cuda":
+            torch.cuda.synchronize(tiers.context.device)  # gives this thread the device's context
         started = time.perf_counter()
         for i in range(8):
-            tiers.bring_and_wait(layer, i % slots, place)
+            bring_and_wait(tiers, (layer, i % slots), place)
         seconds[0] = time.perf_counter() - started
 
     thread = threading.Thread(target=copy)

@@ -113,6 +113,8 @@ class Engine:
         if not is_lazy:
             for request in requests:
                 self.check(request)
+            # who begins last ends last: what is long begins first, so that few steps have few sequences
+            requests = sorted(requests, key=lambda request: -request.max_gen_len)
         return self._events(requests, is_lazy, should_stop)
 
     def serve(self, arrivals: Arrivals | None) -> Iterator[list[StreamEvent]]:
@@ -160,14 +162,16 @@ class Engine:
             )
 
     def warm_up(self, tokens: int | None = None) -> None:
-        """Makes decode graphs, and one step that takes as much memory as steps ever do. Collective, before any request.
+        """Makes the graphs that requests would else wait for, and one step that takes as much memory as steps ever do.
+
+        Collective; nothing may be running.
 
         Args:
             tokens: prompt tokens of that step on each rank; None for as many as there may be, on a CPU for few, where
                 nothing is compiled and memory is no limit.
         """
         self._prepare()
-        self._runner.capture()
+        self._runner.warm_up()
         cache, owners = self.model.cache, self.model.ranks_with_own_sequences
         if tokens is None:
             tokens = self.prefill_budget if self.context.device.type == "cuda" else cache.slots

@@ -6,7 +6,8 @@
     device             │ step 1 ───────────► │ step 2 ───────────► │ step 3 …
 
 A step without chunks is a CUDA graph where the model allows it, and nothing goes to the device between two such steps
-of the same greedy sequences. A step with chunks is the same forward, launched kernel by kernel.
+of the same greedy sequences. A step with chunks is the same forward: a graph as well up to ``MOST_IN_GRAPH`` prompt
+tokens, which take the device less time than their launches take the host, and launched kernel by kernel above.
 
 Under attention ``dp`` the ranks have sequences of their own. A step then ends in one small all-gather of what each
 sampled, so that rank 0's host reads all answers, a step later as well.
@@ -37,6 +38,7 @@ from mixtralkit.engine.sampler import (
     uniform,
 )
 from mixtralkit.engine.step_plan import Arrival, Rows, StepPlan
+from mixtralkit.model.attention import CachedAttention
 from mixtralkit.model.batch import ForwardBatch, Span
 from mixtralkit.model.kv_cache import KVCache
 from mixtralkit.model.tiered import Desk, run_tiered
@@ -45,6 +47,9 @@ from mixtralkit.moe.layer import MoEReport, StepRows
 from mixtralkit.ops.counting import count_keys
 from mixtralkit.ops.hidden import Hidden
 
+MOST_IN_GRAPH = 1536  # prompt tokens; launching 32 layers took a host 57 ms, as long as an H200 needs for 1,100 tokens
+PROMPT_TOKENS = (64, 256, 512, 768, 1024, MOST_IN_GRAPH)  # that steps with chunks are made for
+FEW_BESIDE = 16  # rows that decode beside them; else there is room for all, which costs little where they are missing
 T = TypeVar("T")
 _SAMPLED_SIZE = 12  # bytes of a sampled token: its int64 id and its float32 log-probability
 _TOP_SIZE = 8 * MOST_TOP_LOGPROBS  # bytes of the likeliest tokens in a place: ids and log-probabilities in float32
@@ -78,6 +83,31 @@ class _Memory:
         self.slots_B = torch.full((rows,), -1, dtype=torch.int64, device=device)
         self.settings_4B = torch.zeros(4, rows, device=device)
         self.uniforms_B = torch.zeros(rows, device=device)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """A step with chunks: rows that decode, then ``tokens`` of ``spans`` prompts, and rows that are sampled."""
+
+    rows: int
+    tokens: int
+    spans: int
+    sampled: int
+
+
+class _Prompts:
+    """What a step with chunks reads: ids, positions and slots of its rows, its prompts, the rows that are sampled.
+
+    All as at first is a step without a sequence. One copy fills it.
+    """
+
+    def __init__(self, shape: _Shape, device: torch.device) -> None:
+        self.shape, length = shape, shape.rows + shape.tokens
+        self.packed = torch.zeros(3 * length + 4 * shape.spans + shape.sampled, dtype=torch.int64, device=device)
+        rows, self.spans_S4, self.rows_N = self.packed.split([3 * length, 4 * shape.spans, shape.sampled])
+        self.tokens_T, self.positions_T, self.slots_T = rows.view(3, length).unbind()
+        self.spans_S4 = self.spans_S4.view(-1, 4)
+        self.slots_T.fill_(-1)
 
 
 def unpacked(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -187,7 +217,9 @@ class Runner:
         self._parts = model.context if model.sums is not None else RankContext(device=model.context.device)
         self._sizes = bucket_sizes(cache.slots)
         self._own = _Memory(cache.slots, self.context.device)
-        self._graphs = Graphs(self.context.device, cuda_graphs and model.decodes_in_graphs)
+        self._graphs = Graphs(self.context.device, cuda_graphs and model.in_graphs(True))
+        self._pads_prompts = self.context.device.type == "cuda" and model.in_graphs(False)
+        self._prompts: dict[_Shape, _Prompts] = {}
         self._desks: dict[int, Desk] = {}  # by rows
         self._relocations = model.store.relocations
         self._in: dict[int, Arrival] = {}  # by slot
@@ -213,28 +245,8 @@ class Runner:
         self.cache.place([(slot, at + i, page) for slot, at, pages in tables for i, page in enumerate(pages)])
         self._in.update({new.slot: new for new in plan.arrivals if new.owner == self._owner})
         self._heed(plan)
-        return self._mixed(plan, observed) if plan.has_chunks else self._decode(plan, observed, may_capture)
-
-    @torch.no_grad()
-    def capture(self) -> None:
-        """Captures the decode steps of every number of rows, greedy and drawn; other kinds are when they come.
-
-        Collective, while no sequence has a slot; nothing where there are no graphs.
-        """
-        if self._graphs.is_on:
-            for rows in reversed(self._sizes):
-                for draws in (False, True):
-                    self._run(rows, (draws, False, False, False))
-
-    def _run(self, rows: int, kind: tuple[bool, ...], may_capture: bool = True) -> Run[_Answers]:
-        if self.model.decodes_in_pieces:
-            return self._decoded_in_pieces(rows, kind, may_capture)
-        return self._graphs.run(
-            (rows, *kind),
-            lambda: self._decoded(self._own, rows, *kind),
-            lambda: self._decoded(_Memory(rows, self.context.device), rows, *kind),
-            may_capture,
-        )
+        run = self._mixed if plan.has_chunks else self._decode
+        return run(plan, observed, may_capture)
 
     def _heed(self, plan: StepPlan) -> None:
         """What sequences ask of their logits goes to their slots."""
@@ -248,6 +260,21 @@ class Runner:
         if plan.masks and plan.masks[self._owner]:
             slots, masks = zip(*plan.masks[self._owner], strict=True)
             self._rules.allow(slots, np.stack([np.frombuffer(mask, dtype=np.int32) for mask in masks]))
+
+    @torch.no_grad()
+    def warm_up(self) -> None:
+        """Makes the graphs of all greedy and drawn steps, the largest first, whose memory the others then share; other
+        kinds are made when they come. Collective; no step may be in flight. Nothing where there are no graphs."""
+        if not self._graphs.is_on:
+            return
+        self._own.slots_B.fill_(-1)
+        beside = sorted({self._beside(rows) for rows in self._sizes} | {0}, reverse=True)
+        shapes = [self._shape_of(rows, tokens) for tokens in reversed(PROMPT_TOKENS) for rows in beside]
+        for draws in (False, True):
+            for shape in shapes if self._pads_prompts else ():
+                self._run_prompts(shape, draws, True)
+            for rows in reversed(self._sizes):
+                self._run_decode(rows, (draws, False, False, False), True)
 
     def observed(self, flight: Flight, surplus: Many[int]) -> tuple[ForwardBatch, list[MoEReport]] | None:
         """This rank's rows as an ``Observe`` takes them, but for those of the slots in ``surplus`` and those that were
@@ -287,8 +314,18 @@ class Runner:
         if observed:
             kept = (own.tokens_B[:rows], own.positions_B[:rows], own.slots_B[:rows])
             batch = ForwardBatch(*(x.clone() for x in kept), self._spans([1] * len(self._rows.slots), self._rows))
-        run = self._run(rows, (plan.draws, plan.asks, bool(plan.tops), plan.routed), may_capture)
+        run = self._run_decode(rows, (plan.draws, plan.asks, bool(plan.tops), plan.routed), may_capture)
         return self._flight(plan, "graph" if run.replayed else "launched", run, batch, rows)
+
+    def _run_decode(self, rows: int, kind: tuple[bool, ...], may_capture: bool) -> Run[_Answers]:
+        if self.model.decodes_in_pieces:
+            return self._decoded_in_pieces(rows, kind, may_capture)
+        return self._graphs.run(
+            (rows, *kind),
+            lambda: self._decoded(self._own, rows, *kind),
+            lambda: self._decoded(_Memory(rows, self.context.device), rows, *kind),
+            may_capture,
+        )
 
     def _place(self, plan: StepPlan) -> None:
         """Gives each of this rank's sequences a row; where its last token is on the device, that moves there."""
@@ -364,7 +401,9 @@ class Runner:
         more += [_routed(reports, rows)] if routed else []
         return self._answers(of, reports, counts_LE, more)
 
-    def _mixed(self, plan: StepPlan, observed: bool) -> Flight:
+    def _mixed(self, plan: StepPlan, observed: bool, may_capture: bool) -> Flight:
+        if (shape := self._shape(plan, observed)) is not None:
+            return self._mixed_in_graph(plan, shape, may_capture)
         mine, chunks, own = plan.rows[self._owner], plan.chunks[self._owner], self._own
         lengths = [1] * len(mine.slots) + [len(chunk.ids) for chunk in chunks]
         firsts = Rows(mine.slots + [c.slot for c in chunks], [], [], mine.positions + [c.start for c in chunks])
@@ -373,30 +412,25 @@ class Runner:
         positions = [p for span in spans for p in range(span.position, span.end)]
         slots = [span.slot for span in spans for _ in range(span.start, span.stop)]
         tokens_T, positions_T, slots_T = self._upload([tokens, positions, slots], torch.int64)
-        if max(mine.sources, default=-1) >= 0:
-            held = slice(len(mine.slots))
-            tokens_T[held] = self._first_tokens(self._upload(mine.sources, torch.int64), tokens_T[held])
+        self._continue(tokens_T, mine)
         of_chunks = list(zip(chunks, spans[len(mine.slots) :], strict=True))
         sampled = [(s.slot, s.stop - 1, s.position) for s in spans[: len(mine.slots)]]
         sampled += [(s.slot, s.stop - 1, s.end - 1) for chunk, s in of_chunks if chunk.is_sampled]
         scored = [s.start + c.skipped + i for c, s in of_chunks for i in range(len(c.targets))]
         rows_N = self._upload([row for _, row, _ in sampled] + scored, torch.int64)
-        each = zip(plan.rows, plan.chunks, strict=True)
-        most = max(len(rows.slots) + sum(len(chunk.ids) for chunk in of) for rows, of in each)
-        whole = observed or self.counts_choices or plan.routed  # reports of all rows are wanted in the last layer too
+        most = _most_rows(plan)
+        whole = observed or self._counts or plan.routed  # reports of all rows are wanted in the last layer too
         batch = ForwardBatch(tokens_T, positions_T, slots_T, spans, StepRows(most), observed=whole)
-        batch = replace(batch, wanted_N=None if whole or len(rows_N) == len(batch) else rows_N)
-        hidden, reports = self.model.hidden(self.model.attend_to(batch, self.cache))
-        part_NV = self.model.logits(hidden.take(rows_N) if batch.wanted_N is None else hidden)
-        part_BV, part_MV = part_NV[: len(sampled)], part_NV[len(sampled) :]
+        batch = self.model.attend_to(batch, self.cache)
         if plan.draws and sampled:
             self._set([self._in[slot] for slot, _, _ in sampled])
             self._draw([slot for slot, _, _ in sampled], [position for _, _, position in sampled])
+        part_NV, reports, counts_LE = self._through(batch, rows_N)
+        part_BV, part_MV = part_NV[: len(sampled)], part_NV[len(sampled) :]
         asking = None
         if plan.asks:
             asking = self._upload([[s for s, _, _ in sampled], [p for _, _, p in sampled]], torch.int64).unbind()
         self._sample(part_BV, own, plan.draws, asking)
-        counts_LE = torch.stack([_choices(report) for report in reports]) if self._counts else None
         most_scored = max(sum(len(chunk.targets) for chunk in of) for of in plan.chunks)
         scores_M = torch.zeros(most_scored, device=self.context.device)
         more = [scores_M.view(torch.uint8)]
@@ -409,6 +443,89 @@ class Runner:
         more += [_routed(reports, most)] if plan.routed else []
         answers = self._answers(own, reports, counts_LE, more)
         return self._flight(plan, "mixed", Run(answers), batch, most, most_scored)
+
+    def _shape(self, plan: StepPlan, observed: bool) -> _Shape | None:
+        """What a step with chunks is made up to, so that few graphs serve all; None where it runs without one."""
+        special = observed or plan.tops or plan.asks or plan.routed
+        special = special or any(chunk.targets for of in plan.chunks for chunk in of)
+        tokens = max(sum(len(chunk.ids) for chunk in of) for of in plan.chunks)
+        if special or not self._pads_prompts or tokens > MOST_IN_GRAPH:
+            return None
+        shape = self._shape_of(self._beside(max(len(of.slots) for of in plan.rows)), tokens)
+        return shape if max(len(of) for of in plan.chunks) <= shape.spans else None
+
+    def _shape_of(self, rows: int, tokens: int) -> _Shape:
+        tokens = next(size for size in PROMPT_TOKENS if size >= tokens)
+        spans = max(4, tokens // 64)
+        return _Shape(rows, tokens, spans, min(rows + spans, len(self._own.slots_B)))
+
+    def _beside(self, rows: int) -> int:
+        """Rows that decode which steps with chunks are made for: none, a few, or all that may."""
+        slots = len(self._own.slots_B)
+        return 0 if not rows else min(FEW_BESIDE, slots) if rows <= FEW_BESIDE else slots
+
+    def _mixed_in_graph(self, plan: StepPlan, shape: _Shape, may_capture: bool) -> Flight:
+        mine, chunks = plan.rows[self._owner], plan.chunks[self._owner]
+        prompts = self._prompts_of(shape)
+        fill = [0] * (shape.rows - len(mine.slots))
+        rest = [0] * (shape.tokens - sum(len(chunk.ids) for chunk in chunks))
+        tokens = mine.tokens + fill + [token for chunk in chunks for token in chunk.ids] + rest
+        positions = mine.positions + fill + [c.start + i for c in chunks for i in range(len(c.ids))] + rest
+        slots = mine.slots + [-1] * len(fill) + [c.slot for c in chunks for _ in c.ids] + [-1] * len(rest)
+        spans, sampled, start = [], list(range(len(mine.slots))), 0
+        for chunk in chunks:
+            spans += [chunk.slot, chunk.start, len(chunk.ids), start]
+            start += len(chunk.ids)
+            sampled += [shape.rows + start - 1] if chunk.is_sampled else []
+        spans += [0] * (4 * shape.spans - len(spans))
+        columns = tokens + positions + slots + spans + sampled + [0] * (shape.sampled - len(sampled))
+        prompts.packed.copy_(self._upload(columns, torch.int64))
+        self._continue(prompts.tokens_T, mine)
+        if plan.draws and sampled:
+            ends = [(chunk.slot, chunk.start + len(chunk.ids) - 1) for chunk in chunks if chunk.is_sampled]
+            drawn = [*zip(mine.slots, mine.positions, strict=True), *ends]
+            self._set([self._in[slot] for slot, _ in drawn], shape.sampled - len(drawn))
+            self._draw([slot for slot, _ in drawn], [position for _, position in drawn])
+        run = self._run_prompts(shape, plan.draws, may_capture)
+        return self._flight(plan, "mixed", run, None, shape.rows + shape.tokens)
+
+    def _prompts_of(self, shape: _Shape) -> _Prompts:
+        if shape not in self._prompts:
+            self._prompts[shape] = _Prompts(shape, self.context.device)
+        return self._prompts[shape]
+
+    def _run_prompts(self, shape: _Shape, draws: bool, may_capture: bool) -> Run[_Answers]:
+        device, slots = self.context.device, len(self._own.slots_B)
+        return self._graphs.run(
+            (shape, draws),
+            lambda: self._prompted(self._own, self._prompts_of(shape), draws),
+            lambda: self._prompted(_Memory(slots, device), _Prompts(shape, device), draws),
+            may_capture,
+        )
+
+    def _prompted(self, of: _Memory, prompts: _Prompts, draws: bool) -> _Answers:
+        shape, window = prompts.shape, self.model.params.sliding_window
+        attend = CachedAttention.of_shape(self.cache, window, shape.rows, shape.tokens, prompts.spans_S4.int())
+        rows = StepRows(shape.rows + shape.tokens, valid_T=prompts.slots_T)
+        batch = ForwardBatch(prompts.tokens_T, prompts.positions_T, prompts.slots_T, (), rows, attend)
+        part_NV, reports, counts_LE = self._through(replace(batch, observed=self._counts), prompts.rows_N)
+        self._sample(part_NV, of, draws, None)
+        return self._answers(of, reports, counts_LE, [])
+
+    def _through(
+        self, batch: ForwardBatch, rows_N: torch.Tensor
+    ) -> tuple[torch.Tensor, list[MoEReport], torch.Tensor | None]:
+        """This rank's logits of ``rows_N``, the layers' reports, and the choices of each expert where they count."""
+        whole = batch.observed or len(rows_N) == len(batch)
+        hidden, reports = self.model.hidden(replace(batch, wanted_N=None if whole else rows_N))
+        part_NV = self.model.logits(hidden.take(rows_N) if whole else hidden)
+        return part_NV, reports, self._counted(reports, batch.slots_T) if self._counts else None
+
+    def _continue(self, tokens_T: torch.Tensor, mine: Rows) -> None:
+        """The first rows begin with what the last step left on the device, where ``sources`` say so."""
+        if max(mine.sources, default=-1) >= 0:
+            held = slice(len(mine.slots))
+            tokens_T[held] = self._first_tokens(self._upload(mine.sources, torch.int64), tokens_T[held])
 
     def _spans(self, lengths: list[int], firsts: Rows) -> tuple[Span, ...]:
         """Of sequences one after the other; ``firsts`` are the slots and first positions."""
@@ -495,9 +612,10 @@ class Runner:
         return torch.empty(x.shape, dtype=x.dtype, pin_memory=pinned).copy_(x, non_blocking=True)
 
 
-def _choices(report: MoEReport) -> torch.Tensor:
-    """int64 [E]: how many rows chose each expert."""
-    return count_keys(report.routing.experts_TK, report.routing.logits_TE.shape[1])
+def _most_rows(plan: StepPlan) -> int:
+    """Of any rank."""
+    each = zip(plan.rows, plan.chunks, strict=True)
+    return max(len(rows.slots) + sum(len(chunk.ids) for chunk in of) for rows, of in each)
 
 
 def _routed(reports: list[MoEReport], rows: int) -> torch.Tensor:

@@ -32,6 +32,7 @@ from mixtralkit.moe.two_phase import TwoPhase
 from mixtralkit.ops.all_reduce import RowReducer
 from mixtralkit.ops.experts import takes_packed
 from mixtralkit.ops.hidden import Hidden
+from mixtralkit.ops.ragged_attention import only_the_device
 from mixtralkit.ops.symmetric_exchange import SymmetricExchange
 from mixtralkit.planning.dispatchers import IN_GRAPHS
 from mixtralkit.planning.plan import ExpertPlan
@@ -156,17 +157,20 @@ class Transformer(nn.Module):
         """Shadows that what a step has counted decides for the next; None also where two phases decide inside it."""
         return self.shadows if self.two_phase is None else None
 
-    @property
-    def decodes_in_graphs(self) -> bool:
-        """Whether a decode step is the same launches on the same addresses whatever the routing is."""
+    def in_graphs(self, decode: bool) -> bool:
+        """Whether a step of decodes, or one with prompts, is the same launches on the same addresses whatever the
+        routing is."""
         ours = self.options.backend == "mixtralkit" and self.two_phase is None
         hidden = self.layout.hidden
         for weights in self.layout.formats:
             if not weights.is_plain and self.context.device.type == "cuda":  # the reference asks the host
                 ours = ours and takes_packed(weights, self.params.dim, hidden[1] - hidden[0])
         trains = any(p.requires_grad for p in self.parameters())
-        ours = ours and (self.store.tiers is None or self.decodes_in_pieces)
-        return ours and not trains and self.dispatchers.name(True, True) in IN_GRAPHS
+        ours = ours and (self.store.tiers is None or (decode and self.decodes_in_pieces))
+        if not decode:  # rows that move between ranks differ from step to step
+            moves = self.layout.parallel.attention == "coherent" and self.context.world_size > 1
+            ours = ours and not moves and only_the_device(self.dtype, self.params.head_dim)
+        return ours and not trains and self.dispatchers.name(True, decode) in IN_GRAPHS
 
     @property
     def decodes_in_pieces(self) -> bool:

@@ -45,6 +45,10 @@ class StepRows:
     valid_T: torch.Tensor | None = None
     flight: Flight | None = None
 
+    def take(self, rows_N: torch.Tensor) -> StepRows:
+        """Of some of the rows."""
+        return self if self.valid_T is None else replace(self, valid_T=self.valid_T[rows_N])
+
 
 @dataclass(frozen=True)
 class MoEReport:

@@ -21,6 +21,7 @@ from mixtralkit.moe.tiers import Costs, TierSetup
 from mixtralkit.moe.tiers.bus import PlainBus
 from mixtralkit.moe.tiers.cache import DECAY, PlaceCache
 from mixtralkit.moe.tiers.memory import Geometry, HostExperts, Move, in_pieces, silence
+from mixtralkit.moe.tiers.warm import measure
 from mixtralkit.moe.weights import parse_weights
 from tests.configs import small_config
 
@@ -366,4 +367,4 @@ def test_an_expert_is_one_block() -> None:
         assert start % 64 == 0
         assert bytes_[start : start + part[3].nbytes] == part[3].contiguous().view(torch.uint8).numpy().tobytes()
     assert len(bytes_) - store.expert_bytes < 64 * len(host.tensors)
-    assert np.isfinite(store.tiers.measure().fetch_s)
+    assert np.isfinite(measure(store.tiers).fetch_s)

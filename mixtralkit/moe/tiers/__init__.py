@@ -7,6 +7,7 @@ says what a miss costs, and ``tiers`` decides and computes.
 from mixtralkit.moe.tiers.costs import Costs
 from mixtralkit.moe.tiers.experts import TieredExperts
 from mixtralkit.moe.tiers.room import tier_setup
-from mixtralkit.moe.tiers.tiers import TierCounts, Tiers, TierSetup
+from mixtralkit.moe.tiers.setup import TierCounts, TierSetup
+from mixtralkit.moe.tiers.tiers import Tiers
 
 __all__ = ["Costs", "TierCounts", "TierSetup", "TieredExperts", "Tiers", "tier_setup"]

@@ -8,7 +8,8 @@ import torch
 from mixtralkit.moe.dispatch.base import RoutedRows
 from mixtralkit.moe.experts import Experts
 from mixtralkit.moe.tiers.parts import add_parts, only
-from mixtralkit.moe.tiers.tiers import Answer, Tiers
+from mixtralkit.moe.tiers.setup import Answer
+from mixtralkit.moe.tiers.tiers import Tiers
 from mixtralkit.ops.experts import expert_sum
 
 

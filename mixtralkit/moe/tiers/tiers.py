@@ -14,90 +14,30 @@ place that this layer does not use may be written at once.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from mixtralkit.config import TierOptions
 from mixtralkit.distributed import RankContext
 from mixtralkit.layout import RankLayout
 from mixtralkit.moe.experts import as_matrices
 from mixtralkit.moe.tiers.bus import PIECE, CudaBus, PlainBus, Ticket
 from mixtralkit.moe.tiers.cache import Key, PlaceCache
-from mixtralkit.moe.tiers.costs import ROWS, Costs
 from mixtralkit.moe.tiers.memory import Empty, Geometry, HostExperts, Move, in_pieces, silence
+from mixtralkit.moe.tiers.setup import Answer, TierCounts, TierSetup
+from mixtralkit.moe.tiers.warm import fill, measure
 from mixtralkit.moe.weights import ExpertWeights
 from mixtralkit.ops.experts import expert_sum
 from mixtralkit.ops.gate import gate
 from mixtralkit.ops.hidden import Hidden, Norm
-from mixtralkit.ops.runtime import runs_cpu
 
 NEARLY_ALL = 0.75  # of a layer's experts: rows that touch so many are taken to touch all of the next layers'
 LAYERS_AHEAD = 2  # that are fetched for such rows
 MOST_GUESSED_ROWS = 16  # rows for which the next layer's router is asked
 MOST_SPLIT_ROWS = 16  # choices up to which an expert is split between CPU and bus
 SPLIT_COLUMNS = 64  # a split is at a multiple of so many hidden columns, and of the format's unit
-
-
-@dataclass
-class TierCounts:
-    """What became of experts that rows asked for, since the start; of this rank.
-
-    Attributes:
-        hits: they were on the GPU.
-        misses: they were not.
-        expected: of the misses, those that were on their way.
-        fetches: experts brought whole, expected and wanted ones.
-        products: experts computed on the CPU, all of their width or a part.
-        splits: experts of which the CPU computed a part and the bus brought the rest.
-        fetched_bytes: that came over the bus.
-    """
-
-    hits: int = 0
-    misses: int = 0
-    expected: int = 0
-    fetches: int = 0
-    products: int = 0
-    splits: int = 0
-    fetched_bytes: int = 0
-
-
-@dataclass(frozen=True)
-class TierSetup:
-    """How a rank's experts are tiered.
-
-    Attributes:
-        places: experts that the GPU has room for.
-        costs: what misses cost; None measures it before the first step.
-        piece_rows: most rows that go through a layer's experts at once; None for all.
-        splits: whether a missed expert may be split between CPU and bus; None where there is a bus.
-    """
-
-    places: int
-    options: TierOptions = field(default_factory=TierOptions)
-    costs: Costs | None = None
-    piece_rows: int | None = None
-    splits: bool | None = None
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What becomes of a layer's experts, by slot.
-
-    Attributes:
-        here: on the GPU.
-        late: on the GPU when ``tickets`` are done.
-        cpu: on the CPU, the first ``first`` of their hidden columns, or all where that is None.
-        places: where late ones are that have no place of their own.
-    """
-
-    here: tuple[int, ...]
-    late: tuple[int, ...] = ()
-    tickets: tuple[Ticket, ...] = ()
-    cpu: tuple[int, ...] = ()
-    first: int | None = None
 
 
 @dataclass
@@ -113,7 +53,7 @@ class Tiers:
 
     Attributes:
         hosts: by layer.
-        matrices: w13 and w2 of all places.
+        matrices: w13 and w2 of all places; ``pool`` are their parts.
         places_LS, here_LS: on the device, where an expert is and whether.
         counts: since the start.
         routers: by layer, norm and weight of the next layer's router; none guesses nothing.
@@ -166,10 +106,10 @@ class Tiers:
                 f"of a layer{f' and {spare} more' if spare else ''}"
             )
         self.setup, self.layout, self.counts = setup, layout, TierCounts()
-        self._pool = self.matrices = ()
-        self._pool = tuple(part.zero_() for part in self._empty(setup.places, str(device)))
-        self.matrices = as_matrices(self.weights, self.columns, self._pool)
-        self._places = Geometry(self.weights, self.columns[1], self._pool)
+        self.pool = self.matrices = ()
+        self.pool = tuple(part.zero_() for part in self._empty(setup.places, str(device)))
+        self.matrices = as_matrices(self.weights, self.columns, self.pool)
+        self._places = Geometry(self.weights, self.columns[1], self.pool)
         self.cache = PlaceCache(setup.places - spare, config.n_layers, setup.options.expert_cache)
         self._spare = list(range(setup.places - spare, setup.places))
         self._silent = dict.fromkeys(self._spare, 0)
@@ -186,7 +126,7 @@ class Tiers:
 
     @property
     def expert_bytes(self) -> int:
-        return sum(part[0].nbytes for part in self._pool)
+        return sum(part[0].nbytes for part in self.pool)
 
     # products
 
@@ -231,7 +171,9 @@ class Tiers:
     def begin(self, layer: int) -> None:
         """A layer's turn: what has come by now counts as here."""
         if not self._is_warm:
-            self._warm_up()
+            self._is_warm = True
+            fill(self)
+            self.costs = self.costs or measure(self)
         if layer == self.layers[0]:
             self.cache.next_step()
         for key in [k for k in self._arriving if k[0] == layer]:
@@ -239,7 +181,7 @@ class Tiers:
             if not arrival.moves and arrival.ticket.query():
                 self.bus.wait(arrival.ticket)
                 del self._arriving[key]
-                self._note(key)
+                self.note(key)
 
     def ask(self, layer: int, rows_S: np.ndarray) -> Answer:
         """What becomes of the experts that have rows; begins the copies. The layers before have run.
@@ -289,17 +231,21 @@ class Tiers:
         except BaseException:
             self.cache.drop(key)
             raise
-        self._note(key)
+        self.note(key)
         return ticket
 
     def _fetch_part(self, key: Key, place: int, first: int) -> Ticket:
         """Begins to bring all but the first hidden columns to a spare place."""
         if self._silent[place] != first:
-            silence(self.weights, self._pool, place, first, self.columns[1])
+            silence(self.weights, self.pool, place, first, self.columns[1])
             self._silent[place] = first
         self.counts.splits += 1
         self._told[key] = place
         return self._copy(self._places.moves(place, self._sources[key[0]], key[1], first), True)
+
+    def bring(self, key: Key, place: int) -> Ticket:
+        """Begins to copy an expert to a place; neither table nor counters hear of it."""
+        return self.bus.copy(self._places.moves(place, self._sources[key[0]], key[1]), True)
 
     def _copy(self, moves: list[Move], urgent: bool) -> Ticket:
         self.counts.fetched_bytes += sum(move.nbytes for move in moves)
@@ -390,7 +336,7 @@ class Tiers:
         tickets = [] if arrival.ticket is None else [arrival.ticket]
         if arrival.moves:
             tickets.append(self._copy(arrival.moves, True))
-        self._note(key)
+        self.note(key)
         return tickets
 
     def _give_up(self, key: Key) -> None:
@@ -398,7 +344,7 @@ class Tiers:
         arrival = self._arriving.pop(key)
         if not arrival.moves and arrival.ticket is not None:
             self.bus.wait(arrival.ticket)
-            self._note(key)
+            self.note(key)
             return
         while arrival.ticket is not None and not arrival.ticket.query():
             time.sleep(0)
@@ -406,7 +352,8 @@ class Tiers:
 
     # the tables
 
-    def _note(self, key: Key) -> None:
+    def note(self, key: Key) -> None:
+        """The expert is where the cache has it."""
         self._told[key], self._told_here[key] = self.cache.place_of[key], True
         self._is_dirty[key[0]] = True
 
@@ -451,63 +398,6 @@ class Tiers:
         while not done.query():
             self.pump()
 
-    # before the first step
-
-    def _warm_up(self) -> None:
-        """Fills the places: with the plan's, an even share of every layer where it has none; measures the costs."""
-        self._is_warm = True
-        if self.context.device.type == "cuda":
-            torch.cuda.synchronize(self.context.device)
-        plan, rank = self.layout.plan, self.layout.rank
-        on_host_LE = plan.on_host_LE
-        keys = [(layer, slot) for slot in range(max(self.slots.values())) for layer in self.layers]
-        keys = [(layer, slot) for layer, slot in keys if slot < self.slots[layer]]
-        held = {layer: self.layout.experts(layer) for layer in self.layers}
-        keys.sort(key=lambda key: bool(on_host_LE[key[0], held[key[0]][key[1]]]))  # stable: the plan's first
-        turned = keys if plan.tier is not None else _spread(keys, self.slots, rank)
-        ticket = None
-        for key in turned[: self.cache.places]:
-            place, _ = self.cache.take(key, (), self.layers[0])
-            ticket = self.bus.copy(self._places.moves(place, self._sources[key[0]], key[1]), True)
-            self._note(key)
-        if ticket is not None:
-            self.bus.wait(ticket)
-        if self.context.device.type == "cuda":
-            torch.cuda.synchronize(self.context.device)
-        if self.costs is None:
-            self.costs = self.measure()
-
-    def measure(self) -> Costs:
-        """What misses cost on this machine: the best of three, each of another expert."""
-        layer = max(self.slots, key=self.slots.__getitem__)
-        slots = self.slots[layer]
-        if not slots:
-            return Costs(0.0)
-        spare = self.setup.places - 1
-        scratch = [part[spare].clone() for part in self._pool]
-        fetch_s = min(_seconds(self.bring_and_wait, layer, i % slots, spare) for i in range(4))
-        for part, before in zip(self._pool, scratch, strict=True):
-            part[spare] = before
-        x_ND = torch.randn(max(ROWS), self.columns[0]).to(self.dtype)
-        matrices = as_matrices(self.weights, self.columns, self.hosts[layer].tensors)
-        if not runs_cpu(x_ND, *matrices):
-            return Costs(fetch_s)
-        products = []
-        for rows in ROWS:
-            weights_N1, found = torch.ones(rows, 1), []
-            for i in range(3):
-                slots_N = np.full(rows, i % slots)
-                given = (layer, x_ND[:rows].clone(), slots_N, weights_N1)
-                found.append(_seconds(self.product_on_cpu, *given))
-            products.append((rows, min(found)))
-        self.counts = replace(self.counts, products=0)
-        return Costs(fetch_s, tuple(products))
-
-    def bring_and_wait(self, layer: int, slot: int, place: int) -> None:
-        ticket = self.bus.copy(self._places.moves(place, self._sources[layer], slot), True)
-        while not ticket.query():
-            time.sleep(0)
-
 
 def _has_product(weights: ExpertWeights) -> bool:
     """Whether a CPU has kernels for the format, and a compiler for these."""
@@ -519,14 +409,3 @@ def _has_product(weights: ExpertWeights) -> bool:
 def _answer(here, late, tickets, on_cpu, first: int | None) -> Answer:
     slots = [tuple(slot for _, slot in keys) for keys in (here, late, on_cpu)]
     return Answer(slots[0], slots[1], tuple(tickets), slots[2], first)
-
-
-def _spread(keys: list[Key], slots: Mapping[int, int], rank: int) -> list[Key]:
-    """Slot by slot through the layers, from another slot in each layer."""
-    return sorted(keys, key=lambda key: ((key[1] + key[0] + rank) % slots[key[0]], key[0]))
-
-
-def _seconds(call: Callable[..., object], *given: object) -> float:
-    started = time.perf_counter()
-    call(*given)
-    return time.perf_counter() - started
