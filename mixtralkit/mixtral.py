@@ -307,7 +307,7 @@ def choose_layout(
     world, asked, plan = context.world_size, config.parallel, config.parallel.plan
     weights = parse_weights(config.limits.quantize)
     if not isinstance(plan, ExpertPlan) and str(plan) == "auto":
-        chosen = choose_automatically(model, context, config)
+        chosen = choose_automatically(model, context, config, precision)
         if chosen is not None:
             parallel, plan = chosen
             return RankLayout(model, parallel, with_precision(plan, precision), context.rank, weights)

@@ -163,7 +163,8 @@ class _Run:
         with context.agreed():
             model = reader.config.with_limits(max_seq_len, max_batch_size)
             layout = choose_layout(model, context, engine, reader.found.precision)
-            engine = engine.but(**asdict(layout.parallel), plan=cut.applied(layout.plan))
+            chosen = {"plan": cut.applied(layout.plan), "memory_gb": None, "trace": None, "explain": False}
+            engine = engine.but(**asdict(layout.parallel), **chosen)
             dtype = str(choose_dtype(engine.limits.dtype, context.device)).removeprefix("torch.")
             placed = facts_of_plan(
                 engine.parallel.plan, context.world_size, layout.parallel.attention, max_batch_size, dtype

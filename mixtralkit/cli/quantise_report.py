@@ -13,10 +13,10 @@ from mixtralkit.config.options import Count
 from mixtralkit.distributed import RankContext
 from mixtralkit.engine.sampler import SamplingOptions
 from mixtralkit.evaluation.prompt_sets import read_prompts
-from mixtralkit.evaluation.rounding import loads_of, measure_outputs, measure_weights
+from mixtralkit.evaluation.rounding import measure_outputs, measure_weights
 from mixtralkit.mixtral import Mixtral, open_source
 from mixtralkit.moe.weights import FORMATS
-from mixtralkit.planning.precision import ErrorTable
+from mixtralkit.planning.precision import ErrorTable, loads_of
 from mixtralkit.planning.trace import RoutingTrace
 from mixtralkit.whole_file import check_free
 
