@@ -110,11 +110,13 @@ class Header:
         keys: of the model and its vocabulary.
         tensors: (shape as stored, type, offset from ``start``) by name.
         start: byte of the first weights.
+        alignment: of tensors, in bytes.
     """
 
     keys: Mapping[str, Any]
     tensors: Mapping[str, tuple[tuple[int, ...], int, int]]
     start: int
+    alignment: int
 
 
 class _Words:
@@ -180,7 +182,7 @@ def read_header(file: ByteFile) -> Header:
     alignment = found.get("general.alignment", 32)
     if not isinstance(alignment, int) or not 1 <= alignment <= 1 << 20:
         raise ValueError(f"{file}: general.alignment ({shown(alignment)}) must be a number of bytes")
-    return Header(found, index, -(-words.at // alignment) * alignment)
+    return Header(found, index, -(-words.at // alignment) * alignment, alignment)
 
 
 def read_gguf_index(file: ByteFile) -> dict[str, Region]:
@@ -207,7 +209,22 @@ def read_gguf_index(file: ByteFile) -> dict[str, Region]:
         if region.end > file.size:
             raise ValueError(f"{file}: truncated: {name} ends at byte {region.end}, the file has {file.size}")
         index[name] = region
+    _check_places(file, header, list(index.values()))
     return index
+
+
+def _check_places(file: ByteFile, header: Header, regions: list[Region]) -> None:
+    """ValueError for tensors that overlap or are not aligned, and for bytes that belong to none."""
+    end, before = header.start, "the header"
+    for region in sorted(regions, key=lambda region: region.offset):
+        if region.offset < end or (region.offset - header.start) % header.alignment:
+            raise ValueError(
+                f"{file}: damaged: {region.name} begins at byte {region.offset}, wanted a multiple of "
+                f"{header.alignment} bytes behind {before}, which ends at {end}"
+            )
+        end, before = region.end, region.name
+    if file.size > end + -(end - header.start) % header.alignment:
+        raise ValueError(f"{file}: padded or damaged: {before} ends at byte {end}, the file has {file.size}")
 
 
 def model_of(file: ByteFile) -> ModelConfig:

@@ -68,10 +68,11 @@ def piece(region: Region, rows: Bounds, columns: Bounds | None = None) -> torch.
     return out
 
 
-def nibbles(words: torch.Tensor, order: Sequence[int] = range(8)) -> torch.Tensor:
-    """uint8 [R, 8 C] of int32 [R, C]: number i of a word are its bits 4 ``order[i]`` and up."""
-    shifts = torch.tensor([4 * place for place in order], dtype=torch.int32)
-    return ((words.unsqueeze(-1) >> shifts) & 15).to(torch.uint8).flatten(1)
+def nibbles(words: torch.Tensor, order: Sequence[int] | None = None) -> torch.Tensor:
+    """uint8 [R, 8 C] of int32 [R, C]: number i of a word are its bits 4 ``order[i]`` and up, or 4 i."""
+    bytes_RB = words.contiguous().view(torch.uint8)
+    found = torch.stack([bytes_RB & 15, bytes_RB >> 4], -1).flatten(1)
+    return found if order is None else found.unflatten(1, (-1, 8))[..., list(order)].flatten(1)
 
 
 @dataclass(frozen=True)
@@ -139,15 +140,15 @@ class Module:
             raise self.error(end, name_of(region.dtype), " or ".join(map(name_of, dtypes)))
         return region
 
-    def scales(self, end: str, shapes: Sequence[tuple[int, ...]]) -> Region:
+    def scales(self, end: str, shapes: Sequence[tuple[int, ...]], may_be_zero: bool = False) -> Region:
         """Scales [rows, columns] of any floating dtype, which are looked at when they are read."""
         region = self.take(end, shapes, (torch.float32, torch.bfloat16, torch.float16))
 
         def make(rows: Bounds, columns: Bounds) -> torch.Tensor:
             found = piece(region, rows, columns)
-            wrong = ~found.isfinite() | (found == 0)
+            wrong = ~found.isfinite() if may_be_zero else ~found.isfinite() | (found == 0)
             if wrong.any():
-                raise self.error(end, f"a scale of {found[wrong][0].item()}", "numbers other than 0")
+                raise self.error(end, f"a scale of {found[wrong][0].item()}", "finite numbers other than 0")
             return found
 
         return Made.of(region.name, region.shape, region.dtype, region, make)

@@ -11,7 +11,6 @@ from mixtralkit.checkpoint.files import Region
 from mixtralkit.checkpoint.foreign.base import Bounds, Linear, Make, Module, check_group, int4_linear, nibbles, piece
 from mixtralkit.json_file import shown
 
-_IN_ORDER = range(8)
 _OF_AWQ = (0, 4, 1, 5, 2, 6, 3, 7)  # column 8 c + i of AWQ is in bits 4 _OF_AWQ[i] of word c
 _EIGHTS, _SEVENS, _ONES = -0x77777778, 0x77777777, 0x11111111  # the same nibble eight times, as int32
 
@@ -52,7 +51,7 @@ class Gptq:
 
         zeros = None
         if not (self._symmetric and _says_eight(qzeros)):
-            zeros = qzeros, _across(qzeros, _IN_ORDER, _ONES if self._less_one else 0)
+            zeros = qzeros, _across(qzeros, None, _ONES if self._less_one else 0)
         return int4_linear(module, qweight, bits, scales, group, zeros, transposed=True, index=index)
 
 
@@ -105,7 +104,7 @@ def _says_eight(qzeros: Region) -> bool:
     return bool(words.eq(_EIGHTS).all() or words.eq(_SEVENS).all())
 
 
-def _across(region: Region, order: Sequence[int], more: int = 0) -> Make:
+def _across(region: Region, order: Sequence[int] | None, more: int = 0) -> Make:
     """Rows and columns of the layer out of words [columns, rows / 8]."""
 
     def make(rows: Bounds, columns: Bounds) -> torch.Tensor:
