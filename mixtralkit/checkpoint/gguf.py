@@ -17,11 +17,10 @@ import torch.nn.functional as F
 
 from mixtralkit.checkpoint.files import ByteFile, Region
 from mixtralkit.checkpoint.foreign.base import Bounds, Linear, Made, Module
-from mixtralkit.checkpoint.gguf_blocks import BLOCK_TYPES, BlockType, planes
+from mixtralkit.checkpoint.gguf_blocks import BLOCK_TYPES, BlockType
 from mixtralkit.config import ModelConfig
 from mixtralkit.json_file import shown
 from mixtralkit.moe.weights import PLAIN, Int4
-from mixtralkit.moe.weights.int4 import pack_bits
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -87,8 +86,8 @@ class GgufBlocks:
             return bytes_RB.unflatten(1, (-1, region.kind.size))
 
         def data(rows: Bounds, cut: Bounds) -> torch.Tensor:
-            bits = planes(blocks(rows)[..., 2:].flatten(0, 1), 16, 4).view(rows[1] - rows[0], -1)
-            return pack_bits(F.pad(bits, (0, whole - columns), value=8))[:, slice(*cut)]
+            bytes_RG16 = F.pad(blocks(rows)[..., 2:], (0, 0, 0, (whole - columns) // 32), value=0x88)
+            return bytes_RG16.unflatten(1, (-1, 2)).transpose(2, 3).flatten(1)[:, slice(*cut)]  # two blocks in turn
 
         def scales(rows: Bounds, cut: Bounds) -> torch.Tensor:
             halves = blocks(rows)[..., :2].contiguous().view(torch.float16).squeeze(-1)
