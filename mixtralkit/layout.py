@@ -109,8 +109,6 @@ class RankLayout:
         config, world = self.config, self.plan.world_size
         self.plan.check_fits(config.n_layers, config.num_experts, world)
         assert 0 <= self.rank < world
-        if self.plan.tier is not None:
-            raise ValueError(f"plan: {self.plan.notes()[-1]}: cannot be run yet")
         if self.parallel.attention == "tp":
             if config.n_heads % world:
                 raise ValueError(

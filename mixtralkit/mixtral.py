@@ -29,6 +29,7 @@ from mixtralkit.engine.sampler import SamplingOptions
 from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.layout import RankLayout
 from mixtralkit.model.transformer import Transformer
+from mixtralkit.moe.tiers import tier_setup
 from mixtralkit.moe.weights import parse_weights
 from mixtralkit.planning.formats import load_plan
 from mixtralkit.planning.plan import ExpertPlan, Words, contiguous
@@ -101,7 +102,8 @@ class Mixtral:
         with context.agreed():
             architecture = reader.config.with_limits(config.cache.max_seq_len, config.limits.max_batch_size)
             layout = choose_layout(architecture, context, config, reader.found.precision)
-            model = Transformer(layout, context, choose_dtype(config.limits.dtype, context.device), config.moe)
+            dtype = choose_dtype(config.limits.dtype, context.device)
+            model = Transformer(layout, context, dtype, config.moe, tier_setup(layout, context, config, dtype))
         pages = pages_of(config.cache, model)
         with context.agreed():
             model.allocate_cache(config.cache.page_size, pages)

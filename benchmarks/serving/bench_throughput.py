@@ -70,7 +70,7 @@ def bench_throughput(
         sequences: that run at a time, and requests of the case fixed.
         prompt_len: of single and fixed.
         new_tokens: of single and fixed.
-        requests: of uniform and poisson.
+        requests: of uniform; poisson has half of them.
         shortest: of a prompt, and of an answer, in uniform and poisson.
         longest: of a prompt, and of an answer, in uniform and poisson.
         shared: tokens that the prompts of prefix begin with.
@@ -117,7 +117,7 @@ def bench_throughput(
     if "uniform" in wanted or "poisson" in wanted:
         rate = bench.uniform(requests, shortest, longest, sequences)
         if "poisson" in wanted:
-            bench.poisson(requests, shortest, longest, load * rate)
+            bench.poisson(max(1, requests // 2), shortest, longest, load * rate)
     if "prefix" in wanted:
         bench.prefix(sharing, shared)
     bench.say({"measurement": "goals", **bench.goals})
@@ -152,7 +152,7 @@ class Bench:
     def run(self, requests: list[Request], starts: list[float] | None = None) -> Record | None:
         if self.engine.context.is_first:
             return run(self.engine, requests, starts)
-        for _ in self.engine.serve(None):
+        for _ in self.engine.run(requests) if starts is None else self.engine.serve(None):
             pass
         return None
 
@@ -173,6 +173,7 @@ class Bench:
 
     def warm_up(self, sequences: int, prompt_len: int) -> None:
         """Captures the graphs of all sizes and compiles what prompts need: answers of all lengths end one by one."""
+        self.engine.warm_up()
         lengths = [2 + (i * 60) // sequences for i in range(sequences)]
         self.run(self.requests(self.prompts([prompt_len] * sequences), lengths))
         longest = self.engine.model.params.max_seq_len - 2

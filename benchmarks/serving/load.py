@@ -14,6 +14,7 @@ import numpy as np
 
 from mixtralkit.engine.control import Control
 from mixtralkit.engine.generation import Engine
+from mixtralkit.engine.leader import Leader
 from mixtralkit.engine.requests import Request
 from mixtralkit.engine.runner import Flight
 
@@ -83,20 +84,19 @@ class Record:
 
 
 def run(engine: Engine, requests: list[Request], starts: list[float] | None = None) -> Record:
-    """Serves the requests, which come at ``starts`` or all at once; every token of an answer must have a text."""
+    """Serves the requests, which come at ``starts``, or runs them as one list; every token must have a text."""
     load, record = Load(requests, starts or [0.0] * len(requests)), Record(requests)
     record.tokens_s = {request.id: [] for request in requests}
     came = {request.id: start for request, start in zip(requests, load.starts, strict=True)}
     load.began = time.perf_counter()
     with watched(record):
-        for events in engine.serve(load):
+        for events in ([event] for event in engine.run(requests)) if starts is None else engine.serve(load):
             now = time.perf_counter() - load.began
             for event in events:
                 if event.error is not None:
                     raise RuntimeError(event.error)
                 if event.text:
                     record.tokens_s[event.id].append(now - came[event.id])
-            record.running.append(engine.snapshot().running)
     record.duration_s = time.perf_counter() - load.began
     for request in requests:
         assert len(record.tokens_s[request.id]) == request.max_gen_len
@@ -106,7 +106,7 @@ def run(engine: Engine, requests: list[Request], starts: list[float] | None = No
 @contextmanager
 def watched(record: Record) -> Iterator[None]:
     """Measures the host's part of each turn."""
-    advance, take = Engine._advance, Engine._take
+    advance, take = Engine._advance, Leader._take
     wait, wait_for, poll = Flight.wait, Control.wait_for, Load.poll
     waited = [0.0]
 
@@ -121,16 +121,17 @@ def watched(record: Record) -> Iterator[None]:
         advance(engine)
         record.host_s.append(time.perf_counter() - started - waited[0])
 
-    def noted(engine, message):
-        flight, planned = engine._flights[0]
-        take(engine, message)
+    def noted(leader, message, control):
+        flight, planned = leader.flights[0]
+        take(leader, message, control)
         chunks = sum(len(chunk.ids) for own in flight.plan.chunks for chunk in own)
         decodes = sum(len(own) for own in planned.slots) - sum(len(own) for own in flight.plan.chunks)
-        record.steps.append((flight.kind, decodes, chunks, engine._step_s))
+        record.steps.append((flight.kind, decodes, chunks, leader._step_s))
+        record.running.append(decodes + sum(len(own) for own in flight.plan.chunks))
 
     with (
         patch.object(Engine, "_advance", timed),
-        patch.object(Engine, "_take", noted),
+        patch.object(Leader, "_take", noted),
         patch.object(Flight, "wait", lambda flight: timed_wait(wait, flight)),
         patch.object(Control, "wait_for", lambda control, flight: timed_wait(wait_for, control, flight)),
         patch.object(Load, "poll", lambda load, is_idle: timed_wait(poll, load, is_idle)),

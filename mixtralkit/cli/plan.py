@@ -15,13 +15,15 @@ from mixtralkit.config.options import Count, Natural, Options, Positive, Ranks, 
 from mixtralkit.moe.weights import parse_weights
 from mixtralkit.planning.cost import ModelShape
 from mixtralkit.planning.formats import save_plan
-from mixtralkit.planning.hardware import Hardware
+from mixtralkit.planning.hardware import USUAL_HOST, Hardware
+from mixtralkit.planning.memory import Room
 from mixtralkit.planning.plan import ExpertPlan
 from mixtralkit.planning.plan_plot import plot_plan
 from mixtralkit.planning.policies.auto import auto_for
 from mixtralkit.planning.policies.inputs import Budget
 from mixtralkit.planning.policies.quality import measure, measure_held_out
 from mixtralkit.planning.policies.registry import POLICIES, Given, make_plan
+from mixtralkit.planning.policies.tiers import GpuBudget
 from mixtralkit.planning.replay import Execution
 from mixtralkit.planning.trace import load_routing
 from mixtralkit.whole_file import check_free
@@ -38,6 +40,9 @@ class PlanRequest(Options):
         world_size: Ranks.
         ranks_per_node: Ranks of one machine; all ranks are on one without it.
         memory_gb: Most memory for expert weights on each rank, in 10^9 bytes, all layers together.
+        gpu_memory_gb: tiers: each GPU's memory in 10^9 bytes, keys and values and working memory included; experts
+            that do not fit are in the host's (docs/host-memory.md).
+        max_seq_len: tiers: most tokens of each of batch sequences in the cache.
         slots_per_rank: Most experts on each rank in each layer; without this and memory_gb no replicas are made,
             except what hot_experts asks for.
         num_experts: Experts of the model, for a trace that does not say.
@@ -45,12 +50,14 @@ class PlanRequest(Options):
         dtype: Of the weights.
         quantize: Format of the experts' weights (docs/quantised.md); left out, dtype.
         hardware: Machine for shadow and auto, a file or the name of one in configs/hardware.
-        batch: shadow and auto: tokens of a step on each rank.
+        batch: shadow, tiers and auto: tokens of a step on each rank.
     """
 
     world_size: Ranks = 4
     ranks_per_node: Count | None = None
     memory_gb: Positive | None = None
+    gpu_memory_gb: Positive | None = None
+    max_seq_len: Count = 2048
     slots_per_rank: Count | None = None
     num_experts: Count | None = None
     model: Path = Path("mixtral-8x7b")
@@ -115,8 +122,8 @@ def plan(
 
     Args:
         trace: Routing trace (.npz, .npy), or SGLang's recorded loads (.pt).
-        policy: contiguous, hot_cold, two_phase, affinity, balanced, shadow, everywhere, bits or auto, or a plan by name
-            as balanced+4 or hot_cold/node+2 (docs/planning.md).
+        policy: contiguous, hot_cold, two_phase, affinity, balanced, shadow, everywhere, bits, tiers or auto, or a plan
+            by name as balanced+4 or hot_cold/node+2 (docs/planning.md).
         output: File for the plan.
         format: mixtralkit, sglang, tensorrt_llm, vllm or exflow.
         plot: File for a picture of loads and crossings, layer by layer.
@@ -128,12 +135,13 @@ def plan(
         raise ValueError(f"policy ({policy!r}) must be one of {', '.join([*POLICIES, 'auto'])}")
     for path in (output, plot):
         check_free(path, overwrite)
-    given = replace(_read(trace, request, policy), options=_options(policy, only))
+    given = _read(trace, request, policy)
+    given = replace(given, options=given.options | _options(policy, only))
     started = time.perf_counter()
     execution = Execution(only.dispatcher, request.batch)
     made = auto_for(given, execution) if policy == "auto" else make_plan(policy, given)
     seconds = time.perf_counter() - started
-    if made.precision is None:
+    if policy not in ("bits", "tiers"):
         given.budget.require(int(made.holds_LWE.sum(2).max()), made.num_layers, f"policy {policy}")
     save_plan(made, output, FORMATS[format])
     if plot is not None:
@@ -162,11 +170,22 @@ def _read(path: Path, request: PlanRequest, policy: str) -> Given:
     shape = ModelShape.of(model, parse_dtype(request.dtype).itemsize, parse_weights(request.quantize))
     shape = replace(shape, num_experts=loads_LE.shape[1], top_k=shape.top_k if trace is None else trace.top_k)
     budget = Budget(request.slots_per_rank, request.memory_gb, shape.expert_bytes)
-    if policy != "bits":
+    if policy not in ("bits", "tiers"):
         budget.slots(*loads_LE.shape, request.world_size)
     hardware = Hardware.load(shipped("hardware", request.hardware))
     rows = request.batch * request.world_size * shape.top_k
-    return Given(loads_LE, request.world_size, trace, request.ranks_per_node, budget, shape, hardware, rows)
+    options = {}
+    if request.gpu_memory_gb is not None:
+        if policy != "tiers":
+            raise ValueError(
+                f"gpu_memory_gb ({request.gpu_memory_gb:g}) is an option of policy tiers, not of {policy!r}"
+            )
+        model = replace(model, num_experts=shape.num_experts, num_experts_per_tok=shape.top_k)
+        length = request.max_seq_len
+        room = Room(request.batch * request.world_size, length, length, 0, shape.data_bytes, weights=shape.weights)
+        options["gpu"] = GpuBudget(request.gpu_memory_gb, model, room, hardware.host or USUAL_HOST)
+    ranks = (request.world_size, trace, request.ranks_per_node)
+    return Given(loads_LE, *ranks, budget, shape, hardware, rows, options)
 
 
 def _figures(plan: ExpertPlan, given: Given, seconds: float) -> dict[str, object]:
@@ -227,6 +246,8 @@ def _print_notes(plan: ExpertPlan) -> None:
             f"{meta['bits']:.3f} bits a weight, harm {meta['harm']:.4g} by the errors of {meta['errors']}; "
             f"no choice within the budget has less than {meta['harm_bound']:.4g}"
         )
+    elif plan.policy == "tiers" and plan.tier is not None:
+        print(f"of {meta['gpu_memory_gb']:g} GB {meta['taken_gb']:.2f} are taken by all but experts")
     elif plan.policy == "two_phase" and meta:
         print(
             f"estimates right in {meta['estimates_right']:.0%} of the layers, corrected in {meta['corrected']:.0%}, "

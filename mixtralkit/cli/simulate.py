@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +11,20 @@ import numpy as np
 from mixtralkit.cli.run import command
 from mixtralkit.config import ModelConfig, shipped
 from mixtralkit.config.engine import Quantize
-from mixtralkit.config.options import Count, Natural, Ranks
+from mixtralkit.config.options import Count, Natural, Positive, Ranks, Share
 from mixtralkit.moe.weights import parse_weights
 from mixtralkit.planning import simulate as simulator
-from mixtralkit.planning.cost import ModelShape
+from mixtralkit.planning.cost import ModelShape, TimeModel
 from mixtralkit.planning.formats import load_plan
-from mixtralkit.planning.hardware import Hardware
+from mixtralkit.planning.fused_cost import FusedTimeModel
+from mixtralkit.planning.hardware import USUAL_HOST, Hardware
+from mixtralkit.planning.memory import Room
 from mixtralkit.planning.plan import ExpertPlan
 from mixtralkit.planning.policies.registry import POLICIES, Given, make_plan
+from mixtralkit.planning.policies.tiers import GpuBudget, tiers
 from mixtralkit.planning.replay import PHASES, Execution
 from mixtralkit.planning.simulate import Simulation
+from mixtralkit.planning.tiers import RULES, simulate_tiers
 from mixtralkit.planning.trace import RoutingTrace
 from mixtralkit.whole_file import check_free
 
@@ -43,6 +47,11 @@ def simulate(
     num_experts: Count | None = None,
     data_bytes: Count | None = None,
     quantize: Quantize | None = None,
+    gpu_memory_gb: Positive | None = None,
+    max_seq_len: Count = 2048,
+    tier_rules: tuple[str, ...] = RULES,
+    decay: Share = 0.98,
+    ahead: Count = 2,
     plot: Path | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -65,6 +74,14 @@ def simulate(
         num_experts: experts, for a trace that does not say.
         data_bytes: of a number in rows and weights; the hardware's when not given.
         quantize: format of the experts' weights (docs/quantised.md); left out, numbers of data_bytes.
+        gpu_memory_gb: replay one GPU of so many 10^9 bytes with the other experts in the host's memory, by the plan
+            that policy tiers makes of half of the trace, on the other half (docs/host-memory.md). A plan file with
+            tiers is replayed on the whole trace without this.
+        max_seq_len: with gpu_memory_gb: most tokens of a sequence in the cache; batch says how many sequences.
+        tier_rules: which experts such a GPU keeps: static, lru, lru/layer, frequency, frequency/layer,
+            prefetch or belady.
+        decay: what a use counts for frequency against one a step later.
+        ahead: experts of a layer that prefetch asks for.
         plot: picture to write, .png.
         overwrite: replace the picture where it is there already.
     """
@@ -74,6 +91,16 @@ def simulate(
     config = ModelConfig.from_file(shipped("models", model))
     sizes = ModelShape.of(config, data_bytes or machine.data_bytes, parse_weights(quantize))
     shape = replace(sizes, num_experts=routing.num_experts, top_k=routing.top_k)
+    if unknown := [rule for rule in tier_rules if rule not in RULES]:
+        raise ValueError(f"tier_rules ({unknown[0]!r}) must be of {', '.join(RULES)}")
+    if gpu_memory_gb is not None:
+        room = Room(batch or 1, max_seq_len, max_seq_len, data_bytes=shape.data_bytes, weights=shape.weights)
+        known, tried = routing.split(0.5)
+        host = machine.host or USUAL_HOST
+        config = replace(config, num_experts=shape.num_experts, num_experts_per_tok=shape.top_k)
+        made = tiers(_one_rank(plan, routing), known.loads_LE(), GpuBudget(gpu_memory_gb, config, room, host))
+        print(_tiers(made, tried, shape, machine, batch or 1, context, tier_rules, decay, ahead))
+        return
     results: dict[str, Simulation] = {}
     plans: dict[str, ExpertPlan] = {}
     for name in plan:
@@ -92,6 +119,9 @@ def simulate(
     print(_by_layer(results))
     print(_by_rank(results))
     print(_links(results))
+    for expert_plan in plans.values():
+        if expert_plan.tier is not None and expert_plan.world_size == 1:
+            print(_tiers(expert_plan, routing, shape, machine, batch or 1, context, tier_rules, decay, ahead))
     for label, result in results.items():
         print(json.dumps({"plan": label, "hardware": machine.name, **result.summary(), **plans[label].counts(),
                           **_arrays(result)}))  # fmt: skip
@@ -107,6 +137,45 @@ def _load_plan(name: str, routing: RoutingTrace, world_size: int | None, ranks_p
     if world_size is None:
         raise ValueError(f"--world_size is missing: plan {name} needs it")
     return make_plan(name, Given.of(routing, world_size, ranks_per_node=ranks_per_node))
+
+
+def _one_rank(names: tuple[str, ...], routing: RoutingTrace) -> ExpertPlan:
+    """The one plan of one rank that tiers are chosen for."""
+    if len(names) > 1:
+        raise ValueError(f"plan ({', '.join(names)}) must be one with gpu_memory_gb")
+    plan = _load_plan(names[0], routing, 1, None)
+    if plan.world_size != 1:
+        raise ValueError(f"world_size ({plan.world_size}) must be 1 with gpu_memory_gb")
+    return plan
+
+
+def _tiers(
+    plan: ExpertPlan, routing: RoutingTrace, shape: ModelShape, machine: Hardware, batch: int, context: int,
+    rules: tuple[str, ...], decay: float, ahead: int,
+) -> str:  # fmt: skip
+    """The table of what each rule finds and costs, and a line of JSON."""
+    host = machine.host or USUAL_HOST
+    model = (TimeModel if machine.fused is None else FusedTimeModel)(shape, machine)
+    found = simulate_tiers(plan, routing, model, host, batch, context, rules, decay, ahead)
+    header = ["kept by", "found", "GB missing", "GB over the bus", "CPU ms", "ms/step", "tokens/s", "split"]
+    header.append("ms bound")
+    rows = [
+        [
+            rule, f"{one.hit_rate:.1%}", f"{one.missing_bytes / 1e9:.3f}", f"{one.bus_bytes / 1e9:.3f}",
+            f"{one.cpu_s * 1e3:.2f}", f"{one.step_s * 1e3:.2f}", f"{batch / one.step_s:.1f}",
+            f"{batch / one.split_step_s:.1f}", f"{one.bound_s * 1e3:.2f}",
+        ]
+        for rule, one in found.items()
+    ]  # fmt: skip
+    gpu_W, host_W = shape.rank_bytes(plan)
+    resident = plan.num_layers * plan.num_experts - int(plan.on_host_LE.sum())
+    note = (
+        f"{resident} experts ({gpu_W[0] / 1e9:.2f} GB) in the GPU's memory, {host_W[0] / 1e9:.2f} GB in the host's; "
+        f"bus {host.bus_bandwidth / 1e9:g} GB/s, CPU {host.cpu_bandwidth / 1e9:g} GB/s "
+        f"({host.source or machine.name}); {routing.num_tokens} tokens"
+    )
+    facts = {rule: asdict(one) | {"tokens_per_s": batch / one.step_s} for rule, one in found.items()}
+    return "\n".join([note, _table("Tiers, per step", header, rows), json.dumps({"tiers": facts, "batch": batch})])
 
 
 def _label(name: str, dispatcher: str, taken: dict[str, Simulation]) -> str:

@@ -8,6 +8,7 @@ from mixtralkit.config.engine import (
     MoEOptions,
     ParallelOptions,
     SourceOptions,
+    TierOptions,
     TopologyOptions,
 )  # fmt: skip
 from mixtralkit.config.model import DTYPES, ModelConfig, ParallelConfig, parse_dtype
@@ -16,5 +17,6 @@ from mixtralkit.config.shipped import shipped
 
 __all__ = [
     "DTYPES", "CacheOptions", "EngineConfig", "FasterOptions", "LimitOptions", "MoEOptions", "ModelConfig",
-    "ParallelConfig", "ParallelOptions", "ServerOptions", "SourceOptions", "TopologyOptions", "parse_dtype", "shipped",
+    "ParallelConfig", "ParallelOptions", "ServerOptions", "SourceOptions", "TierOptions", "TopologyOptions",
+    "parse_dtype", "shipped",
 ]  # fmt: skip

@@ -168,6 +168,32 @@ class MoEOptions(Options):
 
 
 @dataclass(frozen=True)
+class TierOptions(Options):
+    """Experts in the host's memory behind a GPU (docs/host-memory.md). None of it changes the text.
+
+    Attributes:
+        gpu_memory_gb: Most memory that a rank takes of its GPU, in 10^9 bytes, with keys, values and all else; experts
+            for which there is no room lie in the host's memory. Left out, the plan says where experts are. On a CPU
+            there is one memory, and this has no meaning.
+        host_memory_gb: Most memory of the host that a rank's experts take then, in 10^9 bytes; left out, what is free.
+        misses: Who computes an expert that is not on the GPU: cpu where it lies, fetch the GPU after a copy, auto
+            whoever is faster, or both.
+        expert_cache: What makes way on the GPU: lru what was used longest ago, frequency what was used least.
+        expert_prefetch: Fetch what the next layer is likely to want.
+    """
+
+    gpu_memory_gb: Positive | None = None
+    host_memory_gb: Positive | None = None
+    misses: Literal["auto", "cpu", "fetch"] = "auto"
+    expert_cache: Literal["lru", "frequency"] = "lru"
+    expert_prefetch: bool = True
+
+    def check(self) -> None:
+        if self.host_memory_gb is not None and self.gpu_memory_gb is None:
+            raise ValueError(f"host_memory_gb ({self.host_memory_gb}) needs gpu_memory_gb, behind which it stands")
+
+
+@dataclass(frozen=True)
 class CacheOptions(Options):
     """Keys and values.
 
@@ -231,5 +257,6 @@ class EngineConfig(Options):
     source: SourceOptions = field(default_factory=SourceOptions)
     parallel: ParallelOptions = field(default_factory=ParallelOptions)
     moe: MoEOptions = field(default_factory=MoEOptions)
+    tiers: TierOptions = field(default_factory=TierOptions)
     cache: CacheOptions = field(default_factory=CacheOptions)
     limits: LimitOptions = field(default_factory=LimitOptions)

@@ -112,6 +112,8 @@ class Engine:
         if not is_lazy:
             for request in requests:
                 self.check(request)
+            # who begins last ends last: what is long begins first, so that few steps have few sequences
+            requests = sorted(requests, key=lambda request: -request.max_gen_len)
         return self._events(requests, is_lazy, should_stop)
 
     def serve(self, arrivals: Arrivals | None) -> Iterator[list[StreamEvent]]:
@@ -168,6 +170,11 @@ class Engine:
         self._runner: Runner | None = None
         self._leader.scheduler = None
         self._flights.clear()
+
+    def warm_up(self) -> None:
+        """Makes the graphs that requests would else wait for. Collective; nothing may be running."""
+        self._prepare()
+        self._runner.warm_up()
 
     def forget_prefixes(self) -> None:
         """Computes all prompts anew from now on, so that what ran before changes no bit of what comes. Collective."""

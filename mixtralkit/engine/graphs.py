@@ -28,7 +28,7 @@ class Run(Generic[T]):
 
 
 class Graphs:
-    """Runs functions as CUDA graphs, one a key, whose intermediate memory is one pool.
+    """Runs functions as CUDA graphs, one a key, whose intermediate memory is one pool; ``is_on`` says whether it does.
 
     A replay repeats the kernels of the first run on the addresses of the first run: what changes must lie in tensors
     that the function reads and writes in place. The pool is safe to share because replays follow each other on one
@@ -37,10 +37,10 @@ class Graphs:
 
     def __init__(self, device: torch.device, enabled: bool = True) -> None:
         """``enabled`` False, and any device but a CUDA one, calls the functions as they are."""
-        self._is_on = enabled and device.type == "cuda"
+        self.is_on = enabled and device.type == "cuda"
         self._captured: dict[Hashable, tuple[torch.cuda.CUDAGraph, object]] = {}
         self._forgotten: set[Hashable] = set()
-        if self._is_on:
+        if self.is_on:
             self._pool = torch.cuda.graph_pool_handle()
             self._stream = torch.cuda.Stream(device)
 
@@ -54,7 +54,7 @@ class Graphs:
                 the same shapes on other memory, since a run leaves traces.
             may_capture: False calls the function where no graph is there yet.
         """
-        if not self._is_on or (key not in self._captured and not may_capture):
+        if not self.is_on or (key not in self._captured and not may_capture):
             return Run(function())
         recapture_s = 0.0
         if key not in self._captured:
@@ -69,7 +69,7 @@ class Graphs:
         """Drops all graphs, since what they read has other addresses now. No graph may be running."""
         self._forgotten |= self._captured.keys()
         self._captured.clear()
-        if self._is_on:
+        if self.is_on:
             self._pool = torch.cuda.graph_pool_handle()  # the old one is at its end with its last graph
 
     def _capture(self, function: Callable[[], T], rehearse: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, T]:

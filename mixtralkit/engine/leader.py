@@ -55,6 +55,8 @@ class Leader:
             prompt_tokens=self._prompted, generation_tokens=self._generated, step_s=self._step_s,
             busy_since=self.busy_since,
         )  # fmt: skip
+        if self.model.store.tiers is not None:
+            totals = replace(totals, tiers=replace(self.model.store.tiers.counts))
         if scheduler is None:  # before the first step
             cache, owners = self.model.cache, self.model.ranks_with_own_sequences
             if cache is None:

@@ -6,7 +6,8 @@
     device             │ step 1 ───────────► │ step 2 ───────────► │ step 3 …
 
 A step without chunks is a CUDA graph where the model allows it, and nothing goes to the device between two such steps
-of the same greedy sequences. A step with chunks is the same forward, launched kernel by kernel.
+of the same greedy sequences. A step with chunks is the same forward: a graph as well up to ``MOST_IN_GRAPH`` prompt
+tokens, which take the device less time than their launches take the host, and launched kernel by kernel above.
 
 Under attention ``dp`` the ranks have sequences of their own. A step then ends in one small all-gather of what each
 sampled, so that rank 0's host reads all answers, a step later as well.
@@ -15,8 +16,10 @@ sampled, so that rank 0's host reads all answers, a step later as well.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -35,12 +38,19 @@ from mixtralkit.engine.sampler import (
     uniform,
 )
 from mixtralkit.engine.step_plan import Arrival, Rows, StepPlan
+from mixtralkit.model.attention import CachedAttention
 from mixtralkit.model.batch import ForwardBatch, Span
 from mixtralkit.model.kv_cache import KVCache
+from mixtralkit.model.tiered import Desk, run_tiered
 from mixtralkit.model.transformer import Transformer
 from mixtralkit.moe.layer import MoEReport, StepRows
 from mixtralkit.ops.counting import count_keys
+from mixtralkit.ops.hidden import Hidden
 
+MOST_IN_GRAPH = 1536  # prompt tokens; launching 32 layers took a host 57 ms, as long as an H200 needs for 1,100 tokens
+PROMPT_TOKENS = (64, 256, 512, 768, 1024, MOST_IN_GRAPH)  # that steps with chunks are made for
+FEW_BESIDE = 16  # rows that decode beside them; else there is room for all, which costs little where they are missing
+T = TypeVar("T")
 _SAMPLED_SIZE = 12  # bytes of a sampled token: its int64 id and its float32 log-probability
 _TOP_SIZE = 8 * MOST_TOP_LOGPROBS  # bytes of the likeliest tokens in a place: ids and log-probabilities in float32
 
@@ -73,6 +83,31 @@ class _Memory:
         self.slots_B = torch.full((rows,), -1, dtype=torch.int64, device=device)
         self.settings_4B = torch.zeros(4, rows, device=device)
         self.uniforms_B = torch.zeros(rows, device=device)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """A step with chunks: rows that decode, then ``tokens`` of ``spans`` prompts, and rows that are sampled."""
+
+    rows: int
+    tokens: int
+    spans: int
+    sampled: int
+
+
+class _Prompts:
+    """What a step with chunks reads: ids, positions and slots of its rows, its prompts, the rows that are sampled.
+
+    All as at first is a step without a sequence. One copy fills it.
+    """
+
+    def __init__(self, shape: _Shape, device: torch.device) -> None:
+        self.shape, length = shape, shape.rows + shape.tokens
+        self.packed = torch.zeros(3 * length + 4 * shape.spans + shape.sampled, dtype=torch.int64, device=device)
+        rows, self.spans_S4, self.rows_N = self.packed.split([3 * length, 4 * shape.spans, shape.sampled])
+        self.tokens_T, self.positions_T, self.slots_T = rows.view(3, length).unbind()
+        self.spans_S4 = self.spans_S4.view(-1, 4)
+        self.slots_T.fill_(-1)
 
 
 def unpacked(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -182,7 +217,10 @@ class Runner:
         self._parts = model.context if model.sums is not None else RankContext(device=model.context.device)
         self._sizes = bucket_sizes(cache.slots)
         self._own = _Memory(cache.slots, self.context.device)
-        self._graphs = Graphs(self.context.device, cuda_graphs and model.decodes_in_graphs)
+        self._graphs = Graphs(self.context.device, cuda_graphs and model.in_graphs(True))
+        self._pads_prompts = self.context.device.type == "cuda" and model.in_graphs(False)
+        self._prompts: dict[_Shape, _Prompts] = {}
+        self._desks: dict[int, Desk] = {}  # by rows
         self._relocations = model.store.relocations
         self._in: dict[int, Arrival] = {}  # by slot
         self._rows, self._filled = Rows(), 0
@@ -207,7 +245,8 @@ class Runner:
         self.cache.place([(slot, at + i, page) for slot, at, pages in tables for i, page in enumerate(pages)])
         self._in.update({new.slot: new for new in plan.arrivals if new.owner == self._owner})
         self._heed(plan)
-        return self._mixed(plan, observed) if plan.has_chunks else self._decode(plan, observed, may_capture)
+        run = self._mixed if plan.has_chunks else self._decode
+        return run(plan, observed, may_capture)
 
     def _heed(self, plan: StepPlan) -> None:
         """What sequences ask of their logits goes to their slots."""
@@ -221,6 +260,18 @@ class Runner:
         if plan.masks and plan.masks[self._owner]:
             slots, masks = zip(*plan.masks[self._owner], strict=True)
             self._rules.allow(slots, np.stack([np.frombuffer(mask, dtype=np.int32) for mask in masks]))
+
+    @torch.no_grad()
+    def warm_up(self) -> None:
+        """Makes the graphs of all greedy steps, the largest first, whose memory the others then share. Collective; no
+        step may be in flight."""
+        self._own.slots_B.fill_(-1)
+        if self._pads_prompts:
+            for tokens in reversed(PROMPT_TOKENS):
+                for rows in sorted({self._beside(rows) for rows in self._sizes} | {0}, reverse=True):
+                    self._run_prompts(self._shape_of(rows, tokens), False, True)
+        for rows in reversed(self._sizes):
+            self._run_decode(rows, (False,) * 4, True)
 
     def observed(self, flight: Flight, surplus: Many[int]) -> tuple[ForwardBatch, list[MoEReport]] | None:
         """This rank's rows as an ``Observe`` takes them, but for those of the slots in ``surplus`` and those that were
@@ -260,14 +311,18 @@ class Runner:
         if observed:
             kept = (own.tokens_B[:rows], own.positions_B[:rows], own.slots_B[:rows])
             batch = ForwardBatch(*(x.clone() for x in kept), self._spans([1] * len(self._rows.slots), self._rows))
-        kind = (plan.draws, plan.asks, bool(plan.tops), plan.routed)
-        run = self._graphs.run(
+        run = self._run_decode(rows, (plan.draws, plan.asks, bool(plan.tops), plan.routed), may_capture)
+        return self._flight(plan, "graph" if run.replayed else "launched", run, batch, rows)
+
+    def _run_decode(self, rows: int, kind: tuple[bool, ...], may_capture: bool) -> Run[_Answers]:
+        if self.model.decodes_in_pieces:
+            return self._decoded_in_pieces(rows, kind, may_capture)
+        return self._graphs.run(
             (rows, *kind),
-            lambda: self._decoded(own, rows, *kind),
+            lambda: self._decoded(self._own, rows, *kind),
             lambda: self._decoded(_Memory(rows, self.context.device), rows, *kind),
             may_capture,
         )
-        return self._flight(plan, "graph" if run.replayed else "launched", run, batch, rows)
 
     def _place(self, plan: StepPlan) -> None:
         """Gives each of this rank's sequences a row; where its last token is on the device, that moves there."""
@@ -299,9 +354,42 @@ class Runner:
         self._own.uniforms_B[: len(keys)].copy_(self._upload([uniform(*key) for key in keys], torch.float32))
 
     def _decoded(self, of: _Memory, rows: int, draws: bool, asks: bool, tops: bool, routed: bool) -> _Answers:
+        batch = self._batch_of(of, rows, routed)
+        return self._sampled(of, batch, *self.model.hidden(batch), draws, asks, tops, routed)
+
+    def _decoded_in_pieces(self, rows: int, kind: tuple[bool, ...], may_capture: bool) -> Run[_Answers]:
+        """The same where the host has a say in every layer; the last piece takes what is sampled."""
+        if rows not in self._desks:
+            params, device = self.model.params, self.context.device
+            most = max(self.model.store.tiers.slots.values())
+            given = (rows, params.num_experts_per_tok, params.dim, most, self.model.dtype, device)
+            self._desks[rows] = Desk(*given)
+            if self._graphs.is_on:  # so that kernels are compiled before they are captured
+                scratch = _Memory(rows, device)
+                run_tiered(self.model, self._batch_of(scratch, rows), Desk(*given), lambda _, piece: piece())
+        batch, ran = self._batch_of(self._own, rows), []
+
+        def run(key: tuple, piece: Callable[[], T], rehearse: Callable[[], object] = lambda: None) -> T:
+            ran.append(self._graphs.run((rows, *key), piece, rehearse, may_capture))
+            return ran[-1].value
+
+        hidden, reports = run_tiered(self.model, batch, self._desks[rows], run)
+        answers = run(
+            ("sampled", *kind),
+            lambda: self._sampled(self._own, batch, hidden, reports, *kind),
+            lambda: self._sampled(_Memory(rows, self.context.device), batch, hidden, reports, *kind),
+        )
+        return Run(answers, ran[-1].replayed, sum(one.recapture_s for one in ran))
+
+    def _batch_of(self, of: _Memory, rows: int, observed: bool = False) -> ForwardBatch:
         batch = ForwardBatch.of_rows(of.tokens_B[:rows], of.positions_B[:rows], of.slots_B[:rows], rows)
-        batch = replace(batch, observed=self._counts or routed)
-        hidden, reports = self.model.hidden(self.model.attend_to(batch, self.cache))
+        return self.model.attend_to(replace(batch, observed=self._counts or observed), self.cache)
+
+    def _sampled(
+        self, of: _Memory, batch: ForwardBatch, hidden: Hidden, reports: list[MoEReport], draws: bool, asks: bool,
+        tops: bool, routed: bool,
+    ) -> _Answers:  # fmt: skip
+        rows = len(batch)
         part_BV = self.model.logits(hidden)
         self._sample(part_BV, of, draws, (batch.slots_T, batch.positions_T) if asks else None)
         of.positions_B[:rows].add_(of.advance_B[:rows])
@@ -310,7 +398,9 @@ class Runner:
         more += [_routed(reports, rows)] if routed else []
         return self._answers(of, reports, counts_LE, more)
 
-    def _mixed(self, plan: StepPlan, observed: bool) -> Flight:
+    def _mixed(self, plan: StepPlan, observed: bool, may_capture: bool) -> Flight:
+        if (shape := self._shape(plan, observed)) is not None:
+            return self._mixed_in_graph(plan, shape, may_capture)
         mine, chunks, own = plan.rows[self._owner], plan.chunks[self._owner], self._own
         lengths = [1] * len(mine.slots) + [len(chunk.ids) for chunk in chunks]
         firsts = Rows(mine.slots + [c.slot for c in chunks], [], [], mine.positions + [c.start for c in chunks])
@@ -319,30 +409,25 @@ class Runner:
         positions = [p for span in spans for p in range(span.position, span.end)]
         slots = [span.slot for span in spans for _ in range(span.start, span.stop)]
         tokens_T, positions_T, slots_T = self._upload([tokens, positions, slots], torch.int64)
-        if max(mine.sources, default=-1) >= 0:
-            held = slice(len(mine.slots))
-            tokens_T[held] = self._first_tokens(self._upload(mine.sources, torch.int64), tokens_T[held])
+        self._continue(tokens_T, mine)
         of_chunks = list(zip(chunks, spans[len(mine.slots) :], strict=True))
         sampled = [(s.slot, s.stop - 1, s.position) for s in spans[: len(mine.slots)]]
         sampled += [(s.slot, s.stop - 1, s.end - 1) for chunk, s in of_chunks if chunk.is_sampled]
         scored = [s.start + c.skipped + i for c, s in of_chunks for i in range(len(c.targets))]
         rows_N = self._upload([row for _, row, _ in sampled] + scored, torch.int64)
-        each = zip(plan.rows, plan.chunks, strict=True)
-        most = max(len(rows.slots) + sum(len(chunk.ids) for chunk in of) for rows, of in each)
-        whole = observed or self.counts_choices or plan.routed  # reports of all rows are wanted in the last layer too
+        most = _most_rows(plan)
+        whole = observed or self._counts or plan.routed  # reports of all rows are wanted in the last layer too
         batch = ForwardBatch(tokens_T, positions_T, slots_T, spans, StepRows(most), observed=whole)
-        batch = replace(batch, wanted_N=None if whole or len(rows_N) == len(batch) else rows_N)
-        hidden, reports = self.model.hidden(self.model.attend_to(batch, self.cache))
-        part_NV = self.model.logits(hidden.take(rows_N) if batch.wanted_N is None else hidden)
-        part_BV, part_MV = part_NV[: len(sampled)], part_NV[len(sampled) :]
+        batch = self.model.attend_to(batch, self.cache)
         if plan.draws and sampled:
             self._set([self._in[slot] for slot, _, _ in sampled])
             self._draw([slot for slot, _, _ in sampled], [position for _, _, position in sampled])
+        part_NV, reports, counts_LE = self._through(batch, rows_N)
+        part_BV, part_MV = part_NV[: len(sampled)], part_NV[len(sampled) :]
         asking = None
         if plan.asks:
             asking = self._upload([[s for s, _, _ in sampled], [p for _, _, p in sampled]], torch.int64).unbind()
         self._sample(part_BV, own, plan.draws, asking)
-        counts_LE = torch.stack([_choices(report) for report in reports]) if self._counts else None
         most_scored = max(sum(len(chunk.targets) for chunk in of) for of in plan.chunks)
         scores_M = torch.zeros(most_scored, device=self.context.device)
         more = [scores_M.view(torch.uint8)]
@@ -355,6 +440,89 @@ class Runner:
         more += [_routed(reports, most)] if plan.routed else []
         answers = self._answers(own, reports, counts_LE, more)
         return self._flight(plan, "mixed", Run(answers), batch, most, most_scored)
+
+    def _shape(self, plan: StepPlan, observed: bool) -> _Shape | None:
+        """What a step with chunks is made up to, so that few graphs serve all; None where it runs without one."""
+        special = observed or plan.tops or plan.asks or plan.routed
+        special = special or any(chunk.targets for of in plan.chunks for chunk in of)
+        tokens = max(sum(len(chunk.ids) for chunk in of) for of in plan.chunks)
+        if special or not self._pads_prompts or tokens > MOST_IN_GRAPH:
+            return None
+        shape = self._shape_of(self._beside(max(len(of.slots) for of in plan.rows)), tokens)
+        return shape if max(len(of) for of in plan.chunks) <= shape.spans else None
+
+    def _shape_of(self, rows: int, tokens: int) -> _Shape:
+        tokens = next(size for size in PROMPT_TOKENS if size >= tokens)
+        spans = max(4, tokens // 64)
+        return _Shape(rows, tokens, spans, min(rows + spans, len(self._own.slots_B)))
+
+    def _beside(self, rows: int) -> int:
+        """Rows that decode which steps with chunks are made for: none, a few, or all that may."""
+        slots = len(self._own.slots_B)
+        return 0 if not rows else min(FEW_BESIDE, slots) if rows <= FEW_BESIDE else slots
+
+    def _mixed_in_graph(self, plan: StepPlan, shape: _Shape, may_capture: bool) -> Flight:
+        mine, chunks = plan.rows[self._owner], plan.chunks[self._owner]
+        prompts = self._prompts_of(shape)
+        fill = [0] * (shape.rows - len(mine.slots))
+        rest = [0] * (shape.tokens - sum(len(chunk.ids) for chunk in chunks))
+        tokens = mine.tokens + fill + [token for chunk in chunks for token in chunk.ids] + rest
+        positions = mine.positions + fill + [c.start + i for c in chunks for i in range(len(c.ids))] + rest
+        slots = mine.slots + [-1] * len(fill) + [c.slot for c in chunks for _ in c.ids] + [-1] * len(rest)
+        spans, sampled, start = [], list(range(len(mine.slots))), 0
+        for chunk in chunks:
+            spans += [chunk.slot, chunk.start, len(chunk.ids), start]
+            start += len(chunk.ids)
+            sampled += [shape.rows + start - 1] if chunk.is_sampled else []
+        spans += [0] * (4 * shape.spans - len(spans))
+        columns = tokens + positions + slots + spans + sampled + [0] * (shape.sampled - len(sampled))
+        prompts.packed.copy_(self._upload(columns, torch.int64))
+        self._continue(prompts.tokens_T, mine)
+        if plan.draws and sampled:
+            ends = [(chunk.slot, chunk.start + len(chunk.ids) - 1) for chunk in chunks if chunk.is_sampled]
+            drawn = [*zip(mine.slots, mine.positions, strict=True), *ends]
+            self._set([self._in[slot] for slot, _ in drawn], shape.sampled - len(drawn))
+            self._draw([slot for slot, _ in drawn], [position for _, position in drawn])
+        run = self._run_prompts(shape, plan.draws, may_capture)
+        return self._flight(plan, "mixed", run, None, shape.rows + shape.tokens)
+
+    def _prompts_of(self, shape: _Shape) -> _Prompts:
+        if shape not in self._prompts:
+            self._prompts[shape] = _Prompts(shape, self.context.device)
+        return self._prompts[shape]
+
+    def _run_prompts(self, shape: _Shape, draws: bool, may_capture: bool) -> Run[_Answers]:
+        device, slots = self.context.device, len(self._own.slots_B)
+        return self._graphs.run(
+            (shape, draws),
+            lambda: self._prompted(self._own, self._prompts_of(shape), draws),
+            lambda: self._prompted(_Memory(slots, device), _Prompts(shape, device), draws),
+            may_capture,
+        )
+
+    def _prompted(self, of: _Memory, prompts: _Prompts, draws: bool) -> _Answers:
+        shape, window = prompts.shape, self.model.params.sliding_window
+        attend = CachedAttention.of_shape(self.cache, window, shape.rows, shape.tokens, prompts.spans_S4.int())
+        rows = StepRows(shape.rows + shape.tokens, valid_T=prompts.slots_T)
+        batch = ForwardBatch(prompts.tokens_T, prompts.positions_T, prompts.slots_T, (), rows, attend)
+        part_NV, reports, counts_LE = self._through(replace(batch, observed=self._counts), prompts.rows_N)
+        self._sample(part_NV, of, draws, None)
+        return self._answers(of, reports, counts_LE, [])
+
+    def _through(
+        self, batch: ForwardBatch, rows_N: torch.Tensor
+    ) -> tuple[torch.Tensor, list[MoEReport], torch.Tensor | None]:
+        """This rank's logits of ``rows_N``, the layers' reports, and the choices of each expert where they count."""
+        whole = batch.observed or len(rows_N) == len(batch)
+        hidden, reports = self.model.hidden(replace(batch, wanted_N=None if whole else rows_N))
+        part_NV = self.model.logits(hidden.take(rows_N) if whole else hidden)
+        return part_NV, reports, self._counted(reports, batch.slots_T) if self._counts else None
+
+    def _continue(self, tokens_T: torch.Tensor, mine: Rows) -> None:
+        """The first rows begin with what the last step left on the device, where ``sources`` say so."""
+        if max(mine.sources, default=-1) >= 0:
+            held = slice(len(mine.slots))
+            tokens_T[held] = self._first_tokens(self._upload(mine.sources, torch.int64), tokens_T[held])
 
     def _spans(self, lengths: list[int], firsts: Rows) -> tuple[Span, ...]:
         """Of sequences one after the other; ``firsts`` are the slots and first positions."""
@@ -441,9 +609,10 @@ class Runner:
         return torch.empty(x.shape, dtype=x.dtype, pin_memory=pinned).copy_(x, non_blocking=True)
 
 
-def _choices(report: MoEReport) -> torch.Tensor:
-    """int64 [E]: how many rows chose each expert."""
-    return count_keys(report.routing.experts_TK, report.routing.logits_TE.shape[1])
+def _most_rows(plan: StepPlan) -> int:
+    """Of any rank."""
+    each = zip(plan.rows, plan.chunks, strict=True)
+    return max(len(rows.slots) + sum(len(chunk.ids) for chunk in of) for rows, of in each)
 
 
 def _routed(reports: list[MoEReport], rows: int) -> torch.Tensor:

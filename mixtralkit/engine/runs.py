@@ -11,6 +11,7 @@ from typing import Protocol
 from mixtralkit.engine.requests import Abort, Request, StreamEvent
 from mixtralkit.engine.scheduler import Sequence
 from mixtralkit.engine.step_plan import News, Took
+from mixtralkit.moe.tiers import TierCounts
 
 
 class Arrivals(Protocol):
@@ -37,6 +38,7 @@ class EngineSnapshot:
         prompt_tokens, generation_tokens: prompt tokens of requests that began, and tokens sampled.
         steps: launched so far; step_s: seconds between the last two that were taken.
         busy_since: ``time.monotonic()`` when the turn at hand began; None between turns and while nothing is to do.
+        tiers: what became of experts in host memory, of rank 0; noughts where there are none.
     """
 
     running: int = 0
@@ -53,6 +55,7 @@ class EngineSnapshot:
     steps: int = 0
     step_s: float = 0.0
     busy_since: float | None = None
+    tiers: TierCounts = field(default_factory=TierCounts)
 
 
 @dataclass

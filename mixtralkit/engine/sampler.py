@@ -251,8 +251,8 @@ class SlotRules:
             row_V.index_put_((at_N,), self._upload(values, row_V.dtype), accumulate=row_V.dtype != torch.bool)
 
     def _upload(self, values: Sequence | np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-        device = self.rules.asks_S.device
-        made = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+        device, made = self.rules.asks_S.device, torch.as_tensor(values, dtype=dtype)
+        made = made.pin_memory() if device.type == "cuda" else made
         return made.to(device, non_blocking=True)
 
 

@@ -80,6 +80,16 @@ class CachedAttention:
         self._ragged = _Ragged.of(longer, device) if longer else None
         self._has_singles = bool(singles) or not longer
 
+    @classmethod
+    def of_shape(
+        cls, cache: KVCache, window: int | None, rows: int, tokens: int, spans_B4: torch.Tensor
+    ) -> CachedAttention:
+        """For so many rows with one token of a sequence each, and then tokens of others that only the device knows."""
+        self = cls(cache, window)
+        self._singles, self._has_singles = slice(rows), rows > 0
+        self._ragged = _Ragged(slice(rows, rows + tokens), [(-1, 0, tokens)], spans_B4)
+        return self
+
     def __call__(self, layer: int, qkv_TQ: torch.Tensor, batch: ForwardBatch, heads: tuple[int, int]) -> torch.Tensor:
         cache, window = self.cache, self.window
         memory = (cache.keys[layer], cache.values[layer], cache.tables_SM)

@@ -47,4 +47,5 @@ class Block(nn.Module):
         elif hidden.valid_T is not None:
             batch = batch.masked(hidden.valid_T)
         hidden = self.attention(hidden, batch, sums, self.ffn_norm.of, wanted_N)
-        return self.feed_forward(hidden, batch.rows, following.of)
+        rows = batch.rows if wanted_N is None else batch.rows.take(wanted_N)
+        return self.feed_forward(hidden, rows, following.of)

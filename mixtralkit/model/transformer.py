@@ -26,11 +26,13 @@ from mixtralkit.moe.layer import MoELayer, MoEReport
 from mixtralkit.moe.router import Routing
 from mixtralkit.moe.shadow import Shadows, shadow_room
 from mixtralkit.moe.store import ExpertStore
+from mixtralkit.moe.tiers import TierSetup
 from mixtralkit.moe.transfers import MoveReport
 from mixtralkit.moe.two_phase import TwoPhase
 from mixtralkit.ops.all_reduce import RowReducer
 from mixtralkit.ops.experts import takes_packed
 from mixtralkit.ops.hidden import Hidden
+from mixtralkit.ops.ragged_attention import only_the_device
 from mixtralkit.ops.symmetric_exchange import SymmetricExchange
 from mixtralkit.planning.dispatchers import IN_GRAPHS
 from mixtralkit.planning.plan import ExpertPlan
@@ -54,8 +56,12 @@ class Transformer(nn.Module):
         context: RankContext,
         dtype: torch.dtype = torch.float32,
         options: MoEOptions | None = None,
+        tiers: TierSetup | None = None,
     ) -> None:
-        """Takes the memory between GPUs that the layout's exchanges need. Collective."""
+        """Takes the memory between GPUs that the layout's exchanges need. Collective.
+
+        ``tiers`` keeps experts in host memory.
+        """
         super().__init__()
         config, options = layout.config, MoEOptions() if options is None else options
         self.layout, self.context, self.dtype, self.options = layout, context, dtype, options
@@ -64,7 +70,9 @@ class Transformer(nn.Module):
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim, _weight=None, **like)
         self.sums = self._take_sums()
         self.dispatchers = Dispatchers.create(layout, context, options, self.sums, self._take_symmetric_memory())
-        self.store = ExpertStore(layout, context, dtype, shadow_room(layout, context, dtype, options))
+        if tiers is not None and options.backend == "fastmoe":
+            raise ValueError("moe_backend ('fastmoe') needs all experts on the GPUs: not with gpu_memory_gb")
+        self.store = ExpertStore(layout, context, dtype, shadow_room(layout, context, dtype, options), tiers=tiers)
         one_holder = self.dispatchers.name(True, True) in ("symmetric", "static")
         self.shadows = Shadows(self.store, options.faster, one_holder) if self.store.room else None
         self.two_phase = TwoPhase.for_model(self.shadows, config, options)
@@ -74,6 +82,10 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps, **like)
         self.output = nn.Linear(config.dim, layout.vocab[1] - layout.vocab[0], bias=False, **like)
         self.requires_grad_(False)
+        if self.store.tiers is not None:
+            following = list(self.layers)[1:]
+            routers = [(block.ffn_norm.of, block.feed_forward.gate.weight) for block in following]
+            self.store.tiers.routers.update(enumerate(routers))
         if options.faster.schedule and context.is_first and self.dispatchers.name(True, False) == "symmetric":
             warnings.warn(
                 "the smart schedule is off: these GPUs reach each other's memory, where chunks never paid; "
@@ -145,16 +157,26 @@ class Transformer(nn.Module):
         """Shadows that what a step has counted decides for the next; None also where two phases decide inside it."""
         return self.shadows if self.two_phase is None else None
 
-    @property
-    def decodes_in_graphs(self) -> bool:
-        """Whether a decode step is the same launches on the same addresses whatever the routing is."""
+    def in_graphs(self, decode: bool) -> bool:
+        """Whether a step of decodes, or one with prompts, is the same launches on the same addresses whatever the
+        routing is."""
         ours = self.options.backend == "mixtralkit" and self.two_phase is None
         hidden = self.layout.hidden
         for weights in self.layout.formats:
             if not weights.is_plain and self.context.device.type == "cuda":  # the reference asks the host
                 ours = ours and takes_packed(weights, self.params.dim, hidden[1] - hidden[0])
         trains = any(p.requires_grad for p in self.parameters())
-        return ours and not trains and self.dispatchers.name(True, True) in IN_GRAPHS
+        ours = ours and (self.store.tiers is None or (decode and self.decodes_in_pieces))
+        if not decode:  # rows that move between ranks differ from step to step
+            moves = self.layout.parallel.attention == "coherent" and self.context.world_size > 1
+            ours = ours and not moves and only_the_device(self.dtype, self.params.head_dim)
+        return ours and not trains and self.dispatchers.name(True, decode) in IN_GRAPHS
+
+    @property
+    def decodes_in_pieces(self) -> bool:
+        """Whether a decode step is ``tiered.run_tiered``."""
+        alone = self.context.world_size == 1 and self.layout.plan.cold_capacity_factor is None
+        return self.store.tiers is not None and alone
 
     def adopt(self, layer: int, plan: ExpertPlan) -> MoveReport:
         """Goes over to ``plan``, which differs from the running one in ``layer`` alone, between two steps.

@@ -10,7 +10,7 @@ from torch import nn
 
 from mixtralkit.layout import SlotGroup
 from mixtralkit.moe.dispatch.base import RoutedRows
-from mixtralkit.moe.weights import PLAIN, PackedWeight
+from mixtralkit.moe.weights import PLAIN, ExpertWeights, PackedWeight
 from mixtralkit.ops.experts import expert_sum
 
 Matrices = tuple[torch.Tensor | PackedWeight, torch.Tensor | PackedWeight]  # w1 above w3 of every slot, and w2
@@ -58,7 +58,7 @@ class Experts(nn.Module):
 
     def store_in(self, tensors: Sequence[torch.Tensor], places_S: torch.Tensor) -> None:
         """The memory that the parameters lie in, and the places of the slots there."""
-        self.storage = (*self._matrices(tensors, self.groups[0]), places_S)
+        self.storage = (*as_matrices(self.groups[0].weights, self.columns, tensors), places_S)
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -71,16 +71,7 @@ class Experts(nn.Module):
 
     def matrices_of(self, group: SlotGroup) -> Matrices:
         """Those of a group's slots."""
-        return self._matrices([getattr(self, name) for name in names_of(group)], group)
-
-    def _matrices(self, tensors: Sequence[torch.Tensor], group: SlotGroup) -> Matrices:
-        weights, parts = group.weights, len(group.weights.parts)
-        if weights.is_plain:
-            return tuple(tensors)
-        return (
-            PackedWeight(weights, self.columns[0], tuple(tensors[:parts]), stacked=2),
-            PackedWeight(weights, self.columns[1], tuple(tensors[parts:])),
-        )
+        return as_matrices(group.weights, self.columns, [getattr(self, name) for name in names_of(group)])
 
     @property
     def slots(self) -> int:
@@ -115,6 +106,17 @@ class Experts(nn.Module):
 def names_of(group: SlotGroup) -> list[str]:
     """Of a group's parameters: the parts of w13, then of w2."""
     return [name for matrix in ("w13", "w2") for name, _ in group.weights.parameters(f"{matrix}{group.suffix}")]
+
+
+def as_matrices(weights: ExpertWeights, columns: tuple[int, int] | None, tensors: Sequence[torch.Tensor]) -> Matrices:
+    """w13 and w2 of their parts; ``columns`` as in ``Experts``."""
+    if weights.is_plain:
+        return tuple(tensors)
+    parts = len(weights.parts)
+    return (
+        PackedWeight(weights, columns[0], tuple(tensors[:parts]), stacked=2),
+        PackedWeight(weights, columns[1], tuple(tensors[parts:])),
+    )
 
 
 def run_experts(

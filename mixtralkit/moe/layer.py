@@ -45,6 +45,10 @@ class StepRows:
     valid_T: torch.Tensor | None = None
     flight: Flight | None = None
 
+    def take(self, rows_N: torch.Tensor) -> StepRows:
+        """Of some of the rows."""
+        return self if self.valid_T is None else replace(self, valid_T=self.valid_T[rows_N])
+
 
 @dataclass(frozen=True)
 class MoEReport:
@@ -87,7 +91,7 @@ class MoELayer(nn.Module):
         self.options, self.shadows = options, shadows
         self.gate = Router(config.dim, config.num_experts, config.num_experts_per_tok, store.dtype, context.device)
         self.experts, self.table = store.experts[layer], store.tables[layer]
-        self._none = torch.zeros((), dtype=torch.int64, device=context.device)  # dropped, where nothing is
+        self.nothing = torch.zeros((), dtype=torch.int64, device=context.device)  # is dropped
 
     @classmethod
     def alone(
@@ -124,7 +128,10 @@ class MoELayer(nn.Module):
             hidden, experts, table, report = replace(hidden, normed_TD=x_TD), lent, lent.table, lent.report
         elif self.shadows is not None:
             report = self.shadows.report(self.layer, phases)
-        cut = CutRouting.of(routing, table.local_E, self._rule, rows.valid_T, self._none)
+        cut = CutRouting.of(routing, table.local_E, self._rule, rows.valid_T, self.nothing)
+        if self.store.tiers is not None:
+            self.store.tiers.guess(self.layer, hidden)
+            cut = replace(cut, experts_TK=cut.kept_TK, is_cut=True)  # no expert is brought for rows that only fill
         name = self.dispatchers.name(rows.per_rank is not None, rows.decode, torch.is_grad_enabled())
         dispatcher = self.dispatchers.by_name[name]
         if self.options.faster.schedule and name in CHUNKED:

@@ -23,6 +23,7 @@ from mixtralkit.distributed import RankContext, SymmetricMemory
 from mixtralkit.layout import RankLayout
 from mixtralkit.moe.experts import Experts
 from mixtralkit.moe.table import LayerTable
+from mixtralkit.moe.tiers import TieredExperts, Tiers, TierSetup
 from mixtralkit.moe.transfers import MoveReport, move_experts, stays_in_place, transfers
 from mixtralkit.moe.weights import ExpertWeights
 from mixtralkit.planning.replicas import ReplicaTable
@@ -45,6 +46,7 @@ class ExpertStore:
 
     Attributes:
         experts, tables: by layer.
+        tiers: host memory behind the GPU's (``moe/tiers``); None where all experts are on the device.
         copies: (layer, expert) → copy.
         room: how many copies there are places for.
         relocations: grows when captured graphs are void: experts have other addresses, or are looked up otherwise.
@@ -57,8 +59,13 @@ class ExpertStore:
         dtype: torch.dtype,
         room: int = 0,
         layers: Sequence[int] | None = None,
+        tiers: TierSetup | None = None,
     ) -> None:
-        """``room`` is for copies; ``layers`` None means all."""
+        """``room`` is for copies; ``layers`` None means all; ``tiers`` keeps experts in host memory, None keeps none.
+
+        Raises:
+            ValueError: ``tiers`` with copies, or with too few places.
+        """
         self.layout, self.context, self.dtype, self.room = layout, context, dtype, room
         self.copies: dict[tuple[int, int], Copy] = {}
         self._memories: tuple[SymmetricMemory, ...] | None = None  # of the parts, where other ranks read them
@@ -67,7 +74,15 @@ class ExpertStore:
         self.layers = list(range(layout.config.n_layers)) if layers is None else list(layers)
         self.experts: dict[int, Experts] = {}
         self.tables: dict[int, LayerTable] = {}
-        self._allocate()
+        self.tiers: Tiers | None = None
+        if tiers is not None:
+            if room:
+                raise ValueError("faster_shadow and dynamic copy experts from GPU to GPU: not with gpu_memory_gb")
+            self.tiers = Tiers(layout, context, dtype, tiers, self._empty, self.layers)
+            self.experts = {layer: TieredExperts(self.tiers, layer) for layer in self.layers}
+            self.tables = {layer: LayerTable(self.replicas(layer), context) for layer in self.layers}
+        else:
+            self._allocate()
 
     @property
     def expert_bytes(self) -> int:
@@ -201,6 +216,12 @@ class ExpertStore:
         elif owner != self.context.rank:
             weights.copy_(theirs)
 
+    def retier(self, setup: TierSetup, layout: RankLayout) -> None:
+        """Goes over to other places on the GPU, and to the tiers of the layout's plan, between two steps."""
+        self.layout = layout
+        self.tiers.restart(setup, layout)
+        self.relocations += 1
+
     def drop(self, keys: Iterable[tuple[int, int]]) -> None:
         """Gives up copies, (layer, expert) each; their layers' rows do without them from now on."""
         layers = set()
@@ -250,6 +271,8 @@ class ExpertStore:
             one.check_one_format("a new plan between steps")
         if layout.parallel.experts != "ep":
             raise ValueError(f"experts ({layout.parallel.experts!r}) must be 'ep' for a new plan between steps")
+        if self.tiers is not None:
+            raise ValueError("a new plan between steps needs all experts on the GPUs: not with gpu_memory_gb")
         if self.experts[layer].tensors[0].requires_grad:
             raise ValueError("a new plan between steps needs weights that do not train")
         ranks = [(plan.world_size, plan.ranks_per_node) for plan in (old, new)]

@@ -106,6 +106,25 @@ class FusedKernels:
 
 
 @dataclass(frozen=True)
+class HostRates:
+    """The host's memory behind a GPU.
+
+    Attributes:
+        bus_bandwidth: bytes/s from pinned memory to the GPU.
+        cpu_bandwidth: bytes/s of weights that products of few rows on the CPU read.
+        source: where the figures come from.
+    """
+
+    bus_bandwidth: float
+    cpu_bandwidth: float
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("bus_bandwidth", "cpu_bandwidth"):
+            _check_number(name, getattr(self, name))
+
+
+@dataclass(frozen=True)
 class Hardware:
     """A machine's measured figures.
 
@@ -120,6 +139,7 @@ class Hardware:
         inside: between the ranks of a node.
         across: between nodes, each rank with its own share of the wire; None when only one node is known.
         fused: this project's kernels; None where they were not measured.
+        host: the host's memory behind a GPU; None where it was not measured (``USUAL_HOST``).
         gpu: the device's name, by which ``auto`` finds the file; None for a file that only a path names.
     """
 
@@ -136,6 +156,7 @@ class Hardware:
     inside: Network
     across: Network | None = None
     fused: FusedKernels | None = None
+    host: HostRates | None = None
     gpu: str | None = None
 
     def __post_init__(self) -> None:
@@ -231,3 +252,11 @@ def _check_number(name: str, value: Any, zero: bool = False) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not 0 <= value < float("inf") or (value == 0 and not zero):
         raise ValueError(f"{name} ({value!r}) must be a number {'of at least' if zero else 'above'} 0")
+
+
+# For a machine whose file has no ``host``.
+USUAL_HOST = HostRates(
+    55e9,
+    57e9,
+    "measured beside one H200, 16 cores, PCIe 5: copies from pinned memory, and products of few rows on the CPU",
+)

@@ -14,6 +14,10 @@ _FEW_ROWS, _MANY_ROWS = 128, 4096
 # Rows of width D that a prompt's step holds at a time beside the experts' middle: residual, norm, queries with keys and
 # values, attention, sums.
 _ROWS_ALIVE = 8
+# On a GPU held to a budget: for the device's context, memory pools of graphs and libraries, in 10⁹ bytes. Assumed.
+RESERVE_GB = 0.7
+# Of such a budget, up to which a layer's unpacked experts get room beside the packed ones.
+UNPACKED_SHARE = 0.05
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,38 @@ def rank_memory(config: ModelConfig, parallel: ParallelConfig, plan: ExpertPlan,
     experts_W, host_W = shape.rank_bytes(replace(held, precision=plan.precision, tier=plan.tier))
     sizes = (_weights(config, parallel, world, b) + experts_W.max(), cache, exchange, working, host_W.max())
     return RankMemory(*(float(size) / 1e9 for size in sizes))
+
+
+@dataclass(frozen=True)
+class ExpertRoom:
+    """What a GPU's budget leaves for experts, where the others lie in the host's memory; 10⁹ bytes.
+
+    Attributes:
+        taken: by all else.
+        left: for experts.
+        unpacks: whether ``taken`` has room for the numbers of a layer's packed experts, which products of many rows
+            make first; where not, such steps go in pieces.
+    """
+
+    taken: float
+    left: float
+    unpacks: bool
+
+
+def room_for_experts(
+    config: ModelConfig, parallel: ParallelConfig, plan: ExpertPlan, room: Room, budget_gb: float
+) -> ExpertRoom:
+    """The rest of a budget on the fullest rank. Formats are those of the plan; ``left`` may be below 0."""
+    all_on_host = ((("host",) * plan.num_experts),) * plan.num_layers
+    taken = rank_memory(config, parallel, replace(plan, tier=all_on_host), room).total + RESERVE_GB
+    unpacked, unpacks = 0.0, False
+    if any(not weights.is_plain for row in plan.formats_LE(room.weights) for weights in row):
+        split = plan.world_size if parallel.experts == "tp" else 1
+        slots = config.num_experts if split > 1 else int(plan.holds_LWE.sum(2).max())
+        unpacked = slots * 3 * config.dim * -(-config.hidden_dim // split) * room.data_bytes / 1e9
+        unpacks = unpacked <= UNPACKED_SHARE * budget_gb
+    taken += unpacked if unpacks else 0.0
+    return ExpertRoom(taken, budget_gb - taken, unpacks)
 
 
 def _weights(config: ModelConfig, parallel: ParallelConfig, world: int, data_bytes: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -103,6 +103,7 @@ def live(service: Service) -> dict[str, Any]:
             "layers": {"shares": shares_LW.tolist(), "balancedness": even_L.tolist()},
         },
         "plan": facts,
+        "tiers": asdict(snapshot.tiers),
     }  # fmt: skip
 
 

@@ -118,6 +118,14 @@ class _State:
                    (*_LABELS, *info), (*values, str(s.page_size), str(s.pages)), 1.0)  # fmt: skip
         yield _one(GaugeMetricFamily, "mixtralkit:step_seconds", "Time of the last step.", _LABELS, values, s.step_s)
         yield _one(CounterMetricFamily, "mixtralkit:steps", "Steps of the model.", _LABELS, values, s.steps)
+        for name, text, value in (
+            ("expert_hits", "Experts that rows found on the GPU.", s.tiers.hits),
+            ("expert_misses", "Experts that were in host memory when rows wanted them.", s.tiers.misses),
+            ("expert_fetches", "Experts brought to the GPU.", s.tiers.fetches),
+            ("expert_cpu_products", "Experts computed on the CPU, all or a part.", s.tiers.products),
+            ("expert_fetched_bytes", "Bytes of experts brought to the GPU.", s.tiers.fetched_bytes),
+        ):
+            yield _one(CounterMetricFamily, f"mixtralkit:{name}", text, _LABELS, values, value)
         yield from self._experts(values)
 
     def _experts(self, values: tuple[str, ...]) -> Iterator[Metric]:

@@ -54,6 +54,8 @@ def _staged(function: Callable[..., Any], gather: GraphGather) -> Callable[..., 
 
     @functools.wraps(function)
     def call(*given: Any, **named: Any) -> Any:
+        if not any(isinstance(x, torch.Tensor) and x.is_cuda for x in given):
+            return function(*given, **named)
         assert not named.get("async_op")
         if torch.cuda.is_current_stream_capturing():
             assert function.__name__.startswith("all_gather"), f"{function.__name__} in a graph"

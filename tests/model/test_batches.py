@@ -174,7 +174,7 @@ def _names(context: RankContext, changes: list[tuple[str, str, MoEOptions, dict]
         layout = RankLayout(config, ParallelConfig(attention, experts_by), plan, context.rank)
         model = Transformer(layout, context, options=options)
         names = (model.dispatchers.name(True, decode) for decode in (True, False))
-        found.append((*names, model.decodes_in_graphs))
+        found.append((*names, model.in_graphs(True)))
     return found
 
 
@@ -204,9 +204,9 @@ def test_which_dispatcher_runs():
 
 def test_a_model_that_trains_has_no_graphs():
     model = Transformer(RankLayout.single(small_config()), RankContext())
-    assert model.decodes_in_graphs
+    assert model.in_graphs(True)
     model.layers[0].feed_forward.experts.w13.requires_grad_(True)
-    assert not model.decodes_in_graphs
+    assert not model.in_graphs(True)
 
 
 @pytest.mark.parametrize("rows", [-1, 2.0, True, "4"])

@@ -203,14 +203,16 @@ def test_several_steps_continue_each_other():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("case", [c for c in CASES if min(c.slots) >= 0])
+@pytest.mark.parametrize("case", CASES)
 def test_triton_rotate_and_store_is_the_reference(case, dtype):
+    """Rows that only fill the shape store nothing."""
     case = Case(**{**vars(case), "dtype": dtype})
     qkv, keys, values, *rest = case.tensors()
+    real_B = rest[0] >= 0
     cache, wanted_cache = (paged(keys, values, 16) for _ in range(2))
     wanted = rotate_and_store_reference(qkv, *wanted_cache, *rest, case.heads)
     got = launch_rotate_and_store(qkv, *cache, *rest, case.heads)
-    for one, other in zip((got, *cache), (wanted, *wanted_cache), strict=True):
+    for one, other in zip((got[real_B], *cache), (wanted[real_B], *wanted_cache), strict=True):
         torch.testing.assert_close(one, other, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype], equal_nan=True)
 
 

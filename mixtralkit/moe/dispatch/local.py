@@ -18,7 +18,10 @@ class LocalDispatcher:
         self, hidden: Hidden, cut: CutRouting, table: LayerTable, rows_per_rank: int | None = None
     ) -> tuple[RoutedRows, Hidden]:
         small = is_small(len(hidden), cut.experts_TK.shape[1], len(table.local_E))
-        slots_TK = cut.experts_TK if table.is_identity else table.own_slots(cut.experts_TK, small)
+        slots_TK = cut.experts_TK
+        if not table.is_identity:
+            slots_TK = table.own_slots(slots_TK, small)
+            slots_TK = slots_TK.masked_fill(cut.experts_TK < 0, -1) if cut.is_cut else slots_TK
         return RoutedRows(hidden.normed_TD, slots_TK, cut.weights_TK, hidden.x_TD), hidden
 
     def combine(self, y_RD: torch.Tensor, handle: Hidden, norm: Norm | None = None) -> Hidden:

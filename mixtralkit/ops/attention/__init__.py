@@ -73,7 +73,8 @@ def rotate_and_store(
 ) -> torch.Tensor:
     """Turns queries and keys and writes keys and values to the cache, in one pass; the turned queries, [T, H, C].
 
-    Arguments as ``decode_attention``'s, for any number of tokens a sequence and no rows that fill the shape.
+    Arguments as ``decode_attention``'s, for any number of tokens a sequence. What comes back of rows that only fill the
+    shape means nothing.
     """
     if runs_triton(qkv_TQ):
         from mixtralkit.ops.attention.triton import launch_rotate_and_store as store

@@ -66,9 +66,11 @@ def rotate_and_store_reference(
     """The reference of ``rotate_and_store``."""
     q_THC, k_TJC, v_TJC = split_heads(qkv_TQ, heads, keys_NJPC.shape[1])
     cos_T1P, sin_T1P = rope_SC[positions_T].unsqueeze(1).unbind(-1)
+    k_TJC, real_T = rotate(k_TJC, cos_T1P, sin_T1P), slots_T >= 0
+    if not real_T.all():
+        k_TJC, v_TJC, slots_T, positions_T = k_TJC[real_T], v_TJC[real_T], slots_T[real_T], positions_T[real_T]
     there = places(keys_NJPC, tables_SM, slots_T, positions_T)
-    keys_NJPC[there] = rotate(k_TJC, cos_T1P, sin_T1P)
-    values_NJPC[there] = v_TJC
+    keys_NJPC[there], values_NJPC[there] = k_TJC, v_TJC
     return rotate(q_THC, cos_T1P, sin_T1P)
 
 

@@ -331,6 +331,8 @@ def _rotate_and_store(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     slot = tl.load(slots_T + token).to(tl.int64)
+    if slot < 0:
+        return
     position = tl.load(positions_T + token).to(tl.int64)
     page = tl.load(tables_SM + slot * table_stride + position // P).to(tl.int64)
     p_P, two, c_C = tl.arange(0, BLOCK_C // 2), tl.arange(0, 2), tl.arange(0, BLOCK_C)

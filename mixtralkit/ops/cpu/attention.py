@@ -55,15 +55,8 @@ def decode_attention_cpu(
 ) -> torch.Tensor:
     """``ops.attention.decode_attention``."""
     cache = (keys_NJPC, values_NJPC, tables_SM)
-    if bool((slots_B < 0).any()):  # rows that only fill the shape store nothing
-        rows_R = (slots_B >= 0).nonzero().flatten()
-        found = qkv_BQ.new_zeros(qkv_BQ.shape[0], heads * keys_NJPC.shape[3])
-        if len(rows_R):
-            rest = (slots_B[rows_R], positions_B[rows_R], rope_SC, heads, window)
-            found[rows_R] = decode_attention_cpu(qkv_BQ[rows_R], *cache, *rest)
-    else:
-        q_BHC = rotate_and_store_reference(qkv_BQ, *cache, slots_B, positions_B, rope_SC, heads)
-        found = attention_cpu(q_BHC, *cache, slots_B, positions_B, window).flatten(1)
+    q_BHC = rotate_and_store_reference(qkv_BQ, *cache, slots_B, positions_B, rope_SC, heads)
+    found = attention_cpu(q_BHC, *cache, slots_B, positions_B, window).flatten(1)
     return found if out is None else out.copy_(found)
 
 

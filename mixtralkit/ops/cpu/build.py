@@ -100,7 +100,7 @@ def _processor() -> str:
 def _load(library: Path) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(library))
     loaded.mk_linear.argtypes = (INT, *(LONG,) * 3, *(POINTER,) * 4)
-    loaded.mk_expert_sum.argtypes = (INT, *(LONG,) * 5, *(POINTER,) * 7)
+    loaded.mk_expert_sum.argtypes = (INT, *(LONG,) * 6, *(POINTER,) * 7)
     loaded.mk_attention.argtypes = (
         INT, *(LONG,) * 4, POINTER, INT, POINTER, POINTER, *(LONG,) * 4, POINTER, LONG, POINTER, POINTER, LONG, POINTER,
     )  # fmt: skip

@@ -220,16 +220,17 @@ bool is_packed(const mk_weight& w) { return w.type >= INT8; }
 long unit(const mk_weight& w) { return w.type == INT8 ? X_GROUP : std::max(64L, w.group); }  // of columns
 long columns(const mk_weight& w, long K) { return is_packed(w) ? (K + unit(w) - 1) / unit(w) * unit(w) : K; }
 
-// out[m][0 … outputs) = x_m · w_o for outputs `first` and the next ones of a slot. `narrow` is x in 16 bits, for packed weights.
-void product(const mk_weight& w, long slot, long first, long outputs, long K, const float* const* x, const Narrow* narrow,
-             long rows, float* const* out) {
+// out[m][0 … outputs) = x_m · w_o for outputs `first` and the next ones of a slot, over the first `last` of K columns.
+// `narrow` is x in 16 bits, for packed weights.
+void product(const mk_weight& w, long slot, long first, long outputs, long K, long last, const float* const* x,
+             const Narrow* narrow, long rows, float* const* out) {
     const char* from = w.data + slot * w.slot + first * w.ld;
-    if (w.type == F32) return product((const float*)from, w.ld, outputs, K, x, rows, out);
-    if (w.type == BF16) return product((const bf16*)from, w.ld, outputs, K, x, rows, out);
-    if (w.type == F16) return product((const f16*)from, w.ld, outputs, K, x, rows, out);
+    if (w.type == F32) return product((const float*)from, w.ld, outputs, last, x, rows, out);
+    if (w.type == BF16) return product((const bf16*)from, w.ld, outputs, last, x, rows, out);
+    if (w.type == F16) return product((const f16*)from, w.ld, outputs, last, x, rows, out);
     const uint8_t* zeros = w.zeros ? (const uint8_t*)w.zeros + slot * w.zeros_slot : nullptr;
-    Packed packed{w.data + slot * w.slot, w.ld, w.scales + slot * w.scales_slot, zeros, w.type == INT8 ? 0 : w.group};
-    product_packed(packed, first, outputs, columns(w, K), narrow, rows, out);
+    Packed packed{w.data + slot * w.slot, w.ld, w.scales + slot * w.scales_slot, zeros, w.type == INT8 ? 0 : w.group, columns(w, K)};
+    product_packed(packed, first, outputs, columns(w, last), narrow, rows, out);
 }
 
 template <class T> void read_row(const T* from, long n, float* to) { for (long i = 0; i < n; i++) to[i] = to_float(from[i]); }
@@ -305,17 +306,18 @@ void mk_linear(int threads, long M, long K, long O, const mk_rows* x, const mk_w
 #pragma omp for schedule(dynamic)
         for (long piece = 0; piece < pieces; piece++) {
             long first = piece * OUTPUTS, n = std::min(OUTPUTS, O - first);
-            product(*w, 0, first, n, K, rows.at.data(), rows.narrow_at.data(), M, at.data());
+            product(*w, 0, first, n, K, K, rows.at.data(), rows.narrow_at.data(), M, at.data());
             for (long m = 0; m < M; m++) write(at[m], m, first, n, *residual, *out);
         }
     }
 }
 
 // out [R, D] = Σ_k weights · w2 · (silu(w1 · x) * (w3 · x)) [+ residual]; w13 has w1 above w3 of each slot; a slot
-// below 0 adds nothing. Every expert that a row chose is read once; a row's choices add up in their order.
-void mk_expert_sum(int threads, long R, long D, long F, long S, long K, const mk_rows* x, const int64_t* slots,
-                   const float* weights, const mk_weight* w13, const mk_weight* w2, const mk_rows* residual,
-                   const mk_rows* out) {
+// below 0 adds nothing. Every expert that a row chose is read once; a row's choices add up in their order. Of the F
+// columns of w2, and rows of w1 and w3, the first `last` count.
+void mk_expert_sum(int threads, long R, long D, long F, long last, long S, long K, const mk_rows* x,
+                   const int64_t* slots, const float* weights, const mk_weight* w13, const mk_weight* w2,
+                   const mk_rows* residual, const mk_rows* out) {
     std::vector<long> start(S + 1);  // choices of slot s are start[s] … start[s + 1], choice i is number place[i]
     for (long i = 0; i < R * K; i++)
         if (slots[i] >= 0) start[slots[i] + 1]++;
@@ -326,10 +328,10 @@ void mk_expert_sum(int threads, long R, long D, long F, long S, long K, const mk
         if (slots[i] >= 0) place[i] = next[slots[i]]++;
     for (long s = 0; s < S; s++)
         if (start[s + 1] > start[s]) touched.push_back(s), most = std::max(most, start[s + 1] - start[s]);
-    Rows rows(R, D, *w13), hidden(N, F, *w2);  // hidden is silu(w1 · x) * (w3 · x) of every choice
+    Rows rows(R, D, *w13), hidden(N, last, *w2);  // hidden is silu(w1 · x) * (w3 · x) of every choice
     std::vector<const float*> x_at(N);
     std::vector<Narrow> narrow_at(N);
-    long pieces = (F + OUTPUTS - 1) / OUTPUTS, pieces2 = (D + OUTPUTS - 1) / OUTPUTS, experts = (long)touched.size();
+    long pieces = (last + OUTPUTS - 1) / OUTPUTS, pieces2 = (D + OUTPUTS - 1) / OUTPUTS, experts = (long)touched.size();
 #pragma omp parallel num_threads(threads)
     {
         Floats sums = floats(std::max(2 * most, N) * OUTPUTS);
@@ -345,10 +347,10 @@ void mk_expert_sum(int threads, long R, long D, long F, long S, long K, const mk
             if (place[i] >= 0) x_at[place[i]] = rows.at[i / K], narrow_at[place[i]] = rows.narrow_at[i / K];
 #pragma omp for schedule(dynamic)
         for (long work = 0; work < experts * pieces; work++) {
-            long s = touched[work / pieces], first = work % pieces * OUTPUTS, n = std::min(OUTPUTS, F - first);
+            long s = touched[work / pieces], first = work % pieces * OUTPUTS, n = std::min(OUTPUTS, last - first);
             long i0 = start[s], count = start[s + 1] - i0;
-            product(*w13, s, first, n, D, &x_at[i0], &narrow_at[i0], count, &at[0]);
-            product(*w13, s, F + first, n, D, &x_at[i0], &narrow_at[i0], count, &at[count]);
+            product(*w13, s, first, n, D, D, &x_at[i0], &narrow_at[i0], count, &at[0]);
+            product(*w13, s, F + first, n, D, D, &x_at[i0], &narrow_at[i0], count, &at[count]);
             for (long m = 0; m < count; m++) {
                 float* to = hidden.row(i0 + m) + first;
                 for (long i = 0; i < n; i += VW) {
@@ -365,7 +367,7 @@ void mk_expert_sum(int threads, long R, long D, long F, long S, long K, const mk
             long first = piece * OUTPUTS, n = std::min(OUTPUTS, D - first);
             for (long s : touched) {
                 long i0 = start[s], count = start[s + 1] - i0;
-                product(*w2, s, first, n, F, &hidden.at[i0], &hidden.narrow_at[i0], count, &at[i0]);
+                product(*w2, s, first, n, F, last, &hidden.at[i0], &hidden.narrow_at[i0], count, &at[i0]);
             }
             for (long m = 0; m < R; m++) {
                 std::fill_n(y, OUTPUTS, 0.f);

@@ -44,10 +44,12 @@ def expert_sum_cpu(
     residual_RD: torch.Tensor | None = None,
     out_RD: torch.Tensor | None = None,
     storage_S: torch.Tensor | None = None,
+    hidden: int | None = None,
 ) -> torch.Tensor:
     """``ops.experts.expert_sum`` in float32 throughout, rounded once; a slot's weights are read once.
 
     A row's choices add up in their order, so its result depends on no other row (``linear_cpu``) and no plan.
+    ``hidden``: of the experts' hidden columns the first so many, whole units of the format; None for all.
     """
     if storage_S is not None:
         slots_RK = storage_S[slots_RK.clamp(min=0)].masked_fill(slots_RK < 0, -1)
@@ -56,7 +58,8 @@ def expert_sum_cpu(
     slots_RK, weights_RK = slots_RK.contiguous(), weights_RK.float().contiguous()
     assert slots_RK.dtype == torch.int64
     kernels().mk_expert_sum(
-        torch.get_num_threads(), *x_RD.shape, w2_SDF.shape[2], w2_SDF.shape[0], slots_RK.shape[1],
+        torch.get_num_threads(), *x_RD.shape, w2_SDF.shape[2], w2_SDF.shape[2] if hidden is None else hidden,
+        w2_SDF.shape[0], slots_RK.shape[1],
         rows_of(x_RD), slots_RK.data_ptr(), weights_RK.data_ptr(), weight_of(w13_SGD), weight_of(w2_SDF),
         rows_of(residual_RD), rows_of(out_RD),
     )  # fmt: skip

@@ -22,6 +22,7 @@ struct Packed {
     const char* scales;
     const uint8_t* zeros;  // null without zero points
     long group;            // 0 for INT8
+    long columns;          // of an output, of which a product may take the first ones
 };
 
 // A row of x in 16 bits: K numbers, and for each group the scale and scale · Σ numbers.
@@ -84,7 +85,7 @@ static inline vshort bytes16(const char* p) {
 // MR rows times columns k … k + n of one output, added to out[m]. Every path sums chunks of NARROW_CHUNK columns like this,
 // so a row's result does not depend on how many there are.
 template <int MR>
-static inline void chunk_int8(const Packed& w, long o, long, long k0, long n, const Narrow* x, float* const* out, long at) {
+static inline void chunk_int8(const Packed& w, long o, long k0, long n, const Narrow* x, float* const* out, long at) {
     const char* p = w.data + o * w.ld + k0;
     vfloat8 acc[MR] = {};
     for (long k = 0; k < n; k += X_GROUP) {
@@ -103,12 +104,12 @@ static inline void chunk_int8(const Packed& w, long o, long, long k0, long n, co
 }
 
 template <int MR, int GROUP>
-static inline void chunk_int4(const Packed& w, long o, long K, long k0, long n, const Narrow* x, float* const* out, long at) {
+static inline void chunk_int4(const Packed& w, long o, long k0, long n, const Narrow* x, float* const* out, long at) {
     constexpr int MOST_GROUPS = NARROW_CHUNK / GROUP;
     long count = n / GROUP, g0 = k0 / GROUP, g = 0;
     const char* p = w.data + o * w.ld + k0 / 2;
-    const f16* scales = (const f16*)w.scales + o * (K / GROUP) + g0;
-    const uint8_t* zeros = w.zeros ? w.zeros + o * (K / GROUP) + g0 : nullptr;
+    const f16* scales = (const f16*)w.scales + o * (w.columns / GROUP) + g0;
+    const uint8_t* zeros = w.zeros ? w.zeros + o * (w.columns / GROUP) + g0 : nullptr;
     float scale[MR][MOST_GROUPS], less[MR] = {};
     vfloat off[MR] = {};
     for (; g + VW <= count; g += VW) {
@@ -148,7 +149,7 @@ static inline void chunk_int4(const Packed& w, long o, long K, long k0, long n, 
     }
 }
 
-using Chunk = void (*)(const Packed&, long, long, long, long, const Narrow*, float* const*, long);
+using Chunk = void (*)(const Packed&, long, long, long, const Narrow*, float* const*, long);
 template <int MR> static Chunk chunk_of(long group) {
     switch (group) {
         case 0: return chunk_int8<MR>;
@@ -166,7 +167,7 @@ static void product_packed(const Packed& w, long first, long outputs, long K, co
     if (rows <= 4) {  // each output's weights in one go
         for (long o = 0; o < outputs; o++)
             for (long k = 0; k < K; k += NARROW_CHUNK)
-                chunk[rows - 1](w, first + o, K, k, std::min(NARROW_CHUNK, K - k), x, out, o);
+                chunk[rows - 1](w, first + o, k, std::min(NARROW_CHUNK, K - k), x, out, o);
         return;
     }
     for (long m0 = 0; m0 < rows; m0 += NARROW_ROWS) {
@@ -176,7 +177,7 @@ static void product_packed(const Packed& w, long first, long outputs, long K, co
             for (long o = 0; o < outputs; o++)
                 for (long m = m0; m < m1;) {
                     long step = std::min(4L, m1 - m);
-                    chunk[step - 1](w, first + o, K, k, n, x + m, out + m, o);
+                    chunk[step - 1](w, first + o, k, n, x + m, out + m, o);
                     m += step;
                 }
         }

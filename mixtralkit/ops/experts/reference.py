@@ -44,8 +44,7 @@ def expert_sum_reference(
         sum_RD = (gathered_RKD * weights_RK[..., None]).sum(1)
     if residual_RD is not None:
         sum_RD = sum_RD + residual_RD
-    sum_RD = sum_RD.type_as(x_RD)
-    return sum_RD if out_RD is None else out_RD.copy_(sum_RD)
+    return sum_RD.type_as(x_RD) if out_RD is None else out_RD.copy_(sum_RD)
 
 
 def swiglu_grouped(

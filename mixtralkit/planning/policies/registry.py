@@ -12,6 +12,7 @@ slots of a layer, over all ranks, beyond one for each expert.
 ``shadow``             FasterMoE's choice, kept
 ``everywhere``         every expert on every rank
 ``bits``               contiguous, each expert in the format that harms least (needs measured errors)
+``tiers``              contiguous, the experts that the GPU has no room for in host memory (needs a GPU's budget)
 ``auto``               the one of all these with the least predicted time
 =====================  =============================================================================================
 """
@@ -35,6 +36,7 @@ from mixtralkit.planning.policies.bits import bits
 from mixtralkit.planning.policies.hot_cold import hot_cold, most_hot
 from mixtralkit.planning.policies.inputs import Budget
 from mixtralkit.planning.policies.shadow import shadow
+from mixtralkit.planning.policies.tiers import GpuBudget, tiers
 from mixtralkit.planning.policies.two_phase import two_phase
 from mixtralkit.planning.precision import ErrorTable
 from mixtralkit.planning.trace import RoutingTrace
@@ -156,6 +158,12 @@ def _bits(given: Given, count: int | None, errors: ErrorTable | Path | None = No
     return bits(table, given.shape, given.world_size, given.budget)
 
 
+def _tiers(given: Given, count: int | None, gpu: GpuBudget | None = None) -> ExpertPlan:
+    if gpu is None:
+        raise ValueError("gpu_memory_gb is missing: policy tiers fills it")
+    return tiers(contiguous(*given.loads_LE.shape, given.world_size), given.loads_LE, gpu)
+
+
 _HOT = ("hot_experts", "hot_per", "cold", "cold_capacity_factor", "cold_token_percent", "overflow", "cut_order")
 POLICIES: dict[str, tuple[Callable[..., ExpertPlan], tuple[str, ...]]] = {
     "contiguous": (_contiguous, ()),
@@ -169,6 +177,7 @@ POLICIES: dict[str, tuple[Callable[..., ExpertPlan], tuple[str, ...]]] = {
     "shadow": (_shadow, ("shadow_steps",)),
     "everywhere": (_everywhere, ()),
     "bits": (_bits, ("errors",)),
+    "tiers": (_tiers, ("gpu",)),
 }
 """How each policy makes a plan, and the options it takes."""
 COUNTED = ("hot_cold", "two_phase", "affinity", "balanced")

@@ -1,0 +1,105 @@
+"""Copies from host memory to the GPU's places, beside what the GPU computes."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+
+from mixtralkit.moe.tiers.memory import Move
+
+PIECE = 4 << 20  # bytes of a copy of what may be wanted: so long one that is wanted now waits at most
+
+
+class Ticket(Protocol):
+    """Copies that were begun."""
+
+    def query(self) -> bool:
+        """Whether they are done."""
+
+
+class _Done:
+    """Of copies that end before they are told of."""
+
+    def query(self) -> bool:
+        return True
+
+
+class PlainBus:
+    """Copies by the CPU, at once: for machines and tests without a GPU."""
+
+    def copy(self, moves: Iterable[Move], urgent: bool = True) -> Ticket:
+        """Begins the copies, in order.
+
+        Args:
+            urgent: in front of all that are not.
+
+        Raises:
+            RuntimeError: the device does not take them.
+        """
+        for move in moves:
+            for row in range(move.height):
+                target, source = move.target + row * move.target_pitch, move.source + row * move.source_pitch
+                ctypes.memmove(target, source, move.width)
+        return _Done()
+
+    def wait(self, ticket: Ticket) -> None:
+        """What the GPU does from now on comes after the copies."""
+
+
+class _Copy2D(ctypes.Structure):
+    """``CUDA_MEMCPY2D`` of the driver."""
+
+    _fields_ = [
+        (name, kind)
+        for side in ("src", "dst")
+        for name, kind in (
+            (f"{side}XInBytes", ctypes.c_size_t), (f"{side}Y", ctypes.c_size_t), (f"{side}MemoryType", ctypes.c_int),
+            (f"{side}Host", ctypes.c_void_p), (f"{side}Device", ctypes.c_uint64), (f"{side}Array", ctypes.c_void_p),
+            (f"{side}Pitch", ctypes.c_size_t),
+        )
+    ] + [("WidthInBytes", ctypes.c_size_t), ("Height", ctypes.c_size_t)]  # fmt: skip
+
+
+_HOST, _DEVICE = 1, 2  # memory types of the driver
+
+
+class CudaBus:
+    """Copies by the GPU's copy engines, on a stream for what is wanted now and one for what may be.
+
+    By the driver's calls: torch copies a rectangle of pinned memory by way of another copy in memory.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._urgent, self._ahead = (torch.cuda.Stream(device, priority=priority) for priority in (-1, 0))
+        self._driver = ctypes.CDLL("libcuda.so.1")
+        self._driver.cuMemcpyHtoDAsync_v2.argtypes = (
+            ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p
+        )  # fmt: skip
+        self._driver.cuMemcpy2DAsync_v2.argtypes = (ctypes.POINTER(_Copy2D), ctypes.c_void_p)
+
+    def copy(self, moves: Iterable[Move], urgent: bool = True) -> torch.cuda.Event:
+        """See ``PlainBus.copy``."""
+        stream = self._urgent if urgent else self._ahead
+        handle = ctypes.c_void_p(stream.cuda_stream)
+        for move in moves:
+            if move.height == 1:
+                failed = self._driver.cuMemcpyHtoDAsync_v2(move.target, move.source, move.width, handle)
+            else:
+                rectangle = _Copy2D(
+                    srcMemoryType=_HOST, srcHost=move.source, srcPitch=move.source_pitch, dstMemoryType=_DEVICE,
+                    dstDevice=move.target, dstPitch=move.target_pitch, WidthInBytes=move.width, Height=move.height,
+                )  # fmt: skip
+                failed = self._driver.cuMemcpy2DAsync_v2(ctypes.byref(rectangle), handle)
+            if failed:
+                raise RuntimeError(f"an expert could not be copied from host memory to the GPU (CUDA error {failed})")
+        event = torch.cuda.Event()
+        event.record(stream)
+        return event
+
+    def wait(self, ticket: torch.cuda.Event) -> None:
+        """See ``PlainBus.wait``."""
+        torch.cuda.current_stream(self.device).wait_event(ticket)

@@ -1,0 +1,132 @@
+"""Memory of experts, in the host and in the GPU's places, and what is copied from one to the other."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from mixtralkit.moe.weights import ExpertWeights
+
+ALIGNED = 64  # bytes that a tensor in a block starts at a multiple of
+
+
+class Move(NamedTuple):
+    """A rectangle of bytes: addresses of its first one, bytes of a row, rows, and bytes from row to row."""
+
+    target: int
+    source: int
+    width: int
+    height: int = 1
+    target_pitch: int = 0
+    source_pitch: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self.width * self.height
+
+
+Empty = Callable[[int, str], Sequence[torch.Tensor]]  # (experts, device): the format's tensors, ``ExpertStore._empty``
+
+
+class HostExperts:
+    """A layer's experts of this rank in host memory, one contiguous block each.
+
+    Attributes:
+        tensors: the format's parts of w13, then of w2, [S, …] each: views of the blocks.
+    """
+
+    def __init__(self, empty: Empty, experts: int, pinned: bool) -> None:
+        """``pinned``: so that a GPU copies from it by itself.
+
+        Raises:
+            RuntimeError: the system does not let so much memory be pinned.
+        """
+        like, starts, size = empty(1, "meta"), [], 0
+        for part in like:
+            starts.append(size)
+            size += -(-part.nbytes // ALIGNED) * ALIGNED
+        self._pinned = pinned and experts > 0
+        self.blocks = torch.empty(experts, size, dtype=torch.uint8)
+        if self._pinned:
+            _pin(self.blocks)
+        self.tensors = tuple(
+            self.blocks[:, start : start + part.nbytes].view(part.dtype).unflatten(1, part.shape[1:])
+            for start, part in zip(starts, like, strict=True)
+        )
+
+    def __del__(self) -> None:
+        if getattr(self, "_pinned", False):
+            with contextlib.suppress(Exception):  # the device may be gone before its memory
+                torch.cuda.cudart().cudaHostUnregister(self.blocks.data_ptr())
+
+
+def _pin(memory: torch.Tensor) -> None:
+    """Pins memory where it is: torch's own pinned memory comes in powers of two, which experts are not."""
+    failed = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+    if failed:
+        raise RuntimeError(
+            f"host memory: {memory.nbytes / 1e9:.3g} GB for experts could not be pinned (CUDA error {failed})"
+        )
+
+
+class Geometry:
+    """Where experts lie in memory: the bytes of a part of their hidden width, here and there."""
+
+    def __init__(self, weights: ExpertWeights, hidden: int, tensors: Sequence[torch.Tensor]) -> None:
+        """``tensors`` [N, …]: the parts of w13, then of w2."""
+        self.weights, self.hidden = weights, hidden
+        self._of = [
+            (part.data_ptr(), part.stride(0) * part.element_size(), part.shape[1], part.stride(1) * part.element_size())
+            for part in tensors
+        ]
+        assert all(part[0].is_contiguous() for part in tensors if len(part))
+
+    def moves(self, place: int, other: Geometry, slot: int, first: int = 0) -> list[Move]:
+        """What brings columns ``first`` … of the hidden width of ``other``'s expert ``slot`` to ``place`` here.
+
+        ``first`` is a multiple of the format's unit and height. With another than 0 the part of w13 in front is not
+        touched, and what scales w2 comes whole.
+        """
+        found, parts = [], self.weights.parts
+        for i, (mine, theirs) in enumerate(zip(self._of, other._of, strict=True)):
+            target, source = (base + number * pitch for (base, pitch, *_), number in ((mine, place), (theirs, slot)))
+            (rows, row), part = mine[2:], parts[i % len(parts)]
+            if first and i < len(parts) and part.rows is not None:
+                start = part.cut_rows((first, self.hidden))[0] * row
+                half = rows // 2 * row
+                found.append(Move(target + start, source + start, half - start, 2, half, half))
+            elif first and i == len(parts):
+                start = part.cut_columns((first, first))[0] * row // part.cut_columns((0, self._whole))[1]
+                found.append(Move(target + start, source + start, row - start, rows, row, row))
+            else:
+                found.append(Move(target, source, rows * row))
+        return found
+
+    @property
+    def _whole(self) -> int:
+        return self.weights.whole(self.hidden)
+
+
+def silence(weights: ExpertWeights, tensors: Sequence[torch.Tensor], place: int, last: int, hidden: int) -> None:
+    """Makes the first ``last`` of an expert's hidden columns zero: all that w1 and w3 have of them."""
+    for part, tensor in zip(weights.parts, tensors, strict=False):  # w13's come first
+        if part.rows is not None:
+            tensor[place].unflatten(0, (2, -1))[:, : part.cut_rows((0, last))[1]].zero_()
+
+
+def in_pieces(moves: Sequence[Move], most: int) -> list[Move]:
+    """The same bytes in moves of at most so many, or of a row."""
+    found = []
+    for move in moves:
+        if move.height > 1 or move.width <= most:
+            step = max(1, most // move.width)
+            for row in range(0, move.height, step):
+                target, source = move.target + row * move.target_pitch, move.source + row * move.source_pitch
+                found.append(move._replace(target=target, source=source, height=min(step, move.height - row)))
+            continue
+        for start in range(0, move.width, most):
+            found.append(Move(move.target + start, move.source + start, min(most, move.width - start)))
+    return found

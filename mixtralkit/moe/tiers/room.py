@@ -1,0 +1,85 @@
+"""How many experts a GPU and its host have room for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from mixtralkit.config import EngineConfig
+from mixtralkit.distributed import RankContext
+from mixtralkit.layout import RankLayout
+from mixtralkit.moe.tiers.setup import TierSetup
+from mixtralkit.planning.memory import Room, room_for_experts
+
+PIECE_ROWS = 104  # of an expert in the mean, up to which no product unpacks it first (``ops/experts/triton_packed.py``)
+
+
+def tier_setup(layout: RankLayout, context: RankContext, config: EngineConfig, dtype: torch.dtype) -> TierSetup | None:
+    """Of the options, or of the plan's tiers where no budget is given; None where all experts are on the device.
+
+    Raises:
+        ValueError: the budget has no room for a layer's experts, or the host none for all of them.
+    """
+    options, plan = config.tiers, layout.plan
+    held = {layer: len(layout.experts(layer)) for layer in range(layout.config.n_layers)}
+    if context.device.type != "cuda" or (options.gpu_memory_gb is None and not plan.on_host_LE.any()):
+        return None
+    expert_bytes = layout.weights.expert_bytes(layout.config.dim, layout.hidden[1] - layout.hidden[0], dtype.itemsize)
+    if options.gpu_memory_gb is None:
+        places = sum(
+            not plan.on_host_LE[layer, expert] for layer in held for expert in layout.experts(layer)
+        )  # fmt: skip
+        setup = TierSetup(max(places, max(held.values()) + layout.config.num_experts_per_tok), options)
+    else:
+        setup = _within(options.gpu_memory_gb, layout, config, dtype, expert_bytes)
+        if setup.places >= sum(held.values()):
+            return None
+    _check_host(sum(held.values()) * expert_bytes, options.host_memory_gb, context)
+    return setup
+
+
+def _within(budget_gb: float, layout: RankLayout, config: EngineConfig, dtype: torch.dtype, size: int) -> TierSetup:
+    """As many places as a budget leaves beside all else."""
+    model, parallel = layout.config, layout.parallel
+    room = Room(
+        model.max_batch_size, model.max_seq_len, config.limits.prefill_budget, config.moe.symmetric_rows,
+        dtype.itemsize, 0.0, config.cache.page_size, config.cache.cache_tokens, layout.weights,
+    )  # fmt: skip
+    slots = max(len(layout.experts(layer)) for layer in range(model.n_layers))
+    found = room_for_experts(model, parallel, layout.plan, room, budget_gb)
+    in_pieces = not (found.unpacks or layout.weights.is_plain)
+    piece_rows = PIECE_ROWS * slots // model.num_experts_per_tok if in_pieces else None
+    left_gb = found.left
+    places = int(max(left_gb, 0.0) * 1e9) // size
+    least = slots + model.num_experts_per_tok
+    if places < least:
+        raise ValueError(
+            f"gpu_memory_gb ({budget_gb:g}) must be at least {budget_gb - left_gb + least * size / 1e9:.4g}: "
+            f"{budget_gb - left_gb:.3g} for all but experts, the rest for {least} of these"
+        )
+    return TierSetup(places, config.tiers, piece_rows=piece_rows)
+
+
+def _check_host(wanted: int, most_gb: float | None, context: RankContext) -> None:
+    """ValueError unless the host has so many bytes for this rank's experts."""
+    if most_gb is not None and wanted > most_gb * 1e9:
+        raise ValueError(
+            f"host_memory_gb ({most_gb:g}) must be at least {wanted / 1e9:.4g}, the size of the rank's experts"
+        )
+    free = _free_bytes()
+    if free is not None and wanted > free / context.world_size:
+        raise ValueError(
+            f"the host has {free / 1e9:.3g} GB free for {context.world_size} ranks with {wanted / 1e9:.3g} GB of "
+            "experts each: take fewer bits (quantize) or more ranks"
+        )
+
+
+def _free_bytes() -> int | None:
+    """Of the host; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0]) * 1024 if found else None

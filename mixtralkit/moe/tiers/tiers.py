@@ -1,0 +1,411 @@
+"""A rank's experts in two memories: who computes what a layer's rows ask for, and what is brought for later.
+
+::
+
+    slots of the rows ─► host ─► ask: here │ on its way │ fetched │ on the CPU
+    GPU   experts that are here ────────► late ones, behind the bus ─► sum of the parts
+    CPU   product where the expert lies ────────────────────────────────┘
+    bus   what is wanted now │ what the next layers want
+
+When the host asks for a layer it has waited for that layer's router, so every kernel of the layers before is done: a
+place that this layer does not use may be written at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mixtralkit.distributed import RankContext
+from mixtralkit.layout import RankLayout
+from mixtralkit.moe.experts import as_matrices
+from mixtralkit.moe.tiers.bus import PIECE, CudaBus, PlainBus, Ticket
+from mixtralkit.moe.tiers.cache import Key, PlaceCache
+from mixtralkit.moe.tiers.memory import Empty, Geometry, HostExperts, Move, in_pieces, silence
+from mixtralkit.moe.tiers.setup import Answer, TierCounts, TierSetup
+from mixtralkit.moe.tiers.warm import fill, measure
+from mixtralkit.moe.weights import ExpertWeights
+from mixtralkit.ops.experts import expert_sum
+from mixtralkit.ops.gate import gate
+from mixtralkit.ops.hidden import Hidden, Norm
+
+NEARLY_ALL = 0.75  # of a layer's experts: rows that touch so many are taken to touch all of the next layers'
+LAYERS_AHEAD = 2  # that are fetched for such rows
+MOST_GUESSED_ROWS = 16  # rows for which the next layer's router is asked
+MOST_SPLIT_ROWS = 16  # choices up to which an expert is split between CPU and bus
+SPLIT_COLUMNS = 64  # a split is at a multiple of so many hidden columns, and of the format's unit
+
+
+@dataclass
+class _Arrival:
+    """An expert on its way to its place: copies to begin, and the last one that was begun."""
+
+    moves: list[Move]
+    ticket: Ticket | None = None
+
+
+class Tiers:
+    """Host memory, places and the cache of a rank's layers.
+
+    Attributes:
+        hosts: by layer.
+        matrices: w13 and w2 of all places; ``pool`` are their parts.
+        places_LS, here_LS: on the device, where an expert is and whether.
+        counts: since the start.
+        routers: by layer, norm and weight of the next layer's router; none guesses nothing.
+    """
+
+    def __init__(
+        self,
+        layout: RankLayout,
+        context: RankContext,
+        dtype: torch.dtype,
+        setup: TierSetup,
+        empty: Empty,
+        layers: Sequence[int],
+        bus: PlainBus | CudaBus | None = None,
+    ) -> None:
+        """Takes the memory. ``empty`` makes a format's tensors for so many experts; ``bus`` None is the device's.
+
+        Raises:
+            ValueError: too few places for a layer's experts at once, or experts of several formats.
+        """
+        layout.check_one_format("gpu_memory_gb")
+        config, weights, device = layout.config, layout.weights, context.device
+        self.dtype = dtype
+        self.context, self.layers = context, list(layers)
+        self.weights, self.columns = weights, (config.dim, layout.hidden[1] - layout.hidden[0])
+        self.bus = bus or (CudaBus(device) if device.type == "cuda" else PlainBus())
+        self.slots = {layer: len(layout.experts(layer)) for layer in layers}
+        self.costs = setup.costs
+        self.routers: dict[int, tuple[Norm, torch.Tensor]] = {}
+        wanted = device.type == "cuda" if setup.splits is None else setup.splits
+        self.splits = wanted and setup.options.misses == "auto" and _has_product(weights)
+        pinned = device.type == "cuda"
+        self.hosts = {layer: HostExperts(empty, slots, pinned) for layer, slots in self.slots.items()}
+        hidden = self.columns[1]
+        self._sources = {layer: Geometry(weights, hidden, host.tensors) for layer, host in self.hosts.items()}
+        self._empty = empty
+        self.restart(setup, layout)
+
+    def restart(self, setup: TierSetup, layout: RankLayout) -> None:
+        """Takes other places, which the tiers of the layout's plan fill before the next step; nothing may be running.
+
+        Raises:
+            ValueError: too few places for a layer's experts at once.
+        """
+        config, device = layout.config, self.context.device
+        most, spare = max(self.slots.values()), config.num_experts_per_tok if self.splits else 0
+        if setup.places < most + spare:
+            raise ValueError(
+                f"gpu_memory_gb leaves room for {setup.places} experts: there must be room for {most + spare}, those "
+                f"of a layer{f' and {spare} more' if spare else ''}"
+            )
+        self.setup, self.layout, self.counts = setup, layout, TierCounts()
+        self.pool = self.matrices = ()
+        self.pool = tuple(part.zero_() for part in self._empty(setup.places, str(device)))
+        self.matrices = as_matrices(self.weights, self.columns, self.pool)
+        self._places = Geometry(self.weights, self.columns[1], self.pool)
+        self.cache = PlaceCache(setup.places - spare, config.n_layers, setup.options.expert_cache)
+        self._spare = list(range(setup.places - spare, setup.places))
+        self._silent = dict.fromkeys(self._spare, 0)
+        self._arriving: dict[Key, _Arrival] = {}
+        self._in_use: frozenset[Key] = frozenset()
+        self.places_LS, self.here_LS = (
+            torch.zeros(config.n_layers, most, dtype=dtype, device=device) for dtype in (torch.int64, torch.bool)
+        )
+        self._told = np.zeros((config.n_layers, most), np.int64)  # the same on the host
+        self._told_here = np.zeros((config.n_layers, most), bool)
+        self._is_dirty = np.zeros(config.n_layers, bool)
+        self._guessed: torch.Tensor | None = None
+        self._is_warm = False
+
+    @property
+    def expert_bytes(self) -> int:
+        return sum(part[0].nbytes for part in self.pool)
+
+    # products
+
+    def product(
+        self, layer: int, x_ND: torch.Tensor, slots_N1: torch.Tensor, weights_N1: torch.Tensor,
+        places_S: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """float32 [N, D]: weight · expert(x) of a choice a row on the GPU, zero for slot -1.
+
+        ``places_S`` is where the slots are, None for what the layer's table says.
+        """
+        out_ND = torch.empty(x_ND.shape, dtype=torch.float32, device=x_ND.device)
+        slots = self.slots[layer]
+        storage_S = self.places_LS[layer, :slots] if places_S is None else places_S
+        return expert_sum(
+            x_ND, slots_N1, weights_N1, *self.matrices, out_RD=out_ND, storage_S=storage_S, likely_slots=slots
+        )
+
+    def product_on_cpu(
+        self, layer: int, x_ND: torch.Tensor, slots_N: np.ndarray, weights_N1: torch.Tensor, first: int | None = None,
+        out_ND: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """As ``product``, on the CPU where the experts lie; ``first`` hidden columns of them, None for all."""
+        if out_ND is None:
+            out_ND = torch.empty(x_ND.shape, dtype=torch.float32)
+        matrices = as_matrices(self.weights, self.columns, self.hosts[layer].tensors)
+        self.counts.products += len(set(slots_N[slots_N >= 0].tolist()))
+        slots_N1 = torch.from_numpy(slots_N.reshape(-1, 1))
+        if len(slots_N1) > MOST_SPLIT_ROWS:
+            chosen_C = (slots_N1[:, 0] >= 0).nonzero()[:, 0]
+            given = (x_ND[chosen_C], slots_N1[chosen_C], weights_N1[chosen_C])
+            found_CD = expert_sum(*given, *matrices, out_RD=out_ND.new_empty(len(chosen_C), x_ND.shape[1]))
+            return out_ND.zero_().index_copy_(0, chosen_C, found_CD)
+        if first is None:
+            return expert_sum(x_ND, slots_N1, weights_N1, *matrices, out_RD=out_ND)
+        from mixtralkit.ops.cpu.products import expert_sum_cpu
+
+        return expert_sum_cpu(x_ND, slots_N1, weights_N1, *matrices, out_RD=out_ND, hidden=first)
+
+    # decisions
+
+    def begin(self, layer: int) -> None:
+        """A layer's turn: what has come by now counts as here."""
+        if not self._is_warm:
+            self._is_warm = True
+            fill(self)
+            self.costs = self.costs or measure(self)
+        if layer == self.layers[0]:
+            self.cache.next_step()
+        for key in [k for k in self._arriving if k[0] == layer]:
+            arrival = self._arriving[key]
+            if not arrival.moves and arrival.ticket.query():
+                self.bus.wait(arrival.ticket)
+                del self._arriving[key]
+                self.note(key)
+
+    def ask(self, layer: int, rows_S: np.ndarray) -> Answer:
+        """What becomes of the experts that have rows; begins the copies. The layers before have run.
+
+        Args:
+            rows_S: how many rows name each slot.
+        """
+        needed = {(layer, slot): int(rows_S[slot]) for slot in np.flatnonzero(rows_S).tolist()}
+        self._in_use = frozenset(needed)
+        self.cache.use(needed)
+        for key in [k for k in self._arriving if k[0] == layer and k not in needed]:
+            self._give_up(key)  # it was expected in vain
+        expected = [key for key in needed if key in self._arriving]
+        missing = {key: rows for key, rows in needed.items() if key not in self.cache.place_of}
+        here = [key for key in needed if key in self.cache.place_of and key not in self._arriving]
+        counts = self.counts
+        counts.hits, counts.misses = counts.hits + len(here), counts.misses + len(missing) + len(expected)
+        counts.expected += len(expected)
+        tickets = [ticket for key in expected for ticket in self._finish(key)]
+        split, first = self._to_split(missing, sum(needed.values()))
+        if split:
+            for key, place in zip(split, self._spare, strict=False):
+                tickets.append(self._fetch_part(key, place, first))
+            return _answer(here, [*expected, *split], tickets, split, first)
+        on_cpu, fetched = self.costs.deal(missing, self.setup.options.misses)
+        tickets += [self._fetch(key) for key in fetched]
+        return _answer(here, [*expected, *fetched], tickets, on_cpu, None)
+
+    def _to_split(self, missing: Mapping[Key, int], choices: int) -> tuple[list[Key], int]:
+        """Experts that CPU and bus share, and how many hidden columns the CPU takes of each.
+
+        ``choices``: of all the layer's rows.
+        """
+        few = 0 < len(missing) <= len(self._spare) and choices <= MOST_SPLIT_ROWS
+        if not few or not self.splits or not self.costs.product_s:
+            return [], 0
+        hidden, unit = self.columns[1], max(SPLIT_COLUMNS, self.weights.unit, self.weights.height or 1)
+        first = round(self.costs.cpu_share(missing) * hidden / unit) * unit
+        return (list(missing), first) if 0 < first < hidden else ([], 0)
+
+    def _fetch(self, key: Key) -> Ticket:
+        """Begins to bring an expert that rows are waiting for."""
+        place = self._take(key, self._in_use)
+        self.counts.fetches += 1
+        try:
+            ticket = self._copy(self._places.moves(place, self._sources[key[0]], key[1]), True)
+        except BaseException:
+            self.cache.drop(key)
+            raise
+        self.note(key)
+        return ticket
+
+    def _fetch_part(self, key: Key, place: int, first: int) -> Ticket:
+        """Begins to bring all but the first hidden columns to a spare place."""
+        if self._silent[place] != first:
+            silence(self.weights, self.pool, place, first, self.columns[1])
+            self._silent[place] = first
+        self.counts.splits += 1
+        self._told[key] = place
+        return self._copy(self._places.moves(place, self._sources[key[0]], key[1], first), True)
+
+    def bring(self, key: Key, place: int) -> Ticket:
+        """Begins to copy an expert to a place; neither table nor counters hear of it."""
+        return self.bus.copy(self._places.moves(place, self._sources[key[0]], key[1]), True)
+
+    def _copy(self, moves: list[Move], urgent: bool) -> Ticket:
+        self.counts.fetched_bytes += sum(move.nbytes for move in moves)
+        return self.bus.copy(moves, urgent)
+
+    def _take(self, key: Key, keep: Collection[Key]) -> int:
+        """A place for what rows wait for: of nothing that is in use or, if it can be, on its way."""
+        found = self.cache.take(key, {*keep, *self._arriving}, key[0])
+        while found is None:
+            self._give_up(next(k for k in self._arriving if k not in keep))
+            found = self.cache.take(key, {*keep, *self._arriving}, key[0])
+        self._forget(found[1])
+        return found[0]
+
+    # what may be wanted next
+
+    def take_guess(self) -> torch.Tensor | None:
+        """The last guess, once."""
+        guessed, self._guessed = self._guessed, None
+        return guessed
+
+    def guess(self, layer: int, hidden: Hidden) -> None:
+        """Asks the next layer's router about the stream as it is in front of this layer's experts."""
+        self._guessed = None
+        if layer in self.routers and hidden.x_TD is not None and 0 < len(hidden) <= MOST_GUESSED_ROWS and self.guesses:
+            norm, weight = self.routers[layer]
+            self._guessed = gate(hidden.x_TD, weight, self.layout.config.num_experts_per_tok, norm).experts_TK
+
+    @property
+    def guesses(self) -> bool:
+        """Whether single experts are fetched ahead: not where misses are split, which whole ones would only delay."""
+        return self.setup.options.expert_prefetch and not self.splits
+
+    def look_ahead(self, layer: int, rows_S: np.ndarray, guessed: np.ndarray | None = None) -> None:
+        """Begins to bring what the next layers are likely to want, of places that this one does not use.
+
+        Args:
+            rows_S: how many rows named each of this layer's slots.
+            guessed: experts that the next layer's router would choose.
+        """
+        if not self.setup.options.expert_prefetch:
+            return
+        at = self.layers.index(layer)
+        if len(rows_S) and (rows_S > 0).mean() >= NEARLY_ALL:
+            for distance in range(1, min(LAYERS_AHEAD, len(self.layers) - 1) + 1):
+                following = self.layers[(at + distance) % len(self.layers)]
+                wanted = [(following, slot) for slot in range(self.slots[following])]
+                self._bring(layer, sorted(wanted, key=self.cache.value, reverse=True), distance)
+        elif guessed is not None and at + 1 < len(self.layers):
+            following, own = self.layers[at + 1], self.layout.experts(self.layers[at + 1])
+            experts = [expert for expert in dict.fromkeys(guessed.tolist()) if expert in own]  # -1 is none
+            self._bring(layer, [(following, own.index(expert)) for expert in experts], None)
+        self.pump()
+
+    def _bring(self, layer: int, wanted: Sequence[Key], distance: int | None) -> None:
+        """Experts of a layer so far ahead that are sure to be wanted, or are guessed (None)."""
+        keep = {*self._in_use, *wanted, *self._arriving}
+        for key in wanted:
+            if key in self.cache.place_of:
+                continue
+            if distance is not None:  # nothing makes way that comes before it
+                keep |= {k for k in self.cache.place_of if (k[0] - layer) % self.cache.layers <= distance}
+            found = self.cache.take(key, keep, layer, in_turn=distance is not None)
+            if found is None:
+                return
+            self._forget(found[1])
+            self.counts.fetches += 1
+            arrival = _Arrival(self._places.moves(found[0], self._sources[key[0]], key[1]))
+            self._arriving[key] = arrival
+            if distance is not None:
+                arrival.ticket, arrival.moves = self._copy(arrival.moves, True), []
+            else:
+                arrival.moves = in_pieces(arrival.moves, PIECE)
+
+    def pump(self) -> None:
+        """Begins the next piece of what is guessed, once the last one is there."""
+        for arrival in self._arriving.values():
+            if arrival.ticket is not None and not arrival.ticket.query():
+                return
+            while arrival.moves:
+                arrival.ticket = self._copy([arrival.moves.pop(0)], False)
+                if not arrival.ticket.query():
+                    return
+
+    def _finish(self, key: Key) -> list[Ticket]:
+        """Begins what is left of an expert that is wanted now."""
+        arrival = self._arriving.pop(key)
+        tickets = [] if arrival.ticket is None else [arrival.ticket]
+        if arrival.moves:
+            tickets.append(self._copy(arrival.moves, True))
+        self.note(key)
+        return tickets
+
+    def _give_up(self, key: Key) -> None:
+        """Of what was expected and nobody wants, the place is free when its last copy is done; all there, it stays."""
+        arrival = self._arriving.pop(key)
+        if not arrival.moves and arrival.ticket is not None:
+            self.bus.wait(arrival.ticket)
+            self.note(key)
+            return
+        while arrival.ticket is not None and not arrival.ticket.query():
+            time.sleep(0)
+        self.cache.drop(key)
+
+    # the tables
+
+    def note(self, key: Key) -> None:
+        """The expert is where the cache has it."""
+        self._told[key], self._told_here[key] = self.cache.place_of[key], True
+        self._is_dirty[key[0]] = True
+
+    def _forget(self, key: Key | None) -> None:
+        if key is not None:
+            self._told_here[key], self._is_dirty[key[0]] = False, True
+
+    def tell(self, layer: int) -> None:
+        """The layer's tables on the device, in stream order."""
+        if self._is_dirty[layer]:
+            self._is_dirty[layer] = False
+            self.places_LS[layer] = self.upload(self._told[layer].copy())
+            self.here_LS[layer] = self.upload(self._told_here[layer].copy())
+
+    def places_of(self, layer: int) -> np.ndarray:
+        """int64 [S]: where each slot's expert is, if it is on the GPU; also what was brought for the rows at hand."""
+        return self._told[layer, : self.slots[layer]]
+
+    def wait(self, answer: Answer) -> None:
+        """What the GPU does from now on comes after the copies."""
+        for ticket in answer.tickets:
+            self.bus.wait(ticket)
+
+    def upload(self, values: np.ndarray) -> torch.Tensor:
+        """On the device when it gets there; from pinned memory, which torch keeps until then."""
+        tensor = torch.from_numpy(values)
+        tensor = tensor.pin_memory() if self.context.device.type == "cuda" else tensor
+        return tensor.to(self.context.device, non_blocking=True)
+
+    def on_host(self, values: torch.Tensor) -> np.ndarray:
+        """Waits for the device, and begins pieces of what is guessed meanwhile."""
+        if values.device.type == "cpu":
+            return values.numpy()
+        held = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        self.wait_for(done)
+        return held.numpy()
+
+    def wait_for(self, done: torch.cuda.Event) -> None:
+        """Host waits for the device."""
+        while not done.query():
+            self.pump()
+
+
+def _has_product(weights: ExpertWeights) -> bool:
+    """Whether a CPU has kernels for the format, and a compiler for these."""
+    from mixtralkit.ops.cpu.build import kernels
+
+    return (weights.is_plain or weights.cpu_type is not None) and kernels() is not None
+
+
+def _answer(here, late, tickets, on_cpu, first: int | None) -> Answer:
+    slots = [tuple(slot for _, slot in keys) for keys in (here, late, on_cpu)]
+    return Answer(slots[0], slots[1], tuple(tickets), slots[2], first)

@@ -1,0 +1,86 @@
+"""Experts in host memory behind a GPU: the text of all on the GPU, in graphs. Run with ``pytest -m gpu``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.model.source import RandomWords
+from mixtralkit.config import ModelConfig, TierOptions
+from mixtralkit.distributed import RankContext
+from mixtralkit.engine.generation import Engine
+from mixtralkit.engine.requests import Request
+from mixtralkit.engine.sampler import SamplingOptions
+from mixtralkit.layout import RankLayout
+from mixtralkit.model.transformer import Transformer
+from mixtralkit.moe.tiers import TierSetup
+from mixtralkit.moe.weights import parse_weights
+from tests.gpu.steps import counted_steps
+
+pytestmark = pytest.mark.gpu
+CONFIG = ModelConfig(
+    dim=512, n_layers=4, head_dim=64, hidden_dim=1024, n_heads=8, n_kv_heads=2, vocab_size=4096, max_seq_len=256,
+    max_batch_size=4,
+)  # fmt: skip
+SAMPLING = (SamplingOptions(0.0), SamplingOptions(0.8, seed=5))
+
+
+@pytest.fixture(autouse=True)
+def exact_products():
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def build(setup: TierSetup | None, weights: str | None, dtype: torch.dtype, batch: int) -> Transformer:
+    layout = replace(RankLayout.single(CONFIG.with_limits(256, batch)), weights=parse_weights(weights))
+    model = Transformer(layout, RankContext.start("cuda"), dtype, tiers=setup)
+    model.initialize(3, std=0.05)
+    return model
+
+
+def told(model: Transformer, cuda_graphs: bool = True) -> list[tuple[list[int], list[float]]]:
+    engine = Engine(model, RandomWords(CONFIG.vocab_size), prefill_budget=64, cuda_graphs=cuda_graphs)
+    requests = [
+        Request(i, tuple((7 * i + 3 * j) % 4000 for j in range(5 + 40 * (i % 3))), 20 + i, SAMPLING[i % 2])
+        for i in range(6)
+    ]
+    return [(c.tokens, c.logprobs) for c in engine.complete(requests)]
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("weights", [None, "int8", "int4:128", "fp8:channel"])
+def test_float32_text_is_that_of_all_on_the_gpu(weights, batch):
+    wanted = told(build(None, weights, torch.float32, batch))
+    setups = [TierSetup(10), TierSetup(21, TierOptions(misses="fetch", expert_cache="frequency"))]
+    setups += [TierSetup(14, TierOptions(misses="cpu")), TierSetup(31), TierSetup(12, piece_rows=20)]
+    for setup in setups:
+        model = build(setup, weights, torch.float32, batch)
+        with counted_steps() as kinds:
+            found = told(model)
+        assert [tokens for tokens, _ in found] == [tokens for tokens, _ in wanted]
+        assert kinds["graph"] > 20
+        assert not kinds["launched"]
+        assert model.store.tiers.counts.misses > 0
+        assert told(model, cuda_graphs=False)[0][0] == wanted[0][0]
+
+
+@pytest.mark.parametrize("weights", [None, "int8", "int4:128"])
+def test_bfloat16_is_as_near_as_rounding(weights):
+    """Log-probabilities of the same greedy tokens, up to where rounding chooses another."""
+    wanted = told(build(None, weights, torch.bfloat16, 1))
+    model = build(TierSetup(12), weights, torch.bfloat16, 1)
+    found = told(model)
+    assert model.store.tiers.counts.splits > 0
+    for (tokens, logprobs), (own, theirs) in zip(wanted, found, strict=True):
+        same = next((i for i, pair in enumerate(zip(tokens, own, strict=False)) if pair[0] != pair[1]), len(own))
+        assert same > 0
+        assert all(abs(a - b) < 0.15 for a, b in zip(logprobs[:same], theirs[:same], strict=True))
+
+
+def test_other_places_between_runs():
+    model = build(TierSetup(20), "int4:128", torch.float32, 2)
+    wanted = told(model)
+    for places in (11, 27):
+        model.store.retier(TierSetup(places), model.layout)
+        assert [tokens for tokens, _ in told(model)] == [tokens for tokens, _ in wanted]
