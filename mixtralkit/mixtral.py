@@ -96,6 +96,7 @@ class Mixtral:
         """
         context = RankContext.start(config.limits.device) if context is None else context
         with context.agreed():
+            config.parallel.check_auto()
             check_world_size(context.world_size, config.limits.num_gpus)
             reader, tokenizer = open_source(config.source) if source is None else source
         config = with_free_memory(with_weights(config, reader), context)

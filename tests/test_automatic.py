@@ -127,7 +127,7 @@ def test_one_gpu_that_is_too_small_gets_fewer_bits_or_other_memory(monkeypatch, 
 )
 def test_what_only_auto_goes_by_is_not_ignored(options, words):
     with pytest.raises(ValueError, match=words):
-        EngineConfig.of(**options)
+        Mixtral.build(CKPTS, context=RankContext(), **options)
 
 
 def test_coherent_attention_needs_whole_experts():

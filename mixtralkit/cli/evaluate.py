@@ -148,6 +148,7 @@ class _Run:
         with context.agreed():
             if prompts is None:
                 raise ValueError("prompts is missing: the set to score, a .jsonl file (or --compare RUN_A RUN_B)")
+            engine.parallel.check_auto()
             prompts = shipped("prompts", prompts)
             check_world_size(context.world_size, engine.limits.num_gpus)
             records = read_prompts(prompts, context.world_size)
