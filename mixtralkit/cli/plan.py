@@ -19,12 +19,12 @@ from mixtralkit.planning.hardware import USUAL_HOST, Hardware
 from mixtralkit.planning.memory import Room
 from mixtralkit.planning.plan import ExpertPlan
 from mixtralkit.planning.plan_plot import plot_plan
-from mixtralkit.planning.policies.auto import auto_for
 from mixtralkit.planning.policies.inputs import Budget
 from mixtralkit.planning.policies.quality import measure, measure_held_out
 from mixtralkit.planning.policies.registry import POLICIES, Given, make_plan
 from mixtralkit.planning.policies.tiers import GpuBudget
 from mixtralkit.planning.replay import Execution
+from mixtralkit.planning.search import auto_for
 from mixtralkit.planning.trace import load_routing
 from mixtralkit.whole_file import check_free
 
