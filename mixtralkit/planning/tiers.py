@@ -38,7 +38,7 @@ class TierResult:
         missing_bytes: weights of the others.
         bus_bytes: of weights over the bus, fetched ahead or when they are missed.
         cpu_s: seconds in which the CPU multiplies.
-        step_s: seconds of the step.
+        step_s: seconds of the step, no fewer than what comes over the bus takes.
         split_step_s: the same where a missing expert's width may be cut, one part fetched, the other the CPU's.
         bound_s: least seconds: all that is found read at the GPU's pace, or all that is missing by bus and CPU at once.
     """
@@ -214,8 +214,8 @@ def _timed(
         missing_bytes=missing,
         bus_bytes=came_bytes + float(fetched_SL.sum() / steps),
         cpu_s=float((bytes_SL - fetched_SL).sum() / steps / host.cpu_bandwidth),
-        step_s=whole_s + rest_s,
-        split_step_s=split_s + rest_s,
+        step_s=max(whole_s + rest_s, (came_bytes + float(fetched_SL.sum() / steps)) / host.bus_bandwidth),
+        split_step_s=max(split_s + rest_s, came_bytes / host.bus_bandwidth),
         bound_s=max(read_s, missing / (host.bus_bandwidth + host.cpu_bandwidth)),
     )
 
