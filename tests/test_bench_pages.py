@@ -157,11 +157,6 @@ def test_serving():
     named = ["fixed", "equal", "uniform"]
     wanted = [rate(lines["single"]), *(f"{lines[name]['output_tokens_per_second']:,.0f}" for name in named)]
     assert [cells[0] for cells in rows.values()] == wanted
-    came, rows = lines["poisson"], table("docs/serving.md", "| requests of 100 … 1,024 in and out at 7.8 a second")
-    times = [came["median_ttft_ms"], came["p99_ttft_ms"]]
-    between = [came["median_itl_ms"], came["p99_itl_ms"], came["quiet_median_itl_ms"]]
-    assert [cells[0] for cells in rows.values()] == [f"{ms:.0f}" for ms in times] + [f"{ms:.1f}" for ms in between]
     page, mixed = (ROOT / "docs/serving.md").read_text(encoding="utf-8"), lines["mixed"]
     for ms in (mixed["decode_ms"], mixed["chunk_ms"], mixed["both_ms"]):
         assert f"{ms:.1f} ms" in page
-    assert f"{lines['uniform']['share_of_equal']:.0%} of what equal ones" in page
