@@ -17,6 +17,7 @@ from mixtralkit.planning.simulate import sample_routing, simulate
 from mixtralkit.planning.trace import RoutingTrace
 
 _AS_FAST = 1.001
+_MOST_TOKENS = 1 << 22  # of a step that repeats the trace; every candidate is replayed on it
 
 
 @dataclass(frozen=True)
@@ -137,5 +138,7 @@ def auto_for(given: Given, execution: Execution) -> ExpertPlan:
 
 def fill_steps(trace: RoutingTrace, tokens: int) -> RoutingTrace:
     """The trace, begun again from its start until it fills whole steps of ``tokens`` tokens."""
+    if tokens > max(_MOST_TOKENS, trace.num_tokens):
+        raise ValueError(f"batch: a step of {tokens:,} tokens, all ranks together, must have at most {_MOST_TOKENS:,}")
     steps = -(-trace.num_tokens // tokens)
     return trace.take(np.arange(steps * tokens) % trace.num_tokens)
