@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -10,11 +11,12 @@ import torch
 from mixtralkit.config import EngineConfig, ModelConfig, ParallelConfig, parse_dtype, shipped
 from mixtralkit.distributed import RankContext
 from mixtralkit.moe.weights import parse_weights
-from mixtralkit.planning.choose import Situation, candidates, choose, table
 from mixtralkit.planning.fused_cost import MOST_RANKS
-from mixtralkit.planning.hardware import Hardware, nearest
+from mixtralkit.planning.hardware import USUAL_HOST, Hardware, nearest
+from mixtralkit.planning.memory import RESERVE_GB as CONTEXT_GB
 from mixtralkit.planning.memory import Room
-from mixtralkit.planning.plan import ExpertPlan
+from mixtralkit.planning.plan import ExpertPlan, Words
+from mixtralkit.planning.search import Candidate, Situation, candidates, choose, squeezed, table
 from mixtralkit.planning.trace import RoutingTrace
 
 # Of the free memory, left for what is not predicted: buffers of NCCL and libraries, memory pools of graphs. Assumed.
@@ -32,11 +34,13 @@ def with_free_memory(config: EngineConfig, context: RankContext) -> EngineConfig
 
 
 def choose_automatically(
-    model: ModelConfig, context: RankContext, config: EngineConfig
+    model: ModelConfig, context: RankContext, config: EngineConfig, precision: Words | None = None
 ) -> tuple[ParallelConfig, ExpertPlan] | None:
     """The choice for ``model``'s sequences and tokens; None where no hardware file is for this device.
 
-    Every rank chooses by itself and all choose the same. ValueError where nothing fits ``memory_gb``.
+    Every rank chooses by itself and all choose the same. One GPU that is too small for the model gets experts in fewer
+    bits, unless ``quantize`` or the checkpoint's ``precision`` says which, or some of them in the host's memory.
+    ValueError where nothing fits ``memory_gb``.
     """
     asked, moe, on_gpu = config.parallel, config.moe, context.device.type == "cuda"
     hardware = find_hardware(asked.hardware, context)
@@ -57,16 +61,34 @@ def choose_automatically(
         config.cache.cache_tokens,
         parse_weights(config.limits.quantize),
     )  # fmt: skip
+    behind = hardware.host or USUAL_HOST if on_gpu and moe.backend == "mixtralkit" else None
     situation = Situation(
         model, hardware, context.world_size, room, attention, asked.experts,
         None if asked.trace is None else RoutingTrace.load(asked.trace, model.num_experts),
-        exchange=moe.exchange,
+        exchange=moe.exchange, may_round=config.limits.quantize is None and precision is None, host=behind,
     )  # fmt: skip
+    budget = asked.memory_gb
+    if config.tiers.gpu_memory_gb is not None and on_gpu:
+        budget = min(config.tiers.gpu_memory_gb - CONTEXT_GB, budget or math.inf)
     found = candidates(situation)
-    chosen = choose(found, asked.memory_gb)
-    if asked.explain and context.is_first:
-        print(table(found, chosen, asked.memory_gb), file=sys.stderr, flush=True)
+    more = []
+    if context.world_size == 1 and budget is not None and found and not any(one.fits(budget) for one in found):
+        more = squeezed(situation, budget)
+    fitting = [one for one in more if one.fits(budget)]
+    chosen = fitting[0] if fitting else choose(found, budget)
+    if context.is_first:
+        if asked.explain:
+            print(table([*found, *more], chosen, budget), file=sys.stderr)
+        if fitting:
+            print(_said(found[0], chosen, budget), file=sys.stderr, flush=True)
     return chosen.parallel, chosen.plan
+
+
+def _said(whole: Candidate, chosen: Candidate, budget: float) -> str:
+    """What was chosen where the model as it is does not fit."""
+    per_s = chosen.execution.step_tokens / chosen.step_s
+    why = f"plan auto: {whole.memory.total:.1f} GB as it is, and {budget:.1f} to use"
+    return f"{why}: {'; '.join(chosen.plan.notes())}; {per_s:.0f} tokens/s predicted"
 
 
 def find_hardware(path: str | Path | None, context: RankContext) -> Hardware | None:

@@ -96,6 +96,7 @@ class Mixtral:
         """
         context = RankContext.start(config.limits.device) if context is None else context
         with context.agreed():
+            config.parallel.check_auto()
             check_world_size(context.world_size, config.limits.num_gpus)
             reader, tokenizer = open_source(config.source) if source is None else source
         config = with_free_memory(with_weights(config, reader), context)
@@ -307,7 +308,7 @@ def choose_layout(
     world, asked, plan = context.world_size, config.parallel, config.parallel.plan
     weights = parse_weights(config.limits.quantize)
     if not isinstance(plan, ExpertPlan) and str(plan) == "auto":
-        chosen = choose_automatically(model, context, config)
+        chosen = choose_automatically(model, context, config, precision)
         if chosen is not None:
             parallel, plan = chosen
             return RankLayout(model, parallel, with_precision(plan, precision), context.rank, weights)

@@ -10,7 +10,7 @@ import torch
 
 from mixtralkit import Mixtral
 from mixtralkit.automatic import RESERVE_GB, find_hardware, with_free_memory
-from mixtralkit.config import EngineConfig, ParallelConfig
+from mixtralkit.config import EngineConfig, ModelConfig, ParallelConfig
 from mixtralkit.distributed import RankContext
 from mixtralkit.mixtral import choose_layout
 from mixtralkit.planning.memory import Room, rank_memory
@@ -87,6 +87,47 @@ def test_the_budget_left_out_is_the_least_free_memory(monkeypatch):
     assert with_free_memory(auto.but(memory_gb=40.0), on_gpu).parallel.memory_gb == 40
     assert with_free_memory(auto, RankContext()) == auto
     assert with_free_memory(auto.but(plan=None), on_gpu).parallel.memory_gb is None
+
+
+def test_one_gpu_that_is_too_small_gets_fewer_bits_or_other_memory(monkeypatch, capsys):
+    """What is chosen is said in a sentence, with --explain beside all else that was tried."""
+    model = ModelConfig.from_file(ROOT / "configs" / "models" / "mixtral-8x7b.json").with_limits(2048, 1)
+    on_gpu = RankContext(device=torch.device("cuda", 0))
+
+    def chosen(**asked: object):
+        options = {"plan": "auto", "hardware": H200, "prefill_budget": 2048, "memory_gb": 30.0} | asked
+        return choose_layout(model, on_gpu, EngineConfig.of(**options))
+
+    layout = chosen()
+    said = capsys.readouterr().err
+    assert len(layout.formats) > 1
+    assert layout.plan.tier is None
+    assert said.startswith("plan auto: 93.9 GB as it is, and 30.0 to use: precision: ")
+    assert len(said.splitlines()) == 1
+    layout = chosen(gpu_memory_gb=16.0, explain=True)
+    said = capsys.readouterr().err
+    assert layout.plan.on_host_LE.any()
+    assert layout.weights.name == "int4:128"
+    assert "tier: " in said.splitlines()[-1]
+    assert "tokens/s predicted" in said
+    assert "too large" in said
+    assert chosen(quantize="int8").weights.name == "int8", "what is asked for is kept"
+    assert chosen(memory_gb=120.0).plan.precision is None
+    with pytest.raises(ValueError, match=r"memory_gb \(3\) must be at least"):
+        chosen(memory_gb=3.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"memory_gb": 3.0}, r"memory_gb \(3.0\) needs plan 'auto'"),
+        ({"trace": "t.npz", "plan": "plan.json"}, r"trace \(t.npz\) needs plan 'auto'"),
+        ({"explain": True}, r"explain \(True\) needs plan 'auto'"),
+    ],
+)
+def test_what_only_auto_goes_by_is_not_ignored(options, words):
+    with pytest.raises(ValueError, match=words):
+        Mixtral.build(CKPTS, context=RankContext(), **options)
 
 
 def test_coherent_attention_needs_whole_experts():

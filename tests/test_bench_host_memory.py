@@ -26,7 +26,7 @@ def test_lines_of_a_tiny_model(architecture: Path, tmp_path: Path) -> None:
     choices[:, 0] = [0, 1]  # a layer that always finds its own
     np.save(trace, choices)
     bench.bench_host_memory(
-        architecture, "int8", (24.0,), trace, 12, 6, ("2x9",), 30, "cpu", places=12, device="cpu", profile=True,
+        architecture, "int8", (24.0,), trace, 12, 6, ("2x9",), 80, "cpu", places=12, device="cpu", profile=True,
         output=output,
     )  # fmt: skip
     lines = [json.loads(line) for line in output.read_text().splitlines()]

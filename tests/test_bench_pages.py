@@ -149,3 +149,14 @@ def test_experts_in_fewer_bits():
         assert [cell for cell in found[row] if cell] == wanted, row
     plain = [rate(line) for line in runs("model-h200") if line["measurement"] in ("decode", "prefill")]
     assert found["bfloat16 ([performance](performance.md))"] == plain
+
+
+def test_serving():
+    lines = {line["measurement"]: line for line in runs("serving-h200")}
+    rows = table("docs/serving.md", "| output tokens a second |")
+    named = ["fixed", "equal", "uniform"]
+    wanted = [rate(lines["single"]), *(f"{lines[name]['output_tokens_per_second']:,.0f}" for name in named)]
+    assert [cells[0] for cells in rows.values()] == wanted
+    page, mixed = (ROOT / "docs/serving.md").read_text(encoding="utf-8"), lines["mixed"]
+    for ms in (mixed["decode_ms"], mixed["chunk_ms"], mixed["both_ms"]):
+        assert f"{ms:.1f} ms" in page

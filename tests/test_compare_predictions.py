@@ -9,10 +9,10 @@ import pytest
 
 from benchmarks.plans import compare_predictions as comparison
 from mixtralkit.config import ModelConfig
-from mixtralkit.planning.choose import Situation, candidates, choose
 from mixtralkit.planning.cost import ModelShape
 from mixtralkit.planning.hardware import Hardware
 from mixtralkit.planning.memory import Room
+from mixtralkit.planning.search import Situation, candidates, choose
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks" / "results"

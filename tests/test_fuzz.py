@@ -20,8 +20,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from mixtralkit.checkpoint import open_checkpoint, save_checkpoint
+from mixtralkit.config import ModelConfig
 from mixtralkit.distributed import RankContext
 from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.evaluation.compare import compare
@@ -41,11 +43,16 @@ from mixtralkit.planning.trace_parts import PartWriter
 from mixtralkit.training.corpus import Document, load_corpus, write_documents
 from mixtralkit.training.state import load_state
 from mixtralkit.training.tokens import TokenSet
+from tests.checkpoint.gguf_files import write_gguf
 from tests.checkpoint.models import CONFIGS, random_tensors, write_one_file, write_params
+from tests.engine.parts import VOCAB_SIZE, make_tokenizer
 from tests.engine.side_files import CHATML, write_folder
 from tests.planning.machines import machine
 
 CONFIG = CONFIGS["grouped"]
+SMALL = ModelConfig(
+    dim=64, n_layers=1, head_dim=16, hidden_dim=64, n_heads=4, n_kv_heads=2, vocab_size=VOCAB_SIZE, num_experts=2
+)
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = ModelShape(dim=64, hidden=128, num_experts=4, top_k=2, heads=4, kv_heads=2, head_dim=16, vocab=100)
 LIMIT_S = 10.0
@@ -68,6 +75,33 @@ def checkpoint_pth(folder: Path) -> None:
 
 def checkpoint_ours(folder: Path) -> None:
     save_checkpoint(folder, CONFIG, random_tensors(CONFIG), "mixtralkit")
+
+
+def checkpoint_gptq(folder: Path) -> None:
+    """Small, of zeros: only shapes and scales are looked at."""
+    save_checkpoint(folder, SMALL, random_tensors(SMALL), "hf", 1)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if ".experts." in name]:
+        module = name.removesuffix("weight")
+        outputs, inputs = tensors.pop(name).shape
+        tensors[f"{module}qweight"] = torch.zeros(inputs // 8, outputs, dtype=torch.int32)
+        tensors[f"{module}qzeros"] = torch.zeros(inputs // 32, outputs // 8, dtype=torch.int32)
+        tensors[f"{module}scales"] = torch.ones(inputs // 32, outputs, dtype=torch.float16)
+    save_file(tensors, folder / "model.safetensors")
+    stated = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "checkpoint_format": "gptq"}
+    content = json.loads((folder / "config.json").read_text()) | {"quantization_config": stated}
+    (folder / "config.json").write_text(json.dumps(content))
+
+
+def checkpoint_gguf(folder: Path) -> None:
+    words = make_tokenizer(folder)
+    (folder / "tokenizer.model").unlink()
+    write_gguf(folder / "model.gguf", "stacked", "Q4_0", model=(SMALL, None), tokenizer=words)
+
+
+def read_gguf(folder: Path, path: Path) -> None:
+    Tokenizer.beside(path).encode("a text")
+    open_checkpoint(folder).close()
 
 
 def tokenizer(folder: Path) -> None:
@@ -156,6 +190,8 @@ KINDS: dict[Callable[[Path], None], Callable[[Path, Path], Any]] = {
     checkpoint_hf: lambda folder, _: open_checkpoint(folder).close(),
     checkpoint_pth: lambda folder, _: open_checkpoint(folder).close(),
     checkpoint_ours: lambda folder, _: open_checkpoint(folder).close(),
+    checkpoint_gptq: lambda folder, _: open_checkpoint(folder).close(),
+    checkpoint_gguf: read_gguf,
     tokenizer: lambda folder, _: Tokenizer.beside(folder, vocab_size=448).encode("a <|im_end|>"),
     plans: read_plans,
     traces: read_traces,

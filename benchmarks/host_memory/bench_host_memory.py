@@ -8,7 +8,9 @@ two at once. Then steps of one sequence at each budget, with choices drawn evenl
 experts the budget keeps on the GPU, the second is run. Last, larger batches and prompts.
 
 ``bound_ms`` of a line is the larger of reading what is resident and a step needs, at the rate of the GPU's memory, and
-of missing bytes at the rate of pinned copies and of the CPU's product together. All rates are of the same run. One line
+of missing bytes at the rate of pinned copies and the rate of the CPU's product, each measured alone, added.
+``bound_together_ms`` takes the rates of both at once instead, which is what the machine can. A prompt's ``resident_ms``
+is its time with all experts on the GPU. All rates are of the same run. One line
 of JSON a measurement on stdout; docs/host-memory.md has the table.
 """
 
@@ -220,15 +222,14 @@ class Bench:
         setup = tier_setup(self._layout(batch, length), self.ranks, engine, self.dtype)
         return setup or TierSetup(self.config.n_layers * self.config.num_experts, self.options)
 
-    def _use(self, budget: float, choices_SLK: np.ndarray | None, batch: int, length: int) -> Engine:
-        """The model at a budget, with keys and values for the batch."""
+    def _use(self, setup: TierSetup, choices_SLK: np.ndarray | None, batch: int, length: int) -> Engine:
+        """The model with so many places, and keys and values for the batch."""
         model, tier = self.model, None
         model.cache = None
         gc.collect()
         if self.ranks.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        setup = self._setup(budget, batch, length)
         if choices_SLK is not None:
             tier = popular_tiers(choices_SLK[: len(choices_SLK) // 2], self.config.num_experts, setup.places)
         model.layout = self._layout(batch, length, tier)
@@ -240,7 +241,7 @@ class Bench:
     def decode(self, budget: float, name: str, choices_SLK: np.ndarray, batch: int, context: int, steps: int) -> None:
         """Steps of a batch behind a context of random tokens."""
         length = context + UNTIMED + steps + AHEAD + 2
-        engine = self._use(budget, choices_SLK, batch, length)
+        engine = self._use(self._setup(budget, batch, length), choices_SLK, batch, length)
         model, own = self.model, [block.feed_forward.gate for block in self.model.layers]
         half = choices_SLK[len(choices_SLK) // 2 :]
         step = torch.zeros(1, dtype=torch.int64, device=self.ranks.device)
@@ -284,27 +285,41 @@ class Bench:
         rows = batch * config.n_layers * config.num_experts_per_tok / max(choices, 1)
         resident_ms = 1e3 * (fixed + cache + found["hits"] / steps * tiers.expert_bytes) / self.rates.read
         missing_ms = 1e3 * found["misses"] / steps * tiers.expert_bytes / (self.rates.bus + self.rates.cpu(rows))
+        together_ms = missing_ms * (self.rates.bus + self.rates.cpu(rows)) / self.rates.together(rows)
         bound_ms = max(resident_ms, missing_ms)
-        values = {"bound_ms": bound_ms, "resident_ms": resident_ms, "missing_ms": missing_ms}
+        values = {
+            "bound_ms": bound_ms,
+            "bound_together_ms": max(resident_ms, together_ms),
+            "resident_ms": resident_ms,
+            "missing_ms": missing_ms,
+        }
         values |= {"of_bound": step_ms / bound_ms, "hit_rate": found["hits"] / max(found["hits"] + found["misses"], 1)}
         return {key: round(value, 4) for key, value in values.items()}
 
     def prompt(self, budget: float, length: int) -> None:
-        """A prompt by itself, the second of two."""
-        engine = self._use(budget, None, 1, length + 2)
+        """A prompt by itself, the third of three; and with all experts on the GPU, if it has the memory."""
+        setup = self._setup(budget, 1, length + 2)
+        most = self.config.n_layers * self.config.num_experts + self.config.num_experts_per_tok
+        resident = self._prompt(replace(setup, places=most), length)[0]
+        seconds, found, places = self._prompt(setup, length)
+        bus_s = found["fetched_bytes"] / self.rates.bus
+        self.emit("prompt", {
+            "budget_gb": budget, "tokens": length, "ms": round(1e3 * seconds, 2), "places": places,
+            "resident_ms": round(1e3 * resident, 2), "bus_ms": round(1e3 * bus_s, 2),
+            "of_bound": round(seconds / max(resident, bus_s), 4), **found, **self._memory(),
+        })  # fmt: skip
+
+    def _prompt(self, setup: TierSetup, length: int) -> tuple[float, dict[str, int], int]:
+        """Seconds, what was counted, and the places."""
+        engine = self._use(setup, None, 1, length + 2)
         rng, tiers = np.random.default_rng(2), self.model.store.tiers
-        seconds = []
-        for number in range(2):
+        for number in range(3):
             before = replace(tiers.counts)
             ids = tuple(rng.integers(0, self.config.vocab_size, length).tolist())
             started = time.perf_counter()
             engine.complete([Request(number, ids, 1, GREEDY)])
-            seconds.append(time.perf_counter() - started)
-        found = {k: v - getattr(before, k) for k, v in asdict(tiers.counts).items()}
-        self.emit("prompt", {
-            "budget_gb": budget, "tokens": length, "ms": round(1e3 * seconds[-1], 2), "places": tiers.setup.places,
-            "bus_ms": round(1e3 * found["fetched_bytes"] / self.rates.bus, 2), **found, **self._memory(),
-        })  # fmt: skip
+            seconds = time.perf_counter() - started
+        return seconds, {k: v - getattr(before, k) for k, v in asdict(tiers.counts).items()}, tiers.setup.places
 
     def _memory(self) -> dict[str, float]:
         if self.ranks.device.type != "cuda":

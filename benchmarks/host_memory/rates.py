@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from mixtralkit.moe.tiers import Costs, Tiers
-from mixtralkit.moe.tiers.warm import bring_and_wait
+from mixtralkit.moe.tiers import Tiers
 
 
 @dataclass(frozen=True)
@@ -21,7 +19,7 @@ class Rates:
         read: of the GPU's memory.
         bus: of pinned copies to the GPU, of whole experts.
         products: of experts on the CPU, for so many rows; empty where it has no kernels for them.
-        both: of copies and of products of one row, both at once; None where the CPU computes none.
+        both: of copies and of products of one row, both at once; None where the CPU computes none or there is no GPU.
     """
 
     read: float
@@ -41,7 +39,13 @@ class Rates:
         """With the costs that the tiers have measured."""
         size, costs = tiers.expert_bytes, tiers.costs
         products = tuple((rows, size / seconds) for rows, seconds in costs.product_s)
-        return cls(read, size / costs.fetch_s, products, _both(tiers, costs) if products else None)
+        return cls(read, size / costs.fetch_s, products, _both(tiers) if products else None)
+
+    def together(self, rows: float) -> float:
+        """Of copies and of products for so many rows, both at once, added: what they are alone where nothing says."""
+        if self.both is None:
+            return self.bus + self.cpu(rows)
+        return self.both[0] + self.both[1] * self.cpu(rows) / self.cpu(1)
 
     def rounded(self) -> dict[str, object]:
         """For JSON, in GB/s."""
@@ -54,25 +58,21 @@ class Rates:
         return found
 
 
-def _both(tiers: Tiers, costs: Costs) -> tuple[float, float]:
-    """Copies in a thread of their own while the CPU computes, eight experts each."""
+def _both(tiers: Tiers) -> tuple[float, float] | None:
+    """Copies that are begun at once, and products until they are done; None where copies are not done by a device.
+
+    As the engine does it: one thread begins the copies and computes. A second one that waits for them takes a core from
+    the product, all of whose threads then wait for the slowest.
+    """
+    if tiers.context.device.type != "cuda":
+        return None
     layer, place = tiers.layers[0], tiers.setup.places - 1
-    slots, seconds = tiers.slots[layer], [0.0, 0.0]
+    slots, copies, products = tiers.slots[layer], 24, 0
     x_ND = torch.randn(1, tiers.columns[0]).to(tiers.dtype)
-
-    def copy() -> None:
-        if tiers.context.device.type == "cuda":
-            torch.cuda.synchronize(tiers.context.device)  # gives this thread the device's context
-        started = time.perf_counter()
-        for i in range(8):
-            bring_and_wait(tiers, (layer, i % slots), place)
-        seconds[0] = time.perf_counter() - started
-
-    thread = threading.Thread(target=copy)
-    thread.start()
     started = time.perf_counter()
-    for i in range(8):
-        tiers.product_on_cpu(layer, x_ND, np.full(1, (i + 3) % slots), torch.ones(1, 1))
-    seconds[1] = time.perf_counter() - started
-    thread.join()
-    return tuple(8 * tiers.expert_bytes / s for s in seconds)
+    tickets = [tiers.bring((layer, i % slots), place) for i in range(copies)]
+    while not tickets[-1].query():
+        tiers.product_on_cpu(layer, x_ND, np.full(1, (products + slots // 2) % slots), torch.ones(1, 1))
+        products += 1
+    seconds = time.perf_counter() - started
+    return copies * tiers.expert_bytes / seconds, products * tiers.expert_bytes / seconds

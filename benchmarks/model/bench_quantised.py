@@ -1,6 +1,7 @@
 """What fewer bits cost: bits a byte of text and answers right of the model in ckpts/, for every format of its experts.
 
     python -m benchmarks.model.bench_quantised --output benchmarks/results/quantised.json
+    python -m benchmarks.model.bench_quantised --formats int4:64 --plans bits.json --output …    # a plan's formats
 
 A line a format on stderr and in the file, as soon as it is known; attention, router, embedding and output stay in
 float32, so that nothing but the experts' format differs. ``experts`` is the size of all experts' tensors against
@@ -27,8 +28,11 @@ from mixtralkit.evaluation.prompt_sets import read_prompts
 from mixtralkit.evaluation.run import Results, run
 from mixtralkit.evaluation.run_record import FORMAT
 from mixtralkit.evaluation.work import AnswerOptions, make_works
+from mixtralkit.layout import expert_of
 from mixtralkit.mixtral import Mixtral, open_source
 from mixtralkit.moe.weights import FORMATS, ExpertWeights, parse_weights
+from mixtralkit.planning.cost import ModelShape
+from mixtralkit.planning.plan import ExpertPlan, contiguous
 
 PLAIN_BYTES = 2  # of a bfloat16
 ALIASES = ("int4", "fp8")
@@ -38,6 +42,7 @@ def bench_quantised(
     prompts: Path = Path("heldout"),
     model: Path = Path("ckpts"),
     formats: tuple[str, ...] = ("none", *(name for name in FORMATS if name not in ALIASES)),
+    plans: tuple[Path, ...] = (),
     every: Count = 1,
     max_batch_size: int = 16,
     output: Path | None = None,
@@ -48,6 +53,7 @@ def bench_quantised(
         prompts: a prompt set, or the name of one in configs/prompts.
         model: folder of a plain checkpoint.
         formats: names of formats; none is the checkpoint's own numbers.
+        plans: plans with a precision for each expert, scored after the formats.
         every: of the questions, each of that many is asked; texts are all scored.
         max_batch_size: sequences at a time.
         output: file that takes the result as JSON.
@@ -59,11 +65,14 @@ def bench_quantised(
     records = [record for place, record in enumerate(whole) if record.is_text or place % every == 0]
     options = AnswerOptions()
     works = make_works(records, prompts, source[1], options)
-    for name in formats:
-        weights = parse_weights(None if name == "none" else name)
+    for name in (*formats, *plans):
+        plan = ExpertPlan.load(name) if isinstance(name, Path) else None
+        name = name.stem if isinstance(name, Path) else name
+        weights = parse_weights(None if plan is not None or name == "none" else name)
         config = EngineConfig.of(
             model=model, max_seq_len=max(work.longest for work in works), dtype="float32", device="cpu",
             max_batch_size=max_batch_size, quantize=None if weights.is_plain else weights.name,
+            plan=plan,
         )  # fmt: skip
         mixtral = Mixtral.load(config, context, source)
         facts = {"format": FORMAT, "model": {"config": name}}
@@ -75,7 +84,7 @@ def bench_quantised(
             run(mixtral, works, options, results, bar)
             measures = results.finish()
         scores = {m.metric: m for m in measures if m.group is None and m.metric in ("accuracy", "bits_per_byte")}
-        found.append({"format": name, **size_and_error(model, weights), **described(scores)})
+        found.append({"format": name, **size_and_error(model, weights, plan), **described(scores)})
         print(json.dumps(found[-1]), file=sys.stderr, flush=True)
         if output is not None:
             content = {
@@ -88,19 +97,19 @@ def bench_quantised(
             output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def size_and_error(model: Path, weights: ExpertWeights) -> dict[str, float]:
+def size_and_error(model: Path, weights: ExpertWeights, plan: ExpertPlan | None = None) -> dict[str, float]:
     """Bits a weight of the experts, with all that belongs to them, and the relative error of their matrices."""
     with open_checkpoint(model) as reader:
         config = reader.config
-        count = 3 * config.dim * config.hidden_dim
-        bits = 8 * weights.expert_bytes(config.dim, config.hidden_dim, PLAIN_BYTES) / count
-        if weights.is_plain:
-            return {"bits": bits, "error": 0.0}
+        plan = plan or contiguous(config.n_layers, config.num_experts, 1)
+        formats_LE, shape = plan.formats_LE(weights), ModelShape.of(config, PLAIN_BYTES, weights)
+        bits = 8 * float(shape.expert_bytes_LE(plan).mean()) / (3 * config.dim * config.hidden_dim)
         off = size = 0.0
         for name in reader.shapes():
             if ".experts." in name:
-                w_OK = reader.read(name).float()
-                off += float((weights.quantize(w_OK).float() - w_OK).double().square().sum())
+                w_OK, (layer, expert) = reader.read(name).float(), expert_of(name)
+                if not (own := formats_LE[layer][expert]).is_plain:
+                    off += float((own.quantize(w_OK).float() - w_OK).double().square().sum())
                 size += float(w_OK.double().square().sum())
     return {"bits": round(bits, 3), "error": round((off / size) ** 0.5, 5)}
 

@@ -32,12 +32,12 @@ from mixtralkit.planning.cost import ModelShape
 from mixtralkit.planning.hardware import Hardware
 from mixtralkit.planning.policies.affinity import affinity
 from mixtralkit.planning.policies.affinity_replicas import crossings, with_replicas
-from mixtralkit.planning.policies.auto import auto
 from mixtralkit.planning.policies.balanced import rebalance_experts
 from mixtralkit.planning.policies.inputs import Budget
 from mixtralkit.planning.policies.poured import pour
 from mixtralkit.planning.replay import Execution
 from mixtralkit.planning.replicas import pour_batches
+from mixtralkit.planning.search import auto
 from mixtralkit.planning.synthetic import RoutingProcess
 
 _ROWS = 1_000_000  # of a layer, when plans are poured

@@ -19,7 +19,6 @@ from mixtralkit.planning.cost import ModelShape, ShadowModel
 from mixtralkit.planning.hardware import Hardware
 from mixtralkit.planning.plan import ExpertPlan, contiguous, everywhere
 from mixtralkit.planning.policies.affinity import affinity
-from mixtralkit.planning.policies.auto import auto, fill_steps
 from mixtralkit.planning.policies.balanced import balanced
 from mixtralkit.planning.policies.hot_cold import hot_cold
 from mixtralkit.planning.policies.inputs import Budget
@@ -27,6 +26,7 @@ from mixtralkit.planning.policies.quality import measure
 from mixtralkit.planning.policies.shadow import shadow
 from mixtralkit.planning.policies.two_phase import two_phase
 from mixtralkit.planning.replay import Execution
+from mixtralkit.planning.search import auto, fill_steps
 from mixtralkit.planning.simulate import simulate
 from mixtralkit.planning.trace import RoutingTrace
 

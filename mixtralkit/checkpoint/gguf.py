@@ -17,11 +17,10 @@ import torch.nn.functional as F
 
 from mixtralkit.checkpoint.files import ByteFile, Region
 from mixtralkit.checkpoint.foreign.base import Bounds, Linear, Made, Module
-from mixtralkit.checkpoint.gguf_blocks import BLOCK_TYPES, BlockType, planes
+from mixtralkit.checkpoint.gguf_blocks import BLOCK_TYPES, BlockType
 from mixtralkit.config import ModelConfig
 from mixtralkit.json_file import shown
 from mixtralkit.moe.weights import PLAIN, Int4
-from mixtralkit.moe.weights.int4 import pack_bits
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -73,10 +72,11 @@ class GgufBlocks:
     ignored = ()
 
     def linear(self, module: Module) -> Linear:
-        region = module.tensors["weight"]
-        module.taken.add("weight")
+        region = module.take("weight", [module.shape], [torch.float32])
         weights = Int4(32)
-        if region.kind.name != "Q4_0" or region.shape != module.shape:
+        if not isinstance(region, BlockRegion):  # quantised is something beside it that does not belong there
+            return Linear(PLAIN, (region,), region)
+        if region.kind.name != "Q4_0":
             return Linear(PLAIN, (region,), region, f"{region.kind.name} has no exact form here")
         columns = region.columns
         whole = weights.whole(columns)
@@ -87,8 +87,8 @@ class GgufBlocks:
             return bytes_RB.unflatten(1, (-1, region.kind.size))
 
         def data(rows: Bounds, cut: Bounds) -> torch.Tensor:
-            bits = planes(blocks(rows)[..., 2:].flatten(0, 1), 16, 4).view(rows[1] - rows[0], -1)
-            return pack_bits(F.pad(bits, (0, whole - columns), value=8))[:, slice(*cut)]
+            bytes_RG16 = F.pad(blocks(rows)[..., 2:], (0, 0, 0, (whole - columns) // 32), value=0x88)
+            return bytes_RG16.unflatten(1, (-1, 2)).transpose(2, 3).flatten(1)[:, slice(*cut)]  # two blocks in turn
 
         def scales(rows: Bounds, cut: Bounds) -> torch.Tensor:
             halves = blocks(rows)[..., :2].contiguous().view(torch.float16).squeeze(-1)
@@ -110,11 +110,13 @@ class Header:
         keys: of the model and its vocabulary.
         tensors: (shape as stored, type, offset from ``start``) by name.
         start: byte of the first weights.
+        alignment: of tensors, in bytes.
     """
 
     keys: Mapping[str, Any]
     tensors: Mapping[str, tuple[tuple[int, ...], int, int]]
     start: int
+    alignment: int
 
 
 class _Words:
@@ -180,7 +182,7 @@ def read_header(file: ByteFile) -> Header:
     alignment = found.get("general.alignment", 32)
     if not isinstance(alignment, int) or not 1 <= alignment <= 1 << 20:
         raise ValueError(f"{file}: general.alignment ({shown(alignment)}) must be a number of bytes")
-    return Header(found, index, -(-words.at // alignment) * alignment)
+    return Header(found, index, -(-words.at // alignment) * alignment, alignment)
 
 
 def read_gguf_index(file: ByteFile) -> dict[str, Region]:
@@ -207,7 +209,22 @@ def read_gguf_index(file: ByteFile) -> dict[str, Region]:
         if region.end > file.size:
             raise ValueError(f"{file}: truncated: {name} ends at byte {region.end}, the file has {file.size}")
         index[name] = region
+    _check_places(file, header, list(index.values()))
     return index
+
+
+def _check_places(file: ByteFile, header: Header, regions: list[Region]) -> None:
+    """ValueError for tensors that overlap or are not aligned, and for bytes that belong to none."""
+    end, before = header.start, "the header"
+    for region in sorted(regions, key=lambda region: region.offset):
+        if region.offset < end or (region.offset - header.start) % header.alignment:
+            raise ValueError(
+                f"{file}: damaged: {region.name} begins at byte {region.offset}, wanted a multiple of "
+                f"{header.alignment} bytes behind {before}, which ends at {end}"
+            )
+        end, before = region.end, region.name
+    if file.size > end + -(end - header.start) % header.alignment:
+        raise ValueError(f"{file}: padded or damaged: {before} ends at byte {end}, the file has {file.size}")
 
 
 def model_of(file: ByteFile) -> ModelConfig:

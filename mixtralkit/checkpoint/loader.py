@@ -235,7 +235,10 @@ def _read_all(
 def _share(
     transfers: Sequence[Transfer], parameters: Mapping[str, torch.Tensor], layout: RankLayout, context: RankContext
 ) -> None:
-    """Sends every shared piece from its owner to the other ranks that hold it, in one order on all of them."""
+    """Sends every shared piece from its owner to the other ranks that hold it, in one order on all of them.
+
+    What lies in host memory beside a GPU goes by way of the GPU, which is all that its ranks' group sends from.
+    """
     own = {_key(piece): piece for piece in layout.pieces()} if transfers else {}
     for transfer in transfers:
         if context.rank not in transfer.ranks:
@@ -244,11 +247,18 @@ def _share(
             content = parameters[part.target][part.at]
             assert content.is_contiguous()  # only whole rows are ever shared
             content = content.view(-1).view(torch.uint8)
+            is_owner, sent = context.rank == transfer.owner, content
+            if content.device != context.device:
+                sent = torch.empty(content.shape, dtype=torch.uint8, device=context.device)
+                if is_owner:
+                    sent.copy_(content)
             if len(transfer.ranks) == context.world_size:
-                dist.broadcast(content, src=transfer.owner, group=context.group)
-            elif context.rank == transfer.owner:
+                dist.broadcast(sent, src=transfer.owner, group=context.group)
+            elif is_owner:
                 for rank in transfer.ranks:
                     if rank != transfer.owner:
-                        dist.send(content, rank, group=context.group)
+                        dist.send(sent, rank, group=context.group)
             else:
-                dist.recv(content, transfer.owner, group=context.group)
+                dist.recv(sent, transfer.owner, group=context.group)
+            if sent is not content and not is_owner:
+                content.copy_(sent)

@@ -14,7 +14,7 @@ from mixtralkit.config import ModelConfig
 from mixtralkit.layout import RankLayout, canonical_shapes
 from mixtralkit.moe.weights import ExpertWeights, Part
 
-STYLES = ("mistral", "stacked", "hugging-face", "packed", "gguf", "gguf-merged", "gguf-single")
+STYLES = ("mistral", "stacked", "hugging-face", "packed", "mlx", "gguf", "gguf-merged", "gguf-single")
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ def stored_tensors(style: str, config: ModelConfig) -> dict[str, Stored]:
     - ``stacked``: the eight-file release; experts one above the other, w2 of each transposed.
     - ``hugging-face``: one matrix per expert; query and key rows ordered for rotary halves.
     - ``packed``: Hugging Face with all experts of a layer in ``gate_up_proj`` [E, 2F, D] and ``down_proj`` [E, D, F].
+    - ``mlx``: Hugging Face with all experts of a layer in ``switch_mlp.gate_proj``, ``up_proj`` and ``down_proj``.
     - ``gguf``: llama.cpp's, a projection of all experts in one tensor; ``gguf-merged``: gate and up in one;
       ``gguf-single``: one matrix per expert.
     """
@@ -90,8 +91,8 @@ def stored_tensors(style: str, config: ModelConfig) -> dict[str, Stored]:
         return dict(_stacked(config, plain))
     if style.startswith("gguf"):
         return dict(_llama_cpp(config, plain, style))
-    assert style in ("hugging-face", "packed")
-    return dict(_hugging_face(config, plain, packed=style == "packed"))
+    assert style in ("hugging-face", "packed", "mlx")
+    return dict(_hugging_face(config, plain, style))
 
 
 def rank_tensors(layout: RankLayout) -> dict[str, Stored]:
@@ -127,8 +128,9 @@ def _stacked(config: ModelConfig, plain: dict[str, Stored]) -> Iterator[tuple[st
     yield "output.weight", plain["output.weight"]
 
 
-def _hugging_face(config: ModelConfig, plain: dict[str, Stored], packed: bool) -> Iterator[tuple[str, Stored]]:
-    moe = "mlp" if packed else "block_sparse_moe"
+def _hugging_face(config: ModelConfig, plain: dict[str, Stored], style: str) -> Iterator[tuple[str, Stored]]:
+    moe = "mlp" if style == "packed" else "block_sparse_moe"
+    switch = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
     yield "model.embed_tokens.weight", plain["tok_embeddings.weight"]
     for layer in range(config.n_layers):
         ours, theirs = f"layers.{layer}.", f"model.layers.{layer}."
@@ -141,7 +143,13 @@ def _hugging_face(config: ModelConfig, plain: dict[str, Stored], packed: bool) -
         yield f"{theirs}input_layernorm.weight", plain[f"{ours}attention_norm.weight"]
         yield f"{theirs}post_attention_layernorm.weight", plain[f"{ours}ffn_norm.weight"]
         yield f"{theirs}{moe}.gate.weight", plain[f"{ours}feed_forward.gate.weight"]
-        if packed:
+        if style == "mlx":
+            for name, matrix in switch.items():
+                slabs = _experts(config, plain, layer, (matrix,))
+                shape = (config.num_experts, slabs[0].height, slabs[0].width)
+                yield f"{theirs}{moe}.switch_mlp.{name}.weight", Stored(shape, slabs)
+            continue
+        if style == "packed":
             experts, dim, hidden = config.num_experts, config.dim, config.hidden_dim
             up, down = _experts(config, plain, layer, ("w1", "w3")), _experts(config, plain, layer, ("w2",))
             yield f"{theirs}mlp.experts.gate_up_proj", Stored((experts, 2 * hidden, dim), up)

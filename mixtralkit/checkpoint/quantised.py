@@ -9,10 +9,10 @@ from mixtralkit.json_file import shown
 
 # quant_method in config.json -> what people call it, where it is not read (``foreign.METHODS`` are)
 REFUSED = {
-    "modelopt": "ModelOpt", "bitsandbytes": "bitsandbytes", "hqq": "HQQ", "aqlm": "AQLM", "quanto": "quanto",
+    "modelopt": "ModelOpt", "hqq": "HQQ", "aqlm": "AQLM", "quanto": "quanto",
     "eetq": "EETQ", "exl2": "EXL2", "exl3": "EXL3", "torchao": "torchao", "gguf": "GGUF", "mxfp4": "MXFP4",
     "marlin": "Marlin", "auto-round": "AutoRound", "vptq": "VPTQ", "higgs": "HIGGS", "spqr": "SpQR",
-    "quark": "Quark", "bitnet": "BitNet", "mlx": "MLX", "modelopt_fp8": "ModelOpt",
+    "quark": "Quark", "bitnet": "BitNet", "modelopt_fp8": "ModelOpt",
 }  # fmt: skip
 
 # The end of a tensor's name that only such a file has -> method

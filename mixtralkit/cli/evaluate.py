@@ -148,6 +148,7 @@ class _Run:
         with context.agreed():
             if prompts is None:
                 raise ValueError("prompts is missing: the set to score, a .jsonl file (or --compare RUN_A RUN_B)")
+            engine.parallel.check_auto()
             prompts = shipped("prompts", prompts)
             check_world_size(context.world_size, engine.limits.num_gpus)
             records = read_prompts(prompts, context.world_size)
@@ -163,7 +164,8 @@ class _Run:
         with context.agreed():
             model = reader.config.with_limits(max_seq_len, max_batch_size)
             layout = choose_layout(model, context, engine, reader.found.precision)
-            engine = engine.but(**asdict(layout.parallel), plan=cut.applied(layout.plan))
+            chosen = {"plan": cut.applied(layout.plan), "memory_gb": None, "trace": None, "explain": False}
+            engine = engine.but(**asdict(layout.parallel), **chosen)
             dtype = str(choose_dtype(engine.limits.dtype, context.device)).removeprefix("torch.")
             placed = facts_of_plan(
                 engine.parallel.plan, context.world_size, layout.parallel.attention, max_batch_size, dtype

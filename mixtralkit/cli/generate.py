@@ -46,6 +46,7 @@ def generate(
     """
     context = RankContext.start(engine.limits.device)
     with context.agreed():
+        engine.parallel.check_auto()
         check_world_size(context.world_size, engine.limits.num_gpus)
         records = read_prompts(shipped("prompts", prompts), context.world_size)
         source = open_source(engine.source)

@@ -19,12 +19,12 @@ from mixtralkit.planning.hardware import USUAL_HOST, Hardware
 from mixtralkit.planning.memory import Room
 from mixtralkit.planning.plan import ExpertPlan
 from mixtralkit.planning.plan_plot import plot_plan
-from mixtralkit.planning.policies.auto import auto_for
 from mixtralkit.planning.policies.inputs import Budget
 from mixtralkit.planning.policies.quality import measure, measure_held_out
 from mixtralkit.planning.policies.registry import POLICIES, Given, make_plan
 from mixtralkit.planning.policies.tiers import GpuBudget
 from mixtralkit.planning.replay import Execution
+from mixtralkit.planning.search import auto_for
 from mixtralkit.planning.trace import load_routing
 from mixtralkit.whole_file import check_free
 
@@ -247,10 +247,7 @@ def _print_notes(plan: ExpertPlan) -> None:
             f"no choice within the budget has less than {meta['harm_bound']:.4g}"
         )
     elif plan.policy == "tiers" and plan.tier is not None:
-        print(
-            f"of {meta['gpu_memory_gb']:g} GB {meta['fixed_gb']:.2f} are taken without experts, and "
-            f"{meta['transit_gb']:.2f} by experts on their way"
-        )
+        print(f"of {meta['gpu_memory_gb']:g} GB {meta['taken_gb']:.2f} are taken by all but experts")
     elif plan.policy == "two_phase" and meta:
         print(
             f"estimates right in {meta['estimates_right']:.0%} of the layers, corrected in {meta['corrected']:.0%}, "

@@ -8,15 +8,15 @@ import numpy as np
 
 from mixtralkit.cli.run import command
 from mixtralkit.cli.running import is_watched, requests_of
-from mixtralkit.config import EngineConfig, shipped
+from mixtralkit.config import CacheOptions, EngineConfig, LimitOptions, SourceOptions, shipped
 from mixtralkit.config.options import Count
 from mixtralkit.distributed import RankContext
 from mixtralkit.engine.sampler import SamplingOptions
 from mixtralkit.evaluation.prompt_sets import read_prompts
-from mixtralkit.evaluation.rounding import loads_of, measure_outputs, measure_weights
+from mixtralkit.evaluation.rounding import measure_outputs, measure_weights
 from mixtralkit.mixtral import Mixtral, open_source
 from mixtralkit.moe.weights import FORMATS
-from mixtralkit.planning.precision import ErrorTable
+from mixtralkit.planning.precision import ErrorTable, loads_of
 from mixtralkit.planning.trace import RoutingTrace
 from mixtralkit.whole_file import check_free
 
@@ -34,7 +34,9 @@ def quantise_report(
     plot: Path | None = None,
     overwrite: bool = False,
     *,
-    engine: EngineConfig,
+    source: SourceOptions,
+    cache: CacheOptions,
+    limits: LimitOptions,
 ) -> None:
     """Measures every expert's error in every format, weighed by how often and how heavily it is chosen.
 
@@ -56,18 +58,19 @@ def quantise_report(
         raise ValueError(f"trace ({trace}) cannot be given with prompts, whose own routing counts")
     for path in (output, plot):
         check_free(path, overwrite)
-    context = RankContext.start(engine.limits.device)
+    context = RankContext.start(limits.device)
     if context.world_size > 1:
         raise ValueError(f"quantise-report runs on one rank, not on {context.world_size}")
-    source = open_source(engine.source)
-    reader, watched = source[0], is_watched(context)
+    opened = open_source(source)
+    reader, watched = opened[0], is_watched(context)
     if prompts is None:
         routing = None if trace is None else RoutingTrace.load(trace, reader.config.num_experts)
         table = measure_weights(reader, formats, loads_of(routing, reader.config), context.device, watched)
     else:
         records = read_prompts(shipped("prompts", prompts))
-        requests, engine = requests_of(source, records, engine, 0, SamplingOptions(temperature=0.0))
-        mixtral = Mixtral.load(engine.but(cuda_graphs=False), context, source, watched)
+        engine = EngineConfig(source=source, cache=cache, limits=limits).but(cuda_graphs=False)
+        requests, engine = requests_of(opened, records, engine, 0, SamplingOptions(temperature=0.0))
+        mixtral = Mixtral.load(engine, context, opened, watched)
         table = measure_outputs(mixtral, requests, formats, rows, watched)
         mixtral.close()
     if output is not None:

@@ -52,7 +52,7 @@ def simulate(
     gpu_memory_gb: Positive | None = None,
     max_seq_len: Count = 2048,
     tier_rules: tuple[str, ...] = RULES,
-    decay: Share = 0.9,
+    decay: Share = 0.98,
     ahead: Count = 2,
     plot: Path | None = None,
     overwrite: bool = False,
@@ -80,8 +80,9 @@ def simulate(
             that policy tiers makes of half of the trace, on the other half (docs/host-memory.md). A plan file with
             tiers is replayed on the whole trace without this.
         max_seq_len: with gpu_memory_gb: most tokens of a sequence in the cache; batch says how many sequences.
-        tier_rules: which experts such a GPU keeps: static, lru, lfu, prefetch or belady.
-        decay: what a use counts for lfu against one a step later.
+        tier_rules: which experts such a GPU keeps: static, lru, lru/layer, frequency, frequency/layer,
+            prefetch or belady.
+        decay: what a use counts for frequency against one a step later.
         ahead: experts of a layer that prefetch asks for.
         plot: picture to write, .png.
         overwrite: replace the picture where it is there already.

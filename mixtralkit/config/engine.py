@@ -79,6 +79,12 @@ class ParallelOptions(Options):
         if self.attention == "coherent" and self.experts == "tp":
             raise ValueError("experts ('tp') must be 'ep' with attention 'coherent': rows go to experts")
 
+    def check_auto(self) -> None:
+        """ValueError for what only plan ``auto`` goes by, with another plan; whoever runs one plan asks."""
+        for name in ("memory_gb", "trace", "explain") if str(self.plan) != "auto" else ():
+            if getattr(self, name) not in (None, False):
+                raise ValueError(f"{name} ({getattr(self, name)}) needs plan 'auto', which goes by it")
+
 
 @dataclass(frozen=True)
 class FasterOptions(Options):

@@ -23,10 +23,11 @@ from mixtralkit.engine.expert_rows import ExpertRows
 from mixtralkit.engine.grammar import Grammars
 from mixtralkit.engine.leader import Ended, Leader
 from mixtralkit.engine.plan_manager import PlanManager
-from mixtralkit.engine.requests import Abort, Answer, Completion, Request, StreamEvent, check_prompt
+from mixtralkit.engine.requests import Abort, Answer, Completion, Progress, Request, StreamEvent, check_prompt
 from mixtralkit.engine.runner import Flight, Runner
 from mixtralkit.engine.runs import Arrivals, EngineSnapshot, Run, Told
-from mixtralkit.engine.scheduler import Planned, Scheduler
+from mixtralkit.engine.sampler import SamplingOptions
+from mixtralkit.engine.scheduler import Planned, Scheduler, Sequence
 from mixtralkit.engine.step_plan import Message, Took
 from mixtralkit.engine.tell import Teller
 from mixtralkit.engine.tokenizer import Tokenizer
@@ -160,6 +161,27 @@ class Engine:
                 f"({cache.pages * cache.page_size})"
             )
 
+    def warm_up(self, tokens: int | None = None) -> None:
+        """Makes the graphs that requests would else wait for, and one step that takes as much memory as steps ever do.
+
+        Collective; nothing may be running.
+
+        Args:
+            tokens: prompt tokens of that step on each rank; None for as many as there may be, on a CPU for few, where
+                nothing is compiled and memory is no limit.
+        """
+        self._prepare()
+        self._runner.warm_up()
+        cache, owners = self.model.cache, self.model.ranks_with_own_sequences
+        if tokens is None:
+            tokens = self.prefill_budget if self.context.device.type == "cuda" else cache.slots
+        scheduler, drawn = self._new_scheduler(tokens, prefix_reuse=False), SamplingOptions(frequency_penalty=1.0)
+        length = min(-(-tokens // cache.slots), self.model.params.max_seq_len - 1)
+        for i in range(owners * cache.slots):  # drawn from changed logits, and everything told
+            request = Request(i, (0,) * length, 1, drawn, prompt_logprobs=True, top_logprobs=1, routed_experts=True)
+            scheduler.add(Sequence(i, Progress(request, 1, self.tokenizer), i))
+        self._runner.launch(scheduler.plan().plan).wait()
+
     def snapshot(self) -> EngineSnapshot:
         """What the engine does at the moment; of rank 0. Any thread may ask."""
         return self._leader.snapshot()
@@ -170,11 +192,6 @@ class Engine:
         self._runner: Runner | None = None
         self._leader.scheduler = None
         self._flights.clear()
-
-    def warm_up(self) -> None:
-        """Makes the graphs that requests would else wait for. Collective; nothing may be running."""
-        self._prepare()
-        self._runner.warm_up()
 
     def forget_prefixes(self) -> None:
         """Computes all prompts anew from now on, so that what ran before changes no bit of what comes. Collective."""
@@ -307,12 +324,14 @@ class Engine:
         if self._flights or any(run.sequences for run in self._runs.values()):  # what runs needs what it has
             return
         if runner is None or runner.cache is not cache:
-            self._leader.scheduler = Scheduler(
-                self.model.ranks_with_own_sequences, cache.slots, cache.pages, cache.page_size, self.prefill_budget,
-                self.mixed_budget, self.prefix_reuse,
-            )  # fmt: skip
+            self._leader.scheduler = self._new_scheduler(self.prefill_budget, self.prefix_reuse)
         self._leader.scheduler.forget_rows()
         self._runner = Runner(self.model, cache, self.cuda_graphs, counts)
+
+    def _new_scheduler(self, prefill_budget: int, prefix_reuse: bool) -> Scheduler:
+        cache, owners = self.model.cache, self.model.ranks_with_own_sequences
+        sizes = (cache.slots, cache.pages, cache.page_size)
+        return Scheduler(owners, *sizes, prefill_budget, self.mixed_budget, prefix_reuse)
 
     def _execute(self, message: Message, planned: Planned | None = None) -> None:
         """What every rank does of a turn."""

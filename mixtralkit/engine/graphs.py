@@ -36,7 +36,7 @@ class Graphs:
     """
 
     def __init__(self, device: torch.device, enabled: bool = True) -> None:
-        """``enabled`` False, and any device but a CUDA one, calls the functions as they are."""
+        """``enabled`` False, and any device but a CUDA one, calls the functions as they are: ``is_on`` is False."""
         self.is_on = enabled and device.type == "cuda"
         self._captured: dict[Hashable, tuple[torch.cuda.CUDAGraph, object]] = {}
         self._forgotten: set[Hashable] = set()

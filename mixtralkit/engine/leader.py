@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
+from math import isfinite
 
 from mixtralkit.engine.control import Control
 from mixtralkit.engine.grammar import Grammars
 from mixtralkit.engine.requests import Abort, Progress, Request, Top
-from mixtralkit.engine.runner import Flight
+from mixtralkit.engine.runner import Flight, Values
 from mixtralkit.engine.runs import EngineSnapshot, Run, Told
 from mixtralkit.engine.scheduler import Planned, Scheduler, Sequence
 from mixtralkit.engine.step_plan import Message, News, Took
@@ -140,10 +140,7 @@ class Leader:
                     self._took_of(sequence.run, message).routed.append((sequence.key, experts))
                     answer.routed += count - known
         for own, sampled in zip(values, planned.sampled, strict=True):
-            tops = own.tops or [()] * len(sampled)
-            for sequence, token, logprob, top in zip(sampled, own.tokens, own.logprobs, tops, strict=False):
-                if not sequence.answer.ended:
-                    self._accept(sequence, token, logprob, top, message)
+            self._accept(sampled, own, message)
         for sequence in planned.ending:
             if not sequence.answer.ended:
                 self._end(sequence, "length", news)
@@ -153,29 +150,38 @@ class Leader:
             elif key in run.sequences:
                 self._leave(run.sequences[key])
 
-    def _accept(self, sequence: Sequence, token: int, logprob: float, top: Top, message: Message) -> None:
-        """Gives a sequence its next token, and frees its place where that ends it."""
-        answer = sequence.answer
-        try:
-            if not math.isfinite(logprob):
-                raise RuntimeError(
+    def _accept(self, sampled: list[Sequence], values: Values, message: Message) -> None:
+        """Gives sequences their next tokens, and frees the places of those that end with them."""
+        run = took = None
+        tops = values.tops or [()] * len(sampled)
+        for sequence, token, logprob, top in zip(sampled, values.tokens, values.logprobs, tops, strict=False):
+            answer = sequence.answer
+            if answer.ended:
+                continue
+            if not isfinite(logprob):
+                error = RuntimeError(
                     f"the model gave no finite logits for prompt {answer.request.id} at position "
                     f"{answer.length} in {self.model.dtype}; float16 overflows where bfloat16 does not"
                 )
+                self._lose(sequence, error, message.news)
+                continue
             answer.take(token)
             if sequence.grammar is not None and not answer.ended:
-                sequence.mask = sequence.grammar.allowed(answer.tokens).tobytes()
-        except Exception as error:
-            self._lose(sequence, error, message.news)
-            return
-        self._generated += 1
-        took = self._took_of(sequence.run, message)
-        took.keys.append(sequence.key)
-        took.tokens.append(token)
-        took.logprobs.append(logprob)
-        took.tops.append(top[: answer.request.top_logprobs])
-        if answer.ended:
-            self._leave(sequence)
+                try:
+                    sequence.mask = sequence.grammar.allowed(answer.tokens).tobytes()
+                except Exception as error:
+                    self._lose(sequence, error, message.news)
+                    continue
+            if sequence.run is not run:
+                run = sequence.run
+                took = self._took_of(run, message)
+            self._generated += 1
+            took.keys.append(sequence.key)
+            took.tokens.append(token)
+            took.logprobs.append(logprob)
+            took.tops.append(top[: answer.request.top_logprobs] if top else top)
+            if answer.ended:
+                self._leave(sequence)
 
     def _end(self, sequence: Sequence, reason: str, news: News, error: str | None = None) -> None:
         """Ends an answer for another reason than its tokens."""

@@ -9,9 +9,9 @@ import numpy as np
 from mixtralkit.engine.plan_judge import MoveJudge
 from mixtralkit.model.transformer import Transformer
 from mixtralkit.planning.plan import ExpertPlan
-from mixtralkit.planning.policies.auto import auto
 from mixtralkit.planning.policies.inputs import Budget
 from mixtralkit.planning.policies.registry import Given, make_plan
+from mixtralkit.planning.search import auto
 from mixtralkit.planning.simulate import sample_routing
 
 # (rows of each expert in one layer [1, E], tokens of a rank's step) -> a plan of one layer

@@ -284,8 +284,9 @@ class Answer(Progress):
             self.top_logprobs.append(top)
         if self._loses_space is None and token < self.tokenizer.n_words and self.tokenizer.piece_bytes[token]:
             self._loses_space = self.tokenizer.drops_first_space and self.tokenizer.begins_with_space(token)
-        self._texts.append(self._stream.push(token))
-        delta = self._shown(self._stops.push(self._texts[-1]))
+        text = self._stream.push(token)
+        self._texts.append(text)
+        delta = self._shown(self._stops.push(text) if self.request.stop else text)
         if self._stops.stopped:
             return self.finish("stop", delta)
         if len(self.tokens) >= self.limit:
@@ -333,8 +334,7 @@ class Answer(Progress):
 
     def _shown(self, certain: str) -> str:
         """Text that is certain now as the answer has it: without the space of its first word."""
-        is_first = self._certain == 0 and certain != ""
-        self._certain += len(certain)
+        is_first, self._certain = self._certain == 0, self._certain + len(certain)
         return certain[1:] if is_first and self._loses_space else certain
 
     def _newly_told(self, texts: Many[str] | None = None) -> tuple[Token, ...]:

@@ -263,15 +263,18 @@ class Runner:
 
     @torch.no_grad()
     def warm_up(self) -> None:
-        """Makes the graphs of all greedy steps, the largest first, whose memory the others then share. Collective; no
-        step may be in flight."""
+        """Makes the graphs of all greedy and drawn steps, the largest first, whose memory the others then share; other
+        kinds are made when they come. Collective; no step may be in flight. Nothing where there are no graphs."""
+        if not self._graphs.is_on:
+            return
         self._own.slots_B.fill_(-1)
-        if self._pads_prompts:
-            for tokens in reversed(PROMPT_TOKENS):
-                for rows in sorted({self._beside(rows) for rows in self._sizes} | {0}, reverse=True):
-                    self._run_prompts(self._shape_of(rows, tokens), False, True)
-        for rows in reversed(self._sizes):
-            self._run_decode(rows, (False,) * 4, True)
+        beside = sorted({self._beside(rows) for rows in self._sizes} | {0}, reverse=True)
+        shapes = [self._shape_of(rows, tokens) for tokens in reversed(PROMPT_TOKENS) for rows in beside]
+        for draws in (False, True):
+            for shape in shapes if self._pads_prompts else ():
+                self._run_prompts(shape, draws, True)
+            for rows in reversed(self._sizes):
+                self._run_decode(rows, (draws, False, False, False), True)
 
     def observed(self, flight: Flight, surplus: Many[int]) -> tuple[ForwardBatch, list[MoEReport]] | None:
         """This rank's rows as an ``Observe`` takes them, but for those of the slots in ``surplus`` and those that were
@@ -492,10 +495,11 @@ class Runner:
         return self._prompts[shape]
 
     def _run_prompts(self, shape: _Shape, draws: bool, may_capture: bool) -> Run[_Answers]:
+        prompts = self._prompts_of(shape)  # not in the graph, whose replays would make them anew
         device, slots = self.context.device, len(self._own.slots_B)
         return self._graphs.run(
             (shape, draws),
-            lambda: self._prompted(self._own, self._prompts_of(shape), draws),
+            lambda: self._prompted(self._own, prompts, draws),
             lambda: self._prompted(_Memory(slots, device), _Prompts(shape, device), draws),
             may_capture,
         )

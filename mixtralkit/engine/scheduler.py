@@ -130,6 +130,7 @@ class Scheduler:
         self._ended_steps = 0
         self._last: list[list[Sequence]] | None = None  # rows of the newest step, where it was a decode step
         self._newest: list[list[Sequence]] = [[] for _ in self.owners]
+        self._wanted: dict[str, bool | int] = {}
 
     @property
     def running(self) -> list[Sequence]:
@@ -183,8 +184,9 @@ class Scheduler:
         made = _Making(self.step + 1, len(self.owners))
         # while many wait for their first token, chunks are large, as prompts need for their speed; requests that come
         # one by one keep those that decode waiting no longer than they must
-        decoding = sum(not s.prefilling for s in self.running)
-        begin = len(self.waiting) + sum(s.prefilling for s in self.running)
+        running = self.running
+        prefilling = sum(s.prefilling for s in running)
+        begin, decoding = len(self.waiting) + prefilling, len(running) - prefilling
         most = self.prefill_budget if begin * MANY_BEGIN >= decoding else self.mixed_budget
         for owner in self.owners:
             made.is_short[owner.number] = self._decodes(owner, made)
@@ -371,13 +373,11 @@ class Scheduler:
         for own in sampled:
             for row, sequence in enumerate(own):
                 sequence.row = row
-        running = [s.answer.request for own in sampled for s in own]
-        told = [*running, *(s.answer.request for own in made.scored for s, _ in own)]
+        if rows is not None:
+            self._wanted = self._wants(made, sampled)
         plan = StepPlan(
             self.step, rows and [Rows(*columns) for columns in rows], made.chunks, made.arrivals, made.tables,
-            any(r.sampling.temperature > 0 for r in running), max((r.top_logprobs for r in told), default=0),
-            any(r.asks for r in running), [[(s.slot, s.mask) for s in own if s.mask is not None] for own in sampled],
-            any(s.answer.request.routed_experts for own in made.slots for _, s in own),
+            masks=[[(s.slot, s.mask) for s in own if s.mask is not None] for own in sampled], **self._wanted,
         )  # fmt: skip
         routed = [
             list(_routed(*own)) if plan.routed else []
@@ -392,6 +392,18 @@ class Scheduler:
                 sequence.unread = True
         self._newest = sampled
         return Planned(plan, sampled, made.scored, made.ending, made.slots, made.cached, routed)
+
+    @staticmethod
+    def _wants(made: _Making, sampled: list[list[Sequence]]) -> dict[str, bool | int]:
+        """What a step has to give besides tokens; the same for the same rows."""
+        running = [s.answer.request for own in sampled for s in own]
+        told = [*running, *(s.answer.request for own in made.scored for s, _ in own)]
+        return {
+            "draws": any(r.sampling.temperature > 0 for r in running),
+            "tops": max((r.top_logprobs for r in told), default=0),
+            "asks": any(r.asks for r in running),
+            "routed": any(s.answer.request.routed_experts for own in made.slots for _, s in own),
+        }
 
 
 class _Making:

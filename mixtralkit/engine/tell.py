@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -44,36 +44,33 @@ class Teller:
             self.begin(key, Answer(request, limit, self._tokenizer))
         return [event for _, event in (*self.of_step(told.took), *self.of_news(told.news))]
 
-    def of_step(self, took: Took) -> Iterator[tuple[int, StreamEvent]]:
+    def of_step(self, took: Took) -> list[tuple[int, StreamEvent]]:
         """Keys and events of what a step gave."""
+        answers, found = self._answers, []
         for key, scores, tops in took.scored:
-            if (answer := self._answers.get(key)) is not None:
+            if (answer := answers.get(key)) is not None:
                 answer.prompt_logprobs += scores
                 answer.prompt_top_logprobs += tops
         for key, routed in took.routed:
-            if (answer := self._answers.get(key)) is not None:
+            if (answer := answers.get(key)) is not None:
                 answer.experts.append(np.frombuffer(routed, np.int16).reshape(-1, *self._routes))
         for key, token, logprob, top in zip(took.keys, took.tokens, took.logprobs, took.tops, strict=True):
-            if (answer := self._answers.get(key)) is not None:
-                yield from self._told(key, answer, answer.accept, token, logprob, top)
+            if (answer := answers.get(key)) is None:
+                continue
+            try:
+                event = answer.accept(token, logprob, top)
+            except Exception as error:
+                event = answer.end("error", str(error) or type(error).__name__, error)
+            if event is not None:
+                found.append((key, event))
+                if answer.ended:
+                    del answers[key]
+        return found
 
-    def of_news(self, news: News) -> Iterator[tuple[int, StreamEvent]]:
+    def of_news(self, news: News) -> list[tuple[int, StreamEvent]]:
         """Keys and events of what else happened."""
         for key, count in news.cached:
             if (answer := self._answers.get(key)) is not None:
                 answer.cached_tokens = count
-        for key, reason, error in news.ends:
-            if (answer := self._answers.get(key)) is not None:
-                yield from self._told(key, answer, answer.end, reason, error)
-
-    def _told(
-        self, key: int, answer: Answer, says: Callable[..., StreamEvent | None], *said: object
-    ) -> Iterator[tuple[int, StreamEvent]]:
-        try:
-            event = says(*said)
-        except Exception as error:
-            event = answer.end("error", str(error) or type(error).__name__, error)
-        if answer.ended:
-            del self._answers[key]
-        if event is not None:
-            yield key, event
+        ended = [(key, self._answers.pop(key, None), said) for key, *said in news.ends]
+        return [(key, answer.end(*said)) for key, answer, said in ended if answer is not None]

@@ -268,6 +268,7 @@ class TextStream:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")
         self._at_start = tokenizer.drops_first_space and not keeps_space
+        self.is_unfinished = False  # bytes of a character are still to come, which may give the last token more text
 
     def push(self, token: int) -> str:
         """The text that ``token`` completes, which may be empty."""
@@ -285,13 +286,13 @@ class TextStream:
                 data = data[1:]
         if data.isascii() and not self.is_unfinished:
             return data.decode("ascii")  # most tokens; the decoder takes longer
-        return self._utf8.decode(data).translate(_REPLACED)
-
-    @property
-    def is_unfinished(self) -> bool:
-        """Whether bytes of a character are still to come, which may give the last token more text."""
-        return bool(self._utf8.getstate()[0])
+        return self._decoded(data)
 
     def finish(self) -> str:
         """What an unfinished character leaves: replacement characters, or nothing."""
-        return self._utf8.decode(b"", final=True).translate(_REPLACED)
+        return self._decoded(b"", final=True) if self.is_unfinished else ""
+
+    def _decoded(self, data: bytes, final: bool = False) -> str:
+        text = self._utf8.decode(data, final).translate(_REPLACED)
+        self.is_unfinished = bool(self._utf8.getstate()[0])
+        return text

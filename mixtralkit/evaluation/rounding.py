@@ -16,37 +16,15 @@ from mixtralkit.layout import expert_of
 from mixtralkit.mixtral import Mixtral
 from mixtralkit.moe.dispatch.base import RoutedRows
 from mixtralkit.moe.weights import FORMATS, ExpertWeights
-from mixtralkit.planning.precision import ErrorTable
-from mixtralkit.planning.trace import RoutingTrace
+from mixtralkit.planning.precision import ErrorTable, Loads
 
 PLAIN_BYTES = 2  # of a number in 16 bits, against which bits count
-Loads = tuple[np.ndarray, np.ndarray]  # [L, E] share of the layer's choices, root mean square of their gate's weights
 
 
 def bits_of(config: ModelConfig, weights: ExpertWeights) -> float:
     """Bits of a weight of an expert, with its share of scales."""
     size = weights.expert_bytes(config.dim, config.hidden_dim, PLAIN_BYTES)
     return 8 * size / (3 * config.dim * config.hidden_dim)
-
-
-def loads_of(trace: RoutingTrace | None, config: ModelConfig) -> Loads:
-    """How much each expert is used; without a trace all alike, without weights in it every choice 1 / K."""
-    shape, top_k = (config.n_layers, config.num_experts), config.num_experts_per_tok
-    if trace is None:
-        return np.full(shape, 1 / shape[1]), np.full(shape, 1 / top_k)
-    if (trace.num_layers, trace.num_experts) != shape:
-        raise ValueError(
-            f"trace: layers and experts ({trace.num_layers}, {trace.num_experts}) must be {shape}, the model's"
-        )
-    counts_LE = trace.loads_LE()
-    if trace.weights is None:
-        squares_LE = counts_LE / trace.top_k**2
-    else:
-        squares_LE = np.stack([
-            np.bincount(trace.experts[:, layer].ravel(), trace.weights[:, layer].ravel().astype(float) ** 2, shape[1])
-            for layer in range(shape[0])
-        ])  # fmt: skip
-    return counts_LE / counts_LE.sum(1, keepdims=True), np.sqrt(squares_LE / np.maximum(counts_LE, 1))
 
 
 def measure_weights(
@@ -153,7 +131,7 @@ def _swiglu(x_ND: torch.Tensor, w1: torch.Tensor, w3: torch.Tensor, w2: torch.Te
 
 
 def _check_plain(reader: CheckpointReader) -> None:
-    held = {weights.name for row in reader.found.formats_LE for weights in row if not weights.is_plain}
+    held = {weights.name for row in reader.formats_LE for weights in row if not weights.is_plain}
     if held:
         raise ValueError(
             f"{reader.folder}: experts are rounded already ({', '.join(sorted(held))}); take plain weights"

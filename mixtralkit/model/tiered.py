@@ -115,12 +115,13 @@ def run_tiered(model: Transformer, batch: ForwardBatch, desk: Desk, capture: Cap
         slots_N = desk.slots_N
         rows_S = np.bincount(slots_N[slots_N >= 0], minlength=tiers.slots[layer])
         answer = tiers.ask(layer, rows_S)
+        on_cpu_N1 = only(slots_N, answer.cpu) if answer.cpu else None
         if answer.cpu:
-            on_cpu_N1 = only(slots_N, answer.cpu)
             given = (desk.x_ND.reshape(len(slots_N), -1), on_cpu_N1, desk.weights_N1, answer.first, desk.cpu_ND)
             tiers.product_on_cpu(layer, *given)
         if answer.late:
-            desk.late_N[:] = only(slots_N, answer.late)[:, 0]
+            late_N1 = on_cpu_N1 if answer.late == answer.cpu else only(slots_N, answer.late)
+            desk.late_N[:] = late_N1[:, 0]
             desk.places_S[: tiers.slots[layer]] = tiers.places_of(layer)
             tiers.wait(answer)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from mixtralkit.config import CacheOptions, ModelConfig, ParallelConfig
 from mixtralkit.moe.weights import PLAIN, ExpertWeights
 from mixtralkit.planning.cost import ModelShape
@@ -14,6 +16,10 @@ _FEW_ROWS, _MANY_ROWS = 128, 4096
 # Rows of width D that a prompt's step holds at a time beside the experts' middle: residual, norm, queries with keys and
 # values, attention, sums.
 _ROWS_ALIVE = 8
+# On a GPU held to a budget: for the device's context, memory pools of graphs and libraries, in 10⁹ bytes. Assumed.
+RESERVE_GB = 0.7
+# Of such a budget, up to which a layer's unpacked experts get room beside the packed ones.
+UNPACKED_SHARE = 0.05
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,8 @@ def rank_memory(config: ModelConfig, parallel: ParallelConfig, plan: ExpertPlan,
     tokens = min(room.prefill_budget, sequences * room.max_seq_len)
     middle = config.hidden_dim / (world if parallel.experts == "tp" else 1) * config.num_experts_per_tok
     working = tokens * (_ROWS_ALIVE * config.dim + middle) * b + 2 * sequences * config.vocab_size * 4
+    if not plan.on_host_LE.any():  # with tiers such products may go in pieces instead (``room_for_experts``)
+        working += _unpacked(config, parallel, plan, room)
     exchange = _exchange(config, parallel, world, sequences, room) + room.copies_gb * 1e9
     shape = ModelShape.of(config, b, room.weights)
     shape = replace(shape, hidden=-(-config.hidden_dim // world)) if parallel.experts == "tp" else shape
@@ -91,6 +99,43 @@ def rank_memory(config: ModelConfig, parallel: ParallelConfig, plan: ExpertPlan,
     experts_W, host_W = shape.rank_bytes(replace(held, precision=plan.precision, tier=plan.tier))
     sizes = (_weights(config, parallel, world, b) + experts_W.max(), cache, exchange, working, host_W.max())
     return RankMemory(*(float(size) / 1e9 for size in sizes))
+
+
+@dataclass(frozen=True)
+class ExpertRoom:
+    """What a GPU's budget leaves for experts, where the others lie in the host's memory; 10⁹ bytes.
+
+    Attributes:
+        taken: by all else.
+        left: for experts.
+        unpacks: whether ``taken`` has room for the numbers of a layer's packed experts, which products of many rows
+            make first; where not, such steps go in pieces.
+    """
+
+    taken: float
+    left: float
+    unpacks: bool
+
+
+def room_for_experts(
+    config: ModelConfig, parallel: ParallelConfig, plan: ExpertPlan, room: Room, budget_gb: float
+) -> ExpertRoom:
+    """The rest of a budget on the fullest rank. Formats are those of the plan; ``left`` may be below 0."""
+    all_on_host = ((("host",) * plan.num_experts),) * plan.num_layers
+    taken = rank_memory(config, parallel, replace(plan, tier=all_on_host), room).total + RESERVE_GB
+    unpacked = _unpacked(config, parallel, replace(plan, tier=None), room) / 1e9
+    unpacks = 0 < unpacked <= UNPACKED_SHARE * budget_gb
+    taken += unpacked if unpacks else 0.0
+    return ExpertRoom(taken, budget_gb - taken, unpacks)
+
+
+def _unpacked(config: ModelConfig, parallel: ParallelConfig, plan: ExpertPlan, room: Room) -> float:
+    """Bytes of the numbers of a layer's packed experts on the GPU, which products of many rows make first."""
+    packed_LE = np.array([[not weights.is_plain for weights in row] for row in plan.formats_LE(room.weights)])
+    here_LE = packed_LE & ~plan.on_host_LE
+    split = plan.world_size if parallel.experts == "tp" else 1
+    slots_LW = here_LE.sum(1, keepdims=True) if split > 1 else (plan.holds_LWE & here_LE[:, None]).sum(2)
+    return float(slots_LW.max()) * 3 * config.dim * -(-config.hidden_dim // split) * room.data_bytes
 
 
 def _weights(config: ModelConfig, parallel: ParallelConfig, world: int, data_bytes: int) -> int:

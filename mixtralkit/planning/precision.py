@@ -11,11 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from mixtralkit.config import ModelConfig
 from mixtralkit.json_file import conform, load_json, shown
 from mixtralkit.planning.plan import PRECISIONS
+from mixtralkit.planning.trace import RoutingTrace
 from mixtralkit.whole_file import writing
 
 KINDS = ("weights", "outputs")
+Loads = tuple[np.ndarray, np.ndarray]  # [L, E] share of the layer's choices, root mean square of their gate's weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,3 +118,23 @@ class _File:
     harm: list[list[list[float]]]
     kind: str
     meta: dict[str, Any]
+
+
+def loads_of(trace: RoutingTrace | None, config: ModelConfig) -> Loads:
+    """How much each expert is used; without a trace all alike, without weights in it every choice 1 / K."""
+    shape, top_k = (config.n_layers, config.num_experts), config.num_experts_per_tok
+    if trace is None:
+        return np.full(shape, 1 / shape[1]), np.full(shape, 1 / top_k)
+    if (trace.num_layers, trace.num_experts) != shape:
+        raise ValueError(
+            f"trace: layers and experts ({trace.num_layers}, {trace.num_experts}) must be {shape}, the model's"
+        )
+    counts_LE = trace.loads_LE()
+    if trace.weights is None:
+        squares_LE = counts_LE / trace.top_k**2
+    else:
+        squares_LE = np.stack([
+            np.bincount(trace.experts[:, layer].ravel(), trace.weights[:, layer].ravel().astype(float) ** 2, shape[1])
+            for layer in range(shape[0])
+        ])  # fmt: skip
+    return counts_LE / counts_LE.sum(1, keepdims=True), np.sqrt(squares_LE / np.maximum(counts_LE, 1))

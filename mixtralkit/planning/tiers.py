@@ -1,21 +1,21 @@
 """Experts behind the GPU: which are found in its memory under each rule, and what the others cost. From a trace alone.
 
-A step asks every layer for some experts. Those in the GPU's memory are hits. The others are fetched over the bus or
-multiplied by the CPU where they lie, both at once where several are missing, while the GPU multiplies its own. A cache
-has as many places in each layer as the plan has residents, dealt evenly over the layers.
+A step asks every layer in turn for some experts. Those in the GPU's memory are found. The others are fetched over the
+bus or multiplied by the CPU where they lie, both at once, while the GPU multiplies its own. What was asked for may
+stay: the GPU's places are one cache over (layer, expert), as many as the plan has residents; ``/layer`` deals them
+evenly.
 
-==============  ======================================================================================================
-``static``      the plan's residents, for ever
-``lru``         the last used
-``lfu``         the most used, every step counting ``decay`` of the one after it
-``prefetch``    ``lru``, and ahead of each layer the experts that most followed the choices of the layer before, so far
-``belady``      those that will be used soonest: nobody can know them, and nothing finds more
-==============  ======================================================================================================
+=============  =======================================================================================================
+``static``     the plan's residents, for ever
+``lru``        the last used
+``frequency``  the most used, a use counting ``decay`` of one a step later
+``prefetch``   ``lru``, and ahead of each layer the experts that most followed the choices of the layer before, so far
+``belady``     those that will be used soonest: nobody can know them, and nothing finds more
+=============  =======================================================================================================
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +25,7 @@ from mixtralkit.planning.hardware import HostRates
 from mixtralkit.planning.plan import ExpertPlan
 from mixtralkit.planning.trace import RoutingTrace
 
-RULES = ("static", "lru", "lfu", "prefetch", "belady")
+RULES = ("static", "lru", "lru/layer", "frequency", "frequency/layer", "prefetch", "belady")
 MOST_CELLS = 1 << 25  # steps · layers · experts that are replayed at most
 
 
@@ -38,7 +38,7 @@ class TierResult:
         missing_bytes: weights of the others.
         bus_bytes: of weights over the bus, fetched ahead or when they are missed.
         cpu_s: seconds in which the CPU multiplies.
-        step_s: seconds of the step.
+        step_s: seconds of the step, no fewer than what comes over the bus takes.
         split_step_s: the same where a missing expert's width may be cut, one part fetched, the other the CPU's.
         bound_s: least seconds: all that is found read at the GPU's pace, or all that is missing by bus and CPU at once.
     """
@@ -67,75 +67,75 @@ def rows_by_step(trace: RoutingTrace, batch: int) -> np.ndarray:
 
 
 def found_by_step(
-    rule: str, rows_SLE: np.ndarray, places_L: np.ndarray, start_LE: np.ndarray, decay: float = 0.9, ahead: int = 2
+    rule: str, rows_SLE: np.ndarray, start_LE: np.ndarray, decay: float = 0.98, ahead: int = 2
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Experts that are in the GPU's memory when each step asks, bool [S, L, E], and how many came ahead of it, [S, L].
+    """Experts that are in the GPU's memory when a layer asks, bool [S, L, E], and how many came ahead of it, [S, L].
 
     Args:
         rule: one of ``RULES`` but ``static``.
-        places_L: of each layer.
-        start_LE: bool, in the memory at first; more than ``places_L`` are cut, the first experts first.
-        decay: of ``lfu``.
+        start_LE: bool, those in the memory at first, as many as it has places; ``belady`` has its own.
+        decay: of ``frequency``.
         ahead: experts that ``prefetch`` names for a layer.
     """
-    wanted_SLE = rows_SLE > 0
-    in_LE, found_SLE = _best(start_LE.astype(float), start_LE, places_L), np.zeros_like(wanted_SLE)
-    came_SL = np.zeros(wanted_SLE.shape[:2], np.int64)
-    rank, guess = _RULES[rule](rows_SLE, decay), _Followers(rows_SLE, ahead) if rule == "prefetch" else None
+    steps, layers, experts = rows_SLE.shape
+    wanted_SLE, places = rows_SLE > 0, int(start_LE.sum())
+    found_SLE, came_SL = np.zeros_like(wanted_SLE), np.zeros((steps, layers), np.int64)
+    places_L = None
+    if rule.endswith("/layer"):
+        rule, places_L = rule.removesuffix("/layer"), places // layers + (np.arange(layers) < places % layers)
+    in_LE, score_LE, next_SLE = start_LE.copy(), np.zeros((layers, experts)), None
+    if places_L is not None:
+        in_LE &= start_LE.cumsum(1) <= places_L[:, None]
+    guess = _Followers(rows_SLE, ahead) if rule == "prefetch" else None
     if rule == "belady":
-        in_LE = _best(next(rank), np.ones_like(in_LE), places_L)
-    else:
-        next(rank)
-    for step, wanted_LE in enumerate(wanted_SLE):
-        if guess is not None:
-            named_LE = guess.named(step) & ~in_LE
-            kept_LE = _best(rank.send(guess.named(step)), in_LE | named_LE, places_L)
-            came_SL[step] = (kept_LE & ~in_LE).sum(1)
-            in_LE = kept_LE
-        found_SLE[step] = in_LE
-        in_LE = _best(next(rank), in_LE | wanted_LE, places_L)
+        next_SLE = _next_uses(wanted_SLE)
+        score_LE = -(next_SLE[0] * layers + np.arange(layers)[:, None]).astype(float)
+        in_LE = _cut(np.ones_like(in_LE), score_LE, places)
+    for step in range(steps):
+        if rule == "frequency":
+            score_LE *= decay
+        for layer in range(layers):
+            now, wanted_E = float(step * layers + layer + 1), wanted_SLE[step, layer]
+            if guess is not None and layer:
+                named_E = guess.named(step, layer)
+                fresh_E = named_E & ~in_LE[layer]
+                if fresh_E.any():
+                    score_LE[layer] = np.where(named_E, np.maximum(score_LE[layer], now - 0.5), score_LE[layer])
+                    in_LE[layer] |= fresh_E
+                    in_LE = _cut(in_LE, score_LE, places)
+                    came_SL[step, layer] = (in_LE[layer] & fresh_E).sum()
+            found_SLE[step, layer] = in_LE[layer]
+            if rule == "belady":
+                later_E = -(next_SLE[step + 1, layer] * layers + layer).astype(float)
+            elif rule == "frequency":
+                later_E = score_LE[layer] + 1
+            else:
+                later_E = now
+            score_LE[layer] = np.where(wanted_E, later_E, score_LE[layer])
+            if (wanted_E & ~in_LE[layer]).any():
+                in_LE[layer] |= wanted_E
+                if places_L is None:
+                    in_LE = _cut(in_LE, score_LE, places)
+                else:
+                    in_LE[layer] = _cut(in_LE[layer], score_LE[layer], places_L[layer])
     return found_SLE, came_SL
 
 
-def _best(score_LE: np.ndarray, among_LE: np.ndarray, places_L: np.ndarray) -> np.ndarray:
-    """The ``places_L`` experts of each layer with the highest scores, of those in question; the lower id first."""
-    order_LE = np.argsort(np.where(among_LE, -score_LE, np.inf), axis=1, kind="stable")
-    best_LE = np.zeros_like(among_LE)
-    np.put_along_axis(best_LE, order_LE, np.arange(score_LE.shape[1]) < places_L[:, None], 1)
-    return best_LE & among_LE
+def _cut(in_LE: np.ndarray, score_LE: np.ndarray, places: int) -> np.ndarray:
+    """Those of the highest scores, as many as there are places; the first among equals."""
+    held_N = np.flatnonzero(in_LE)
+    out_LE = np.zeros_like(in_LE)
+    out_LE.flat[held_N[np.argsort(-score_LE.flat[held_N], kind="stable")[:places]]] = True
+    return out_LE
 
 
-def _lru(rows_SLE: np.ndarray, decay: float) -> Iterator[np.ndarray]:
-    """Yields scores: nothing at first, then after every step; what is sent was named just now."""
-    last_LE = np.full(rows_SLE.shape[1:], -1.0)
-    named_LE = yield last_LE
-    for step, rows_LE in enumerate(rows_SLE):
-        while named_LE is not None:
-            named_LE = yield np.where(named_LE, np.maximum(last_LE, step - 0.5), last_LE)
-        last_LE = np.where(rows_LE > 0, step, last_LE)
-        named_LE = yield last_LE
-
-
-def _lfu(rows_SLE: np.ndarray, decay: float) -> Iterator[np.ndarray]:
-    used_LE = np.zeros(rows_SLE.shape[1:])
-    yield used_LE
-    for rows_LE in rows_SLE:
-        used_LE = decay * used_LE + (rows_LE > 0)
-        yield used_LE
-
-
-def _belady(rows_SLE: np.ndarray, decay: float) -> Iterator[np.ndarray]:
-    """Minus the step of the next use."""
-    steps = len(rows_SLE)
-    next_SLE = np.full((steps + 1, *rows_SLE.shape[1:]), steps, np.int32)
+def _next_uses(wanted_SLE: np.ndarray) -> np.ndarray:
+    """The step, from each on, in which each expert is used next; as many as there are steps for never."""
+    steps = len(wanted_SLE)
+    next_SLE = np.full((steps + 1, *wanted_SLE.shape[1:]), steps, np.int64)
     for step in range(steps - 1, -1, -1):
-        next_SLE[step] = np.where(rows_SLE[step] > 0, step, next_SLE[step + 1])
-    yield from -next_SLE.astype(float)
-
-
-_RULES: dict[str, Callable[[np.ndarray, float], Iterator[np.ndarray]]] = {
-    "lru": _lru, "prefetch": _lru, "lfu": _lfu, "belady": _belady
-}  # fmt: skip
+        next_SLE[step] = np.where(wanted_SLE[step], step, next_SLE[step + 1])
+    return next_SLE
 
 
 class _Followers:
@@ -144,18 +144,16 @@ class _Followers:
     def __init__(self, rows_SLE: np.ndarray, ahead: int) -> None:
         self.rows_SLE, self.ahead = rows_SLE, ahead
         _, layers, experts = rows_SLE.shape
-        self.counts = np.zeros((layers - 1, experts, experts))
+        self.counts = np.zeros((layers, experts, experts))
         self.counted = 0
 
-    def named(self, step: int) -> np.ndarray:
-        """Bool [L, E]: the best guesses for each layer but the first."""
+    def named(self, step: int, layer: int) -> np.ndarray:
+        """Bool [E]: the best guesses for a layer, by the choices of the one before it in this step."""
         for rows_LE in self.rows_SLE[self.counted : step]:
-            self.counts += rows_LE[:-1, :, None] * rows_LE[1:, None, :]
+            self.counts[1:] += rows_LE[:-1, :, None] * rows_LE[1:, None, :]
         self.counted = step
-        named_LE = np.zeros(self.rows_SLE.shape[1:], bool)
-        score_LE = np.einsum("le,lef->lf", self.rows_SLE[step][:-1].astype(float), self.counts)
-        named_LE[1:] = _best(score_LE, score_LE > 0, np.full(len(score_LE), self.ahead))
-        return named_LE
+        score_E = self.rows_SLE[step, layer - 1] @ self.counts[layer]
+        return _cut(score_E > 0, score_E, self.ahead)
 
 
 def simulate_tiers(
@@ -166,7 +164,7 @@ def simulate_tiers(
     batch: int = 1,
     context: int = 0,
     rules: tuple[str, ...] = RULES,
-    decay: float = 0.9,
+    decay: float = 0.98,
     ahead: int = 2,
 ) -> dict[str, TierResult]:
     """Replays a trace on one GPU with the plan's residents, by rule.
@@ -182,13 +180,11 @@ def simulate_tiers(
     plan.check_fits(trace.num_layers, trace.num_experts, 1)
     rows_SLE = rows_by_step(trace, batch)
     size_LE, resident_LE = model.shape.expert_bytes_LE(plan).astype(float), ~plan.on_host_LE
-    count, layers = int(resident_LE.sum()), plan.num_layers
-    places_L = count // layers + (np.arange(layers) < count % layers)
     results = {}
     for rule in rules:
         found_SLE, came_SL = np.broadcast_to(resident_LE, rows_SLE.shape), np.zeros(rows_SLE.shape[:2], np.int64)
         if rule != "static":
-            found_SLE, came_SL = found_by_step(rule, rows_SLE, places_L, resident_LE, decay, ahead)
+            found_SLE, came_SL = found_by_step(rule, rows_SLE, resident_LE, decay, ahead)
         came_bytes = float((came_SL * size_LE.mean(1)).sum()) / len(rows_SLE)
         results[rule] = _timed(rows_SLE, found_SLE, size_LE, model, host, batch, context, came_bytes)
     return results
@@ -218,8 +214,8 @@ def _timed(
         missing_bytes=missing,
         bus_bytes=came_bytes + float(fetched_SL.sum() / steps),
         cpu_s=float((bytes_SL - fetched_SL).sum() / steps / host.cpu_bandwidth),
-        step_s=whole_s + rest_s,
-        split_step_s=split_s + rest_s,
+        step_s=max(whole_s + rest_s, (came_bytes + float(fetched_SL.sum() / steps)) / host.bus_bandwidth),
+        split_step_s=max(split_s + rest_s, came_bytes / host.bus_bandwidth),
         bound_s=max(read_s, missing / (host.bus_bandwidth + host.cpu_bandwidth)),
     )
 

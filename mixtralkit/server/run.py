@@ -50,6 +50,7 @@ def serve_other(options: ServerOptions, load: Load) -> None:
         return json.dumps([engine.context.rank, *engine.expert_rows.read().tolist()])
 
     watch = RankWatch.start(engine.context, options.rank_timeout_s, _leave, rows)
+    engine.warm_up()
     for _ in engine.serve(None):
         pass
     if watch is not None:
@@ -83,6 +84,7 @@ async def _serve(name: str, options: ServerOptions, load: Load, listener: socket
             close()
 
         service.thread.at_end = end
+        engine.warm_up()
         _say(f"{name} is ready")
         return engine
 

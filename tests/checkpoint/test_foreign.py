@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -310,8 +311,8 @@ def test_damaged_files_get_one_sentence(tmp_path: Path) -> None:
     for changes, says in (
         ({"weight_scale": None}, "weight_scale: found nothing, wanted a tensor [1] or [1, 1] or [256, 1] or"),
         ({"weight_scale": torch.ones(7)}, "weight_scale: found [7], wanted [1] or [1, 1] or [256, 1] or [256]"),
-        ({"weight_scale": torch.tensor(0.0)}, "weight_scale: found a scale of 0.0, wanted numbers other than 0"),
-        ({"weight_scale": torch.tensor(float("nan"))}, "weight_scale: found a scale of nan, wanted numbers"),
+        ({"weight_scale": torch.tensor(0.0)}, "weight_scale: found a scale of 0.0, wanted finite numbers other than 0"),
+        ({"weight_scale": torch.tensor(float("nan"))}, "weight_scale: found a scale of nan, wanted finite numbers"),
         ({"weight_scale": torch.ones(1).long()}, "weight_scale: found int64, wanted float32 or bfloat16 or float16"),
         ({"weight": torch.ones(256, 310).to(E4M3)}, "weight: found [256, 310], wanted [256, 320]"),
         ({"weight": torch.ones(256, 320).to(torch.int8)}, "weight: found int8, wanted float8_e4m3fn"),
@@ -326,6 +327,17 @@ def test_damaged_files_get_one_sentence(tmp_path: Path) -> None:
     assert said_of(tmp_path) == f"{router}.weight: found a router quantised by FP8, wanted its weight in full precision"
 
 
+def test_numbers_in_eight_bits_without_a_scale_are_no_numbers(tmp_path: Path) -> None:
+    """They were read as they are where the file calls them otherwise than layers, as transformers 5 does."""
+    write(tmp_path, by_scalar, {"quant_method": "fp8"})
+    held = load_file(tmp_path / "model.safetensors")
+    packed = "model.layers.0.mlp.experts.down_proj"
+    for name, shape in ((packed, (2, 256, 320)), ("model.norm.weight", (256,))):
+        save_file(held | {name: torch.ones(shape).to(E4M3)}, tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match=rf"{name}: found float8_e4m3fn, wanted numbers of 16 bits or more"):
+            load(tmp_path)
+
+
 def test_damaged_words_get_one_sentence(tmp_path: Path) -> None:
     write(tmp_path, of_words(range(8), True, ONES), GPTQ | {"sym": False})
     held = load_file(tmp_path / "model.safetensors")
@@ -333,7 +345,7 @@ def test_damaged_words_get_one_sentence(tmp_path: Path) -> None:
         ({"qweight": torch.zeros(40, 128).int()}, "qweight: found [40, 128], wanted [40, 256]"),
         ({"qzeros": None}, "qzeros: found nothing, wanted a tensor [5, 32]"),
         ({"scales": torch.ones(4, 256).half()}, "scales: found [4, 256], wanted [5, 256]"),
-        ({"scales": torch.full((5, 256), torch.inf).half()}, "scales: found a scale of inf, wanted numbers"),
+        ({"scales": torch.full((5, 256), torch.inf).half()}, "scales: found a scale of inf, wanted finite numbers"),
         ({"g_idx": torch.full((320,), 5).int()}, "g_idx: found group 5, wanted 0 to 4"),
         ({"bias": torch.ones(256).half()}, "bias: found numbers other than 0, wanted none"),
     ):
@@ -359,6 +371,84 @@ def test_damaged_packed_tensors_get_one_sentence(tmp_path: Path) -> None:
             "weight_scale: found 7 groups, wanted a number of groups that",
         ),
         ({"weight_zero_point": torch.zeros(32, 9).int()}, "weight_zero_point: found [32, 9], wanted [32, 10]"),
+    ):
+        save_file(held, tmp_path / "model.safetensors")
+        change(tmp_path, **changes)
+        assert said_of(tmp_path).startswith(f"{LAYER}.{says}"), says
+
+
+def nf4(nested: bool) -> Quantise:
+    """bitsandbytes' own, on a CPU."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    def quantise(w_OK: torch.Tensor):
+        packed, state = quantize_4bit(w_OK.float(), compress_statistics=nested, quant_type="nf4")
+        held = {f"weight.{end}": tensor for end, tensor in state.as_dict(packed=True).items()}
+        return held | {"weight": packed}, dequantize_4bit(packed, state)
+
+    return quantise
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_nf4_becomes_numbers(tmp_path: Path, nested: bool) -> None:
+    pytest.importorskip("bitsandbytes")
+    expected = write(tmp_path, nf4(nested), {"quant_method": "bitsandbytes", "load_in_4bit": True})
+    with pytest.warns(UserWarning, match="by bitsandbytes become numbers, 0.0 GB of memory in 16 bits, because"):
+        assert_reads(tmp_path, expected, "plain", tmp_path)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_mlx_becomes_numbers(tmp_path: Path, bits: int) -> None:
+    """By its own library, with the experts of a layer in one tensor and the embedding quantised too."""
+    mx = pytest.importorskip("mlx.core")
+
+    def quantise(w_OK: torch.Tensor):
+        parts = mx.quantize(mx.array(w_OK.float().numpy()), group_size=64, bits=bits)
+        words, scales, biases = (torch.from_numpy(np.array(part)) for part in parts)
+        numbers = torch.from_numpy(np.array(mx.dequantize(*parts, group_size=64, bits=bits)))
+        return {"weight": words.view(torch.uint32), "scales": scales, "biases": biases}, numbers
+
+    expected = write(tmp_path, quantise, None, also="embed_tokens")
+    tensors, stacked = load_file(tmp_path / "model.safetensors"), {}
+    for name, tensor in tensors.items():
+        stem, found, end = name.partition(".experts.")
+        if found:
+            expert, matrix, part = end.split(".")
+            projection = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}[matrix]
+            stacked.setdefault(f"{stem}.switch_mlp.{projection}.{part}", []).append(tensor)
+            assert len(stacked[f"{stem}.switch_mlp.{projection}.{part}"]) == int(expert) + 1
+        else:
+            stacked[name] = [tensor]
+    whole = {name: torch.stack(parts) if "switch_mlp" in name else parts[0] for name, parts in stacked.items()}
+    save_file(whole, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text()) | {"quantization": {"group_size": 64, "bits": bits}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match="by MLX become numbers"):
+        assert_reads(tmp_path, expected, "plain", tmp_path)
+    router = "model.layers.0.block_sparse_moe.gate"
+    quantised, _ = quantise(whole.pop(f"{router}.weight"))
+    save_file(whole | {f"{router}.{end}": part for end, part in quantised.items()}, tmp_path / "model.safetensors")
+    assert said_of(tmp_path).startswith(f"{router}.weight: found a router quantised by MLX, wanted")
+
+
+@pytest.mark.filterwarnings("ignore:.* become numbers")
+def test_damaged_nf4_gets_one_sentence(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    write(tmp_path, nf4(True), {"quant_method": "bitsandbytes", "load_in_4bit": True})
+    held, state = load_file(tmp_path / "model.safetensors"), "weight.quant_state.bitsandbytes__nf4"
+    said = json.loads(bytes(held[f"{LAYER}.{state}"].tolist()))
+
+    def stating(**changes: object) -> torch.Tensor:
+        return torch.tensor(list(json.dumps(said | changes).encode()), dtype=torch.uint8)
+
+    for changes, says in (
+        ({"weight": torch.zeros(99, 1).byte()}, "weight: found [99, 1], wanted [40960, 1]"),
+        ({state: None}, "weight.quant_state: found nothing, wanted the bytes of a JSON object"),
+        ({state: torch.zeros(9).byte()}, f"{state}: found text that is not JSON"),
+        ({state: stating(blocksize=96)}, "weight.quant_state: found blocksize 96, wanted one that divides 320 columns"),
+        ({state: stating(nested_offset=None)}, "weight.quant_state: found nested_blocksize 256, offset None, wanted"),
+        ({"weight.absmax": torch.zeros(7).byte()}, "weight.absmax: found [7], wanted [1280]"),
+        ({"weight.nested_absmax": torch.full((5,), torch.nan)}, "weight.absmax: found an infinite or undefined number"),
     ):
         save_file(held, tmp_path / "model.safetensors")
         change(tmp_path, **changes)

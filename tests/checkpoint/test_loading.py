@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -125,6 +125,43 @@ def test_ranks_together_read_the_file_once(tmp_path: Path) -> None:
     read = run_ranks(_rank_counts_bytes, 4, tmp_path, config)
     for attempt in zip(*read, strict=True):
         assert path.stat().st_size < sum(attempt) <= 1.1 * path.stat().st_size
+
+
+def _rank_sends_by_way_of_the_device(context: RankContext, root: Path, config: ModelConfig) -> tuple[int, int]:
+    """All parameters lie elsewhere than on the context's device, which is the same memory by another name."""
+    context, sent = replace(context, device=torch.device("cpu", 0)), []
+    assert context.device != torch.empty(0).device
+    layout = RankLayout(config, ParallelConfig("dp", "ep"), _with_replicas(config, context.world_size), context.rank)
+    parameters = {name: torch.full(shape, torch.nan) for name, shape in layout.shapes().items()}
+    held = [(p.data_ptr(), p.data_ptr() + p.nbytes) for p in parameters.values()]
+
+    def watched(call: Callable[..., object]) -> Callable[..., object]:
+        def noted(tensor: torch.Tensor, *given: object, **more: object) -> object:
+            sent.append(any(first <= tensor.data_ptr() < end for first, end in held))
+            return call(tensor, *given, **more)
+
+        return noted
+
+    with open_checkpoint(root) as reader, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader_module, "REREAD_SHARE", 0.0)
+        for name in ("broadcast", "send", "recv"):
+            patch.setattr(loader_module.dist, name, watched(getattr(loader_module.dist, name)))
+        load_into(parameters, layout, reader, context)
+    whole = random_tensors(config)
+    for piece in layout.pieces():
+        wanted = whole[piece.source][slice(*piece.rows)]
+        wanted = wanted if piece.columns is None else wanted[:, slice(*piece.columns)]
+        assert torch.equal(parameters[piece.target][piece.at], wanted.float()), piece
+    return len(sent), sum(sent)
+
+
+def test_weights_in_host_memory_are_sent_by_way_of_the_device(tmp_path: Path) -> None:
+    """NCCL refused experts that several ranks with GPUs keep in host memory."""
+    config = CONFIGS["grouped"]
+    save_checkpoint(tmp_path / "ours", config, random_tensors(config), "mixtralkit")
+    for count, of_parameters in run_ranks(_rank_sends_by_way_of_the_device, 3, tmp_path / "ours", config):
+        assert count > 5
+        assert of_parameters == 0
 
 
 def _rank_of_failing(context: RankContext, folder: Path, config: ModelConfig) -> tuple[str, bool]:

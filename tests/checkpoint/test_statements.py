@@ -183,8 +183,9 @@ def test_absent_keys_are_what_transformers_takes(tmp_path: Path) -> None:
         ({"quantization_config": {"quant_method": "aqlm"}}, "quantised by AQLM, which is not read"),
         ({"quantization_config": {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}}, "format"),
         ({"quantization_config": "awq"}, r"quantization_config \('awq'\) must be an object"),
-        ({"quantization_config": {"load_in_4bit": True}}, "quantised by bitsandbytes"),
-        ({"quantization": {"group_size": 64, "bits": 4}}, "quantised by MLX"),
+        ({"quantization_config": {"load_in_8bit": True}}, r"load_in_8bit \(true\) is not read"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "quantised by HQQ, which is not read"),
+        ({"quantization": {"group_size": 64, "bits": 4, "mode": "mxfp4"}}, r"mode \('mxfp4'\) must be affine"),
     ],
 )
 def test_what_cannot_be_followed_is_refused_by_name(tmp_path: Path, stated: dict, says: str) -> None:

@@ -13,10 +13,10 @@ import torch
 from mixtralkit import Mixtral
 from mixtralkit.checkpoint import RankFiles, open_checkpoint, save_checkpoint
 from mixtralkit.distributed import RankContext
-from mixtralkit.evaluation.rounding import bits_of, loads_of, measure_outputs, measure_weights
+from mixtralkit.evaluation.rounding import bits_of, measure_outputs, measure_weights
 from mixtralkit.moe.dispatch.base import RoutedRows
 from mixtralkit.moe.weights import FORMATS
-from mixtralkit.planning.precision import ErrorTable
+from mixtralkit.planning.precision import ErrorTable, loads_of
 from mixtralkit.planning.trace import RoutingTrace
 from tests.engine.parts import engine_config, make_checkpoint
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -138,3 +138,16 @@ def test_pipes_are_read_by_one_rank_and_refused_by_several(tmp_path):
             os._exit(0)  # never back into pytest
     assert [record.prompt for record in read_prompts(path)] == ["one", "two"]
     os.waitpid(child, 0)
+
+
+def test_formats_of_a_plan_are_part_of_the_run(tmp_path, weights):
+    """A plan with a precision gives other results, one with tiers the same; a record of old without the fact goes on."""
+    output, plan = tmp_path / "out.jsonl", contiguous(3, 8, 2)
+    facts = facts_of(tmp_path, weights)
+    finished(output, {name: value for name, value in facts.items() if name != "formats"})
+    assert claim_output(output, facts) is not None
+    behind = facts_of_plan(replace(plan, tier=[["host"] * 8] * 3), 2, "dp", 8, "float32")
+    assert claim_output(output, facts | behind) is not None
+    rounded = facts_of_plan(replace(plan, precision=[["int8"] * 8] * 3), 2, "dp", 8, "float32")
+    with pytest.raises(ValueError, match="another setting: precision was None, is"):
+        claim_output(output, facts | rounded)

@@ -48,9 +48,18 @@ def told(model: Transformer, cuda_graphs: bool = True) -> list[tuple[list[int], 
     return [(c.tokens, c.logprobs) for c in engine.complete(requests)]
 
 
+def greedy(found: list[tuple[list[int], list[float]]]) -> list[list[int]]:
+    """Of requests that do not draw."""
+    return [tokens for i, (tokens, _) in enumerate(found) if SAMPLING[i % 2].temperature == 0.0]
+
+
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("weights", [None, "int8", "int4:128", "fp8:channel"])
 def test_float32_text_is_that_of_all_on_the_gpu(weights, batch):
+    """Greedy text always; drawn text where the GPU computes everything.
+
+    The CPU's products differ in the last bits, and a draw is between numbers that lie so close to each other.
+    """
     wanted = told(build(None, weights, torch.float32, batch))
     setups = [TierSetup(10), TierSetup(21, TierOptions(misses="fetch", expert_cache="frequency"))]
     setups += [TierSetup(14, TierOptions(misses="cpu")), TierSetup(31), TierSetup(12, piece_rows=20)]
@@ -58,7 +67,10 @@ def test_float32_text_is_that_of_all_on_the_gpu(weights, batch):
         model = build(setup, weights, torch.float32, batch)
         with counted_steps() as kinds:
             found = told(model)
-        assert [tokens for tokens, _ in found] == [tokens for tokens, _ in wanted]
+        if setup.options.misses == "fetch":
+            assert [tokens for tokens, _ in found] == [tokens for tokens, _ in wanted]
+            assert model.store.tiers.counts.products == 0
+        assert greedy(found) == greedy(wanted)
         assert kinds["graph"] > 20
         assert not kinds["launched"]
         assert model.store.tiers.counts.misses > 0
@@ -83,4 +95,4 @@ def test_other_places_between_runs():
     wanted = told(model)
     for places in (11, 27):
         model.store.retier(TierSetup(places), model.layout)
-        assert [tokens for tokens, _ in told(model)] == [tokens for tokens, _ in wanted]
+        assert greedy(told(model)) == greedy(wanted)

@@ -12,7 +12,7 @@ from mixtralkit.distributed import RankContext
 from mixtralkit.layout import RankLayout
 from mixtralkit.moe.tiers import room, tier_setup
 from mixtralkit.moe.weights import parse_weights
-from mixtralkit.planning.memory import Room, rank_memory
+from mixtralkit.planning.memory import RESERVE_GB, Room, rank_memory
 
 MIXTRAL = ModelConfig.from_file(shipped("models", "mixtral-8x7b"))
 GPU = RankContext(device=torch.device("cuda"))
@@ -44,7 +44,7 @@ def test_places_are_what_the_budget_leaves(budget: float, quantize: str | None) 
     nothing = replace(plan, tier=(("host",) * 8,) * 32)
     config = MIXTRAL.with_limits(2048, 1)
     rest = rank_memory(config, RankLayout.single(config).parallel, nothing, Room(1, 2048, 512, None, weights=weights))
-    taken = rest.total + setup.places * size / 1e9 + room.RESERVE_GB
+    taken = rest.total + setup.places * size / 1e9 + RESERVE_GB
     assert budget - size / 1e9 < taken <= budget
     assert (setup.piece_rows is None) == weights.is_plain
 

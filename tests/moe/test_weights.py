@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mixtralkit.moe.weights import FORMATS, PLAIN, PackedWeight, parse_weights
-from mixtralkit.moe.weights.int4 import pack_bits, unpack_bits
+from mixtralkit.moe.weights.int4 import pack_bits, pack_pairs, unpack_bits
 from mixtralkit.ops.experts.reference import expert_sum_reference
 from tests.ops.test_cpu_products import experts_float64, random_tensor
 
@@ -124,3 +124,8 @@ def test_names_are_read_back_and_others_refused() -> None:
     for text in ("int3", "int8:32", "int4:16", "int4:32:zero", "plain", ""):
         with pytest.raises(ValueError, match=r"quantize \('.*'\) must be one of int4, fp8, int8"):
             parse_weights(text)
+
+
+def test_pairs_of_neighbours_are_packed_as_their_bits() -> None:
+    bits_OK = torch.randint(0, 16, (3, 5, 192), dtype=torch.uint8)
+    assert pack_pairs(bits_OK[..., ::2] | bits_OK[..., 1::2] << 4).equal(pack_bits(bits_OK))

@@ -15,12 +15,12 @@ from mixtralkit.model.kv_cache import KVCache
 from mixtralkit.moe.weights import parse_weights
 from mixtralkit.ops.all_reduce import ONE_TRIP_ROWS, TWO_TRIP_ROWS, ReducerMemory
 from mixtralkit.ops.symmetric_exchange import ExchangeMemory
-from mixtralkit.planning.choose import Situation, candidates, choose, table
-from mixtralkit.planning.hardware import Hardware
+from mixtralkit.planning.hardware import USUAL_HOST, Hardware
 from mixtralkit.planning.memory import Room, rank_memory
 from mixtralkit.planning.plan import contiguous
 from mixtralkit.planning.policies.inputs import gb_above
 from mixtralkit.planning.policies.registry import named_plan
+from mixtralkit.planning.search import Situation, candidates, choose, squeezed, table
 from mixtralkit.planning.simulate import sample_routing
 from tests.configs import small_config
 
@@ -167,6 +167,54 @@ def test_a_trace_is_planned_by():
     wrong = replace(MIXTRAL, n_layers=4)
     with pytest.raises(ValueError, match=r"trace: layers \(32\) must be 4"):
         situation(config=wrong, trace=trace)
+
+
+# --- one GPU that is too small
+
+
+def one_gpu(**changes) -> Situation:
+    room = Room(1, 2048, 2048, symmetric_rows=0)
+    return situation(**{"world_size": 1, "room": room, "may_round": True, "host": USUAL_HOST, **changes})
+
+
+@pytest.mark.parametrize(
+    ("memory_gb", "name", "tiers"), [(60.0, "bits", False), (31.0, "bits", False), (23.3, "tiers", True)]
+)
+def test_fewer_bits_come_before_other_memory(memory_gb, name, tiers):
+    assert not any(one.fits(memory_gb) for one in candidates(one_gpu()))
+    found = squeezed(one_gpu(), memory_gb)
+    first = next(one for one in found if one.fits(memory_gb))
+    assert first.name.startswith(name)
+    assert (first.plan.tier is not None) == tiers
+    assert memory_gb - first.memory.total < 0.7, "what is there is used"
+    assert {"int8", "int4:128"} <= {one.name for one in found}
+    whole = {one.name: one for one in found}
+    if name == "bits":
+        assert first.memory.host == 0
+        assert whole["int4:128"].memory.total < first.memory.total
+        assert set(first.plan.counts()["precision"]) <= {"plain", "int8", "int4:32", "int4:64", "int4:128"}
+    else:
+        assert not any(one.fits(memory_gb) for one in found if one.plan.tier is None)
+        assert first.plan.counts()["precision"] == {"int4:128": 256}
+        assert first.step_s > whole["int4:128"].step_s, "misses cost"
+
+
+def test_what_is_chosen_more_often_stays_and_keeps_its_bits():
+    trace = sample_routing(np.tile([9.0, *[1.0] * 7], (32, 1)), 2048, 2)
+    kept = squeezed(one_gpu(trace=trace), 34.0)[0].plan
+    size = {"plain": 16, "int8": 8, "int4:32": 4.5, "int4:64": 4.25, "int4:128": 4.125}
+    assert min(size[row[0]] for row in kept.precision) > max(size[word] for row in kept.precision for word in row[1:])
+    behind = next(one for one in squeezed(one_gpu(trace=trace), 15.0) if one.plan.tier is not None)
+    assert not behind.plan.on_host_LE[:, 0].any()
+
+
+def test_a_format_that_is_said_is_kept():
+    room = replace(one_gpu().room, weights=parse_weights("int8"))
+    found = squeezed(one_gpu(room=room, may_round=False), 40.0)
+    assert [one.name for one in found] == ["tiers int8"]
+    assert found[0].plan.precision is None
+    assert found[0].fits(40.0)
+    assert squeezed(one_gpu(room=room, may_round=False, host=None), 40.0) == []
 
 
 # --- plans by name

@@ -119,6 +119,14 @@ class Server:
         self._lines.put("")
 
 
+def slowdown() -> float:
+    """How many times as long work takes now as on an idle machine: so much longer limits of seconds may be."""
+    wall, used = time.perf_counter(), time.thread_time()
+    while time.thread_time() - used < 0.2:
+        pass
+    return (time.perf_counter() - wall) / (time.thread_time() - used)
+
+
 def until(holds: Callable[[], bool], within_s: float) -> None:
     """Waits until something holds; AssertionError where it does not in time."""
     end = time.monotonic() + within_s

@@ -14,7 +14,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.server.process import Server, until
+from tests.server.process import Server, slowdown, until
 
 LONG = {"prompt": "In the beginning", "max_tokens": 900, "ignore_eos": True, "temperature": 1.0}
 
@@ -40,8 +40,11 @@ def test_a_client_that_leaves_frees_its_pages(server):
         lines = answer.iter_lines()
         next(lines)
         assert server.metric("vllm:kv_cache_usage_perc") > 0
-    until(lambda: server.metric("vllm:kv_cache_usage_perc") == 0, 20)
-    assert server.metric("mixtralkit:requests_aborted_total") >= 1
+        aborted = server.metric("mixtralkit:requests_aborted_total")
+    left_s, busy = time.monotonic(), slowdown()
+    until(lambda: server.metric("vllm:kv_cache_usage_perc") == 0, 60)
+    assert time.monotonic() - left_s < 1.2 * max(busy, slowdown()), "a second, and what measuring takes"
+    assert server.metric("mixtralkit:requests_aborted_total") == aborted + 1
 
 
 def test_a_client_that_leaves_while_it_waits_for_the_whole(server):
@@ -126,7 +129,7 @@ def test_a_port_that_is_taken_is_said_at_once(server):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("signal_", "rank", "attention"), [
-    (signal.SIGKILL, 1, "tp"), (signal.SIGSTOP, 1, "dp"), (signal.SIGSTOP, 0, "tp"),
+    (signal.SIGKILL, 1, "tp"), (signal.SIGKILL, 0, "tp"), (signal.SIGSTOP, 1, "dp"), (signal.SIGSTOP, 0, "tp"),
 ])  # fmt: skip
 def test_a_rank_that_dies_under_load(signal_, rank, attention):
     """503, every open stream ends with an error, exit code not 0, no process left."""
@@ -144,17 +147,18 @@ def test_a_rank_that_dies_under_load(signal_, rank, attention):
         for each in threads:
             each.start()
         until(lambda: own.metric("vllm:num_requests_running") == 4, 60)
-        processes = own.ranks
+        processes, busy = own.ranks, slowdown()
         started = time.monotonic()
         processes[rank].send_signal(signal_)
         if rank:
-            until(lambda: _health(own) == 503, 20)
+            until(lambda: _health(own) == 503, 60)
             for each in threads:
-                each.join(20)
+                each.join(60)
             assert len(ends) == 6
             assert all(json.loads(end.removeprefix("data: "))["error"]["code"] == "failed" for end in ends), ends
-        assert own.end(30) != 0
-        assert time.monotonic() - started < 30, "10 s on a machine that is not busy"
+        assert own.end(60) != 0
+        took_s = time.monotonic() - started
+        assert took_s < 10 * max(busy, slowdown()), "the issue's limit, longer only where the machine is busy"
         assert not [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 

@@ -5,9 +5,14 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import os
+import signal
+import threading
 
+import httpx
 import pytest
 
+from mixtralkit.config import ServerOptions
 from mixtralkit.server.service import Service
 from tests.server.doubles import Slots, application, run
 
@@ -282,3 +287,43 @@ def test_an_engine_that_cannot_go_on(stream):
         assert "[DONE]" not in found.text
     else:
         assert found.status_code == 503
+
+
+def test_requests_are_taken_behind_the_warm_up(monkeypatch):
+    """By the server's own way from loading to ready: /health is 503 as long as graphs are captured."""
+    from mixtralkit.server import run as serving
+
+    begun, goes_on, said = threading.Event(), threading.Event(), []
+    engine = Slots()
+
+    def warm_up() -> None:
+        begun.set()
+        goes_on.wait(60)
+
+    engine.warm_up = warm_up
+    monkeypatch.setattr(serving, "_say", said.append)
+
+    async def main() -> tuple[list[int], list[str]]:
+        with serving._listen(ServerOptions(port=0)) as listener:
+            url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+            work = asyncio.ensure_future(
+                serving._serve("double", ServerOptions(port=0), lambda: (engine, lambda: None), listener)
+            )
+            async with httpx.AsyncClient(timeout=60) as client:
+                while not begun.is_set():
+                    await asyncio.sleep(0.01)
+                codes = [(await client.get(f"{url}/health")).status_code]
+                codes.append((await client.post(url + COMPLETIONS, json={"prompt": "a"})).status_code)
+                said_before = list(said)
+                goes_on.set()
+                while (code := (await client.get(f"{url}/health")).status_code) != 200:
+                    assert code == 503
+                    await asyncio.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGTERM)
+            await work
+            return codes, said_before
+
+    codes, said_before = asyncio.run(main())
+    assert codes == [503, 503]
+    assert said_before == []
+    assert said == ["double is ready"]

@@ -18,29 +18,38 @@ import torch.nn.functional as F
 from mixtralkit.checkpoint.files import Region
 from mixtralkit.moe.weights import FORMATS, PLAIN, ExpertWeights, Fp8, Int4, Int8, PackedWeight
 from mixtralkit.moe.weights.fp8 import BLOCK
-from mixtralkit.moe.weights.int4 import pack_bits
+from mixtralkit.moe.weights.int4 import pack_pairs
 
 Bounds = tuple[int, int]
 Make = Callable[[Bounds, Bounds], torch.Tensor]  # rows and columns to a tensor of them
 
 _CHECKED_NUMBERS = 4 << 20  # of scales at a time
+_MADE_BYTES = 1 << 20  # made at a time, so that what lies between stays in the processor's cache
 
 
 @dataclass(frozen=True)
 class Made(Region):
-    """A tensor that is made while it is read; ``stored`` is what of it is largest in the file."""
+    """A tensor that is made while it is read.
+
+    Attributes:
+        stored: what it is made of, and is largest in the file.
+        make: some rows and columns.
+        meant: the dtype that its numbers had; None is the one that it is made in.
+        is_across: ``stored`` has its columns as rows, so that columns and not rows are made one after the other.
+    """
 
     stored: Region | None = None
     make: Make | None = None
     meant: torch.dtype | None = None
+    is_across: bool = False
 
     @classmethod
     def of(
         cls, name: str, shape: tuple[int, ...], dtype: torch.dtype, stored: Region, make: Make,
-        meant: torch.dtype | None = None,
+        meant: torch.dtype | None = None, is_across: bool = False,
     ) -> Made:  # fmt: skip
         pitch = (shape[-1] if len(shape) > 1 else 1) * dtype.itemsize
-        return cls(stored.file, name, shape, dtype, stored.offset, pitch, stored, make, meant)
+        return cls(stored.file, name, shape, dtype, stored.offset, pitch, stored, make, meant, is_across)
 
     @property
     def written(self) -> torch.dtype:
@@ -55,9 +64,18 @@ class Made(Region):
         return self.offset + (self.stored.end - self.offset) * row // max(self.rows, 1)
 
     def read_into(self, out: torch.Tensor, row: int, column: int) -> None:
-        count, width = out.shape
-        if count and width:
-            out.copy_(self.make((row, row + count), (column, column + width)))
+        (count, width), size = out.shape, self.dtype.itemsize
+        if not count or not width:
+            return
+        step = max(BLOCK, _MADE_BYTES // ((count if self.is_across else width) * size) // BLOCK * BLOCK)
+        for start in range(0, width if self.is_across else count, step):
+            if self.is_across:
+                part = out[:, start : start + step]
+                rows, columns = (row, row + count), (column + start, column + start + part.shape[1])
+            else:
+                part = out[start : start + step]
+                rows, columns = (row + start, row + start + len(part)), (column, column + width)
+            part.copy_(self.make(rows, columns))
 
 
 def piece(region: Region, rows: Bounds, columns: Bounds | None = None) -> torch.Tensor:
@@ -68,10 +86,9 @@ def piece(region: Region, rows: Bounds, columns: Bounds | None = None) -> torch.
     return out
 
 
-def nibbles(words: torch.Tensor, order: Sequence[int] = range(8)) -> torch.Tensor:
-    """uint8 [R, 8 C] of int32 [R, C]: number i of a word are its bits 4 ``order[i]`` and up."""
-    shifts = torch.tensor([4 * place for place in order], dtype=torch.int32)
-    return ((words.unsqueeze(-1) >> shifts) & 15).to(torch.uint8).flatten(1)
+def nibbles(pairs: torch.Tensor) -> torch.Tensor:
+    """uint8 below 16 [R, 2 B] of the low and high halves of bytes [R, B]."""
+    return torch.stack([pairs & 15, pairs >> 4], -1).flatten(1)
 
 
 @dataclass(frozen=True)
@@ -98,8 +115,8 @@ class Linear:
         return cls(weights if not why else PLAIN, parts if not why else (numbers,), numbers, why)
 
     @classmethod
-    def plain(cls, module: Module, stored: Region, make: Make, why: str) -> Linear:
-        numbers = Made.of(f"{module.name}.weight", module.shape, torch.float32, stored, make, module.meant)
+    def plain(cls, module: Module, stored: Region, make: Make, why: str, is_across: bool = False) -> Linear:
+        numbers = Made.of(f"{module.name}.weight", module.shape, torch.float32, stored, make, module.meant, is_across)
         return cls(PLAIN, (numbers,), numbers, why)
 
 
@@ -139,15 +156,15 @@ class Module:
             raise self.error(end, name_of(region.dtype), " or ".join(map(name_of, dtypes)))
         return region
 
-    def scales(self, end: str, shapes: Sequence[tuple[int, ...]]) -> Region:
+    def scales(self, end: str, shapes: Sequence[tuple[int, ...]], may_be_zero: bool = False) -> Region:
         """Scales [rows, columns] of any floating dtype, which are looked at when they are read."""
         region = self.take(end, shapes, (torch.float32, torch.bfloat16, torch.float16))
 
         def make(rows: Bounds, columns: Bounds) -> torch.Tensor:
             found = piece(region, rows, columns)
-            wrong = ~found.isfinite() | (found == 0)
+            wrong = ~found.isfinite() if may_be_zero else ~found.isfinite() | (found == 0)
             if wrong.any():
-                raise self.error(end, f"a scale of {found[wrong][0].item()}", "numbers other than 0")
+                raise self.error(end, f"a scale of {found[wrong][0].item()}", "finite numbers other than 0")
             return found
 
         return Made.of(region.name, region.shape, region.dtype, region, make)
@@ -190,7 +207,8 @@ def _numbers(module: Module, weights: ExpertWeights, parts: Sequence[Region]) ->
         numbers = weights.dequantize(PackedWeight(weights, around[1][1] - left, tuple(tensors)))
         return numbers[rows[0] - top : rows[1] - top, columns[0] - left : columns[1] - left]
 
-    return Made.of(f"{module.name}.weight", module.shape, torch.float32, parts[0], make, module.meant)
+    is_across = isinstance(parts[0], Made) and parts[0].is_across
+    return Made.of(f"{module.name}.weight", module.shape, torch.float32, parts[0], make, module.meant, is_across)
 
 
 def fp8_linear(module: Module, data: Region, scales: Region, scale: str) -> Linear:
@@ -233,16 +251,17 @@ def _as_floats(module: Module, weights: ExpertWeights, scales: Region) -> Region
 
 
 def int4_linear(
-    module: Module, data: Region, bits: Make, scales: Region, group: int, zeros: tuple[Region, Make] | None = None,
+    module: Module, data: Region, pairs: Make, scales: Region, group: int, zeros: tuple[Region, Make] | None = None,
     transposed: bool = False, index: Region | None = None,
 ) -> Linear:  # fmt: skip
     """Of four bits a weight, (q - z) · s, z being 8 or given.
 
     Args:
-        data: what ``bits`` reads: uint8 below 16 [rows, columns] of the layer.
+        data: what ``pairs`` reads: bytes [rows, columns / 2] of the layer, of two neighbours, the first one low.
+            Bounds of columns are even.
         scales: [O, K / ``group``], or the other way round where ``transposed``.
         group: columns with one scale; of several of our groups, each gets the same.
-        zeros: what the zero points are in, and uint8 below 16 of rows and groups.
+        zeros: what the zero points are in, and uint8 below 16 [rows, groups].
         index: [K], the group of each column where these are not neighbours; -1 is that they are.
     """
     outputs, inputs = module.shape
@@ -252,9 +271,9 @@ def int4_linear(
 
     def data_of(rows: Bounds, columns: Bounds) -> torch.Tensor:
         first, last = columns[0] // 32 * 64, min(-(-columns[1] // 32) * 64, whole)
-        found = bits(rows, (first, min(last, inputs)))
-        found = F.pad(found, (0, last - first - found.shape[1]), value=0 if zeros else 8)
-        return pack_bits(found)[:, columns[0] - first // 2 : columns[1] - first // 2]
+        found = pairs(rows, (first, min(last, inputs)))
+        found = F.pad(found, (0, (last - first) // 2 - found.shape[1]), value=0 if zeros else 0x88)
+        return pack_pairs(found)[:, columns[0] - first // 2 : columns[1] - first // 2]
 
     def of_groups(make: Make) -> Make:
         def spread(rows: Bounds, columns: Bounds) -> torch.Tensor:
@@ -279,14 +298,17 @@ def int4_linear(
             def out_of_order(rows: Bounds, columns: Bounds) -> torch.Tensor:
                 of_K = group_K[slice(*columns)]
                 zero = zeros[1](rows, (0, groups))[:, of_K].float() if zeros else 8.0
-                return (bits(rows, columns).float() - zero) * scales_of(rows, (0, groups))[:, of_K].float()
+                first = columns[0] // 2 * 2
+                q_OK = nibbles(pairs(rows, (first, -(-columns[1] // 2) * 2)))[:, columns[0] - first :]
+                return (q_OK[:, : len(of_K)].float() - zero) * scales_of(rows, (0, groups))[:, of_K].float()
 
-            return Linear.plain(module, data, out_of_order, "its groups are not of neighbours (act-order)")
+            why = "its groups are not of neighbours (act-order)"
+            return Linear.plain(module, data, out_of_order, why, is_across=transposed)
     is_half = _is_half(scales)
     shape, stem = (outputs, whole // held), module.name
     dtype = torch.float16 if is_half else scales.dtype
     parts = [
-        Made.of(f"{stem}.data", (outputs, whole // 2), torch.uint8, data, data_of),
+        Made.of(f"{stem}.data", (outputs, whole // 2), torch.uint8, data, data_of, is_across=transposed),
         Made.of(f"{stem}.scales", shape, dtype, scales, of_groups(scales_of)),
     ]
     if zeros is not None:

@@ -79,16 +79,16 @@ def _packed(module: Module) -> Linear:
         def zeros_of(rows: Bounds, columns: Bounds) -> torch.Tensor:
             first = rows[0] // 8
             words = piece(packed_zeros, (first, -(-rows[1] // 8)), columns)
-            return nibbles(words.T).T[rows[0] - 8 * first : rows[1] - 8 * first]
+            return nibbles(words.T.contiguous().view(torch.uint8)).T[rows[0] - 8 * first : rows[1] - 8 * first]
 
         zeros = packed_zeros, zeros_of
 
-    def bits(rows: Bounds, columns: Bounds) -> torch.Tensor:
+    def pairs(rows: Bounds, columns: Bounds) -> torch.Tensor:
         first = columns[0] // 8
-        found = nibbles(piece(packed, rows, (first, -(-columns[1] // 8))))
-        return found[:, columns[0] - 8 * first : columns[1] - 8 * first]
+        found = piece(packed, rows, (first, -(-columns[1] // 8))).view(torch.uint8)
+        return found[:, columns[0] // 2 - 4 * first : columns[1] // 2 - 4 * first]
 
     index = None
     if "weight_g_idx" in module.tensors:
         index = module.take("weight_g_idx", [(inputs,)], [torch.int32, torch.int64])
-    return int4_linear(module, packed, bits, scales, group, zeros, index=index)
+    return int4_linear(module, packed, pairs, scales, group, zeros, index=index)

@@ -11,8 +11,9 @@ from mixtralkit.checkpoint.files import Region
 from mixtralkit.checkpoint.foreign.base import Bounds, Linear, Make, Module, check_group, int4_linear, nibbles, piece
 from mixtralkit.json_file import shown
 
-_IN_ORDER = range(8)
-_OF_AWQ = (0, 4, 1, 5, 2, 6, 3, 7)  # column 8 c + i of AWQ is in bits 4 _OF_AWQ[i] of word c
+_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # of AWQ: bits 4 i and up of word c are column 8 c + _ORDER[i]
+_OF_AWQ = tuple(map(_ORDER.index, range(8)))  # column 8 c + i is in bits 4 _OF_AWQ[i] and up
+_LOW = 0x0F0F0F0F  # the even ones of a word's eight numbers
 _EIGHTS, _SEVENS, _ONES = -0x77777778, 0x77777777, 0x11111111  # the same nibble eight times, as int32
 
 
@@ -45,15 +46,15 @@ class Gptq:
         index = module.take("g_idx", [(inputs,)], [torch.int32]) if "g_idx" in module.tensors else None
         _check_bias(module, outputs)
 
-        def bits(rows: Bounds, columns: Bounds) -> torch.Tensor:
+        def pairs(rows: Bounds, columns: Bounds) -> torch.Tensor:
             first = columns[0] // 8
-            found = nibbles(piece(qweight, (first, -(-columns[1] // 8)), rows).T)
-            return found[:, columns[0] - 8 * first : columns[1] - 8 * first]
+            found = piece(qweight, (first, -(-columns[1] // 8)), rows).T.contiguous().view(torch.uint8)
+            return found[:, columns[0] // 2 - 4 * first : columns[1] // 2 - 4 * first]
 
         zeros = None
         if not (self._symmetric and _says_eight(qzeros)):
-            zeros = qzeros, _across(qzeros, _IN_ORDER, _ONES if self._less_one else 0)
-        return int4_linear(module, qweight, bits, scales, group, zeros, transposed=True, index=index)
+            zeros = qzeros, _zeros(qzeros, range(8), _ONES if self._less_one else 0)
+        return int4_linear(module, qweight, pairs, scales, group, zeros, transposed=True, index=index)
 
 
 class Awq:
@@ -83,8 +84,21 @@ class Awq:
         qzeros = module.take("qzeros", [(inputs // group, -(-outputs // 8))], [torch.int32])
         scales = module.scales("scales", [(inputs // group, outputs)])
         _check_bias(module, outputs)
-        zeros = qzeros, _across(qzeros, _OF_AWQ)
-        return int4_linear(module, qweight, _across(qweight, _OF_AWQ), scales, group, zeros, transposed=True)
+        zeros = qzeros, _zeros(qzeros, _OF_AWQ)
+
+        def pairs(rows: Bounds, columns: Bounds) -> torch.Tensor:
+            first, last = rows[0] // 8, -(-rows[1] // 8)
+            words_CK = piece(qweight, columns, (first, last)).T.contiguous()
+            one, next_one = words_CK.unflatten(1, (-1, 2)).unbind(2)  # of two inputs
+            even = (one & _LOW) | (next_one & _LOW) << 4  # bytes are numbers 0, 2, 4, 6 of both
+            odd = (one >> 4 & _LOW) | (next_one & ~_LOW)
+            bytes_C8K = torch.empty(len(words_CK), 8, even.shape[1], dtype=torch.uint8)
+            for parity, numbers in enumerate((even, odd)):
+                for i in range(4):
+                    bytes_C8K[:, _ORDER[2 * i + parity]] = numbers.view(torch.uint8).unflatten(1, (-1, 4))[..., i]
+            return bytes_C8K.flatten(0, 1)[rows[0] - 8 * first : rows[1] - 8 * first]
+
+        return int4_linear(module, qweight, pairs, scales, group, zeros, transposed=True)
 
 
 def _check_bits(key: str, bits: object) -> None:
@@ -105,12 +119,13 @@ def _says_eight(qzeros: Region) -> bool:
     return bool(words.eq(_EIGHTS).all() or words.eq(_SEVENS).all())
 
 
-def _across(region: Region, order: Sequence[int], more: int = 0) -> Make:
-    """Rows and columns of the layer out of words [columns, rows / 8]."""
+def _zeros(region: Region, order: Sequence[int], more: int = 0) -> Make:
+    """Rows and groups out of words [groups, rows / 8], whose number i are bits 4 ``order[i]``, ``more`` being added."""
 
     def make(rows: Bounds, columns: Bounds) -> torch.Tensor:
         first = rows[0] // 8
         words = piece(region, columns, (first, -(-rows[1] // 8))) + more
-        return nibbles(words, order)[:, rows[0] - 8 * first : rows[1] - 8 * first].T
+        found = nibbles(words.view(torch.uint8)).unflatten(1, (-1, 8))[..., list(order)].flatten(1)
+        return found[:, rows[0] - 8 * first : rows[1] - 8 * first].T
 
     return make

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable
 
 Key = tuple[int, int]  # layer, and the expert's slot there
@@ -12,7 +13,9 @@ class PlaceCache:
     """Places 0 … P-1 and the experts in them. Time counts the model's steps.
 
     Policies: ``lru`` lets go what was used longest ago, ``frequency`` what was used least, a use of n steps ago
-    counting ``DECAY`` ** n. Of equals goes the one whose layer is furthest ahead.
+    counting ``DECAY`` ** n. Of equals goes the one whose layer is furthest ahead. After ``settle`` layers keep their
+    shares: what comes takes a place of its own layer, or while this has less than its share, of one that has more. Over
+    all layers at once, the least recently used experts are those of the layer that comes next.
 
     Attributes:
         place_of: the experts that have a place.
@@ -24,6 +27,11 @@ class PlaceCache:
         self._free = list(range(places))[::-1]
         self._uses: dict[Key, tuple[float, int]] = {}  # a count and the step that it is of
         self._now = 0
+        self._shares: Counter[int] | None = None  # places of each layer
+
+    def settle(self) -> None:
+        """What every layer has now is its share."""
+        self._shares = Counter(layer for layer, _ in self.place_of)
 
     def next_step(self) -> None:
         self._now += 1
@@ -39,32 +47,67 @@ class PlaceCache:
             return float(self._uses[key][1]) if key in self._uses else -1.0
         return self._count(key)
 
+    def likelihood(self, key: Key) -> float:
+        """Share of the last steps that used it, the nearer ones counting more."""
+        return self._count(key) * (1.0 - DECAY)
+
     def _count(self, key: Key) -> float:
         count, step = self._uses.get(key, (0.0, self._now))
         return count * DECAY ** (self._now - step)
 
-    def take(self, key: Key, keep: Collection[Key], layer: int, in_turn: bool = False) -> tuple[int, Key | None] | None:
+    def take(
+        self, key: Key, keep: Collection[Key], layer: int, in_turn: bool = False, most: float = float("inf")
+    ) -> tuple[int, Key | None] | None:
         """A place for an expert and who had it, None for nobody; None where all places are kept.
 
         Args:
             keep: experts that stay.
             layer: the one that runs.
             in_turn: every layer touches nearly all its experts, so what lets go is what comes last in turn.
+            most: what is likelier than this stays as well.
         """
         assert key not in self.place_of
         victim = None
         if not self._free:
-            others = [other for other in self.place_of if other not in keep]
-            if not others:
+            victim = self._victim(key, keep, layer, in_turn)
+            if victim is None or self.likelihood(victim) > most:
                 return None
-            ahead = {other: (other[0] - layer) % self.layers for other in others}
-            if in_turn:
-                victim = min(others, key=lambda other: (-ahead[other], self.value(other), other))
-            else:
-                victim = min(others, key=lambda other: (self.value(other), -ahead[other], other))
             self._free.append(self.place_of.pop(victim))
         self.place_of[key] = self._free.pop()
         return self.place_of[key], victim
+
+    def exchange(self, key: Key, place: int, keep: Collection[Key]) -> tuple[int, Key | None] | None:
+        """An expert stays in a place that nobody has; the place given for it, and who had that, as ``take`` says.
+
+        None where all others are worth as much.
+        """
+        assert key not in self.place_of
+        victim = None
+        if not self._free:
+            victim = self._victim(key, keep, key[0])
+            if victim is None or self.value(victim) >= self.value(key):
+                return None
+            self._free.append(self.place_of.pop(victim))
+        self.place_of[key] = place
+        return self._free.pop(), victim
+
+    def _victim(self, key: Key, keep: Collection[Key], layer: int, in_turn: bool = False) -> Key | None:
+        others = [other for other in self.place_of if other not in keep]
+        if in_turn:
+            return min(others, key=lambda k: (-((k[0] - layer) % self.layers), self.value(k), k), default=None)
+        others = self._over_share(key[0], others)
+        return min(others, key=lambda k: (self.value(k), -((k[0] - layer) % self.layers), k), default=None)
+
+    def _over_share(self, layer: int, others: list[Key]) -> list[Key]:
+        """Of experts that may go, those that go first when one of a layer comes."""
+        if self._shares is None:
+            return others
+        held = Counter(of for of, _ in self.place_of)
+        if held[layer] >= self._shares[layer]:
+            first = [other for other in others if other[0] == layer]
+        else:
+            first = [other for other in others if held[other[0]] > self._shares[other[0]]]
+        return first or others
 
     def drop(self, key: Key) -> None:
         """Its place is free."""

@@ -30,4 +30,6 @@ def add_parts(
 
 def only(slots_N: np.ndarray, slots: Collection[int]) -> np.ndarray:
     """int64 [N, 1]: the choices of some slots, -1 for others."""
-    return np.where(np.isin(slots_N, list(slots)), slots_N, -1).astype(np.int64).reshape(-1, 1)
+    is_in_S = np.zeros(max(int(slots_N.max(initial=0)), *slots, 0, 0) + 2, bool)  # the last one is that of -1
+    is_in_S[list(slots)] = True
+    return np.where(is_in_S[slots_N], slots_N, -1)[:, None]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,11 +10,9 @@ from mixtralkit.config import EngineConfig
 from mixtralkit.distributed import RankContext
 from mixtralkit.layout import RankLayout
 from mixtralkit.moe.tiers.setup import TierSetup
-from mixtralkit.planning.memory import Room, rank_memory
+from mixtralkit.planning.memory import Room, room_for_experts
 
-RESERVE_GB = 0.7  # for the device's context, memory pools of graphs and libraries. Assumed
 PIECE_ROWS = 104  # of an expert in the mean, up to which no product unpacks it first (``ops/experts/triton_packed.py``)
-UNPACKED_SHARE = 0.05  # of the budget, up to which a layer's unpacked experts get room beside those in places
 
 
 def tier_setup(layout: RankLayout, context: RankContext, config: EngineConfig, dtype: torch.dtype) -> TierSetup | None:
@@ -49,19 +46,11 @@ def _within(budget_gb: float, layout: RankLayout, config: EngineConfig, dtype: t
         model.max_batch_size, model.max_seq_len, config.limits.prefill_budget, config.moe.symmetric_rows,
         dtype.itemsize, 0.0, config.cache.page_size, config.cache.cache_tokens, layout.weights,
     )  # fmt: skip
-    all_on_host = tuple(("host",) * model.num_experts for _ in range(model.n_layers))
-    memory = rank_memory(model, parallel, replace(layout.plan, tier=all_on_host, precision=None), room)
-    left_gb = budget_gb - memory.total - RESERVE_GB
     slots = max(len(layout.experts(layer)) for layer in range(model.n_layers))
-    unpacked_gb = 0.0
-    if not layout.weights.is_plain:  # products of many rows unpack a layer's experts first
-        plain = (layout.hidden[1] - layout.hidden[0]) * model.dim * 3 * dtype.itemsize
-        unpacked_gb = slots * plain / 1e9
-    piece_rows = None
-    if unpacked_gb <= UNPACKED_SHARE * budget_gb:
-        left_gb -= unpacked_gb
-    else:
-        piece_rows = PIECE_ROWS * slots // model.num_experts_per_tok
+    found = room_for_experts(model, parallel, layout.plan, room, budget_gb)
+    in_pieces = not (found.unpacks or layout.weights.is_plain)
+    piece_rows = PIECE_ROWS * slots // model.num_experts_per_tok if in_pieces else None
+    left_gb = found.left
     places = int(max(left_gb, 0.0) * 1e9) // size
     least = slots + model.num_experts_per_tok
     if places < least:

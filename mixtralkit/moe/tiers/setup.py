@@ -14,9 +14,9 @@ class TierCounts:
     """What became of experts that rows asked for, since the start; of this rank.
 
     Attributes:
-        hits: they were on the GPU.
+        hits: they were on the GPU, and had not been brought for these rows.
         misses: they were not.
-        expected: of the misses, those that were on their way.
+        expected: of the misses, those that had been brought for the rows before they asked, or were on their way.
         fetches: experts brought whole, expected and wanted ones.
         products: experts computed on the CPU, all of their width or a part.
         splits: experts of which the CPU computed a part and the bus brought the rest.

@@ -13,9 +13,7 @@ place that this layer does not use may be written at once.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,9 +21,10 @@ import torch
 from mixtralkit.distributed import RankContext
 from mixtralkit.layout import RankLayout
 from mixtralkit.moe.experts import as_matrices
-from mixtralkit.moe.tiers.bus import PIECE, CudaBus, PlainBus, Ticket
+from mixtralkit.moe.tiers.arrivals import Arrivals
+from mixtralkit.moe.tiers.bus import CudaBus, PlainBus, Ticket
 from mixtralkit.moe.tiers.cache import Key, PlaceCache
-from mixtralkit.moe.tiers.memory import Empty, Geometry, HostExperts, Move, in_pieces, silence
+from mixtralkit.moe.tiers.memory import Empty, Geometry, HostExperts, Move, silence
 from mixtralkit.moe.tiers.setup import Answer, TierCounts, TierSetup
 from mixtralkit.moe.tiers.warm import fill, measure
 from mixtralkit.moe.weights import ExpertWeights
@@ -33,19 +32,11 @@ from mixtralkit.ops.experts import expert_sum
 from mixtralkit.ops.gate import gate
 from mixtralkit.ops.hidden import Hidden, Norm
 
-NEARLY_ALL = 0.75  # of a layer's experts: rows that touch so many are taken to touch all of the next layers'
+SURE_ROWS = 8  # of an expert in the mean: rows that touch all of a layer so often are sure to touch all of the next
 LAYERS_AHEAD = 2  # that are fetched for such rows
 MOST_GUESSED_ROWS = 16  # rows for which the next layer's router is asked
 MOST_SPLIT_ROWS = 16  # choices up to which an expert is split between CPU and bus
 SPLIT_COLUMNS = 64  # a split is at a multiple of so many hidden columns, and of the format's unit
-
-
-@dataclass
-class _Arrival:
-    """An expert on its way to its place: copies to begin, and the last one that was begun."""
-
-    moves: list[Move]
-    ticket: Ticket | None = None
 
 
 class Tiers:
@@ -54,6 +45,7 @@ class Tiers:
     Attributes:
         hosts: by layer.
         matrices: w13 and w2 of all places; ``pool`` are their parts.
+        expert_bytes: of an expert in a place.
         places_LS, here_LS: on the device, where an expert is and whether.
         counts: since the start.
         routers: by layer, norm and weight of the next layer's router; none guesses nothing.
@@ -88,6 +80,9 @@ class Tiers:
         pinned = device.type == "cuda"
         self.hosts = {layer: HostExperts(empty, slots, pinned) for layer, slots in self.slots.items()}
         hidden = self.columns[1]
+        self._host_matrices = {
+            layer: as_matrices(weights, self.columns, host.tensors) for layer, host in self.hosts.items()
+        }
         self._sources = {layer: Geometry(weights, hidden, host.tensors) for layer, host in self.hosts.items()}
         self._empty = empty
         self.restart(setup, layout)
@@ -113,7 +108,11 @@ class Tiers:
         self.cache = PlaceCache(setup.places - spare, config.n_layers, setup.options.expert_cache)
         self._spare = list(range(setup.places - spare, setup.places))
         self._silent = dict.fromkeys(self._spare, 0)
-        self._arriving: dict[Key, _Arrival] = {}
+        self.expert_bytes = sum(part[0].nbytes for part in self.pool)
+        self._arriving = Arrivals(self._copy)
+        self._split: list[tuple[Key, int, int]] = []  # expert, spare place and first column that is there
+        self._staying: list[tuple[Key, list[Move]]] = []  # what brings their first columns once these rows are done
+        self._sure, self._was_sure = False, False
         self._in_use: frozenset[Key] = frozenset()
         self.places_LS, self.here_LS = (
             torch.zeros(config.n_layers, most, dtype=dtype, device=device) for dtype in (torch.int64, torch.bool)
@@ -123,10 +122,6 @@ class Tiers:
         self._is_dirty = np.zeros(config.n_layers, bool)
         self._guessed: torch.Tensor | None = None
         self._is_warm = False
-
-    @property
-    def expert_bytes(self) -> int:
-        return sum(part[0].nbytes for part in self.pool)
 
     # products
 
@@ -152,7 +147,7 @@ class Tiers:
         """As ``product``, on the CPU where the experts lie; ``first`` hidden columns of them, None for all."""
         if out_ND is None:
             out_ND = torch.empty(x_ND.shape, dtype=torch.float32)
-        matrices = as_matrices(self.weights, self.columns, self.hosts[layer].tensors)
+        matrices = self._host_matrices[layer]
         self.counts.products += len(set(slots_N[slots_N >= 0].tolist()))
         slots_N1 = torch.from_numpy(slots_N.reshape(-1, 1))
         if len(slots_N1) > MOST_SPLIT_ROWS:
@@ -176,12 +171,10 @@ class Tiers:
             self.costs = self.costs or measure(self)
         if layer == self.layers[0]:
             self.cache.next_step()
-        for key in [k for k in self._arriving if k[0] == layer]:
-            arrival = self._arriving[key]
-            if not arrival.moves and arrival.ticket.query():
-                self.bus.wait(arrival.ticket)
-                del self._arriving[key]
-                self.note(key)
+            self._was_sure, self._sure = self._sure, False
+        for key, ticket in self._arriving.done(layer):
+            self.bus.wait(ticket)
+            self.note(key)
 
     def ask(self, layer: int, rows_S: np.ndarray) -> Answer:
         """What becomes of the experts that have rows; begins the copies. The layers before have run.
@@ -192,19 +185,25 @@ class Tiers:
         needed = {(layer, slot): int(rows_S[slot]) for slot in np.flatnonzero(rows_S).tolist()}
         self._in_use = frozenset(needed)
         self.cache.use(needed)
-        for key in [k for k in self._arriving if k[0] == layer and k not in needed]:
-            self._give_up(key)  # it was expected in vain
+        while self._staying:
+            self._arriving.complete(*self._staying.pop())
+        for key in self._arriving.in_vain(layer, needed):
+            self._give_up(key)
         expected = [key for key in needed if key in self._arriving]
         missing = {key: rows for key, rows in needed.items() if key not in self.cache.place_of}
         here = [key for key in needed if key in self.cache.place_of and key not in self._arriving]
-        counts = self.counts
-        counts.hits, counts.misses = counts.hits + len(here), counts.misses + len(missing) + len(expected)
-        counts.expected += len(expected)
-        tickets = [ticket for key in expected for ticket in self._finish(key)]
+        came, counts = len(self._arriving.asked(layer, needed)), self.counts
+        misses = len(missing) + len(expected) + came
+        self._arriving.missed_bytes += misses * self.expert_bytes
+        counts.hits, counts.misses = counts.hits + len(here) - came, counts.misses + misses
+        counts.expected += len(expected) + came
+        tickets = [ticket for key in expected for ticket in self._arriving.finish(key)]
+        for key in expected:
+            self.note(key)
         split, first = self._to_split(missing, sum(needed.values()))
         if split:
-            for key, place in zip(split, self._spare, strict=False):
-                tickets.append(self._fetch_part(key, place, first))
+            self._split = [(key, place, first) for key, place in zip(split, self._spare, strict=False)]
+            tickets += [self._fetch_part(*one) for one in self._split]
             return _answer(here, [*expected, *split], tickets, split, first)
         on_cpu, fetched = self.costs.deal(missing, self.setup.options.misses)
         tickets += [self._fetch(key) for key in fetched]
@@ -249,7 +248,10 @@ class Tiers:
 
     def _copy(self, moves: list[Move], urgent: bool) -> Ticket:
         self.counts.fetched_bytes += sum(move.nbytes for move in moves)
-        return self.bus.copy(moves, urgent)
+        ticket = self.bus.copy(moves, urgent)
+        if urgent:
+            self._arriving.demand(ticket)
+        return ticket
 
     def _take(self, key: Key, keep: Collection[Key]) -> int:
         """A place for what rows wait for: of nothing that is in use or, if it can be, on its way."""
@@ -286,69 +288,71 @@ class Tiers:
             rows_S: how many rows named each of this layer's slots.
             guessed: experts that the next layer's router would choose.
         """
+        split, self._split = self._split, []
         if not self.setup.options.expert_prefetch:
             return
-        at = self.layers.index(layer)
-        if len(rows_S) and (rows_S > 0).mean() >= NEARLY_ALL:
+        for one in split:
+            self._keep(*one)
+        if len(rows_S) and rows_S.sum() >= SURE_ROWS * len(rows_S) and rows_S.all():
+            self._sure = True
+            at = self.layers.index(layer)
             for distance in range(1, min(LAYERS_AHEAD, len(self.layers) - 1) + 1):
-                following = self.layers[(at + distance) % len(self.layers)]
-                wanted = [(following, slot) for slot in range(self.slots[following])]
-                self._bring(layer, sorted(wanted, key=self.cache.value, reverse=True), distance)
-        elif guessed is not None and at + 1 < len(self.layers):
-            following, own = self.layers[at + 1], self.layout.experts(self.layers[at + 1])
-            experts = [expert for expert in dict.fromkeys(guessed.tolist()) if expert in own]  # -1 is none
-            self._bring(layer, [(following, own.index(expert)) for expert in experts], None)
+                if at + distance < len(self.layers) or self._was_sure:  # else nobody knows of a step behind this
+                    self._bring_all(layer, self.layers[(at + distance) % len(self.layers)], distance)
+        elif guessed is not None and self.guesses and layer != self.layers[-1]:
+            following = self.layers[self.layers.index(layer) + 1]
+            own = self.layout.experts(following)
+            self._bring_guessed([(following, own.index(e)) for e in dict.fromkeys(guessed.tolist()) if e in own])
         self.pump()
 
-    def _bring(self, layer: int, wanted: Sequence[Key], distance: int | None) -> None:
-        """Experts of a layer so far ahead that are sure to be wanted, or are guessed (None)."""
-        keep = {*self._in_use, *wanted, *self._arriving}
-        for key in wanted:
-            if key in self.cache.place_of:
-                continue
-            if distance is not None:  # nothing makes way that comes before it
-                keep |= {k for k in self.cache.place_of if (k[0] - layer) % self.cache.layers <= distance}
-            found = self.cache.take(key, keep, layer, in_turn=distance is not None)
-            if found is None:
+    def _keep(self, key: Key, place: int, first: int) -> None:
+        """A split expert stays where its last columns are, and the place of one that is worth less is spare instead."""
+        found = self.cache.exchange(key, place, {*self._in_use, *self._arriving, *(key for key, _ in self._staying)})
+        if found is None:
+            return
+        self._forget(found[1])
+        self._spare[self._spare.index(place)] = found[0]
+        del self._silent[place]
+        self._silent[found[0]] = 0
+        self._staying.append((key, self._places.rest(place, self._sources[key[0]], key[1], first)))
+
+    def _bring_all(self, layer: int, following: int, distance: int) -> None:
+        """Experts of a layer so far ahead, all of which are sure to be wanted."""
+        wanted = [(following, slot) for slot in range(self.slots[following])]
+        # Nothing makes way that comes before it.
+        keep = {k for k in self.cache.place_of if (k[0] - layer) % self.cache.layers <= distance}
+        for key in sorted(wanted, key=self.cache.value, reverse=True):
+            if key not in self.cache.place_of and not self._bring(key, {*keep, *wanted}, layer, in_turn=True):
                 return
-            self._forget(found[1])
-            self.counts.fetches += 1
-            arrival = _Arrival(self._places.moves(found[0], self._sources[key[0]], key[1]))
-            self._arriving[key] = arrival
-            if distance is not None:
-                arrival.ticket, arrival.moves = self._copy(arrival.moves, True), []
-            else:
-                arrival.moves = in_pieces(arrival.moves, PIECE)
+
+    def _bring_guessed(self, wanted: Sequence[Key]) -> None:
+        """Experts of the next layer, in place of what is less likely to be used than guesses come true."""
+        for key in wanted:
+            if key not in self.cache.place_of and self._arriving.may_guess(self.expert_bytes):
+                self._bring(key, wanted, key[0], most=self._arriving.right)
+
+    def _bring(self, key: Key, keep: Collection[Key], layer: int, **how: object) -> bool:
+        found = self.cache.take(key, {*self._in_use, *keep, *self._arriving}, layer, **how)
+        if found is None:
+            return False
+        self._forget(found[1])
+        self.counts.fetches += 1
+        moves = self._places.moves(found[0], self._sources[key[0]], key[1])
+        (self._arriving.begin if "in_turn" in how else self._arriving.guess)(key, moves)
+        return True
 
     def pump(self) -> None:
-        """Begins the next piece of what is guessed, once the last one is there."""
-        for arrival in self._arriving.values():
-            if arrival.ticket is not None and not arrival.ticket.query():
-                return
-            while arrival.moves:
-                arrival.ticket = self._copy([arrival.moves.pop(0)], False)
-                if not arrival.ticket.query():
-                    return
-
-    def _finish(self, key: Key) -> list[Ticket]:
-        """Begins what is left of an expert that is wanted now."""
-        arrival = self._arriving.pop(key)
-        tickets = [] if arrival.ticket is None else [arrival.ticket]
-        if arrival.moves:
-            tickets.append(self._copy(arrival.moves, True))
-        self.note(key)
-        return tickets
+        """Begins the next piece of what is guessed."""
+        self._arriving.pump()
 
     def _give_up(self, key: Key) -> None:
         """Of what was expected and nobody wants, the place is free when its last copy is done; all there, it stays."""
-        arrival = self._arriving.pop(key)
-        if not arrival.moves and arrival.ticket is not None:
-            self.bus.wait(arrival.ticket)
+        ticket = self._arriving.give_up(key)
+        if ticket is None:
+            self.cache.drop(key)
+        else:
+            self.bus.wait(ticket)
             self.note(key)
-            return
-        while arrival.ticket is not None and not arrival.ticket.query():
-            time.sleep(0)
-        self.cache.drop(key)
 
     # the tables
 

@@ -29,6 +29,7 @@ def fill(tiers: Tiers) -> None:
         place, _ = tiers.cache.take(key, (), tiers.layers[0])
         ticket = tiers.bring(key, place)
         tiers.note(key)
+    tiers.cache.settle()
     if ticket is not None:
         tiers.bus.wait(ticket)
 

@@ -76,6 +76,21 @@ def pack_bits(bits_OK: torch.Tensor) -> torch.Tensor:
     return (low | high << 4).transpose(-1, -2).contiguous().to(torch.uint8).flatten(-3)
 
 
+_LOW = 0x0F0F0F0F0F0F0F0F  # the low halves of eight bytes
+
+
+def pack_pairs(pairs: torch.Tensor) -> torch.Tensor:
+    """What ``pack_bits`` makes of columns of which two neighbours are in a byte of [..., K / 2], the first one low."""
+    import torch
+
+    # Of 64 columns, eight bytes at a time are columns 0, 16, 32 and 48 and those behind them.
+    first, second = pairs.contiguous().view(torch.int64).unflatten(-1, (-1, 2, 2)).unbind(-1)
+    even = (first & _LOW) | (second & _LOW) << 4
+    odd = (first >> 4 & _LOW) | (second & ~_LOW)
+    bytes_ = torch.stack([even, odd], -2).unsqueeze(-1).view(torch.uint8)  # [..., 2 parities, 2 halves of 64, 8]
+    return bytes_.movedim(-1, -3).flatten(-4)
+
+
 def unpack_bits(data: torch.Tensor) -> torch.Tensor:
     """uint8 [..., K], what ``pack_bits`` packed."""
     import torch

@@ -9,8 +9,8 @@ import numpy as np
 from mixtralkit.config import ModelConfig, ParallelConfig
 from mixtralkit.planning.cost import ModelShape
 from mixtralkit.planning.hardware import USUAL_HOST, HostRates
-from mixtralkit.planning.memory import Room, rank_memory
-from mixtralkit.planning.plan import ExpertPlan, Words
+from mixtralkit.planning.memory import RESERVE_GB, Room, rank_memory, room_for_experts
+from mixtralkit.planning.plan import ExpertPlan
 from mixtralkit.planning.policies.inputs import checked_loads, gb_above
 
 
@@ -30,23 +30,15 @@ class GpuBudget:
     room: Room
     host: HostRates = USUAL_HOST
 
-    def without_experts_gb(self, plan: ExpertPlan) -> tuple[float, float]:
-        """What is taken before any expert is: by all else, and by places for experts on their way, twice a token's."""
-        nothing: Words = (("host",) * plan.num_experts,) * plan.num_layers
-        fixed = rank_memory(self.config, ParallelConfig("dp", "ep"), replace(plan, tier=nothing), self.room).total
-        size = self.shape.expert_bytes_LE(plan).max()
-        return fixed, 2 * self.config.num_experts_per_tok * int(size) / 1e9
-
     @property
     def shape(self) -> ModelShape:
         return ModelShape.of(self.config, self.room.data_bytes, self.room.weights)
 
 
 def tiers(plan: ExpertPlan, loads_LE: np.ndarray, gpu: GpuBudget) -> ExpertPlan:
-    """The plan with as many experts of every rank in its GPU's memory as there is room for.
+    """The plan with as many experts in every GPU's memory as there is room for (``memory.room_for_experts``).
 
-    The memory model takes the other weights, keys and values, working memory and places for experts on their way first.
-    Then the experts go in whose misses cost most for a byte: load times the seconds of the faster of bus and CPU.
+    Experts go in whose misses cost most for a byte: load times the seconds of the faster of bus and CPU.
 
     Raises:
         ValueError: naming what is lacking where there is no room even without experts.
@@ -54,19 +46,20 @@ def tiers(plan: ExpertPlan, loads_LE: np.ndarray, gpu: GpuBudget) -> ExpertPlan:
     loads_LE = checked_loads(loads_LE, plan.world_size)
     size_LE = gpu.shape.expert_bytes_LE(plan)
     meta = {**plan.meta, "gpu_memory_gb": gpu.memory_gb}
-    fixed, transit = gpu.without_experts_gb(plan)
-    whole_gb = float(gpu.shape.rank_bytes(replace(plan, tier=None))[0].max()) / 1e9
-    if fixed + whole_gb <= gpu.memory_gb:  # nothing is ever on its way
-        return replace(plan, policy="tiers", tier=None, meta=meta)
-    if fixed + transit > gpu.memory_gb:
+    parallel, plain = ParallelConfig("dp", "ep"), replace(plan, tier=None)
+    room = room_for_experts(gpu.config, parallel, plain, gpu.room, gpu.memory_gb)
+    if rank_memory(gpu.config, parallel, plain, gpu.room).total + RESERVE_GB <= gpu.memory_gb:
+        return replace(plain, policy="tiers", meta=meta)
+    least = (int(plan.holds_LWE.sum(2).max()) + gpu.config.num_experts_per_tok) * int(size_LE.max()) / 1e9
+    if room.left < least:
         raise ValueError(
-            f"gpu_memory_gb ({gpu.memory_gb:g}) must be at least {gb_above(fixed + transit, gpu.memory_gb)}, which is "
-            f"taken without any expert ({fixed:.2f}, and {transit:.2f} for experts on their way)"
+            f"gpu_memory_gb ({gpu.memory_gb:g}) must be at least {gb_above(room.taken + least, gpu.memory_gb)}: "
+            f"{room.taken:.2f} for all but experts, {least:.2f} for a layer's and those on their way"
         )
     miss_s_LE = size_LE / max(gpu.host.bus_bandwidth, gpu.host.cpu_bandwidth)
     value_LE = loads_LE / loads_LE.sum(1, keepdims=True) * miss_s_LE / size_LE
     on_gpu_LE = np.zeros(loads_LE.shape, bool)
-    free_W = np.full(plan.world_size, 1e9 * (gpu.memory_gb - fixed - transit))
+    free_W = np.full(plan.world_size, 1e9 * room.left)
     for place in np.argsort(-value_LE, axis=None, kind="stable"):
         layer, expert = divmod(int(place), plan.num_experts)
         taken_W = plan.holds_LWE[layer, :, expert] * size_LE[layer, expert]  # replicas are in the same tier
@@ -74,4 +67,4 @@ def tiers(plan: ExpertPlan, loads_LE: np.ndarray, gpu: GpuBudget) -> ExpertPlan:
             on_gpu_LE[layer, expert] = True
             free_W -= taken_W
     words = [["gpu" if here else "host" for here in row] for row in on_gpu_LE]
-    return replace(plan, policy="tiers", tier=words, meta=meta | {"fixed_gb": fixed, "transit_gb": transit})
+    return replace(plan, policy="tiers", tier=words, meta=meta | {"taken_gb": room.taken})

@@ -10,11 +10,11 @@ import pytest
 from mixtralkit.config import ModelConfig
 from mixtralkit.planning.cost import ModelShape
 from mixtralkit.planning.hardware import Hardware
-from mixtralkit.planning.policies.auto import auto, fill_steps
 from mixtralkit.planning.policies.inputs import Budget
 from mixtralkit.planning.policies.quality import measure
 from mixtralkit.planning.policies.registry import Given, make_plan
 from mixtralkit.planning.replay import Execution
+from mixtralkit.planning.search import auto, fill_steps
 from mixtralkit.planning.simulate import predict, simulate
 from mixtralkit.planning.synthetic import RoutingProcess
 
