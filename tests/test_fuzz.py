@@ -20,8 +20,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from mixtralkit.checkpoint import open_checkpoint, save_checkpoint
+from mixtralkit.config import ModelConfig
 from mixtralkit.distributed import RankContext
 from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.evaluation.compare import compare
@@ -41,11 +43,16 @@ from mixtralkit.planning.trace_parts import PartWriter
 from mixtralkit.training.corpus import Document, load_corpus, write_documents
 from mixtralkit.training.state import load_state
 from mixtralkit.training.tokens import TokenSet
+from tests.checkpoint.gguf_files import write_gguf
 from tests.checkpoint.models import CONFIGS, random_tensors, write_one_file, write_params
+from tests.engine.parts import VOCAB_SIZE, make_tokenizer
 from tests.engine.side_files import CHATML, write_folder
 from tests.planning.machines import machine
 
 CONFIG = CONFIGS["grouped"]
+SMALL = ModelConfig(
+    dim=64, n_layers=1, head_dim=16, hidden_dim=64, n_heads=4, n_kv_heads=2, vocab_size=VOCAB_SIZE, num_experts=2
+)
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = ModelShape(dim=64, hidden=128, num_experts=4, top_k=2, heads=4, kv_heads=2, head_dim=16, vocab=100)
 LIMIT_S = 10.0
@@ -68,6 +75,33 @@ def checkpoint_pth(folder: Path) -> None:
 
 def checkpoint_ours(folder: Path) -> None:
     save_checkpoint(folder, CONFIG, random_tensors(CONFIG), "mixtralkit")
+
+
+def checkpoint_gptq(folder: Path) -> None:
+    """Small, of zeros: only shapes and scales are looked at."""
+    save_checkpoint(folder, SMALL, random_tensors(SMALL), "hf", 1)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if ".experts." in name]:
+        module = name.removesuffix("weight")
+        outputs, inputs = tensors.pop(name).shape
+        tensors[f"{module}qweight"] = torch.zeros(inputs // 8, outputs, dtype=torch.int32)
+        tensors[f"{module}qzeros"] = torch.zeros(inputs // 32, outputs // 8, dtype=torch.int32)
+        tensors[f"{module}scales"] = torch.ones(inputs // 32, outputs, dtype=torch.float16)
+    save_file(tensors, folder / "model.safetensors")
+    stated = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "checkpoint_format": "gptq"}
+    content = json.loads((folder / "config.json").read_text()) | {"quantization_config": stated}
+    (folder / "config.json").write_text(json.dumps(content))
+
+
+def checkpoint_gguf(folder: Path) -> None:
+    words = make_tokenizer(folder)
+    (folder / "tokenizer.model").unlink()
+    write_gguf(folder / "model.gguf", "stacked", "Q4_0", model=(SMALL, None), tokenizer=words)
+
+
+def read_gguf(folder: Path, path: Path) -> None:
+    Tokenizer.beside(path).encode("a text")
+    open_checkpoint(folder).close()
 
 
 def tokenizer(folder: Path) -> None:
@@ -156,6 +190,8 @@ KINDS: dict[Callable[[Path], None], Callable[[Path, Path], Any]] = {
     checkpoint_hf: lambda folder, _: open_checkpoint(folder).close(),
     checkpoint_pth: lambda folder, _: open_checkpoint(folder).close(),
     checkpoint_ours: lambda folder, _: open_checkpoint(folder).close(),
+    checkpoint_gptq: lambda folder, _: open_checkpoint(folder).close(),
+    checkpoint_gguf: read_gguf,
     tokenizer: lambda folder, _: Tokenizer.beside(folder, vocab_size=448).encode("a <|im_end|>"),
     plans: read_plans,
     traces: read_traces,
@@ -289,7 +325,7 @@ BOMBS = {
     "layers": (params(n_layers=10**5), r"n_layers \(100000\) must be at most"),
     "experts": (params(moe={"num_experts": 10**9, "num_experts_per_tok": 2}), r"num_experts \(1000000000\)"),
     "both": (params(n_layers=1000, moe={"num_experts": 30_000, "num_experts_per_tok": 2}), "times num_experts"),
-    "digits": (params(dim=10**400), "dim .a whole number of 400 digits|dim .*must be at most"),
+    "digits": (params(dim=10**400), "dim .a whole number of 401 digits|dim .*must be at most"),
     "under moe": (params(moe={"num_experts": 4, "num_experts_per_tok": 10**400, "x": 1}), "num_experts_per_tok"),
     "infinite base": (params(rope_theta=float("inf")), "not finite"),
     "shards": (many_shards, "lacks model-00002-of-9999999999"),
@@ -340,6 +376,13 @@ def test_an_archive_that_unpacks_to_far_more(tmp_path):
         file.write(bytes(50 << 20))
     with pytest.raises(ValueError, match=r"t\.npz: unpacks to far more than it holds|is not a whole"):
         RoutingTrace.load(tmp_path / "t.npz")
+
+
+def test_arrays_of_elements_without_bytes(tmp_path):
+    """A file of 128 bytes said that it had 2·10¹⁰ of them, and each was looked at."""
+    header = b"{'descr': '|S0', 'fortran_order': False, 'shape': (10000000000, 2), }".ljust(117) + b"\n"
+    (tmp_path / "t.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+    holds(lambda: RoutingTrace.load(tmp_path / "t.npy"))
 
 
 @pytest.mark.parametrize("read", [load_plan, RoutingTrace.load, load_routing])

@@ -72,10 +72,11 @@ class GgufBlocks:
     ignored = ()
 
     def linear(self, module: Module) -> Linear:
-        region = module.tensors["weight"]
-        module.taken.add("weight")
+        region = module.take("weight", [module.shape], [torch.float32])
         weights = Int4(32)
-        if region.kind.name != "Q4_0" or region.shape != module.shape:
+        if not isinstance(region, BlockRegion):  # quantised is something beside it that does not belong there
+            return Linear(PLAIN, (region,), region)
+        if region.kind.name != "Q4_0":
             return Linear(PLAIN, (region,), region, f"{region.kind.name} has no exact form here")
         columns = region.columns
         whole = weights.whole(columns)

@@ -495,10 +495,11 @@ class Runner:
         return self._prompts[shape]
 
     def _run_prompts(self, shape: _Shape, draws: bool, may_capture: bool) -> Run[_Answers]:
+        prompts = self._prompts_of(shape)  # not in the graph, whose replays would make them anew
         device, slots = self.context.device, len(self._own.slots_B)
         return self._graphs.run(
             (shape, draws),
-            lambda: self._prompted(self._own, self._prompts_of(shape), draws),
+            lambda: self._prompted(self._own, prompts, draws),
             lambda: self._prompted(_Memory(slots, device), _Prompts(shape, device), draws),
             may_capture,
         )

@@ -131,7 +131,9 @@ class MoELayer(nn.Module):
         cut = CutRouting.of(routing, table.local_E, self._rule, rows.valid_T, self.nothing)
         if self.store.tiers is not None:
             self.store.tiers.guess(self.layer, hidden)
-            cut = replace(cut, experts_TK=cut.kept_TK, is_cut=True)  # no expert is brought for rows that only fill
+        # no expert is brought or multiplied for rows that only fill; of a decode's few nobody would notice
+        if self.store.tiers is not None or (rows.valid_T is not None and not rows.decode):
+            cut = replace(cut, experts_TK=cut.kept_TK, is_cut=True)
         name = self.dispatchers.name(rows.per_rank is not None, rows.decode, torch.is_grad_enabled())
         dispatcher = self.dispatchers.by_name[name]
         if self.options.faster.schedule and name in CHUNKED:

@@ -327,6 +327,17 @@ def test_damaged_files_get_one_sentence(tmp_path: Path) -> None:
     assert said_of(tmp_path) == f"{router}.weight: found a router quantised by FP8, wanted its weight in full precision"
 
 
+def test_numbers_in_eight_bits_without_a_scale_are_no_numbers(tmp_path: Path) -> None:
+    """They were read as they are where the file calls them otherwise than layers, as transformers 5 does."""
+    write(tmp_path, by_scalar, {"quant_method": "fp8"})
+    held = load_file(tmp_path / "model.safetensors")
+    packed = "model.layers.0.mlp.experts.down_proj"
+    for name, shape in ((packed, (2, 256, 320)), ("model.norm.weight", (256,))):
+        save_file(held | {name: torch.ones(shape).to(E4M3)}, tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match=rf"{name}: found float8_e4m3fn, wanted numbers of 16 bits or more"):
+            load(tmp_path)
+
+
 def test_damaged_words_get_one_sentence(tmp_path: Path) -> None:
     write(tmp_path, of_words(range(8), True, ONES), GPTQ | {"sym": False})
     held = load_file(tmp_path / "model.safetensors")
@@ -420,6 +431,7 @@ def test_mlx_becomes_numbers(tmp_path: Path, bits: int) -> None:
     assert said_of(tmp_path).startswith(f"{router}.weight: found a router quantised by MLX, wanted")
 
 
+@pytest.mark.filterwarnings("ignore:.* become numbers")
 def test_damaged_nf4_gets_one_sentence(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     write(tmp_path, nf4(True), {"quant_method": "bitsandbytes", "load_in_4bit": True})

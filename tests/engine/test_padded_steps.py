@@ -99,3 +99,19 @@ def test_ranks_take_the_same_shapes(tokenizer, folder, kind):
     model = make_model(RankContext(), engine_config(max_batch_size=6))
     wanted = told(Engine(model, tokenizer, prefill_budget=30).complete(mixed_requests(12)))
     assert run_ranks(_padded, 2, folder, kind) == [wanted] * 2
+
+
+def test_rows_that_only_fill_take_no_expert(tokenizer, monkeypatch):
+    model = make_model(RankContext(), engine_config(max_batch_size=12))
+    engine, computed = PaddedEngine(model, tokenizer, prefill_budget=30), []
+    for block in model.layers[:-1]:  # in the last one are the rows that are sampled, and the first one again
+        experts = block.feed_forward.experts
+        run = experts.forward
+        monkeypatch.setattr(experts, "forward", lambda rows, run=run: computed.append(rows.slots_RK) or run(rows))
+    engine.complete(mixed_requests(1, seed=5))
+    (plan, shape), *_ = engine.seen
+    tokens = sum(len(chunk.ids) for chunk in plan.chunks[0])
+    assert 0 < tokens < shape.tokens == len(computed[0])
+    for slots_RK in computed[: len(model.layers) - 1]:
+        assert (slots_RK[:tokens] >= 0).all()
+        assert (slots_RK[tokens:] < 0).all()

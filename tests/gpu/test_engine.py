@@ -114,6 +114,14 @@ def test_graphs_are_captured_once_and_serve_in_any_order():
     assert mixtral.engine._runner._graphs._captured == captured
 
 
+def test_graphs_made_beforehand_give_the_same_text():
+    made_as_wanted, made_before = build("bfloat16", 8), build("bfloat16", 8)
+    made_before.engine.warm_up()
+    captured = dict(made_before.engine._runner._graphs._captured)
+    assert told(answers(made_before)) == told(answers(made_as_wanted))
+    assert made_before.engine._runner._graphs._captured == captured
+
+
 def test_launches_never_wait_for_the_device(monkeypatch):
     mixtral = build("bfloat16", 8)
     requests = [mixtral.request(i, p, 20, temperature=0.5 * (i % 2)) for i, p in enumerate(PROMPTS)]

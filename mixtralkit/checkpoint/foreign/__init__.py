@@ -72,6 +72,7 @@ def in_our_terms(method: Method, known: Mapping[str, Stored], regions: Mapping[s
             modules.setdefault(module, {})[end] = region
         elif name.rpartition(".")[2] not in method.ignored:
             plain[name] = region
+    _check_numbers(known, plain)
     meant = _dtype_of_norms(known, plain)
     experts = [name for name in modules if _is_expert(known[f"{name}.weight"])]
     common = math.gcd(*(known[f"{name}.weight"].shape[-1] for name in experts))
@@ -120,6 +121,13 @@ def _dtype_of_norms(known: Mapping[str, Stored], regions: Mapping[str, Region]) 
 def _is_number(region: Region) -> bool:
     """Whether it is stored as it is, in floating point."""
     return type(region) is Region and region.dtype.is_floating_point and region.dtype.itemsize > 1
+
+
+def _check_numbers(known: Mapping[str, Stored], regions: Mapping[str, Region]) -> None:
+    """ValueError for tensors that are no layers and yet not in floating point: nothing says what they mean."""
+    for name, region in regions.items():
+        if name in known and not _is_number(region):
+            raise ValueError(f"{region.file}: {name}: found {name_of(region.dtype)}, wanted numbers of 16 bits or more")
 
 
 def _is_quantised(method: Method, tensors: Mapping[str, Region]) -> bool:

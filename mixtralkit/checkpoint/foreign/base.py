@@ -115,8 +115,8 @@ class Linear:
         return cls(weights if not why else PLAIN, parts if not why else (numbers,), numbers, why)
 
     @classmethod
-    def plain(cls, module: Module, stored: Region, make: Make, why: str) -> Linear:
-        numbers = Made.of(f"{module.name}.weight", module.shape, torch.float32, stored, make, module.meant)
+    def plain(cls, module: Module, stored: Region, make: Make, why: str, is_across: bool = False) -> Linear:
+        numbers = Made.of(f"{module.name}.weight", module.shape, torch.float32, stored, make, module.meant, is_across)
         return cls(PLAIN, (numbers,), numbers, why)
 
 
@@ -302,7 +302,8 @@ def int4_linear(
                 q_OK = nibbles(pairs(rows, (first, -(-columns[1] // 2) * 2)))[:, columns[0] - first :]
                 return (q_OK[:, : len(of_K)].float() - zero) * scales_of(rows, (0, groups))[:, of_K].float()
 
-            return Linear.plain(module, data, out_of_order, "its groups are not of neighbours (act-order)")
+            why = "its groups are not of neighbours (act-order)"
+            return Linear.plain(module, data, out_of_order, why, is_across=transposed)
     is_half = _is_half(scales)
     shape, stem = (outputs, whole // held), module.name
     dtype = torch.float16 if is_half else scales.dtype
