@@ -87,7 +87,7 @@ def choose_automatically(
 def _said(whole: Candidate, chosen: Candidate, budget: float) -> str:
     """What was chosen where the model as it is does not fit."""
     per_s = chosen.execution.step_tokens / chosen.step_s
-    why = f"plan auto: {whole.memory.total:.1f} GB as it is, and {budget:.1f} to use"
+    why = f"plan auto: {whole.memory.total:.3g} GB as it is, and {budget:.3g} to use"
     return f"{why}: {'; '.join(chosen.plan.notes())}; {per_s:.0f} tokens/s predicted"
 
 

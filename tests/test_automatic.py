@@ -102,7 +102,7 @@ def test_one_gpu_that_is_too_small_gets_fewer_bits_or_other_memory(monkeypatch, 
     said = capsys.readouterr().err
     assert len(layout.formats) > 1
     assert layout.plan.tier is None
-    assert said.startswith("plan auto: 93.9 GB as it is, and 30.0 to use: precision: ")
+    assert said.startswith("plan auto: 93.9 GB as it is, and 30 to use: precision: ")
     assert len(said.splitlines()) == 1
     layout = chosen(gpu_memory_gb=16.0, explain=True)
     said = capsys.readouterr().err

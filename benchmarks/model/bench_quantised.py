@@ -1,7 +1,7 @@
 """What fewer bits cost: bits a byte of text and answers right of the model in ckpts/, for every format of its experts.
 
     python -m benchmarks.model.bench_quantised --output benchmarks/results/quantised.json
-    python -m benchmarks.model.bench_quantised --formats int4:64 --plans bits.json --output …    # a plan's formats
+    python -m benchmarks.model.bench_quantised --plans bits.json --output …    # formats of a plan
 
 A line a format on stderr and in the file, as soon as it is known; attention, router, embedding and output stay in
 float32, so that nothing but the experts' format differs. ``experts`` is the size of all experts' tensors against
@@ -41,7 +41,7 @@ ALIASES = ("int4", "fp8")
 def bench_quantised(
     prompts: Path = Path("heldout"),
     model: Path = Path("ckpts"),
-    formats: tuple[str, ...] = ("none", *(name for name in FORMATS if name not in ALIASES)),
+    formats: tuple[str, ...] = (),
     plans: tuple[Path, ...] = (),
     every: Count = 1,
     max_batch_size: int = 16,
@@ -52,7 +52,7 @@ def bench_quantised(
     Args:
         prompts: a prompt set, or the name of one in configs/prompts.
         model: folder of a plain checkpoint.
-        formats: names of formats; none is the checkpoint's own numbers.
+        formats: names of formats; none is the checkpoint's own numbers. Left out, all, where no plans are given.
         plans: plans with a precision for each expert, scored after the formats.
         every: of the questions, each of that many is asked; texts are all scored.
         max_batch_size: sequences at a time.
@@ -65,6 +65,8 @@ def bench_quantised(
     records = [record for place, record in enumerate(whole) if record.is_text or place % every == 0]
     options = AnswerOptions()
     works = make_works(records, prompts, source[1], options)
+    if not (formats or plans):
+        formats = ("none", *(name for name in FORMATS if name not in ALIASES))
     for name in (*formats, *plans):
         plan = ExpertPlan.load(name) if isinstance(name, Path) else None
         name = name.stem if isinstance(name, Path) else name

@@ -22,6 +22,7 @@ class _Arrival:
     moves: list[Move]
     ticket: Ticket | None = None
     guessed_bytes: int = 0  # of all of it, where it is a guess
+    stays: bool = False  # whoever asks for it next
 
 
 class Arrivals:
@@ -49,8 +50,9 @@ class Arrivals:
     def __iter__(self) -> Iterator[Key]:
         return iter(tuple(self._of))
 
-    def of(self, layer: int) -> list[Key]:
-        return [key for key in self._of if key[0] == layer]
+    def in_vain(self, layer: int, needed: Collection[Key]) -> list[Key]:
+        """Of a layer, what was brought for rows that now ask for others."""
+        return [key for key, one in self._of.items() if key[0] == layer and key not in needed and not one.stays]
 
     def demand(self, ticket: Ticket) -> None:
         """Rows wait for copies on the bus; these end in order."""
@@ -77,6 +79,10 @@ class Arrivals:
         """Brings an expert in pieces, as ``pump`` finds the bus idle."""
         self._of[key] = _Arrival(in_pieces(moves, PIECE), guessed_bytes=sum(move.nbytes for move in moves))
 
+    def complete(self, key: Key, moves: list[Move]) -> None:
+        """Brings, as ``guess`` does, what is missing of an expert that stays."""
+        self._of[key] = _Arrival(in_pieces(moves, PIECE), stays=True)
+
     def _is_idle(self) -> bool:
         """Whether nothing that rows wait for is on the bus."""
         if self._demand is not None and self._demand.query():
@@ -85,9 +91,10 @@ class Arrivals:
 
     def done(self, layer: int) -> list[tuple[Key, Ticket]]:
         """Experts of a layer that have come; they are on their way no more."""
-        found = [key for key in self.of(layer) if not self._of[key].moves and self._of[key].ticket.query()]
-        self._came |= {key: self._of.pop(key) for key in found}
-        return [(key, self._came[key].ticket) for key in found]
+        own = [(key, one) for key, one in self._of.items() if key[0] == layer and not one.moves]
+        found = {key: self._of.pop(key) for key, one in own if one.ticket.query()}
+        self._came |= {key: one for key, one in found.items() if not one.stays}
+        return [(key, one.ticket) for key, one in found.items()]
 
     def pump(self) -> None:
         """Begins the next piece of what is guessed, once the last one is there."""

@@ -69,21 +69,34 @@ class PlaceCache:
         assert key not in self.place_of
         victim = None
         if not self._free:
-            others = [other for other in self.place_of if other not in keep]
-            if not in_turn:
-                others = self._over_share(key[0], others)
-            if not others:
-                return None
-            ahead = {other: (other[0] - layer) % self.layers for other in others}
-            if in_turn:
-                victim = min(others, key=lambda other: (-ahead[other], self.value(other), other))
-            else:
-                victim = min(others, key=lambda other: (self.value(other), -ahead[other], other))
-            if self.likelihood(victim) > most:
+            victim = self._victim(key, keep, layer, in_turn)
+            if victim is None or self.likelihood(victim) > most:
                 return None
             self._free.append(self.place_of.pop(victim))
         self.place_of[key] = self._free.pop()
         return self.place_of[key], victim
+
+    def exchange(self, key: Key, place: int, keep: Collection[Key]) -> tuple[int, Key | None] | None:
+        """An expert stays in a place that nobody has; the place given for it, and who had that, as ``take`` says.
+
+        None where all others are worth as much.
+        """
+        assert key not in self.place_of
+        victim = None
+        if not self._free:
+            victim = self._victim(key, keep, key[0])
+            if victim is None or self.value(victim) >= self.value(key):
+                return None
+            self._free.append(self.place_of.pop(victim))
+        self.place_of[key] = place
+        return self._free.pop(), victim
+
+    def _victim(self, key: Key, keep: Collection[Key], layer: int, in_turn: bool = False) -> Key | None:
+        others = [other for other in self.place_of if other not in keep]
+        if in_turn:
+            return min(others, key=lambda k: (-((k[0] - layer) % self.layers), self.value(k), k), default=None)
+        others = self._over_share(key[0], others)
+        return min(others, key=lambda k: (self.value(k), -((k[0] - layer) % self.layers), k), default=None)
 
     def _over_share(self, layer: int, others: list[Key]) -> list[Key]:
         """Of experts that may go, those that go first when one of a layer comes."""

@@ -90,18 +90,27 @@ class Geometry:
         ``first`` is a multiple of the format's unit and height. With another than 0 the part of w13 in front is not
         touched, and what scales w2 comes whole.
         """
+        return self._moves(place, other, slot, (first, self.hidden) if first else None)
+
+    def rest(self, place: int, other: Geometry, slot: int, first: int) -> list[Move]:
+        """What ``moves`` has left out."""
+        return self._moves(place, other, slot, (0, first))
+
+    def _moves(self, place: int, other: Geometry, slot: int, columns: tuple[int, int] | None) -> list[Move]:
         found, parts = [], self.weights.parts
         for i, (mine, theirs) in enumerate(zip(self._of, other._of, strict=True)):
             target, source = (base + number * pitch for (base, pitch, *_), number in ((mine, place), (theirs, slot)))
             (rows, row), part = mine[2:], parts[i % len(parts)]
-            if first and i < len(parts) and part.rows is not None:
-                start = part.cut_rows((first, self.hidden))[0] * row
+            if columns is not None and i < len(parts) and part.rows is not None:
+                start, end = (n * row for n in part.cut_rows(columns))
                 half = rows // 2 * row
-                found.append(Move(target + start, source + start, half - start, 2, half, half))
-            elif first and i == len(parts):
-                start = part.cut_columns((first, first))[0] * row // part.cut_columns((0, self._whole))[1]
-                found.append(Move(target + start, source + start, row - start, rows, row, row))
-            else:
+                found.append(Move(target + start, source + start, end - start, 2, half, half))
+            elif columns is not None and i == len(parts):
+                whole = part.cut_columns((0, self._whole))[1]
+                start, end = (row * n // whole for n in part.cut_columns(columns))
+                end = row if columns[1] == self.hidden else end
+                found.append(Move(target + start, source + start, end - start, rows, row, row))
+            elif columns is None or columns[0] > 0:
                 found.append(Move(target, source, rows * row))
         return found
 

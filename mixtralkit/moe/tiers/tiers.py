@@ -108,9 +108,10 @@ class Tiers:
         self.cache = PlaceCache(setup.places - spare, config.n_layers, setup.options.expert_cache)
         self._spare = list(range(setup.places - spare, setup.places))
         self._silent = dict.fromkeys(self._spare, 0)
-        self._parts: dict[tuple[int, Key, int], list[Move]] = {}  # copies of experts' last columns to spare places
         self.expert_bytes = sum(part[0].nbytes for part in self.pool)
         self._arriving = Arrivals(self._copy)
+        self._split: list[tuple[Key, int, int]] = []  # expert, spare place and first column that is there
+        self._staying: list[tuple[Key, list[Move]]] = []  # what brings their first columns once these rows are done
         self._sure, self._was_sure = False, False
         self._in_use: frozenset[Key] = frozenset()
         self.places_LS, self.here_LS = (
@@ -184,9 +185,10 @@ class Tiers:
         needed = {(layer, slot): int(rows_S[slot]) for slot in np.flatnonzero(rows_S).tolist()}
         self._in_use = frozenset(needed)
         self.cache.use(needed)
-        for key in self._arriving.of(layer):
-            if key not in needed:
-                self._give_up(key)  # it was expected in vain
+        while self._staying:
+            self._arriving.complete(*self._staying.pop())
+        for key in self._arriving.in_vain(layer, needed):
+            self._give_up(key)
         expected = [key for key in needed if key in self._arriving]
         missing = {key: rows for key, rows in needed.items() if key not in self.cache.place_of}
         here = [key for key in needed if key in self.cache.place_of and key not in self._arriving]
@@ -200,8 +202,8 @@ class Tiers:
             self.note(key)
         split, first = self._to_split(missing, sum(needed.values()))
         if split:
-            for key, place in zip(split, self._spare, strict=False):
-                tickets.append(self._fetch_part(key, place, first))
+            self._split = [(key, place, first) for key, place in zip(split, self._spare, strict=False)]
+            tickets += [self._fetch_part(*one) for one in self._split]
             return _answer(here, [*expected, *split], tickets, split, first)
         on_cpu, fetched = self.costs.deal(missing, self.setup.options.misses)
         tickets += [self._fetch(key) for key in fetched]
@@ -238,9 +240,7 @@ class Tiers:
             self._silent[place] = first
         self.counts.splits += 1
         self._told[key] = place
-        if (place, key, first) not in self._parts:
-            self._parts[place, key, first] = self._places.moves(place, self._sources[key[0]], key[1], first)
-        return self._copy(self._parts[place, key, first], True)
+        return self._copy(self._places.moves(place, self._sources[key[0]], key[1], first), True)
 
     def bring(self, key: Key, place: int) -> Ticket:
         """Begins to copy an expert to a place; neither table nor counters hear of it."""
@@ -288,8 +288,11 @@ class Tiers:
             rows_S: how many rows named each of this layer's slots.
             guessed: experts that the next layer's router would choose.
         """
+        split, self._split = self._split, []
         if not self.setup.options.expert_prefetch:
             return
+        for one in split:
+            self._keep(*one)
         if len(rows_S) and rows_S.sum() >= SURE_ROWS * len(rows_S) and rows_S.all():
             self._sure = True
             at = self.layers.index(layer)
@@ -301,6 +304,17 @@ class Tiers:
             own = self.layout.experts(following)
             self._bring_guessed([(following, own.index(e)) for e in dict.fromkeys(guessed.tolist()) if e in own])
         self.pump()
+
+    def _keep(self, key: Key, place: int, first: int) -> None:
+        """A split expert stays where its last columns are, and the place of one that is worth less is spare instead."""
+        found = self.cache.exchange(key, place, {*self._in_use, *self._arriving, *(key for key, _ in self._staying)})
+        if found is None:
+            return
+        self._forget(found[1])
+        self._spare[self._spare.index(place)] = found[0]
+        del self._silent[place]
+        self._silent[found[0]] = 0
+        self._staying.append((key, self._places.rest(place, self._sources[key[0]], key[1], first)))
 
     def _bring_all(self, layer: int, following: int, distance: int) -> None:
         """Experts of a layer so far ahead, all of which are sure to be wanted."""
