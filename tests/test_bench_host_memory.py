@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.host_memory import bench_host_memory as bench
+from benchmarks.host_memory import plot_host_memory as plot
 from tests.configs import small_config
 
 
@@ -56,3 +57,15 @@ def test_a_trace_must_fit(tmp_path: Path) -> None:
     np.save(tmp_path / "wrong.npy", np.zeros((5, 2, 2), np.int8))
     with pytest.raises(ValueError, match=r"trace .*: shape \(5, 2, 2\) must be \[tokens, 3, 2\]"):
         bench.read_routing(tmp_path / "wrong.npy", small_config())
+
+
+def test_the_picture_is_drawn_of_committed_and_of_written_lines(tmp_path: Path, capsys) -> None:
+    committed = Path(__file__).parent.parent / "benchmarks/results/host-memory-h200.json"
+    written = tmp_path / "lines.json"
+    written.write_text("\n".join(json.dumps(line) for line in plot.read_lines(committed)))
+    for path in (committed, written):
+        plot.plot_host_memory(path, tmp_path / "a" / "picture.png")
+        assert (tmp_path / "a" / "picture.png").read_bytes()[1:4] == b"PNG"
+    table = capsys.readouterr().out.splitlines()
+    assert table[: len(table) // 2] == table[len(table) // 2 :]
+    assert "| 53.3 | 18.8 | 8.5 | 2.21 | 84.1% | 10.2 |" in table[2]

@@ -6,7 +6,10 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from mixtralkit.planning.precision import ErrorTable
 
 ROOT = Path(__file__).resolve().parent.parent
 Table = dict[str, list[str]]  # first cell → the others, without what stands in the head
@@ -151,6 +154,50 @@ def test_experts_in_fewer_bits():
     assert found["bfloat16 ([performance](performance.md))"] == plain
 
 
+def test_what_experts_lose():
+    report = ErrorTable.load_from(ROOT / "benchmarks/results/quantise-report.json")
+    found = table("docs/quantised.md", "| format | bits | median error")
+    assert len(found) == 7
+    for row, cells in found.items():
+        number = report.formats.index(row.strip("`"))
+        error_LE = report.error[:, :, number]
+        wanted = (np.median(error_LE), error_LE.max())
+        assert cells[1:3] == [f"{value:.3f}" for value in wanted], row
+        assert cells[3] == f"{report.harm[:, :, number].sum():.4f}", row
+    page = (ROOT / "docs/quantised.md").read_text(encoding="utf-8")
+    harm_LE = report.harm[:, :, report.formats.index("int4:64")]
+    assert f"expert 6 of that layer does most harm, {harm_LE[0, 6] / harm_LE.sum():.1%} of all" in page
+    assert harm_LE.argmax() == 6
+
+
+def test_formats_side_by_side():
+    lines = {
+        line["format"]: line
+        for line in json.loads((ROOT / "benchmarks/results/quantised-bits.json").read_text())["formats"]
+    }
+    plain = {
+        line["format"]: line for line in json.loads((ROOT / "benchmarks/results/quantised.json").read_text())["formats"]
+    }
+    for row, cells in table("docs/quantised.md", "| bits a weight | one format").items():
+        assert float(row) == plain[cells[0].strip("`")]["bits"]
+        size = row.replace(".", "").ljust(4, "0")
+        found = [plain[cells[0].strip("`")], lines[f"bits-{size}"], lines.get(f"zeros-{size}")]
+        assert cells[1:] == ["" if one is None else f"{one['bits_per_byte']['value']:.4f}" for one in found]
+        assert all(one is None or one["bits"] <= float(row) + 0.001 for one in found)
+
+
+def test_tiers_by_the_simulator():
+    budgets = json.loads((ROOT / "benchmarks/results/tiers-simulated.json").read_text())["budgets"]
+    rules = ("static", "lru", "lru/layer", "frequency", "prefetch", "belady")
+    for row, cells in table("docs/host-memory.md", "| GB | experts there, of 256").items():
+        of = budgets[row]
+        assert cells[0] == str(of["residents"])
+        assert cells[1:] == [
+            f"{of[rule]['hit_rate']:.0%}, {of[rule]['tokens_per_s']:.0f} / {1 / of[rule]['split_step_s']:.0f}"
+            for rule in rules
+        ]
+
+
 def test_serving():
     lines = {line["measurement"]: line for line in runs("serving-h200")}
     rows = table("docs/serving.md", "| output tokens a second |")
@@ -160,3 +207,34 @@ def test_serving():
     page, mixed = (ROOT / "docs/serving.md").read_text(encoding="utf-8"), lines["mixed"]
     for ms in (mixed["decode_ms"], mixed["chunk_ms"], mixed["both_ms"]):
         assert f"{ms:.1f} ms" in page
+
+
+def test_host_memory():
+    lines = runs("host-memory-h200")
+    rates = next(line for line in lines if line["measured"] == "rates")
+    single = [line for line in lines if line["measured"] == "decode" and line["batch"] == 1]
+    assert table("docs/host-memory.md", "| GB, choices |") == {
+        f"{line['budget_gb']:g}, {line['routing']}": [
+            str(line["places"]), f"{1e3 / line['step_ms']:.1f}", f"{line['step_ms']:.1f}", f"{line['bound_ms']:.1f}",
+            f"{line['of_bound']:.2f}", f"{line['hit_rate']:.1%}", f"{line['misses']:.1f}",
+        ]
+        for line in single
+    }  # fmt: skip
+    page = " ".join((ROOT / "docs/host-memory.md").read_text(encoding="utf-8").split())
+    batch = next(line for line in lines if line["measured"] == "decode" and line["batch"] == 8)
+    prompt = next(line for line in lines if line["measured"] == "prompt")
+    for sentence in (
+        f"commit {next(line for line in lines if line['measured'] == 'machine')['commit']}",
+        f"pinned copies ({rates['bus_gb_s']} GB/s)",
+        f"for one row ({rates['cpu_gb_s']['1']} GB/s)",
+        f"took {batch['step_ms']:.0f} ms a step, bound {batch['bound_ms']:.0f}:",
+        f"{batch['fetches']:.0f} experts were fetched for {batch['misses']:.0f} misses",
+        f"A prompt of {prompt['tokens']:,} tokens took {prompt['ms']:.0f} ms, of which its {prompt['fetches']} fetches "
+        f"need {prompt['bus_ms']:.0f} on the bus",
+    ):
+        assert sentence in page, sentence
+    rules = table("docs/host-memory.md", "| GB, sequences |")
+    for line in runs("host-memory-rules"):
+        wanted = [f"{one['hit_rate']:.1%}" for one in line["rules"].values()]
+        assert rules.pop(f"{line['budget_gb']}, {line['batch']}") == wanted
+    assert not rules

@@ -325,7 +325,7 @@ BOMBS = {
     "layers": (params(n_layers=10**5), r"n_layers \(100000\) must be at most"),
     "experts": (params(moe={"num_experts": 10**9, "num_experts_per_tok": 2}), r"num_experts \(1000000000\)"),
     "both": (params(n_layers=1000, moe={"num_experts": 30_000, "num_experts_per_tok": 2}), "times num_experts"),
-    "digits": (params(dim=10**400), "dim .a whole number of 400 digits|dim .*must be at most"),
+    "digits": (params(dim=10**400), "dim .a whole number of 401 digits|dim .*must be at most"),
     "under moe": (params(moe={"num_experts": 4, "num_experts_per_tok": 10**400, "x": 1}), "num_experts_per_tok"),
     "infinite base": (params(rope_theta=float("inf")), "not finite"),
     "shards": (many_shards, "lacks model-00002-of-9999999999"),
@@ -376,6 +376,13 @@ def test_an_archive_that_unpacks_to_far_more(tmp_path):
         file.write(bytes(50 << 20))
     with pytest.raises(ValueError, match=r"t\.npz: unpacks to far more than it holds|is not a whole"):
         RoutingTrace.load(tmp_path / "t.npz")
+
+
+def test_arrays_of_elements_without_bytes(tmp_path):
+    """A file of 128 bytes said that it had 2·10¹⁰ of them, and each was looked at."""
+    header = b"{'descr': '|S0', 'fortran_order': False, 'shape': (10000000000, 2), }".ljust(117) + b"\n"
+    (tmp_path / "t.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+    holds(lambda: RoutingTrace.load(tmp_path / "t.npy"))
 
 
 @pytest.mark.parametrize("read", [load_plan, RoutingTrace.load, load_routing])

@@ -167,9 +167,8 @@ class Transformer(nn.Module):
                 ours = ours and takes_packed(weights, self.params.dim, hidden[1] - hidden[0])
         trains = any(p.requires_grad for p in self.parameters())
         ours = ours and (self.store.tiers is None or (decode and self.decodes_in_pieces))
-        if not decode:  # rows that move between ranks differ from step to step
-            moves = self.layout.parallel.attention == "coherent" and self.context.world_size > 1
-            ours = ours and not moves and only_the_device(self.dtype, self.params.head_dim)
+        if not decode:
+            ours = ours and self.context.world_size == 1 and only_the_device(self.dtype, self.params.head_dim)
         return ours and not trains and self.dispatchers.name(True, decode) in IN_GRAPHS
 
     @property

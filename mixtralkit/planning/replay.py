@@ -14,6 +14,7 @@ from mixtralkit.planning.plan import ExpertPlan
 from mixtralkit.planning.replicas import SMALL_BATCH_CHOICES, ReplicaTable
 from mixtralkit.planning.trace import RoutingTrace
 
+MOST_CHUNKS = 1024
 PHASES = ("attention", "gate", "dispatch", "experts", "combine")
 
 
@@ -50,6 +51,8 @@ class Execution:
             value, may_be_none = getattr(self, name), name in optional
             if not (may_be_none and value is None) and (not isinstance(value, int) or value < least):
                 raise ValueError(f"{name} ({value!r}) must be a whole number of at least {least}")
+        if self.chunks > MOST_CHUNKS:
+            raise ValueError(f"chunks ({self.chunks}) must be at most {MOST_CHUNKS}")
         if self.chunks > 1 and not DISPATCH_COSTS[self.dispatcher].overlaps:
             able = ", ".join(name for name, cost in DISPATCH_COSTS.items() if cost.overlaps)
             raise ValueError(f"chunks ({self.chunks}) must be 1 with dispatcher {self.dispatcher}: only {able} overlap")
