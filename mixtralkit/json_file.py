@@ -5,12 +5,13 @@ What is wrong is one sentence that names the file, the key, what stands there an
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import re
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -76,13 +77,20 @@ def parse_json(text: str | bytes) -> Any:
 
 def load_json(path: str | Path, parse: Callable[[Any], T]) -> T:
     """``parse`` of the file's content; ValueError with the path for an unreadable file, bad JSON or a bad value."""
-    text = read_text(path)
+    with naming(path):
+        return parse(parse_json(read_text(path)))
+
+
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Errors in a file's content are ValueErrors that begin with its path, once."""
     try:
-        return parse(parse_json(text))
+        yield
     except RecursionError:
         raise ValueError(f"{path}: is nested too deep") from None
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        said = str(error)
+        raise ValueError(said if said.startswith(f"{path}: ") else f"{path}: {said}") from None
 
 
 def read_object(path: str | Path) -> dict[str, Any]:
@@ -120,7 +128,7 @@ def check_finite(content: Any, name: str = "it") -> None:
 def shown(value: Any, most: int = 60) -> str:
     """A value as errors show it, cut to ``most`` characters."""
     if isinstance(value, int) and abs(value) >= 10**40:
-        return f"{'-' * (value < 0)}a whole number of {round(math.log10(abs(value)))} digits"
+        return f"{'-' * (value < 0)}a whole number of {int(math.log10(abs(value))) + 1} digits"
     if isinstance(value, Mapping | list | tuple) and len(value) > 8:
         return f"{'an object' if isinstance(value, Mapping) else 'a list'} of {len(value)}"
     text = repr(value)

@@ -21,6 +21,8 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
             _check_claims(file, size)
             content = np.load(file, allow_pickle=False)
             arrays = {"": content} if isinstance(content, np.ndarray) else {name: content[name] for name in content}
+        if any(array.size and not array.dtype.itemsize for array in arrays.values()):
+            raise ValueError  # elements of no bytes: any number of them fits any file
     except OSError as error:
         raise ValueError(f"cannot be read ({error.strerror or error})") from None
     except Exception:  # what a damaged archive or header raises differs from one to the next

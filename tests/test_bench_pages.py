@@ -6,7 +6,10 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from mixtralkit.planning.precision import ErrorTable
 
 ROOT = Path(__file__).resolve().parent.parent
 Table = dict[str, list[str]]  # first cell → the others, without what stands in the head
@@ -149,6 +152,50 @@ def test_experts_in_fewer_bits():
         assert [cell for cell in found[row] if cell] == wanted, row
     plain = [rate(line) for line in runs("model-h200") if line["measurement"] in ("decode", "prefill")]
     assert found["bfloat16 ([performance](performance.md))"] == plain
+
+
+def test_what_experts_lose():
+    report = ErrorTable.load_from(ROOT / "benchmarks/results/quantise-report.json")
+    found = table("docs/quantised.md", "| format | bits | median error")
+    assert len(found) == 7
+    for row, cells in found.items():
+        number = report.formats.index(row.strip("`"))
+        error_LE = report.error[:, :, number]
+        wanted = (np.median(error_LE), error_LE.max())
+        assert cells[1:3] == [f"{value:.3f}" for value in wanted], row
+        assert cells[3] == f"{report.harm[:, :, number].sum():.4f}", row
+    page = (ROOT / "docs/quantised.md").read_text(encoding="utf-8")
+    harm_LE = report.harm[:, :, report.formats.index("int4:64")]
+    assert f"expert 6 of that layer does most harm, {harm_LE[0, 6] / harm_LE.sum():.1%} of all" in page
+    assert harm_LE.argmax() == 6
+
+
+def test_formats_side_by_side():
+    lines = {
+        line["format"]: line
+        for line in json.loads((ROOT / "benchmarks/results/quantised-bits.json").read_text())["formats"]
+    }
+    plain = {
+        line["format"]: line for line in json.loads((ROOT / "benchmarks/results/quantised.json").read_text())["formats"]
+    }
+    for row, cells in table("docs/quantised.md", "| bits a weight | one format").items():
+        assert float(row) == plain[cells[0].strip("`")]["bits"]
+        size = row.replace(".", "").ljust(4, "0")
+        found = [plain[cells[0].strip("`")], lines[f"bits-{size}"], lines.get(f"zeros-{size}")]
+        assert cells[1:] == ["" if one is None else f"{one['bits_per_byte']['value']:.4f}" for one in found]
+        assert all(one is None or one["bits"] <= float(row) + 0.001 for one in found)
+
+
+def test_tiers_by_the_simulator():
+    budgets = json.loads((ROOT / "benchmarks/results/tiers-simulated.json").read_text())["budgets"]
+    rules = ("static", "lru", "lru/layer", "frequency", "prefetch", "belady")
+    for row, cells in table("docs/host-memory.md", "| GB | experts there, of 256").items():
+        of = budgets[row]
+        assert cells[0] == str(of["residents"])
+        assert cells[1:] == [
+            f"{of[rule]['hit_rate']:.0%}, {of[rule]['tokens_per_s']:.0f} / {1 / of[rule]['split_step_s']:.0f}"
+            for rule in rules
+        ]
 
 
 def test_serving():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -134,6 +135,30 @@ def test_errors_become_one_line():
     )
 
 
+def continued(prompts: Path, output: Path | None = None, plot: Path | None = None) -> None:
+    """Writes what it is told to."""
+    CALLS.append((prompts, output, plot))
+
+
+def test_what_is_written_is_never_what_is_read(tmp_path):
+    """``--output PROMPTS --overwrite`` emptied the prompts."""
+    tool, prompts, link = Tool(continued, None, {}, "tool"), tmp_path / "prompts.txt", tmp_path / "link.txt"
+    prompts.write_text("mine")
+    link.symlink_to(prompts)
+    for output in (prompts, link, tmp_path / "." / "prompts.txt"):
+        with pytest.raises(ValueError, match=rf"^output \({output}\) must be another file than prompts$"):
+            tool.call([str(prompts), "--output", str(output)])
+    with pytest.raises(ValueError, match="must be another file than plot"):
+        tool.call([str(prompts), "--output", "new", "--plot", "new"])
+    CALLS.clear()
+    tool.call([str(prompts), "--output", str(tmp_path), "--plot", "new"])()
+    assert [(prompts, tmp_path, Path("new"))] == CALLS
+
+
+def test_a_sentence_of_any_length_is_cut():
+    assert describe(ValueError("x" * 10**6)) == "x" * 3000 + "…"
+
+
 SCRIPT = """
 import sys
 from mixtralkit.cli.run import run_tool
@@ -190,7 +215,7 @@ def test_help_needs_no_torch():
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", program, "--help"], env=environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "prepare-text  Writes OUTPUT/train" in done.stdout
+    assert re.search("prepare-text +Writes OUTPUT/train", done.stdout)
 
 
 @dataclass(frozen=True)

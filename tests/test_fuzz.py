@@ -12,6 +12,7 @@ import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from mixtralkit.planning.formats import load_plan, save_plan
 from mixtralkit.planning.hardware import Hardware
 from mixtralkit.planning.plan import contiguous
 from mixtralkit.planning.popularity import PathPopularity
+from mixtralkit.planning.precision import ErrorTable
 from mixtralkit.planning.replay import Execution
 from mixtralkit.planning.simulate import simulate
 from mixtralkit.planning.trace import RoutingTrace, load_routing
@@ -116,6 +118,13 @@ def tokenizer(folder: Path) -> None:
 def plans(folder: Path) -> None:
     for name in ("plan", "sglang", "vllm-ascend", "tensorrt"):
         save_plan(contiguous(2, 4, 2), folder / f"{name}.{'yaml' if name == 'tensorrt' else 'json'}", name)
+    words = {"precision": [["int8", None, "plain", "int4"]] * 2, "tier": [["gpu", "host", None, "host"]] * 2}
+    replace(contiguous(2, 4, 2), **words).save(folder / "formats.json")
+
+
+def errors(folder: Path) -> None:
+    load, error = np.full((2, 3), 0.5), np.full((2, 3, 2), 0.1)
+    ErrorTable.of_weights(("int8", "int4:32"), (8, 4.5), error, load, load, model="m").save(folder / "errors.json")
 
 
 def traces(folder: Path) -> None:
@@ -178,6 +187,10 @@ def read_plans(folder: Path, path: Path) -> None:
     load_plan(path, num_experts=4, world_size=2)
 
 
+def read_errors(folder: Path, path: Path) -> None:
+    ErrorTable.load_from(path)
+
+
 def read_traces(folder: Path, path: Path) -> None:
     load_routing(folder / "part.npz" if path.suffix == ".part" else path, 4)
 
@@ -194,6 +207,7 @@ KINDS: dict[Callable[[Path], None], Callable[[Path, Path], Any]] = {
     checkpoint_gguf: read_gguf,
     tokenizer: lambda folder, _: Tokenizer.beside(folder, vocab_size=448).encode("a <|im_end|>"),
     plans: read_plans,
+    errors: read_errors,
     traces: read_traces,
     sets: read_sets,
     machines: read_machines,
@@ -325,7 +339,7 @@ BOMBS = {
     "layers": (params(n_layers=10**5), r"n_layers \(100000\) must be at most"),
     "experts": (params(moe={"num_experts": 10**9, "num_experts_per_tok": 2}), r"num_experts \(1000000000\)"),
     "both": (params(n_layers=1000, moe={"num_experts": 30_000, "num_experts_per_tok": 2}), "times num_experts"),
-    "digits": (params(dim=10**400), "dim .a whole number of 400 digits|dim .*must be at most"),
+    "digits": (params(dim=10**400), "dim .a whole number of 401 digits|dim .*must be at most"),
     "under moe": (params(moe={"num_experts": 4, "num_experts_per_tok": 10**400, "x": 1}), "num_experts_per_tok"),
     "infinite base": (params(rope_theta=float("inf")), "not finite"),
     "shards": (many_shards, "lacks model-00002-of-9999999999"),
@@ -376,6 +390,13 @@ def test_an_archive_that_unpacks_to_far_more(tmp_path):
         file.write(bytes(50 << 20))
     with pytest.raises(ValueError, match=r"t\.npz: unpacks to far more than it holds|is not a whole"):
         RoutingTrace.load(tmp_path / "t.npz")
+
+
+def test_arrays_of_elements_without_bytes(tmp_path):
+    """A file of 128 bytes said that it had 2·10¹⁰ of them, and each was looked at."""
+    header = b"{'descr': '|S0', 'fortran_order': False, 'shape': (10000000000, 2), }".ljust(117) + b"\n"
+    (tmp_path / "t.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+    holds(lambda: RoutingTrace.load(tmp_path / "t.npy"))
 
 
 @pytest.mark.parametrize("read", [load_plan, RoutingTrace.load, load_routing])

@@ -13,6 +13,7 @@ from mixtralkit.config.ranks import rank_of
 
 # Ranks other than 0 leave the first word to rank 0 this long (seconds); torchrun ends them as soon as it has spoken.
 _DEFERENCE_S = 3.0
+_LONGEST = 3000  # characters of an error; some tool's may hold a whole file
 _LOST_PEER = re.compile(
     r"Connection closed by peer|Connection reset by peer|Broken pipe|remote process exited|NCCL.*(?:abort|remote)", re.I
 )
@@ -28,7 +29,7 @@ def describe(error: BaseException) -> str:
         return f"{where}{error.strerror}"
     if isinstance(error, RuntimeError) and _LOST_PEER.search(text):
         return "another rank ended (killed or crashed), so this one stops too; its own message says why, if it had time"
-    return text or type(error).__name__
+    return text[:_LONGEST] + "…" * (len(text) > _LONGEST) or type(error).__name__
 
 
 def end(sentence: str, code: int) -> typing.NoReturn:

@@ -24,6 +24,7 @@ from mixtralkit.cli.words import UsageError
 from mixtralkit.config.options import REQUIRED, groups_of, options_of
 
 Command = Callable[..., None]
+_OUTPUTS = ("output", "target", "plot", "record_routing")
 
 
 def command(function: Command) -> Command:
@@ -120,6 +121,21 @@ class _Chosen:
         return []
 
 
+def _check_outputs(paths: Mapping[str, Any]) -> None:
+    """ValueError where a file to write is one to read, also by a link, or two to write are one."""
+    for name in filter(paths.get, _OUTPUTS):
+        for other, path in paths.items():
+            if other != name and isinstance(path, Path) and _is_same(paths[name], path, other in _OUTPUTS):
+                raise ValueError(f"{name} ({paths[name]}) must be another file than {other}")
+
+
+def _is_same(one: Path, other: Path, both_are_written: bool) -> bool:
+    with contextlib.suppress(OSError, ValueError):  # a null byte in the name
+        if one.exists() and other.exists():
+            return one.is_file() and one.samefile(other)
+    return both_are_written and one == other
+
+
 class Tool:
     """The commands of one program, as a component of fire whose members they are."""
 
@@ -140,8 +156,10 @@ class Tool:
         options = options_of(function)
         required = [option.name for option in options if option.default is REQUIRED]
 
-        def component(*values: str, **given: str) -> _Chosen:
-            return _Chosen(functools.partial(function, **dict(zip(required, values, strict=True)), **given))
+        def component(*values: Any, **given: Any) -> _Chosen:
+            given.update(zip(required, values, strict=True))
+            _check_outputs({o.name: given.get(o.name, o.default) for o in options if o.kind is Path})
+            return _Chosen(functools.partial(function, **given))
 
         keyword = inspect.Parameter.KEYWORD_ONLY
         component.__signature__ = inspect.Signature(

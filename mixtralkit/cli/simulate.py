@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
 from mixtralkit.cli.run import command
 from mixtralkit.config import ModelConfig, shipped
 from mixtralkit.config.engine import Quantize
-from mixtralkit.config.options import Count, Natural, Positive, Ranks, Share
+from mixtralkit.config.options import Count, Natural, Positive, Ranks, Rule, Share
 from mixtralkit.moe.weights import parse_weights
 from mixtralkit.planning import simulate as simulator
 from mixtralkit.planning.cost import ModelShape, TimeModel
@@ -28,6 +29,7 @@ from mixtralkit.planning.tiers import RULES, simulate_tiers
 from mixtralkit.planning.trace import RoutingTrace
 from mixtralkit.whole_file import check_free
 
+DataBytes = Annotated[int, Rule("in 1 … 16", lambda value: 1 <= value <= 16)]
 _RANKS_SHOWN = 32  # one by one; of more ranks only the least, the median and the most
 
 
@@ -45,7 +47,7 @@ def simulate(
     hardware: Path = Path("h200"),
     model: Path = Path("mixtral-8x7b"),
     num_experts: Count | None = None,
-    data_bytes: Count | None = None,
+    data_bytes: DataBytes | None = None,
     quantize: Quantize | None = None,
     gpu_memory_gb: Positive | None = None,
     max_seq_len: Count = 2048,

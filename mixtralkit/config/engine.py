@@ -14,6 +14,7 @@ from mixtralkit.config.options import (
     Options,
     Positive,
     Rule,
+    Seed,
     Share,
     Variable,
 )  # fmt: skip
@@ -246,7 +247,7 @@ class LimitOptions(Options):
     prefill_budget: Count = 8192
     mixed_budget: Count = 768
     cuda_graphs: bool = True
-    seed: Natural = 1
+    seed: Seed = 1
     dtype: Dtype | None = None
     quantize: Quantize | None = None
     device: str | None = None

@@ -38,6 +38,15 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return getattr(torch, DTYPES[name])
 
 
+def check_experts(layers: int, experts: int) -> None:
+    """ValueError for more of them than a model may have; what tables of layers and experts have is bounded alike."""
+    for name, value in (("n_layers", layers), ("num_experts", experts)):
+        if value > MOST[name]:
+            raise ValueError(f"{name} ({shown(value)}) must be at most {MOST[name]:,}")
+    if layers * experts > MOST_EXPERTS:
+        raise ValueError(f"n_layers ({layers}) times num_experts ({experts}) must be at most {MOST_EXPERTS:,}")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Architecture of a Mixtral, in Mistral's ``params.json`` vocabulary.
@@ -75,10 +84,7 @@ class ModelConfig:
                 raise ValueError(f"{f.name} ({shown(value)}) must be a whole number of at least 1")
             elif value > MOST.get(f.name, MOST_OTHERWISE):
                 raise ValueError(f"{f.name} ({shown(value)}) must be at most {MOST.get(f.name, MOST_OTHERWISE):,}")
-        if self.n_layers * self.num_experts > MOST_EXPERTS:
-            raise ValueError(
-                f"n_layers ({self.n_layers}) times num_experts ({self.num_experts}) must be at most {MOST_EXPERTS:,}"
-            )
+        check_experts(self.n_layers, self.num_experts)
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads ({self.n_heads}) must be a multiple of n_kv_heads ({self.n_kv_heads})")
         if self.head_dim % 2:

@@ -29,19 +29,26 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
+from mixtralkit.json_file import shown
+
 T = TypeVar("T", bound="Options")
 REQUIRED = dataclasses.MISSING
 
 _NUMBERS = {int: "a whole number", float: "a number"}
+_MOST = {int: 10**12, float: 1e18}  # of any number, so that products of several stay what 64 bits hold
 _BOOLS = {"true": True, "1": True, "on": True, "yes": True, "false": False, "0": False, "off": False, "no": False}
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What holds of a value beyond its type; ``text`` ends the sentence "NAME (VALUE) must be …"."""
+    """What holds of a value beyond its type; ``text`` ends the sentence "NAME (VALUE) must be …".
+
+    ``most`` is the largest number, where it is not the one that holds of all options.
+    """
 
     text: str
     holds: Callable[[Any], bool]
+    most: float | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,7 @@ class Called:
 
 Count = Annotated[int, Rule("of at least 1", lambda value: value >= 1)]
 Natural = Annotated[int, Rule("of at least 0", lambda value: value >= 0)]
+Seed = Annotated[int, Rule("of at least 0", lambda value: value >= 0, most=2**64 - 1)]
 Ranks = Annotated[int, Rule("in 1 … 1024", lambda value: 1 <= value <= 1024)]
 Positive = Annotated[float, Rule("above 0", lambda value: value > 0)]
 NotNegative = Annotated[float, Rule("of at least 0", lambda value: value >= 0)]
@@ -102,7 +110,7 @@ class Option:
             return value
         if self.several:
             if isinstance(value, str) or not hasattr(value, "__iter__"):
-                raise ValueError(f"{self.name} ({value!r}) must be several values")
+                raise ValueError(f"{self.name} ({shown(value)}) must be several values")
             return tuple(map(self.item.check, value))
         if self.kind is Path:
             return Path(value) if isinstance(value, str) else value
@@ -113,7 +121,10 @@ class Option:
         else:
             fits = bool(self.rules) or isinstance(value, self.kind)
         if not fits or (self.choices and value not in self.choices) or not all(r.holds(value) for r in self.rules):
-            raise ValueError(f"{self.name} ({value!r}) must be {self.rule}")
+            raise ValueError(f"{self.name} ({shown(value)}) must be {self.rule}")
+        most = next((rule.most for rule in self.rules if rule.most is not None), _MOST.get(self.kind, math.inf))
+        if self.kind in _MOST and not -most <= value <= most:
+            raise ValueError(f"{self.name} ({shown(value)}) must lie in {-most:g} … {most:g}")
         return value
 
     def parse(self, text: str) -> Any:

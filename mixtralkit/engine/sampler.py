@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from mixtralkit.config.options import Natural, NotNegative, Options, Positive, Rule
+from mixtralkit.config.options import Natural, NotNegative, Options, Positive, Rule, Seed
 from mixtralkit.distributed import RankContext
 from mixtralkit.ops.sampling import Rules, adjust_logits, best_token, merge_best
 
@@ -52,7 +52,7 @@ class SamplingOptions(Options):
     top_p: Annotated[float, Rule("in (0, 1]", lambda value: 0 < value <= 1)] = 0.9
     top_k: Natural = 0
     min_p: Annotated[float, Rule("in [0, 1)", lambda value: 0 <= value < 1)] = 0.0
-    seed: Natural = 1
+    seed: Seed = 1
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
     repetition_penalty: Positive = 1.0

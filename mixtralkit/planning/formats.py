@@ -16,7 +16,6 @@ format          content
 from __future__ import annotations
 
 import csv
-import io
 import json
 import warnings
 from collections.abc import Callable, Mapping
@@ -25,8 +24,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mixtralkit.json_file import check_finite, parse_json, read_bytes, shown
+from mixtralkit.json_file import check_finite, naming, parse_json, read_bytes, shown
 from mixtralkit.planning.plan import ExpertPlan
+from mixtralkit.planning.torch_file import parse_torch
 from mixtralkit.whole_file import writing
 
 MOST_BYTES, MOST_YAML_BYTES = 256 << 20, 16 << 20
@@ -73,7 +73,7 @@ def load_plan(
         ValueError: naming the file and what is wrong with it. Foreign formats may have an expert twice on one rank,
             as EPLB gives: the second changes no result and is left out, and a warning counts them.
     """
-    try:
+    with naming(path):
         content = _inside(_parse(Path(path)))
         found = _recognise(content)
         format = _OTHER_NAMES.get(format, format)
@@ -82,10 +82,6 @@ def load_plan(
         if format is not None and format != found:
             raise ValueError(f"format ({format!r}) is not what the file holds ({found})")
         return _to_plan(found, content, _Sizes(num_experts, world_size))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 def save_plan(plan: ExpertPlan, path: str | Path, format: str = "plan") -> None:
@@ -136,16 +132,10 @@ def _parse(path: Path) -> Any:
 
 
 def _parse_torch(raw: bytes) -> Any:
-    import torch
-
-    try:
-        content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds, from zip to pickle
-        reason = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
-        raise ValueError(f"is no torch file of plain tensors ({reason})") from None
+    content = parse_torch(raw)
     if not isinstance(content, Mapping):
         return None
-    return {key: value.tolist() if isinstance(value, torch.Tensor) else value for key, value in content.items()}
+    return {key: value.tolist() if hasattr(value, "tolist") else value for key, value in content.items()}
 
 
 def _parse_yaml(text: str) -> Any:
@@ -238,10 +228,12 @@ def _read_tensorrt(content: Mapping[str, Any], sizes: _Sizes) -> _Read:
     rows = {}
     for layer, row in content[name].items():
         if not str(layer).isdecimal():
-            raise ValueError(f"{name}: layer ({layer!r}) must be a whole number")
+            raise ValueError(f"{name}: layer ({shown(layer)}) must be a whole number")
         rows[int(layer)] = _whole_numbers(row, f"{name}[{layer}]", 1)
         if len(rows[int(layer)]) != content.get("num_slots"):
-            raise ValueError(f"num_slots ({content.get('num_slots')!r}) must be the length of layer {layer}'s list")
+            raise ValueError(
+                f"num_slots ({shown(content.get('num_slots'))}) must be the length of layer {layer}'s list"
+            )
     return _cut_rows(rows, name, sizes)
 
 
@@ -265,7 +257,9 @@ def _read_vllm(content: Mapping[str, Any], sizes: _Sizes) -> _Read:
         where = f"layer {layer}: device_expert"
         slots.append([_whole_numbers(device.get("device_expert"), where, 1) for device in devices.values()])
     if content.get("moe_layer_count", len(slots)) != len(slots):
-        raise ValueError(f"moe_layer_count ({content['moe_layer_count']!r}) must be the {len(slots)} of layer_list")
+        raise ValueError(
+            f"moe_layer_count ({shown(content['moe_layer_count'])}) must be the {len(slots)} of layer_list"
+        )
     if len({len(ranks) for ranks in slots}) > 1:
         raise ValueError("layer_list: every layer must have the same number of devices")
     return _Read(slots, _experts_in(slots, sizes), list(layers))

@@ -15,6 +15,8 @@ import numpy as np
 from mixtralkit.json_file import conform, load_json, shown
 from mixtralkit.whole_file import writing
 
+_LEAST, _MOST = 1e-18, 1e18  # of any figure, so that times stay finite
+
 
 @dataclass(frozen=True)
 class Link:
@@ -48,7 +50,7 @@ class Network:
 
     def __post_init__(self) -> None:
         if isinstance(self.members, bool) or not isinstance(self.members, int) or self.members < 2:
-            raise ValueError(f"members ({self.members!r}) must be a whole number of at least 2")
+            raise ValueError(f"members ({shown(self.members)}) must be a whole number of at least 2")
 
     def latency_s(self, kind: str, members: int) -> float:
         """Latency of collective ``kind`` among ``members``; 0 when there is nobody to talk to."""
@@ -102,7 +104,9 @@ class FusedKernels:
                 _check_points(name, getattr(self, name), ("bytes", "seconds"))
         measured = (self.sums, self.exchange) != (None, None)
         if measured and (not isinstance(self.members, int) or self.members < 2):
-            raise ValueError(f"members ({self.members!r}) must be a whole number of at least 2 with sums or exchange")
+            raise ValueError(
+                f"members ({shown(self.members)}) must be a whole number of at least 2 with sums or exchange"
+            )
 
 
 @dataclass(frozen=True)
@@ -161,12 +165,12 @@ class Hardware:
 
     def __post_init__(self) -> None:
         if self.data_bytes not in (1, 2, 4, 8):
-            raise ValueError(f"data_bytes ({self.data_bytes!r}) must be 1, 2, 4 or 8")
+            raise ValueError(f"data_bytes ({shown(self.data_bytes)}) must be 1, 2, 4 or 8")
         _check_number("memory_bandwidth", self.memory_bandwidth)
         _check_number("launch_s", self.launch_s, zero=True)
         _check_number("sync_s", self.sync_s, zero=True)
         if not isinstance(self.overlaps, bool):
-            raise ValueError(f"overlaps ({self.overlaps!r}) must be true or false")
+            raise ValueError(f"overlaps ({shown(self.overlaps)}) must be true or false")
         _check_points("matrix_rates", self.matrix_rates, ("rows", "FLOP/s"))
 
     @property
@@ -250,8 +254,10 @@ def _check_points(name: str, points: Any, columns: tuple[str, ...]) -> None:
 
 def _check_number(name: str, value: Any, zero: bool = False) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 <= value < float("inf") or (value == 0 and not zero):
-        raise ValueError(f"{name} ({value!r}) must be a number {'of at least' if zero else 'above'} 0")
+    if not is_number or not (_LEAST <= value <= _MOST or (value == 0 and zero)):
+        raise ValueError(
+            f"{name} ({shown(value)}) must be a number {'of at least' if zero else 'above'} 0 ({_LEAST:g} … {_MOST:g})"
+        )
 
 
 # For a machine whose file has no ``host``.

@@ -79,17 +79,17 @@ class ExpertPlan:
             raise ValueError(f"num_experts ({shown(self.num_experts)}) must lie in 1 … {MOST_EXPERTS}")
         self._check_slots()
         per_node = self.ranks_per_node
-        if per_node is not None and (not isinstance(per_node, int) or per_node < 1 or self.world_size % per_node):
-            raise ValueError(f"ranks_per_node ({per_node!r}) must divide world_size ({self.world_size})")
+        if per_node is not None and (type(per_node) is not int or per_node < 1 or self.world_size % per_node):
+            raise ValueError(f"ranks_per_node ({shown(per_node)}) must divide world_size ({self.world_size})")
         factor = self.cold_capacity_factor
         if factor is not None and not (_is_number(factor) and 0 <= factor <= MOST_CAPACITY):
             raise ValueError(f"cold_capacity_factor ({shown(factor)}) must be null or a number in 0 … {MOST_CAPACITY}")
         if not (_is_number(self.cold_token_percent) and 0 < self.cold_token_percent <= 1):
-            raise ValueError(f"cold_token_percent ({self.cold_token_percent!r}) must lie in (0, 1]")
+            raise ValueError(f"cold_token_percent ({shown(self.cold_token_percent)}) must lie in (0, 1]")
         if self.overflow not in OVERFLOWS:
-            raise ValueError(f"overflow ({self.overflow!r}) must be one of {', '.join(OVERFLOWS)}")
+            raise ValueError(f"overflow ({shown(self.overflow)}) must be one of {', '.join(OVERFLOWS)}")
         if self.cut_order not in CUT_ORDERS:
-            raise ValueError(f"cut_order ({self.cut_order!r}) must be one of {', '.join(CUT_ORDERS)}")
+            raise ValueError(f"cut_order ({shown(self.cut_order)}) must be one of {', '.join(CUT_ORDERS)}")
         names = {name: weights.name for name, weights in PRECISIONS.items()}
         for key, known in (("precision", names), ("tier", dict(zip(TIERS, TIERS, strict=True)))):
             object.__setattr__(self, key, _words(key, getattr(self, key), known, slots.shape[0], self.num_experts))
@@ -211,7 +211,7 @@ class ExpertPlan:
         if missing:
             raise ValueError(f"plan lacks: {', '.join(missing)}")
         version = content["version"]
-        if isinstance(version, bool) or version not in VERSIONS:
+        if type(version) is not int or version not in VERSIONS:
             raise ValueError(f"version ({shown(version)}) must be one of {', '.join(map(str, VERSIONS))}")
         words = {key: content.get(key) for key in ("precision", "tier")}
         for key, rows in words.items():
@@ -237,8 +237,10 @@ class ExpertPlan:
             meta=meta,
         )
         for name in ("num_layers", "world_size"):
-            if content[name] != getattr(plan, name):
-                raise ValueError(f"{name} ({content[name]!r}) differs from the {getattr(plan, name)} that slots has")
+            if type(content[name]) is not int or content[name] != getattr(plan, name):
+                raise ValueError(
+                    f"{name} ({shown(content[name])}) differs from the {getattr(plan, name)} that slots has"
+                )
         return plan
 
     def save(self, path: str | Path) -> None:

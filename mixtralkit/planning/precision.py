@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mixtralkit.config import ModelConfig
-from mixtralkit.json_file import conform, load_json
+from mixtralkit.json_file import conform, load_json, shown
 from mixtralkit.planning.plan import PRECISIONS
 from mixtralkit.planning.trace import RoutingTrace
 from mixtralkit.whole_file import writing
@@ -50,9 +50,9 @@ class ErrorTable:
     def __post_init__(self) -> None:
         for name in self.formats:
             if name not in PRECISIONS:
-                raise ValueError(f"formats ({name!r}) must be of {', '.join(PRECISIONS)}")
+                raise ValueError(f"formats ({shown(name)}) must be of {', '.join(PRECISIONS)}")
         if self.kind not in KINDS:
-            raise ValueError(f"kind ({self.kind!r}) must be one of {', '.join(KINDS)}")
+            raise ValueError(f"kind ({shown(self.kind)}) must be one of {', '.join(KINDS)}")
         shape = np.shape(self.error)
         if len(shape) != 3 or 0 in shape:
             raise ValueError(f"error (shape {shape}) must be [layers][experts][formats]")

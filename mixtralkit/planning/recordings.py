@@ -21,10 +21,13 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from mixtralkit.json_file import Positive, check_ordinary, read_as, read_object, shown
+from mixtralkit.config.model import check_experts
+from mixtralkit.json_file import Positive, check_ordinary, read_as, read_bytes, read_object, shown
+from mixtralkit.planning.torch_file import parse_torch
 
 SUFFIXES = (".pt", ".pth", ".json")
-_MOST_EXPERTS = 32768
+_MOST_BYTES = 4 << 30
+_MOST_EXPERTS, _MOST_LOAD = 32768, 1e18
 
 
 @dataclass(frozen=True)
@@ -57,16 +60,7 @@ def read_recording(path: str | Path) -> Recording:
 
 
 def _torch_content(path: Path) -> Mapping[str, Any]:
-    import torch
-
-    check_ordinary(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise ValueError(f"cannot be read ({error.strerror})") from None
-    except Exception as error:  # what torch raises for a file that is no archive differs by version
-        reason = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
-        raise ValueError(f"is not a recording of plain tensors ({reason})") from None
+    content = parse_torch(read_bytes(path, _MOST_BYTES))
     if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
         raise ValueError(f"holds a {type(content).__name__}, not what a recorder writes")
     return content
@@ -87,6 +81,9 @@ def _loads(count: Any, name: str) -> np.ndarray:
     count = _array(count, f"{name} [steps, layers, experts]", (2, 3)).astype(np.float64)
     if 0 in count.shape or (count < 0).any():
         raise ValueError(f"{name} (shape {count.shape}) must be numbers of at least 0")
+    check_experts(*count.shape[-2:])
+    if (count > _MOST_LOAD).any():
+        raise ValueError(f"{name} ({count.max():g}) must be at most {_MOST_LOAD:g}")
     return count.reshape(-1, *count.shape[-2:]).sum(0)
 
 

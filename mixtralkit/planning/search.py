@@ -32,6 +32,7 @@ from mixtralkit.planning.trace import RoutingTrace
 _PLANS_ALIKE, _LAYOUTS_ALIKE = 0.001, 0.01
 # Tokens that the prediction for a layout replays at least, and the steps that it averages at most.
 _SAMPLED_TOKENS, _MOST_STEPS = 512, 8
+_MOST_TOKENS = 1 << 22  # of a step for policy auto, which replays every candidate on whole steps
 # Formats that experts may be rounded to where memory asks for it, and what they are usually off by: Mixtral's weights
 # are near to normal, and so are those of the model in ckpts/ (docs/quantised.md).
 _USUAL_ERRORS = {"int8": 0.007, "int4:32": 0.086, "int4:64": 0.095, "int4:128": 0.103}
@@ -145,10 +146,11 @@ def auto(
 
 def auto_for(given: Given, execution: Execution) -> ExpertPlan:
     """``auto`` of the registry's input; where only loads are known tokens are drawn from them."""
-    trace = given.trace
+    trace, tokens = given.trace, (execution.batch or 64) * given.world_size
+    if tokens > _MOST_TOKENS:
+        raise ValueError(f"batch: a step of {tokens:,} tokens, all ranks together, must have at most {_MOST_TOKENS:,}")
     if trace is None:
-        tokens = 2 * (execution.batch or 64) * given.world_size
-        trace = sample_routing(given.loads_LE, tokens, given.shape.top_k)
+        trace = sample_routing(given.loads_LE, 2 * tokens, given.shape.top_k)
     return auto(trace, given.world_size, given.shape, given.hardware, execution, given.budget, given.ranks_per_node)
 
 

@@ -11,11 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from mixtralkit.json_file import conform, parse_json
+from mixtralkit.config.model import check_experts
+from mixtralkit.json_file import conform, naming, parse_json, shown
 from mixtralkit.npz_file import read_arrays
 from mixtralkit.planning.recordings import is_recording, read_recording
 from mixtralkit.planning.trace_parts import check_replaceable, parts_of, read_parts
 from mixtralkit.whole_file import writing
+
+_MOST_TRANSITIONS = 1 << 27  # 1 GiB of them
 
 
 @dataclass(frozen=True)
@@ -65,10 +68,11 @@ class RoutingTrace:
             )
         limit = np.iinfo(np.int16).max + 1
         if isinstance(self.num_experts, bool) or not isinstance(self.num_experts, int | np.integer):
-            raise ValueError(f"num_experts ({self.num_experts!r}) must be a whole number")
+            raise ValueError(f"num_experts ({shown(self.num_experts)}) must be a whole number")
         if not experts.shape[2] <= self.num_experts <= limit:
             raise ValueError(f"num_experts ({self.num_experts}) must lie in {experts.shape[2]} (top_k) … {limit}")
         object.__setattr__(self, "num_experts", int(self.num_experts))
+        check_experts(experts.shape[1], self.num_experts)
         _check_ids(experts, self.num_experts)
         self._keep("experts", experts.astype(np.int16, copy=False))
         if self.weights is not None:
@@ -137,6 +141,8 @@ class RoutingTrace:
         trace has no weights or ``weighted`` is false.
         """
         layers, experts = self.num_layers, self.num_experts
+        if layers * experts**2 > _MOST_TRANSITIONS:
+            raise ValueError(f"num_experts ({experts}) in {layers} layers are too many for tables of pairs of them")
         transitions = np.zeros((layers - 1, experts * experts))
         following = self._layer(0, weighted)
         for layer in range(layers - 1):
@@ -233,7 +239,7 @@ class RoutingTrace:
             if trace is None:
                 raise ValueError(f"{path}: has loads alone, to plan from; here the routing of each token is needed")
             return trace
-        try:
+        with naming(path):
             parts = [] if Path(path).exists() else parts_of(path)
             arrays = read_parts(parts) if parts else read_arrays(path)
             if "experts" in arrays:
@@ -241,16 +247,12 @@ class RoutingTrace:
             if set(arrays) & {"weights", "sequence", "position"}:
                 raise ValueError(f"experts are missing; it has {', '.join(arrays)}")
             return _foreign(cls, list(arrays.values()), num_experts)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
 
     @classmethod
     def from_parts(cls, path: str | Path) -> RoutingTrace:
         """Reads what the ranks have recorded so far of the trace at ``path``; errors name it."""
-        try:
+        with naming(path):
             return _own(cls, read_parts(parts_of(path)), None)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
 
     @classmethod
     def concatenate(cls, parts: list[RoutingTrace]) -> RoutingTrace:
@@ -286,7 +288,7 @@ def load_routing(path: str | Path, num_experts: int | None = None) -> tuple[Rout
     if not is_recording(path):
         trace = RoutingTrace.load(path, num_experts)
         return trace, trace.loads_LE().astype(np.float64)
-    try:
+    with naming(path):
         recording = read_recording(path)
         found = recording.loads_LE.shape[1]
         if num_experts is not None and found != num_experts:
@@ -295,8 +297,6 @@ def load_routing(path: str | Path, num_experts: int | None = None) -> tuple[Rout
             return None, recording.loads_LE
         trace = RoutingTrace(recording.experts_TLK, found, sequence=recording.sequence_T, position=recording.position_T)
         return trace, recording.loads_LE
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 def _own(cls: type[RoutingTrace], arrays: dict[str, np.ndarray], num_experts: int | None) -> RoutingTrace:

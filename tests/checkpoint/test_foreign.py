@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mixtralkit.checkpoint import RankFiles, load_into, open_checkpoint, save_checkpoint
+from mixtralkit.checkpoint import RankFiles, files, load_into, open_checkpoint, save_checkpoint
+from mixtralkit.checkpoint.foreign import base, int32_words
 from mixtralkit.config import ParallelConfig
 from mixtralkit.distributed import RankContext
 from mixtralkit.layout import RankLayout
@@ -218,6 +221,15 @@ def test_scales_that_float16_does_not_hold(tmp_path: Path, dtype: torch.dtype, s
         assert_reads(tmp_path, expected, "plain", tmp_path)
 
 
+def test_experts_of_which_one_is_not_quantised_become_numbers(tmp_path: Path) -> None:
+    expected = write(tmp_path, of_words(AWQ_ORDER, False, 0), AWQ)
+    whole = expected[f"{OURS}.weight"].bfloat16()
+    change(tmp_path, qweight=None, qzeros=None, scales=None, weight=whole)
+    expected[f"{OURS}.weight"] = whole.float()
+    with pytest.warns(UserWarning, match=r"in several formats, int4:64:zeros \(.*\), plain \(.* is not quantised\)"):
+        assert_reads(tmp_path, expected, "plain", tmp_path)
+
+
 def test_what_is_said_beside_config_json(tmp_path: Path) -> None:
     expected = write(tmp_path, of_words(AWQ_ORDER, False, 0), None)
     beside = {"zero_point": True, "q_group_size": 64, "w_bit": 4, "version": "GEMM"}
@@ -264,6 +276,43 @@ def test_logits_are_hugging_faces_on_the_same_numbers(tmp_path: Path, kind: str,
         expected = theirs(tokens).logits
     found = ours.forward(tokens).float()
     assert (found - expected).abs().max() < TOLERANCE[dtype] * expected.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["awq", "gptq", "act-order"])
+def test_a_wide_model_is_read_once_and_in_small_pieces(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Words across the layer's rows are read in the order of the file, not once for every block of rows."""
+    config = replace(CONFIG, dim=1024, hidden_dim=3584, n_layers=1)
+    words = np.random.default_rng(0).integers(-(2**31), 2**31, (3584 // 4, 1024), dtype=np.int32)
+
+    def quantise(w_OK: torch.Tensor):
+        outputs, inputs = w_OK.shape
+        groups = inputs // 64
+        shape = (inputs, outputs // 8) if kind == "awq" else (inputs // 8, outputs)
+        held = {
+            "qweight": torch.from_numpy(np.resize(words, shape).copy()), "scales": torch.ones(groups, outputs).half(),
+            "qzeros": torch.zeros(groups, outputs // 8, dtype=torch.int32),
+        }  # fmt: skip
+        if kind == "act-order":
+            held["g_idx"] = (torch.arange(inputs) % groups).int()
+        return held, w_OK
+
+    monkeypatch.setattr(quantisers, "CONFIG", config)
+    write(tmp_path, quantise, AWQ if kind == "awq" else GPTQ | {"sym": False}, also="none")
+    sizes, asked, real = [], [], os.preadv
+    whole = base.piece
+    monkeypatch.setattr(int32_words, "piece", lambda *at: [sizes.append((found := whole(*at)).nbytes), found][1])
+    monkeypatch.setattr(files.os, "preadv", lambda *at: [asked.append(got := real(*at)), got][1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        reader = open_checkpoint(tmp_path)
+    layout = replace(RankLayout.single(config), weights=reader.weights)
+    with reader:
+        load_into(empty_parameters(layout), layout, reader, RankContext())
+    assert max(sizes) <= 2 << 20
+    most = 1.7 if kind == "act-order" else 1.2  # each piece of columns needs all scales again
+    assert sum(asked) < most * reader.file_bytes
 
 
 def _check_rank(context: RankContext, folder: Path, expected: dict[str, torch.Tensor]):

@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from mixtralkit.distributed import RankContext
+from mixtralkit.engine import runner
 from mixtralkit.engine.generation import Engine
 from mixtralkit.engine.requests import Completion, Request
 from mixtralkit.engine.sampler import SamplingOptions
 from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.mixtral import Mixtral
 from tests.engine.parts import VOCAB_SIZE, engine_config, make_model
+from tests.engine.test_warm_up import Captured
 from tests.ranks import run_ranks
 
 GREEDY = SamplingOptions(temperature=0)
@@ -97,3 +99,13 @@ def test_from_python(tokenizer):
     assert found[1].routed_experts.shape == (6, params.n_layers, params.num_experts_per_tok)
     assert found[1].routed_experts.dtype == np.int16
     assert found[0].routed_experts is None
+
+
+def test_decode_steps_that_tell_them_are_graphs(tokenizer, monkeypatch):
+    """Of their own, so that those of others carry nothing more."""
+    made: list[Captured] = []
+    monkeypatch.setattr(runner, "Graphs", lambda *args: made.append(Captured()) or made[-1])
+    engine = Engine(small(RankContext()), tokenizer)
+    engine.complete([Request(i, (5, 6 + i), 4 + i, GREEDY, routed_experts=i == 1, ignore_eos=True) for i in range(3)])
+    decodes = [key for key in made[0].keys if isinstance(key[0], int)]
+    assert {(rows, routed) for rows, *_, routed in decodes} == {(3, True), (2, True), (1, False)}

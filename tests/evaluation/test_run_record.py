@@ -141,7 +141,7 @@ def test_pipes_are_read_by_one_rank_and_refused_by_several(tmp_path):
 
 
 def test_formats_of_a_plan_are_part_of_the_run(tmp_path, weights):
-    """A plan with a precision gives other results, one with tiers the same; a record without the fact goes on."""
+    """A plan with a precision gives other results, one with tiers the same, as does a record without it."""
     output, plan = tmp_path / "out.jsonl", contiguous(3, 8, 2)
     facts = facts_of(tmp_path, weights)
     finished(output, {name: value for name, value in facts.items() if name != "formats"})

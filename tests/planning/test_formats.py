@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import pickle
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ from hypothesis import strategies as st
 from mixtralkit.planning.convert import convert_plan
 from mixtralkit.planning.formats import FORMATS, load_plan, save_plan
 from mixtralkit.planning.plan import ExpertPlan, contiguous
+from mixtralkit.planning.trace import load_routing
 
 FOREIGN = [name for name in FORMATS if name != "plan"]
 
@@ -291,9 +295,47 @@ PLAN = '{"version": 1, "num_layers": 1, "world_size": 1, "slots": [[[0]]], "num_
         ("a.json", PLAN % "1e9", "num_experts"),
         ("a.json", PLAN % "1000000000", "num_experts"),
         ("a.json", PLAN % '1, "cold_capacity_factor": 1e300', "cold_capacity_factor"),
+        ("a.json", PLAN % '1, "ranks_per_node": true', r"ranks_per_node \(True\) must divide"),
+        ("a.json", PLAN.replace("1,", "2.0,", 1) % "1", r"version \(2.0\) must be one of"),
+        ("a.json", PLAN % f'1, "cut_order": "{"x" * 10**6}"', r"cut_order \('x{58}…\) must be"),
     ],
 )  # fmt: skip
 def test_files_that_are_not_what_they_claim(tmp_path, name, text, says):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=f"{name}: .*{says}"):
         load_plan(tmp_path / name, num_experts=None, world_size=1)
+
+
+DOUBLED_TUPLES = b"K\x01K\x02\x86" + b"q\x00h\x00\x86" * 60
+DOUBLED_LISTS = functools.reduce(lambda below, _: [below, below], range(60), [1])
+
+
+@pytest.mark.parametrize("load", [load_plan, load_routing])
+@pytest.mark.parametrize(
+    ("pickled", "says"),
+    [
+        (b"\x80\x02}(" + DOUBLED_TUPLES + b"K\x01u.", "keys are neither texts nor whole numbers"),
+        (pickle.dumps({"records": DOUBLED_LISTS}, 2), "stands for more than the file has"),
+        (b"\x80\x02\x8f(" + DOUBLED_TUPLES + b"\x90.", "it holds sets"),
+    ],
+)
+def test_torch_files_that_stand_for_more(tmp_path, load, pickled, says):
+    """A few hundred bytes that took for ever to be hashed or counted."""
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        archive.writestr("archive/version", "3\n")
+    with pytest.raises(ValueError, match=rf"a\.pt: .*{says}"):
+        load(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize(("load", "key"), [(load_plan, "physical_to_logical_map"), (load_routing, "logical_count")])
+def test_a_tensor_larger_than_its_file(tmp_path, load, key):
+    """One number that stands for 10¹⁰, by strides of 0, was written out as a list."""
+    torch.save({key: torch.zeros(1, dtype=int).expand(10**5, 10**5)}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"a\.pt: stands for more than the file has"):
+        load(tmp_path / "a.pt")
+
+
+def test_errors_name_the_file_once(tmp_path):
+    with pytest.raises(ValueError, match=rf"^{tmp_path}: is a folder, not an ordinary file$"):
+        load_plan(tmp_path)

@@ -66,6 +66,8 @@ def _without(content: dict, name: str) -> dict:
         (lambda c: _without(c, "launch_s"), "hardware lacks launch_s"),
         (lambda c: {**c, "colour": 1}, "hardware has unknown 'colour'"),
         (lambda c: {**c, "memory_bandwidth": 0}, r"memory_bandwidth \(0.0\) must be a number above 0"),
+        (lambda c: {**c, "memory_bandwidth": 1e300}, r"memory_bandwidth \(1e\+300\) must be a number above 0 \(1e-18"),
+        (lambda c: {**c, "memory_bandwidth": 5e-324}, r"memory_bandwidth \(5e-324\) must be a number above 0"),
         (lambda c: {**c, "memory_bandwidth": float("nan")}, "the number NaN, which is not finite"),
         (lambda c: {**c, "sync_s": -1}, r"sync_s \(-1.0\) must be a number of at least 0"),
         (lambda c: {**c, "launch_s": "3"}, r"launch_s \('3'\) must be a number"),

@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mixtralkit.cli.plan import plan
+from mixtralkit.cli.simulate import simulate
 from mixtralkit.planning.hardware import Hardware
-from mixtralkit.planning.plan import everywhere
+from mixtralkit.planning.plan import ExpertPlan, everywhere
 from mixtralkit.planning.simulate import sample_routing
 
 ROOT = Path(__file__).parents[2]
@@ -63,6 +65,45 @@ def test_bad_options_end_with_one_sentence(tmp_path, command_line, words, senten
     assert done.returncode == 1
     assert sentence in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"batch": int("1" * 31)}, "batch"),
+        ({"span": 10**18}, "span"),
+        ({"context": 10**400}, "context"),
+        ({"chunks": 10**7}, r"chunks \(10000000\) must be at most 1024"),
+        ({"data_bytes": 17}, r"data_bytes \(17\) must be a whole number in 1 … 16"),
+        ({"plan": ("balanced+" + "9" * 400,)}, r"plan \('balanced\+9*…\) must be one of"),
+    ],
+)
+def test_numbers_that_nothing_has(tmp_path, given, says):
+    """They were tracebacks, or took all memory."""
+    sample_routing(np.ones((1, 8)), 8, 2).save(tmp_path / "trace.npz")
+    with pytest.raises(ValueError, match=f"^{says}"):
+        simulate(tmp_path / "trace.npz", **({"world_size": 4} | given))
+
+
+@pytest.mark.parametrize(
+    ("experts", "given", "says"),
+    [
+        (8, {"policy": "auto", "batch": 10**7}, r"^batch: a step of 40,000,000 tokens"),
+        (8, {"policy": "tiers", "gpu_memory_gb": 30.0, "max_seq_len": 10**400}, "^max_seq_len"),
+        (9000, {"policy": "balanced"}, r"num_experts \(9000\) must be at most 8192 to be planned for"),
+    ],
+)
+def test_plans_that_would_take_for_ever(tmp_path, experts, given, says):
+    sample_routing(np.ones((1, experts)), 8, 2).save(tmp_path / "trace.npz")
+    with pytest.raises(ValueError, match=says):
+        plan(tmp_path / "trace.npz", output=tmp_path / "plan.json", **given)
+    assert not (tmp_path / "plan.json").exists()
+
+
+def test_memory_without_end_holds_every_expert(tmp_path):
+    sample_routing(np.ones((1, 8)), 8, 2).save(tmp_path / "trace.npz")
+    plan(tmp_path / "trace.npz", "balanced", tmp_path / "plan.json", memory_gb=1e18)
+    assert ExpertPlan.load(tmp_path / "plan.json").holds_LWE.all()
 
 
 @pytest.mark.slow

@@ -10,7 +10,9 @@ import torch
 from mixtralkit.checkpoint.foreign.base import BLOCK, Linear, Module, fp8_linear
 
 # Of activations and the cache: weights are multiplied in the activations' own precision here.
-OF_ACTIVATIONS = ("input_scale", "input_scale_ub", "activation_scale", "k_scale", "v_scale", "q_scale", "output_scale")
+OF_ACTIVATIONS = (
+    "input_scale", "input_scale_ub", "activation_scale", "output_scale", "kv_scale", "k_scale", "v_scale", "q_scale",
+)  # fmt: skip
 
 
 class FineFp8:

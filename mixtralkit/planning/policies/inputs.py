@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+_MOST_EXPERTS = 8192  # time goes by their square
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -39,7 +41,7 @@ class Budget:
         if self.slots_per_rank is not None:
             limits.append(self.slots_per_rank)
         if self.memory_gb is not None:
-            limits.append(int(self.memory_gb * 1e9 / (num_layers * self.expert_bytes) + 1e-9))
+            limits.append(int(min(self.memory_gb * 1e9 / (num_layers * self.expert_bytes) + 1e-9, num_experts)))
         return min(limits) if len(limits) > 1 else None
 
     def slots(self, num_layers: int, num_experts: int, world_size: int) -> int:
@@ -87,6 +89,8 @@ def checked_loads(loads_LE: Any, world_size: int) -> np.ndarray:
     loads = np.asarray(loads_LE).astype(np.float64)  # a copy of our own
     if loads.ndim != 2 or 0 in loads.shape:
         raise ValueError(f"loads (shape {loads.shape}) must be [layers, experts]")
+    if loads.shape[1] > _MOST_EXPERTS:
+        raise ValueError(f"num_experts ({loads.shape[1]}) must be at most {_MOST_EXPERTS} to be planned for")
     if world_size < 1:
         raise ValueError(f"world_size ({world_size}) must be at least 1")
     wrong = np.argwhere(~(np.isfinite(loads) & (loads >= 0)))

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mixtralkit.json_file import shown
 from mixtralkit.planning.cost import ModelShape, ShadowModel
 from mixtralkit.planning.hardware import Hardware
 from mixtralkit.planning.plan import ExpertPlan, contiguous, everywhere
@@ -192,9 +193,9 @@ def make_plan(name: str, given: Given) -> ExpertPlan:
     policy, _, count = name.partition("+")
     make = POLICIES.get(policy)
     counts = policy.partition("/")[0] in COUNTED
-    if make is None or ("+" in name and not (counts and re.fullmatch(r"\d+", count))):
+    if make is None or ("+" in name and not (counts and re.fullmatch(r"[0-9]{1,9}", count))):
         known = ", ".join(f"{n}[+N]" if n.partition("/")[0] in COUNTED else n for n in POLICIES)
-        raise ValueError(f"plan ({name!r}) must be one of {known}")
+        raise ValueError(f"plan ({shown(name)}) must be one of {known}")
     options = {option: given.options[option] for option in make[1] if option in given.options}
     plan = make[0](given, int(count) if count else None, **options)
     return replace(plan, ranks_per_node=given.ranks_per_node, meta={**plan.meta, "name": name})
