@@ -502,3 +502,20 @@ def test_damaged_nf4_gets_one_sentence(tmp_path: Path) -> None:
         save_file(held, tmp_path / "model.safetensors")
         change(tmp_path, **changes)
         assert said_of(tmp_path).startswith(f"{LAYER}.{says}"), says
+
+
+def test_transformers_makes_the_same_numbers_of_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of fine-grained FP8, which it reads on a CPU; columns in whole blocks, as it wants them."""
+    from transformers import FineGrainedFP8Config, MixtralForCausalLM
+
+    monkeypatch.setattr(quantisers, "CONFIG", replace(CONFIG, hidden_dim=384))
+    write(tmp_path, by_blocks, {"quant_method": "fp8", "weight_block_size": [128, 128]})
+    theirs = MixtralForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, quantization_config=FineGrainedFP8Config(dequantize=True)
+    ).state_dict()
+    with open_checkpoint(tmp_path) as reader:
+        w13 = torch.cat([reader.read(f"layers.1.feed_forward.experts.1.{name}.weight") for name in ("w1", "w3")])
+        assert theirs["model.layers.1.mlp.experts.gate_up_proj"][1].equal(w13)
+        w2 = reader.read("layers.1.feed_forward.experts.1.w2.weight")
+        assert theirs["model.layers.1.mlp.experts.down_proj"][1].equal(w2)
+        assert theirs["model.layers.0.self_attn.o_proj.weight"].equal(reader.read("layers.0.attention.wo.weight"))
