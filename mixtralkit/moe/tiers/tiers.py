@@ -24,7 +24,7 @@ from mixtralkit.moe.experts import as_matrices
 from mixtralkit.moe.tiers.arrivals import Arrivals
 from mixtralkit.moe.tiers.bus import CudaBus, PlainBus, Ticket
 from mixtralkit.moe.tiers.cache import Key, PlaceCache
-from mixtralkit.moe.tiers.memory import Empty, Geometry, HostExperts, Move, silence
+from mixtralkit.moe.tiers.memory import Empty, Geometry, HostExperts, MappedExperts, Move, silence
 from mixtralkit.moe.tiers.setup import Answer, TierCounts, TierSetup
 from mixtralkit.moe.tiers.warm import fill, measure
 from mixtralkit.moe.weights import ExpertWeights
@@ -78,7 +78,11 @@ class Tiers:
         wanted = device.type == "cuda" if setup.splits is None else setup.splits
         self.splits = wanted and setup.options.misses == "auto" and _has_product(weights)
         pinned = device.type == "cuda"
-        self.hosts = {layer: HostExperts(empty, slots, pinned) for layer, slots in self.slots.items()}
+        in_file = () if setup.mapped is None else setup.mapped.layers
+        self.hosts = {
+            layer: MappedExperts(setup.mapped, layer) if layer in in_file else HostExperts(empty, slots, pinned)
+            for layer, slots in self.slots.items()
+        }
         hidden = self.columns[1]
         self._host_matrices = {
             layer: as_matrices(weights, self.columns, host.tensors) for layer, host in self.hosts.items()
@@ -147,6 +151,7 @@ class Tiers:
         """As ``product``, on the CPU where the experts lie; ``first`` hidden columns of them, None for all."""
         if out_ND is None:
             out_ND = torch.empty(x_ND.shape, dtype=torch.float32)
+        self.hosts[layer].check()
         matrices = self._host_matrices[layer]
         self.counts.products += len(set(slots_N[slots_N >= 0].tolist()))
         slots_N1 = torch.from_numpy(slots_N.reshape(-1, 1))
@@ -226,7 +231,7 @@ class Tiers:
         place = self._take(key, self._in_use)
         self.counts.fetches += 1
         try:
-            ticket = self._copy(self._places.moves(place, self._sources[key[0]], key[1]), True)
+            ticket = self._copy(self._places.moves(place, self._source(key[0]), key[1]), True)
         except BaseException:
             self.cache.drop(key)
             raise
@@ -240,11 +245,16 @@ class Tiers:
             self._silent[place] = first
         self.counts.splits += 1
         self._told[key] = place
-        return self._copy(self._places.moves(place, self._sources[key[0]], key[1], first), True)
+        return self._copy(self._places.moves(place, self._source(key[0]), key[1], first), True)
+
+    def _source(self, layer: int) -> Geometry:
+        """A layer's experts in the host, from which bytes are to be copied."""
+        self.hosts[layer].check()
+        return self._sources[layer]
 
     def bring(self, key: Key, place: int) -> Ticket:
         """Begins to copy an expert to a place; neither table nor counters hear of it."""
-        return self.bus.copy(self._places.moves(place, self._sources[key[0]], key[1]), True)
+        return self.bus.copy(self._places.moves(place, self._source(key[0]), key[1]), True)
 
     def _copy(self, moves: list[Move], urgent: bool) -> Ticket:
         self.counts.fetched_bytes += sum(move.nbytes for move in moves)
@@ -314,7 +324,7 @@ class Tiers:
         self._spare[self._spare.index(place)] = found[0]
         del self._silent[place]
         self._silent[found[0]] = 0
-        self._staying.append((key, self._places.rest(place, self._sources[key[0]], key[1], first)))
+        self._staying.append((key, self._places.rest(place, self._source(key[0]), key[1], first)))
 
     def _bring_all(self, layer: int, following: int, distance: int) -> None:
         """Experts of a layer so far ahead, all of which are sure to be wanted."""
@@ -337,7 +347,7 @@ class Tiers:
             return False
         self._forget(found[1])
         self.counts.fetches += 1
-        moves = self._places.moves(found[0], self._sources[key[0]], key[1])
+        moves = self._places.moves(found[0], self._source(key[0]), key[1])
         (self._arriving.begin if "in_turn" in how else self._arriving.guess)(key, moves)
         return True
 
