@@ -104,11 +104,13 @@ class Mixtral:
             architecture = reader.config.with_limits(config.cache.max_seq_len, config.limits.max_batch_size)
             layout = choose_layout(architecture, context, config, reader.found.precision)
             dtype = choose_dtype(config.limits.dtype, context.device)
-            model = Transformer(layout, context, dtype, config.moe, tier_setup(layout, context, config, dtype))
+            tiers = tier_setup(layout, context, config, dtype, reader)
+            model = Transformer(layout, context, dtype, config.moe, tiers)
         pages = pages_of(config.cache, model)
         with context.agreed():
             model.allocate_cache(config.cache.page_size, pages)
-        weight_hash = load_into(model.named_tensors(), layout, reader, context, progress, hashes=hashes)
+        mapped = frozenset() if tiers is None or tiers.mapped is None else tiers.mapped.names
+        weight_hash = load_into(model.named_tensors(), layout, reader, context, progress, hashes=hashes, mapped=mapped)
         return cls(model, tokenizer, config.limits, weight_hash, config.cache.prefix_reuse)
 
     @classmethod

@@ -12,6 +12,7 @@ import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from mixtralkit.planning.formats import load_plan, save_plan
 from mixtralkit.planning.hardware import Hardware
 from mixtralkit.planning.plan import contiguous
 from mixtralkit.planning.popularity import PathPopularity
+from mixtralkit.planning.precision import ErrorTable
 from mixtralkit.planning.replay import Execution
 from mixtralkit.planning.simulate import simulate
 from mixtralkit.planning.trace import RoutingTrace, load_routing
@@ -116,6 +118,13 @@ def tokenizer(folder: Path) -> None:
 def plans(folder: Path) -> None:
     for name in ("plan", "sglang", "vllm-ascend", "tensorrt"):
         save_plan(contiguous(2, 4, 2), folder / f"{name}.{'yaml' if name == 'tensorrt' else 'json'}", name)
+    words = {"precision": [["int8", None, "plain", "int4"]] * 2, "tier": [["gpu", "host", None, "host"]] * 2}
+    replace(contiguous(2, 4, 2), **words).save(folder / "formats.json")
+
+
+def errors(folder: Path) -> None:
+    load, error = np.full((2, 3), 0.5), np.full((2, 3, 2), 0.1)
+    ErrorTable.of_weights(("int8", "int4:32"), (8, 4.5), error, load, load, model="m").save(folder / "errors.json")
 
 
 def traces(folder: Path) -> None:
@@ -178,6 +187,10 @@ def read_plans(folder: Path, path: Path) -> None:
     load_plan(path, num_experts=4, world_size=2)
 
 
+def read_errors(folder: Path, path: Path) -> None:
+    ErrorTable.load_from(path)
+
+
 def read_traces(folder: Path, path: Path) -> None:
     load_routing(folder / "part.npz" if path.suffix == ".part" else path, 4)
 
@@ -194,6 +207,7 @@ KINDS: dict[Callable[[Path], None], Callable[[Path, Path], Any]] = {
     checkpoint_gguf: read_gguf,
     tokenizer: lambda folder, _: Tokenizer.beside(folder, vocab_size=448).encode("a <|im_end|>"),
     plans: read_plans,
+    errors: read_errors,
     traces: read_traces,
     sets: read_sets,
     machines: read_machines,

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from mixtralkit.checkpoint.mapped import HeldBlock
 from mixtralkit.checkpoint.quantising import RoundedBlock, rounded_blocks, rows_read
 from mixtralkit.checkpoint.reader import Block, CheckpointReader
 from mixtralkit.checkpoint.staging import Stage
@@ -47,6 +48,7 @@ def load_into(
     progress: bool = False,
     threads: int | None = None,
     hashes: bool = False,
+    mapped: frozenset[str] = frozenset(),
 ) -> str | None:
     """Fills ``parameters`` (named and shaped as ``layout.shapes()``) from ``reader``, each in its own dtype.
 
@@ -54,7 +56,8 @@ def load_into(
     but for those of our own files in fewer bits. Every rank calls it. ``threads`` read at a time (None for
     ``reading_threads``); ``progress`` draws a bar on rank 0. When it returns, the bytes are there, on a GPU too. With
     ``hashes`` it returns a hash of all weights that are read, the same on every rank and for every layout, made of
-    what is read anyway (``weight_hash``).
+    what is read anyway (``weight_hash``). Parameters named in ``mapped`` are the checkpoint's file itself, on one rank
+    (``MappedLayers``).
 
     ValueError, or RankFailed where another rank failed, when the parameters or the checkpoint do not fit the layout
     (before any byte is read), and when a file cannot be read.
@@ -69,7 +72,7 @@ def load_into(
         counted = _counted(layout, reader, transfers) if hashes else frozenset()
         weight_hash = WeightHash()
         with context.agreed():
-            reads = _reads(parameters, layout, reader, pieces, counted, weight_hash)
+            reads = _reads(parameters, layout, reader, pieces, counted, weight_hash, mapped)
             _read_all(reads, reader, context, progress, threads)
         _share(transfers, parameters, layout, context)
     return weight_hash.digest(reader.regions, context) if hashes else None
@@ -173,6 +176,7 @@ def _reads(
     pieces: Iterable[Piece],
     counted: frozenset[_Key],
     weight_hash: WeightHash,
+    mapped: frozenset[str] = frozenset(),
 ) -> list[tuple[Block | RoundedBlock, WeightHash | None]]:
     """The reads of ``pieces``, in the order of the files, each with the hash that it is added to."""
 
@@ -180,9 +184,10 @@ def _reads(
         if _is_rounded(piece, reader):
             return rounded_blocks(reader, parameters, layout, piece)
         return (
-            block for part in layout.parts(piece)
+            HeldBlock(block.region, block.row, block.column, block.out) if part.target in mapped else block
+            for part in layout.parts(piece)
             for block in reader.blocks(part.source, part.rows, part.columns, parameters[part.target][part.at])
-        )  # fmt: skip
+        )
 
     reads = [
         (block, weight_hash if _read_key(piece, layout, reader) in counted else None)

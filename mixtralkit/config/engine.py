@@ -183,6 +183,7 @@ class TierOptions(Options):
             for which there is no room lie in the host's memory. Left out, the plan says where experts are. On a CPU
             there is one memory, and this has no meaning.
         host_memory_gb: Most memory of the host that a rank's experts take then, in 10^9 bytes; left out, what is free.
+            Experts of further layers stay in a checkpoint that is in the format mixtralkit for one rank.
         misses: Who computes an expert that is not on the GPU: cpu where it lies, fetch the GPU after a copy, auto
             whoever is faster, or both.
         expert_cache: What makes way on the GPU: lru what was used longest ago, frequency what was used least.

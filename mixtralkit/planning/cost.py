@@ -137,14 +137,16 @@ class TimeModel:
         product_s = self.product_s(rows, 3 * shape.dim * hidden, size / split)
         return product_s + np.asarray(rows, float) * copies
 
-    def experts_s(self, rows_WE: np.ndarray, split: int = 1, size_E: np.ndarray | None = None) -> np.ndarray:
+    def experts_s(
+        self, rows_WE: np.ndarray, split: int = 1, size_E: np.ndarray | None = None, formats: int = 1
+    ) -> np.ndarray:
         """All experts of each rank, one after the other: rows [..., W, E] → seconds [..., W].
 
-        ``size_E`` is as in ``expert_s``.
+        ``size_E`` is as in ``expert_s``; ``formats`` are those of the layer's experts, each with kernels of its own.
         """
         rows_WE = np.asarray(rows_WE)
         mean_rows_W = rows_WE.sum(-1) / np.maximum((rows_WE > 0).sum(-1), 1)
-        return self.experts_start_s(mean_rows_W) + self.expert_s(rows_WE, split, size_E).sum(-1)
+        return formats * self.experts_start_s(mean_rows_W) + self.expert_s(rows_WE, split, size_E).sum(-1)
 
     def experts_start_s(self, mean_rows: np.ndarray | float) -> np.ndarray | float:
         """What a rank's experts take beside their products; ``mean_rows`` are those of an expert that has any."""

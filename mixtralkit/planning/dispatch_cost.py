@@ -205,4 +205,4 @@ def _split_experts_s(replay: Replay, experts_TK: np.ndarray) -> np.ndarray:
     num_experts = replay.plan.num_experts
     keys_TK = replay.step_T[:, None] * num_experts + experts_TK
     counts_SE = np.bincount(keys_TK.ravel(), minlength=replay.steps * num_experts).reshape(replay.steps, -1)
-    return replay.model.experts_s(counts_SE, replay.world, replay.size_E)
+    return replay.model.experts_s(counts_SE, replay.world, replay.size_E, replay.formats)

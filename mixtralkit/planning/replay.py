@@ -69,6 +69,7 @@ class Replay:
         self._deal(trace.num_tokens)
         layers = plan.num_layers
         self.size_LE = model.shape.expert_bytes_LE(plan)
+        self.formats_L = [len(set(row)) for row in plan.formats_LE(model.shape.weights)]
         self.phases_LP, self.hidden_L = np.zeros((layers, len(PHASES))), np.zeros(layers)
         self.rows_LW, self.loads_LSW = np.zeros((layers, self.world)), []
         self.links_WW, self.bytes_L = np.zeros((self.world, self.world)), np.zeros(layers)
@@ -108,7 +109,7 @@ class Replay:
     def layer(self, layer: int) -> None:
         """Replays one layer and adds what it found; of prompts' rows the last layer's attention passes on the last."""
         table = ReplicaTable.of(self.plan, layer, self.dispatch.rows_everywhere)
-        self.size_E = self.size_LE[layer]
+        self.size_E, self.formats = self.size_LE[layer], self.formats_L[layer]
         all_SW = self._tokens_SW()
         no_capacity = self.plan.cold_capacity_factor is None  # which rows would lose theirs depends on all of them
         if self.execution.span > 1 and layer + 1 == self.plan.num_layers and no_capacity:
@@ -218,7 +219,8 @@ class Replay:
         rank_P, ranks = place_P // self.plan.num_experts, groups * self.world
         expert_s_P = self.model.expert_s(rows_P, size=self.size_E[place_P % self.plan.num_experts])
         touched_G, rows_G, seconds_G = (np.bincount(rank_P, values_P, ranks) for values_P in (None, rows_P, expert_s_P))
-        seconds_G = seconds_G + self.model.experts_start_s(rows_G / np.maximum(touched_G, 1))
+        start_G = self.model.experts_start_s(rows_G / np.maximum(touched_G, 1))
+        seconds_G = seconds_G + self.formats * start_G  # the kernels of each format run
         return seconds_G.reshape(groups, self.world).max(1)
 
     def _hidden_s(self, dispatch_G: np.ndarray, experts_G: np.ndarray, combine_G: np.ndarray) -> float:

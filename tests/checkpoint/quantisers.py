@@ -23,6 +23,12 @@ CONFIG = ModelConfig(
 LAYER = "model.layers.1.block_sparse_moe.experts.1.w2"
 OURS = "layers.1.feed_forward.experts.1.w2"
 
+E4M3 = torch.float8_e4m3fn
+ONES = 0x11111111
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": False}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": True, "version": "gemm"}
+
 # a weight [O, K] -> the tensors of the file by the end of their names, and their numbers
 Quantise = Callable[[torch.Tensor], tuple[dict[str, torch.Tensor], torch.Tensor]]
 
@@ -110,3 +116,134 @@ def _floats(found: dict[str, torch.Tensor], matrix: str, weights: ExpertWeights)
         return found[matrix]
     columns = CONFIG.dim if matrix.endswith("w13") else CONFIG.hidden_dim
     return PackedWeight(weights, columns, tuple(found[n] for n in names), 2 if matrix.endswith("w13") else 1).float()
+
+
+def by_scalar(w_OK: torch.Tensor):
+    """AutoFP8: one multiplier a matrix, and one of activations that nobody needs."""
+    scale = w_OK.float().abs().amax() / 448
+    data = (w_OK.float() / scale).to(E4M3)
+    held = {"weight": data, "weight_scale": scale, "input_scale": torch.tensor(3e-3)}
+    return held, data.float() * scale
+
+
+def by_blocks(w_OK: torch.Tensor):
+    """transformers' fine-grained FP8, read by its own dequantisation."""
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    outputs, inputs = w_OK.shape
+    blocks = torch.nn.functional.pad(w_OK.float(), (0, -inputs % 128, 0, -outputs % 128))
+    blocks = blocks.unflatten(1, (-1, 128)).unflatten(0, (-1, 128))
+    scales = blocks.abs().amax((1, 3)) / 448
+    data = (blocks / scales[:, None, :, None]).to(E4M3)
+    whole = data.flatten(2).flatten(0, 1)
+    numbers = Fp8Dequantize(None)._dequantize_one(whole, scales, torch.float32)[:outputs, :inputs]
+    return {"weight": whole[:outputs, :inputs], "weight_scale_inv": scales}, numbers
+
+
+def by_rows(dtype: torch.dtype, kind: torch.dtype, most: int) -> Quantise:
+    """compressed-tensors: a scale an output, of e4m3 or int8, read by its own library."""
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import dequantize
+
+    def quantise(w_OK: torch.Tensor):
+        scale = (w_OK.float().abs().amax(1, keepdim=True) / most).to(dtype)
+        data = (w_OK.float() / scale.float()).round(decimals=0 if kind == torch.int8 else 9).to(kind)
+        args = QuantizationArgs(num_bits=8, type="int" if kind == torch.int8 else "float", strategy="channel")
+        return {"weight": data, "weight_scale": scale}, dequantize(data, scale.float(), args=args)
+
+    return quantise
+
+
+def ct(**weights: object) -> dict[str, object]:
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    return {"quant_method": "compressed-tensors", "config_groups": groups, "ignore": ["lm_head", "re:.*gate"]}
+
+
+def packed_int4(group: int, symmetric: bool, scale_dtype: torch.dtype = torch.bfloat16, spread: float = 1) -> Quantise:
+    """compressed-tensors' ``pack-quantized``, packed and read by its own library."""
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import dequantize
+
+    def quantise(w_OK: torch.Tensor):
+        w_OGC = (w_OK.float() * spread).unflatten(1, (-1, w_OK.shape[1] if group == -1 else group))
+        low, high = w_OGC.amin(2), w_OGC.amax(2)
+        scale = ((high - low) / 15 if not symmetric else w_OGC.abs().amax(2) / 7.5).to(scale_dtype)
+        zero = (-8 - low / scale.float()).round().clamp(-8, 7).to(torch.int8)
+        if symmetric:
+            zero.zero_()
+        data = (w_OGC / scale.float()[..., None] + zero[..., None]).round().clamp(-8, 7).to(torch.int8).flatten(1)
+        args = QuantizationArgs(
+            num_bits=4, symmetric=symmetric, strategy="channel" if group == -1 else "group",
+            group_size=None if group == -1 else group,
+        )  # fmt: skip
+        held = {
+            "weight_packed": pack_to_int32(data, 4), "weight_scale": scale, "weight_shape": torch.tensor(data.shape),
+        }  # fmt: skip
+        if not symmetric:
+            held["weight_zero_point"] = pack_to_int32(zero, 4, packed_dim=0)
+        return held, dequantize(data, scale.float(), None if symmetric else zero, args=args)
+
+    return quantise
+
+
+def pack_words(numbers_RC: torch.Tensor, order=range(8)) -> torch.Tensor:
+    """int32 [R, C / 8] by the definition: nibble i of word c is column 8 c + order[i]."""
+    columns = numbers_RC.shape[1]
+    words = [
+        [sum(int(row[8 * c + column]) << 4 * i for i, column in enumerate(order)) for c in range(columns // 8)]
+        for row in numbers_RC.tolist()
+    ]
+    return torch.tensor(words, dtype=torch.int64).to(torch.int32)
+
+
+def of_words(order, along_inputs: bool, less: int, symmetric: bool = False, group: int = 64) -> Quantise:
+    """AWQ and GPTQ from the definition of their layouts: layers with inputs as rows, (q - z) · s."""
+
+    def quantise(w_OK: torch.Tensor):
+        w_KO = w_OK.float().T
+        w_GCO = w_KO.unflatten(0, (-1, group))
+        low, high = w_GCO.amin(1), w_GCO.amax(1)
+        scale = ((high - low) / 15).half()
+        zero = torch.full_like(low, 8) if symmetric else (-low / scale.float()).round().clamp(0, 15)
+        zero[0, 1] = 8 if symmetric else 0
+        q = (w_GCO / scale.float()[:, None] + zero[:, None]).round().clamp(0, 15).flatten(0, 1)
+        numbers = (q - zero.repeat_interleave(group, 0)) * scale.float().repeat_interleave(group, 0)
+        zeros = pack_words(zero.long(), order) - less
+        qweight = pack_words(q.T.long()).T if along_inputs else pack_words(q.long(), order)
+        held = {"qweight": qweight, "qzeros": zeros, "scales": scale}
+        if along_inputs:
+            held |= {"g_idx": (torch.arange(len(w_KO)) // group).int(), "bias": torch.zeros(len(w_OK)).half()}
+        return held, numbers.T
+
+    return quantise
+
+
+def in_order_of_use(group: int = 64) -> Quantise:
+    """GPTQ with ``desc_act``: a column's group is by importance, not by place."""
+
+    def quantise(w_OK: torch.Tensor):
+        order_K = torch.randperm(w_OK.shape[1], generator=torch.Generator().manual_seed(5))
+        held, numbers_OK = of_words(range(8), True, ONES, group=group)(w_OK[:, order_K])
+        back_K = order_K.argsort()  # the rows of qweight are in the model's order, as g_idx is
+        plain_OK = torch.stack([(held["qweight"].T >> 4 * i) & 15 for i in range(8)], 2).flatten(1)
+        held["qweight"], held["g_idx"] = pack_words(plain_OK[:, back_K]).T, held["g_idx"][back_K]
+        return held, numbers_OK[:, back_K]
+
+    return quantise
+
+
+def nf4(nested: bool) -> Quantise:
+    """bitsandbytes' own, on a CPU."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    def quantise(w_OK: torch.Tensor):
+        packed, state = quantize_4bit(w_OK.float(), compress_statistics=nested, quant_type="nf4")
+        held = {f"weight.{end}": tensor for end, tensor in state.as_dict(packed=True).items()}
+        return held | {"weight": packed}, dequantize_4bit(packed, state)
+
+    return quantise
+
+
+FLOATS = ct(num_bits=8, type="float", strategy="channel")
+INTS = ct(num_bits=8, type="int", strategy="channel")

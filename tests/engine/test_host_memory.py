@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from dataclasses import asdict, replace
 
 import httpx
 import pytest
 import torch
 
+from mixtralkit.checkpoint import RankFiles, load_into, open_checkpoint, save_checkpoint
+from mixtralkit.checkpoint.mapped import MappedLayers
 from mixtralkit.config import MoEOptions, ParallelConfig, TierOptions
 from mixtralkit.distributed import RankContext
 from mixtralkit.engine.generation import Engine
 from mixtralkit.engine.requests import Request
 from mixtralkit.engine.sampler import SamplingOptions
 from mixtralkit.engine.tokenizer import Tokenizer
-from mixtralkit.layout import RankLayout
+from mixtralkit.layout import RankLayout, canonical_shapes
 from mixtralkit.mixtral import Mixtral
 from mixtralkit.model.transformer import Transformer
 from mixtralkit.moe.tiers import Costs, TierSetup
 from mixtralkit.moe.weights import parse_weights
-from mixtralkit.planning.plan import ExpertPlan, contiguous
+from mixtralkit.planning.plan import ExpertPlan, contiguous, everywhere
 from tests.engine.parts import engine_config, make_checkpoint
 from tests.ranks import run_ranks
 from tests.server.doubles import run as run_server
@@ -161,6 +164,51 @@ def test_a_bus_that_fails_ends_the_run_with_a_sentence(tokenizer: Tokenizer, mon
         with pytest.raises(RuntimeError, match="could not be copied from host memory"):
             told(model, tokenizer)
     assert told(model, tokenizer) == wanted, "the next run finds all as it was"
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """A checkpoint in our format in 4 bits, and one that is plain."""
+    root, generator = tmp_path_factory.mktemp("converted"), torch.Generator().manual_seed(1)
+    shapes = canonical_shapes(CONFIG)
+    tensors = {name: torch.randn(shape, generator=generator) * 0.15 for name, shape in shapes.items()}
+    for name, weights in (("int4", "int4:64"), ("plain", None)):
+        save_checkpoint(root / name, CONFIG, tensors, "mixtralkit", ranks=RankFiles(weights=parse_weights(weights)))
+    return root
+
+
+@pytest.mark.parametrize(("name", "weights"), [("int4", "int4:64"), ("plain", None)])
+def test_experts_may_stay_in_the_checkpoint(converted, tokenizer: Tokenizer, name: str, weights: str | None) -> None:
+    """The same text and hash of the weights; and a file that changes under the run is told."""
+    layout = RankLayout(CONFIG, ParallelConfig(), contiguous(3, 8, 1), 0, parse_weights(weights))
+    found = []
+    with open_checkpoint(converted / name) as reader:
+        for layers in ((), (1, 2)):
+            mapped = MappedLayers(reader, layout, layers, torch.float32)
+            setup = TierSetup(10, TierOptions(), COSTS, mapped=mapped)
+            model = Transformer(layout, RankContext(), tiers=setup)
+            of_weights = load_into(
+                model.named_tensors(), layout, reader, RankContext(), hashes=True, mapped=mapped.names
+            )
+            found.append((told(model, tokenizer), of_weights))
+    assert found[0] == found[1]
+    assert len(mapped.names) == 2 * len(model.store.experts[1].tensors)
+    path = next((converted / name).glob("*.safetensors"))
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(RuntimeError, match=rf"{path.name}: the file was changed while its experts were in use"):
+        told(model, tokenizer)
+
+
+def test_experts_stay_only_where_they_lie_as_they_are_used(converted) -> None:
+    layout = RankLayout(CONFIG, ParallelConfig(), contiguous(3, 8, 1), 0, parse_weights("int4:64"))
+    with open_checkpoint(converted / "int4") as reader:
+        for other in (replace(layout, weights=parse_weights("int8")), replace(layout, plan=everywhere(3, 8, 2))):
+            with pytest.raises(ValueError, match="for one rank with the same plan and quantize"):
+                MappedLayers(reader, other, (1,), torch.float32)
+    with open_checkpoint(converted / "plain") as reader:
+        plain = replace(layout, weights=parse_weights(None))
+        with pytest.raises(ValueError, match=r"must be in dtype torch.bfloat16, .* not torch.float32"):
+            MappedLayers(reader, plain, (0,), torch.bfloat16)
 
 
 def test_without_a_gpu_there_is_one_memory(tmp_path) -> None:

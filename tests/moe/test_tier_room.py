@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,9 +58,27 @@ def test_what_fits_is_no_tier_and_a_plan_may_say_it() -> None:
 
 
 def test_the_host_must_have_room_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"host_memory_gb \(20\) must be at least 23\.25"):
+    with pytest.raises(
+        ValueError, match=r"host_memory_gb \(20\) must be at least 23\.25, .* or the checkpoint one that"
+    ):
         setup_of(16.0, host=20.0)
     assert setup_of(16.0, host=24.0).places > 100
     monkeypatch.setattr(room, "_free_bytes", lambda: int(20e9))
     with pytest.raises(ValueError, match=r"the host has 20 GB free for 1 ranks with 23\.3 GB of experts each"):
         setup_of(16.0)
+
+
+def test_layers_without_room_stay_in_the_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    one_rank = SimpleNamespace(found=SimpleNamespace(layouts=(RankLayout.single(MIXTRAL),)))
+    foreign = SimpleNamespace(found=SimpleNamespace(layouts=()))
+    sizes = dict.fromkeys(range(4), int(10e9))
+    assert room._beyond(sizes, None, GPU, one_rank) == []
+    assert room._beyond(sizes, 25.0, GPU, one_rank) == [2, 3]
+    monkeypatch.setattr(room, "_free_bytes", lambda: int(19e9))
+    assert room._beyond(sizes, None, GPU, one_rank) == [1, 2, 3]
+    assert room._beyond(sizes, 9.0, GPU, one_rank) == [0, 1, 2, 3]
+    for reader in (foreign, None):
+        with pytest.raises(ValueError, match="the host has 19 GB free for 1 ranks with 40 GB of experts each"):
+            room._beyond(sizes, None, GPU, reader)
+    with pytest.raises(ValueError, match=r"host_memory_gb \(30\) must be at least 40"):
+        room._beyond(sizes, 30.0, replace(GPU, world_size=2), one_rank)

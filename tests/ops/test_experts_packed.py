@@ -81,3 +81,9 @@ def test_half_precision(name):
 @pytest.mark.parametrize("name", ["int8", "int4:64"])
 def test_columns_are_shared_by_programs(name):
     check(name, 5, torch.float32, settings=default_settings(5, 2.5, True) | {"parts": 3})
+
+
+@pytest.mark.parametrize("count", [1, 9, 40])
+def test_a_format_that_no_row_chooses_adds_nothing(count):
+    """In a layer of several formats the kernels of each run, whether or not any row has a choice there."""
+    check("int4:32", count, torch.float32, absent=2.0)

@@ -75,6 +75,11 @@ def test_formats_of_a_plan_cost_what_a_run_in_one_format_does():
         np.testing.assert_array_equal(some.phases_LP[:1], packed.phases_LP[:1])
         np.testing.assert_array_equal(some.phases_LP[1:], plain.phases_LP[1:])
         assert said.step_s < plain.step_s
+        both = [["int8", "int4:32"] * 2] * 2
+        less = simulate(replace(plan, precision=both), trace, shape, replace(slow, launch_s=0.0), run)
+        more = simulate(replace(plan, precision=both), trace, shape, slow, run)
+        start_s = TimeModel(shape, slow, world).experts_start_s(1.0) * said.steps
+        assert more.phases_LP[0, 3] - less.phases_LP[0, 3] == pytest.approx(2 * start_s), "the kernels of two formats"
 
 
 def test_bytes_of_a_rank_are_those_of_its_experts():

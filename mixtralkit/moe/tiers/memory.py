@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from mixtralkit.checkpoint.mapped import MappedLayers
 from mixtralkit.moe.weights import ExpertWeights
 
 ALIGNED = 64  # bytes that a tensor in a block starts at a multiple of
@@ -57,10 +58,20 @@ class HostExperts:
             for start, part in zip(starts, like, strict=True)
         )
 
+    def check(self) -> None:
+        """Nothing changes it."""
+
     def __del__(self) -> None:
         if getattr(self, "_pinned", False):
             with contextlib.suppress(Exception):  # the device may be gone before its memory
                 torch.cuda.cudart().cudaHostUnregister(self.blocks.data_ptr())
+
+
+class MappedExperts:
+    """As ``HostExperts``, but in the checkpoint's file, of which the system keeps in memory what it has room for."""
+
+    def __init__(self, mapped: MappedLayers, layer: int) -> None:
+        self.tensors, self.check = mapped.tensors(layer), mapped.check
 
 
 def _pin(memory: torch.Tensor) -> None:

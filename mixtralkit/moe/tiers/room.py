@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from mixtralkit.checkpoint.mapped import MappedLayers
+from mixtralkit.checkpoint.reader import CheckpointReader
 from mixtralkit.config import EngineConfig
 from mixtralkit.distributed import RankContext
 from mixtralkit.layout import RankLayout
@@ -15,11 +19,16 @@ from mixtralkit.planning.memory import Room, room_for_experts
 PIECE_ROWS = 104  # of an expert in the mean, up to which no product unpacks it first (``ops/experts/triton_packed.py``)
 
 
-def tier_setup(layout: RankLayout, context: RankContext, config: EngineConfig, dtype: torch.dtype) -> TierSetup | None:
+def tier_setup(
+    layout: RankLayout, context: RankContext, config: EngineConfig, dtype: torch.dtype,
+    reader: CheckpointReader | None = None,
+) -> TierSetup | None:  # fmt: skip
     """Of the options, or of the plan's tiers where no budget is given; None where all experts are on the device.
 
+    Layers for which the host has no room stay in ``reader``'s file.
+
     Raises:
-        ValueError: the budget has no room for a layer's experts, or the host none for all of them.
+        ValueError: the budget has no room for a layer's experts, or the host none for all of them and they cannot stay.
     """
     options, plan = config.tiers, layout.plan
     held = {layer: len(layout.experts(layer)) for layer in range(layout.config.n_layers)}
@@ -35,8 +44,9 @@ def tier_setup(layout: RankLayout, context: RankContext, config: EngineConfig, d
         setup = _within(options.gpu_memory_gb, layout, config, dtype, expert_bytes)
         if setup.places >= sum(held.values()):
             return None
-    _check_host(sum(held.values()) * expert_bytes, options.host_memory_gb, context)
-    return setup
+    sizes = {layer: count * expert_bytes for layer, count in held.items()}
+    beyond = _beyond(sizes, options.host_memory_gb, context, reader)
+    return replace(setup, mapped=MappedLayers(reader, layout, beyond, dtype)) if beyond else setup
 
 
 def _within(budget_gb: float, layout: RankLayout, config: EngineConfig, dtype: torch.dtype, size: int) -> TierSetup:
@@ -61,18 +71,34 @@ def _within(budget_gb: float, layout: RankLayout, config: EngineConfig, dtype: t
     return TierSetup(places, config.tiers, piece_rows=piece_rows)
 
 
-def _check_host(wanted: int, most_gb: float | None, context: RankContext) -> None:
-    """ValueError unless the host has so many bytes for this rank's experts."""
+def _beyond(
+    sizes: Mapping[int, int], most_gb: float | None, context: RankContext, reader: CheckpointReader | None
+) -> list[int]:
+    """Layers whose experts (bytes by layer) have no room in the host's memory, the last ones.
+
+    Raises:
+        ValueError: there are some, and no checkpoint of one rank in which they could stay.
+    """
+    wanted, free = sum(sizes.values()), _free_bytes()
+    room = wanted if free is None else free // context.world_size
+    room = room if most_gb is None else min(room, int(most_gb * 1e9))
+    beyond, taken = [], 0
+    for layer, size in sizes.items():
+        taken += size
+        if taken > room:
+            beyond.append(layer)
+    if not beyond or (reader is not None and context.world_size == 1 and reader.found.layouts):
+        return beyond
+    can_stay = "or the checkpoint one that experts can stay in: one rank's, in the format 'mixtralkit'"
     if most_gb is not None and wanted > most_gb * 1e9:
         raise ValueError(
-            f"host_memory_gb ({most_gb:g}) must be at least {wanted / 1e9:.4g}, the size of the rank's experts"
+            f"host_memory_gb ({most_gb:g}) must be at least {wanted / 1e9:.4g}, the size of the rank's experts, "
+            f"{can_stay}"
         )
-    free = _free_bytes()
-    if free is not None and wanted > free / context.world_size:
-        raise ValueError(
-            f"the host has {free / 1e9:.3g} GB free for {context.world_size} ranks with {wanted / 1e9:.3g} GB of "
-            "experts each: take fewer bits (quantize) or more ranks"
-        )
+    raise ValueError(
+        f"the host has {free / 1e9:.3g} GB free for {context.world_size} ranks with {wanted / 1e9:.3g} GB of experts "
+        f"each: take fewer bits (quantize), more ranks, {can_stay}"
+    )
 
 
 def _free_bytes() -> int | None:

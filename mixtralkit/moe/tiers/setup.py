@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from mixtralkit.checkpoint.mapped import MappedLayers
 from mixtralkit.config import TierOptions
 from mixtralkit.moe.tiers.bus import Ticket
 from mixtralkit.moe.tiers.costs import Costs
@@ -40,6 +41,7 @@ class TierSetup:
         places: experts that the GPU has room for.
         costs: what misses cost; None measures it before the first step.
         piece_rows: most rows that go through a layer's experts at once; None for all.
+        mapped: layers whose experts stay in the checkpoint's file; None has all in memory.
         splits: whether a missed expert may be split between CPU and bus; None where there is a bus.
     """
 
@@ -48,6 +50,7 @@ class TierSetup:
     costs: Costs | None = None
     piece_rows: int | None = None
     splits: bool | None = None
+    mapped: MappedLayers | None = None
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from mixtralkit.moe.experts import as_matrices
 from mixtralkit.moe.tiers.arrivals import Arrivals
 from mixtralkit.moe.tiers.bus import CudaBus, PlainBus, Ticket
 from mixtralkit.moe.tiers.cache import Key, PlaceCache
-from mixtralkit.moe.tiers.memory import Empty, Geometry, HostExperts, Move, silence
+from mixtralkit.moe.tiers.memory import Empty, Geometry, HostExperts, MappedExperts, Move, silence
 from mixtralkit.moe.tiers.setup import Answer, TierCounts, TierSetup
 from mixtralkit.moe.tiers.warm import fill, measure
 from mixtralkit.moe.weights import ExpertWeights
@@ -36,6 +36,7 @@ SURE_ROWS = 8  # of an expert in the mean: rows that touch all of a layer so oft
 LAYERS_AHEAD = 2  # that are fetched for such rows
 MOST_GUESSED_ROWS = 16  # rows for which the next layer's router is asked
 MOST_SPLIT_ROWS = 16  # choices up to which an expert is split between CPU and bus
+MOST_STAYING = 4  # split experts whose first columns are on their way: more would take places before the bus has time
 SPLIT_COLUMNS = 64  # a split is at a multiple of so many hidden columns, and of the format's unit
 
 
@@ -78,7 +79,11 @@ class Tiers:
         wanted = device.type == "cuda" if setup.splits is None else setup.splits
         self.splits = wanted and setup.options.misses == "auto" and _has_product(weights)
         pinned = device.type == "cuda"
-        self.hosts = {layer: HostExperts(empty, slots, pinned) for layer, slots in self.slots.items()}
+        in_file = () if setup.mapped is None else setup.mapped.layers
+        self.hosts = {
+            layer: MappedExperts(setup.mapped, layer) if layer in in_file else HostExperts(empty, slots, pinned)
+            for layer, slots in self.slots.items()
+        }
         hidden = self.columns[1]
         self._host_matrices = {
             layer: as_matrices(weights, self.columns, host.tensors) for layer, host in self.hosts.items()
@@ -100,6 +105,8 @@ class Tiers:
                 f"gpu_memory_gb leaves room for {setup.places} experts: there must be room for {most + spare}, those "
                 f"of a layer{f' and {spare} more' if spare else ''}"
             )
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # nothing is on its way to the old places any more
         self.setup, self.layout, self.counts = setup, layout, TierCounts()
         self.pool = self.matrices = ()
         self.pool = tuple(part.zero_() for part in self._empty(setup.places, str(device)))
@@ -147,6 +154,7 @@ class Tiers:
         """As ``product``, on the CPU where the experts lie; ``first`` hidden columns of them, None for all."""
         if out_ND is None:
             out_ND = torch.empty(x_ND.shape, dtype=torch.float32)
+        self.hosts[layer].check()
         matrices = self._host_matrices[layer]
         self.counts.products += len(set(slots_N[slots_N >= 0].tolist()))
         slots_N1 = torch.from_numpy(slots_N.reshape(-1, 1))
@@ -183,7 +191,7 @@ class Tiers:
             rows_S: how many rows name each slot.
         """
         needed = {(layer, slot): int(rows_S[slot]) for slot in np.flatnonzero(rows_S).tolist()}
-        self._in_use = frozenset(needed)
+        self._in_use, self._split = frozenset(needed), []
         self.cache.use(needed)
         while self._staying:
             self._arriving.complete(*self._staying.pop())
@@ -226,7 +234,7 @@ class Tiers:
         place = self._take(key, self._in_use)
         self.counts.fetches += 1
         try:
-            ticket = self._copy(self._places.moves(place, self._sources[key[0]], key[1]), True)
+            ticket = self._copy(self._places.moves(place, self._source(key[0]), key[1]), True)
         except BaseException:
             self.cache.drop(key)
             raise
@@ -240,11 +248,16 @@ class Tiers:
             self._silent[place] = first
         self.counts.splits += 1
         self._told[key] = place
-        return self._copy(self._places.moves(place, self._sources[key[0]], key[1], first), True)
+        return self._copy(self._places.moves(place, self._source(key[0]), key[1], first), True)
+
+    def _source(self, layer: int) -> Geometry:
+        """A layer's experts in the host, from which bytes are to be copied."""
+        self.hosts[layer].check()
+        return self._sources[layer]
 
     def bring(self, key: Key, place: int) -> Ticket:
         """Begins to copy an expert to a place; neither table nor counters hear of it."""
-        return self.bus.copy(self._places.moves(place, self._sources[key[0]], key[1]), True)
+        return self.bus.copy(self._places.moves(place, self._source(key[0]), key[1]), True)
 
     def _copy(self, moves: list[Move], urgent: bool) -> Ticket:
         self.counts.fetched_bytes += sum(move.nbytes for move in moves)
@@ -307,6 +320,8 @@ class Tiers:
 
     def _keep(self, key: Key, place: int, first: int) -> None:
         """A split expert stays where its last columns are, and the place of one that is worth less is spare instead."""
+        if len(self._staying) + self._arriving.staying >= MOST_STAYING:
+            return
         found = self.cache.exchange(key, place, {*self._in_use, *self._arriving, *(key for key, _ in self._staying)})
         if found is None:
             return
@@ -314,7 +329,7 @@ class Tiers:
         self._spare[self._spare.index(place)] = found[0]
         del self._silent[place]
         self._silent[found[0]] = 0
-        self._staying.append((key, self._places.rest(place, self._sources[key[0]], key[1], first)))
+        self._staying.append((key, self._places.rest(place, self._source(key[0]), key[1], first)))
 
     def _bring_all(self, layer: int, following: int, distance: int) -> None:
         """Experts of a layer so far ahead, all of which are sure to be wanted."""
@@ -337,7 +352,7 @@ class Tiers:
             return False
         self._forget(found[1])
         self.counts.fetches += 1
-        moves = self._places.moves(found[0], self._sources[key[0]], key[1])
+        moves = self._places.moves(found[0], self._source(key[0]), key[1])
         (self._arriving.begin if "in_turn" in how else self._arriving.guess)(key, moves)
         return True
 
