@@ -29,7 +29,7 @@ from mixtralkit.engine.runs import Arrivals, EngineSnapshot, Run, Told
 from mixtralkit.engine.sampler import SamplingOptions
 from mixtralkit.engine.scheduler import Planned, Scheduler, Sequence
 from mixtralkit.engine.step_plan import Message, Took
-from mixtralkit.engine.tell import Teller
+from mixtralkit.engine.tell import Teller, WithEnds
 from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.model.transformer import Observe, Transformer
 
@@ -124,7 +124,7 @@ class Engine:
         ``error`` of its last event.
         """
         teller = self.teller()
-        ending = _WithEnds(arrivals, teller)
+        ending = WithEnds(arrivals, teller)
         for told in self.tokens(None if arrivals is None else ending):
             if events := teller.events(told):
                 ending.ends += [Abort(event.id, untold=True) for event in events if event.finish_reason]
@@ -392,23 +392,6 @@ class Engine:
             if event.finish_reason is not None:
                 del self._run_of[key]
                 yield run, key, event.cause
-
-
-class _WithEnds:
-    """Arrivals with those that the text has ended, which an engine does not know by itself.
-
-    Attributes:
-        ends: that are still to be told.
-    """
-
-    def __init__(self, arrivals: Arrivals | None, teller: Teller) -> None:
-        self._arrivals, self._teller = arrivals, teller
-        self.ends: list[Abort] = []
-
-    def poll(self, wait: bool) -> list[Request | Abort] | None:
-        ends, self.ends = self.ends, []
-        came = self._arrivals.poll(wait and not ends)
-        return None if came is None and not ends and not self._teller else [*ends, *(came or ())]
 
 
 def check_prefill_budget(prefill_budget: int) -> None:
