@@ -29,7 +29,7 @@ from mixtralkit.engine.runs import Arrivals, EngineSnapshot, Run, Told
 from mixtralkit.engine.sampler import SamplingOptions
 from mixtralkit.engine.scheduler import Planned, Scheduler, Sequence
 from mixtralkit.engine.step_plan import Message, Took
-from mixtralkit.engine.tell import Teller
+from mixtralkit.engine.tell import Teller, WithEnds
 from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.model.transformer import Observe, Transformer
 
@@ -115,7 +115,7 @@ class Engine:
                 self.check(request)
             # who begins last ends last: what is long begins first, so that few steps have few sequences
             requests = sorted(requests, key=lambda request: -request.max_gen_len)
-        return self._events(requests, is_lazy, should_stop)
+        return self._read(Run(0, iter(requests), is_lazy, should_stop))
 
     def serve(self, arrivals: Arrivals | None) -> Iterator[list[StreamEvent]]:
         """The events of each step as requests come and go; ends when no more come and all have ended. Collective.
@@ -124,7 +124,7 @@ class Engine:
         ``error`` of its last event.
         """
         teller = self.teller()
-        ending = _WithEnds(arrivals, teller)
+        ending = WithEnds(arrivals, teller)
         for told in self.tokens(None if arrivals is None else ending):
             if events := teller.events(told):
                 ending.ends += [Abort(event.id, untold=True) for event in events if event.finish_reason]
@@ -135,12 +135,7 @@ class Engine:
 
         Whoever makes it sends an ``Abort`` where the text ended an answer.
         """
-        run = self._open(Run(0, arrivals=arrivals, serves=True))
-        try:
-            while not run.ended or run.events:
-                yield from self._next_events(run)
-        finally:
-            self._close(run)
+        return self._read(Run(0, arrivals=arrivals, serves=True))
 
     def teller(self) -> Teller:
         """Makes events of tokens."""
@@ -198,24 +193,22 @@ class Engine:
         if self._leader.scheduler is not None:
             self._leader.scheduler.forget_prefixes()
 
-    def _events(
-        self, requests: Iterable[Request], is_lazy: bool, should_stop: Callable[[], bool] | None
-    ) -> Iterator[StreamEvent]:
-        run = self._open(Run(0, iter(requests), is_lazy, should_stop))
+    def _read(self, run: Run) -> Iterator[StreamEvent | Told]:
+        self._open(run)
         try:
             while not run.ended or run.events:
                 yield from self._next_events(run)
         finally:
             self._close(run)
 
-    def _open(self, run: Run) -> Run:
+    def _open(self, run: Run) -> None:
+        run.thread = threading.get_ident()
         if self.context.world_size > 1 and any(other.thread != run.thread for other in self._runs.values()):
             raise RuntimeError("another thread has a run of this model open: over several ranks one thread may run it")
         with self._turn:
             run.number, run.numbers_from = self._next_run, self._leader.next_number
             self._next_run += 1
             self._runs[run.number] = run
-        return run
 
     def _close(self, run: Run) -> None:
         """Of a run that nobody reads any more; a generator may be thrown away amid a turn, by any thread."""
@@ -321,8 +314,8 @@ class Engine:
         cache, runner = self.model.cache, self._runner
         if runner is not None and runner.cache is cache and runner.counts_choices == counts:
             return
-        if self._flights or any(run.sequences for run in self._runs.values()):  # what runs needs what it has
-            return
+        if self._flights or self._run_of or any(run.sequences for run in self._runs.values()):
+            return  # what runs needs what it has
         if runner is None or runner.cache is not cache:
             self._leader.scheduler = self._new_scheduler(self.prefill_budget, self.prefix_reuse)
         self._leader.scheduler.forget_rows()
@@ -399,23 +392,6 @@ class Engine:
             if event.finish_reason is not None:
                 del self._run_of[key]
                 yield run, key, event.cause
-
-
-class _WithEnds:
-    """Arrivals with those that the text has ended, which an engine does not know by itself.
-
-    Attributes:
-        ends: that are still to be told.
-    """
-
-    def __init__(self, arrivals: Arrivals | None, teller: Teller) -> None:
-        self._arrivals, self._teller = arrivals, teller
-        self.ends: list[Abort] = []
-
-    def poll(self, wait: bool) -> list[Request | Abort] | None:
-        ends, self.ends = self.ends, []
-        came = self._arrivals.poll(wait and not ends)
-        return None if came is None and not ends and not self._teller else [*ends, *(came or ())]
 
 
 def check_prefill_budget(prefill_budget: int) -> None:

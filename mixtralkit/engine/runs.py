@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -88,7 +87,7 @@ class Run:
     arrivals: Arrivals | None = None
     serves: bool = False
     numbers_from: int = 0
-    thread: int = field(default_factory=threading.get_ident)
+    thread: int = 0
     sequences: dict[int, Sequence] = field(default_factory=dict)
     events: deque[StreamEvent | Told] = field(default_factory=deque)
     told: Told = field(default_factory=Told)

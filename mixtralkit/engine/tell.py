@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from mixtralkit.engine.requests import Answer, StreamEvent
-from mixtralkit.engine.runs import Told
+from mixtralkit.engine.requests import Abort, Answer, Request, StreamEvent
+from mixtralkit.engine.runs import Arrivals, Told
 from mixtralkit.engine.step_plan import News, Took
 from mixtralkit.engine.tokenizer import Tokenizer
 
@@ -74,3 +74,21 @@ class Teller:
                 answer.cached_tokens = count
         ended = [(key, self._answers.pop(key, None), said) for key, *said in news.ends]
         return [(key, answer.end(*said)) for key, answer, said in ended if answer is not None]
+
+
+class WithEnds:
+    """Arrivals with those that the text has ended, which an engine does not know by itself.
+
+    Attributes:
+        ends: that are still to be told.
+    """
+
+    def __init__(self, arrivals: Arrivals | None, teller: Teller) -> None:
+        self._arrivals, self._teller = arrivals, teller
+        self.ends: list[Abort] = []
+
+    def poll(self, wait: bool) -> list[Request | Abort] | None:
+        """As ``Arrivals.poll``."""
+        ends, self.ends = self.ends, []
+        came = self._arrivals.poll(wait and not ends)
+        return None if came is None and not ends and not self._teller else [*ends, *(came or ())]

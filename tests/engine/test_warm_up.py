@@ -62,11 +62,11 @@ def _run(context: RankContext, folder: Path, attention: str, warms_up: bool) -> 
         return answers, before, made[0].keys, len(made)
 
 
-@pytest.mark.parametrize(("world_size", "attention"), [(1, "tp"), (2, "tp"), (2, "dp")])
+@pytest.mark.parametrize(("world_size", "attention"), [(1, "tp"), (2, "tp"), (2, "dp"), (2, "coherent")])
 def test_no_graph_is_captured_while_requests_run(folder, world_size, attention):
     cold = run_ranks(_run, world_size, folder, attention, False)
     warm = run_ranks(_run, world_size, folder, attention, True)
-    sizes = bucket_sizes(6 if attention == "tp" else 3)
+    sizes = bucket_sizes(3 if attention == "dp" else 6)
     for (answers, _, some, _), (same, before, after, made) in zip(cold, warm, strict=True):
         assert same == answers
         assert sorted(before) == sorted((rows, draws, False, False, False) for rows in sizes for draws in (False, True))

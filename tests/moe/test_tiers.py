@@ -441,6 +441,37 @@ def test_a_copy_that_fails_is_told_and_forgotten() -> None:
         assert torch.equal(store.experts[1](rows), resident(store, 1, rows)), "nothing half copied counts as there"
 
 
+def test_a_split_that_fails_leaves_nothing_behind() -> None:
+    """An expert whose last columns never came would have been taken to stay."""
+    store = make_store(TierSetup(12, TierOptions(), Costs(1.0, ((1, 1.0),)), splits=True), "int8")
+    tiers = store.tiers
+    tiers.begin(0)
+    missing = next(slot for slot in range(8) if (1, slot) not in tiers.cache.place_of)
+    here = next(slot for slot in range(8) if (1, slot) in tiers.cache.place_of)
+    rows = replace(rows_of(1, 0), slots_RK=torch.tensor([[here, missing]]))
+    tiers.bus = BrokenBus(0)
+    with pytest.raises(RuntimeError, match="could not be copied"):
+        store.experts[1](rows)
+    tiers.bus = PlainBus()
+    held = replace(rows, slots_RK=torch.tensor([[here, here]]))
+    for asked in (held, rows, rows, held, rows):
+        torch.testing.assert_close(store.experts[1](asked), resident(store, 1, asked), rtol=2e-3, atol=2e-4)
+        assert not {*tiers.cache.place_of.values()} & {*tiers._spare}
+
+
+def test_no_more_experts_stay_than_the_bus_completes() -> None:
+    store = make_store(TierSetup(20, TierOptions(), Costs(1.0, ((1, 1.0),)), splits=True), "int8")
+    tiers = store.tiers
+    tiers.begin(0)
+    tiers.bus, most = RatedBus(1e-3), 0
+    for step in range(40):
+        for layer in store.layers:
+            rows = rows_of(1, 7 * step + layer)
+            torch.testing.assert_close(store.experts[layer](rows), resident(store, layer, rows), rtol=2e-3, atol=2e-4)
+            most = max(most, tiers._arriving.staying + len(tiers._staying))
+    assert most == 4
+
+
 def test_too_few_places_and_copies_between_gpus_are_refused() -> None:
     with pytest.raises(ValueError, match="room for 7 experts: there must be room for 8"):
         make_store(TierSetup(7, costs=CPU_COSTS))

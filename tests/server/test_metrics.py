@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 
 import httpx
+import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.server.doubles import run
 from tests.server.process import ROOT, until
 
 
@@ -52,3 +54,28 @@ def test_every_name_of_the_guide_is_served(server):
     labels = next(line for line in text.splitlines() if line.startswith("vllm:cache_config_info{"))
     assert re.search(r'block_size="\d+"', labels)
     assert re.search(r'num_gpu_blocks="\d+"', labels)
+
+
+def test_what_ranks_counted_is_told_by_layer():
+    """Two layers of four experts: choices in large and small batches, then cut and hit ones (engine/expert_rows.py)."""
+    sums = np.arange(2 * 2 * (4 + 2))
+
+    async def ask(service, client):
+        service.loads.take({0: sums})
+        return (await client.get("/metrics")).text, (await client.get("/live")).json()
+
+    text, live = run(ask)
+    found = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            place = tuple(sample.labels.get(name) for name in ("layer", "expert", "rank"))
+            found[(sample.name.removeprefix("mixtralkit:"), *filter(None, place))] = sample.value
+    for layer in range(2):
+        for expert in range(4):
+            chose = found["expert_choices_total", str(layer), str(expert)]
+            assert chose == sums[4 * layer + expert] + sums[8 + 4 * layer + expert]
+        for i, name in enumerate(("dropped_rows", "rerouted_rows", "hot_hits", "shadow_hits")):
+            assert found[f"{name}_total", str(layer)] == 16 + 2 * i + layer
+        assert found["rank_load", str(layer), "0"] == found["layer_balancedness", str(layer)] == 1
+    assert live["experts"]["dropped"] == (16 + 17) / sums[:16].sum()
+    assert live["experts"]["shadow_hits"] == (22 + 23) / sums[:16].sum()

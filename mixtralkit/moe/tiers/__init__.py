@@ -1,7 +1,7 @@
 """Cold experts in host memory: the GPU's places are a cache over (layer, expert). See docs/host-memory.md.
 
-``host`` has every expert of a rank, ``cache`` says which of them are in places, ``bus`` brings them there, ``costs``
-says what a miss costs, and ``tiers`` decides and computes.
+``memory`` has every expert of a rank, ``cache`` says which of them are in places, ``bus`` brings them there,
+``arrivals`` has those that come before they are wanted, ``costs`` says what a miss costs, ``tiers`` decides.
 """
 
 from mixtralkit.moe.tiers.costs import Costs

@@ -50,6 +50,11 @@ class Arrivals:
     def __iter__(self) -> Iterator[Key]:
         return iter(tuple(self._of))
 
+    @property
+    def staying(self) -> int:
+        """How many experts are being completed."""
+        return sum(arrival.stays for arrival in self._of.values())
+
     def in_vain(self, layer: int, needed: Collection[Key]) -> list[Key]:
         """Of a layer, what was brought for rows that now ask for others."""
         return [key for key, one in self._of.items() if key[0] == layer and key not in needed and not one.stays]

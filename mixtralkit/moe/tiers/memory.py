@@ -89,6 +89,7 @@ class Geometry:
     def __init__(self, weights: ExpertWeights, hidden: int, tensors: Sequence[torch.Tensor]) -> None:
         """``tensors`` [N, …]: the parts of w13, then of w2."""
         self.weights, self.hidden = weights, hidden
+        self._first_moves: dict[tuple[Geometry, tuple[int, int] | None], list[tuple[Move, int, int]]] = {}
         self._of = [
             (part.data_ptr(), part.stride(0) * part.element_size(), part.shape[1], part.stride(1) * part.element_size())
             for part in tensors
@@ -108,21 +109,31 @@ class Geometry:
         return self._moves(place, other, slot, (0, first))
 
     def _moves(self, place: int, other: Geometry, slot: int, columns: tuple[int, int] | None) -> list[Move]:
+        if (other, columns) not in self._first_moves:
+            self._first_moves[other, columns] = self._moves_of_first(other, columns)
+        return [
+            Move(move.target + place * mine, move.source + slot * theirs, *move[2:])
+            for move, mine, theirs in self._first_moves[other, columns]
+        ]
+
+    def _moves_of_first(self, other: Geometry, columns: tuple[int, int] | None) -> list[tuple[Move, int, int]]:
+        """From slot 0 to place 0, and the bytes from a place and from a slot to the next."""
         found, parts = [], self.weights.parts
-        for i, (mine, theirs) in enumerate(zip(self._of, other._of, strict=True)):
-            target, source = (base + number * pitch for (base, pitch, *_), number in ((mine, place), (theirs, slot)))
-            (rows, row), part = mine[2:], parts[i % len(parts)]
+        for i, ((target, place_pitch, rows, row), theirs) in enumerate(zip(self._of, other._of, strict=True)):
+            (source, slot_pitch), part, move = theirs[:2], parts[i % len(parts)], None
             if columns is not None and i < len(parts) and part.rows is not None:
                 start, end = (n * row for n in part.cut_rows(columns))
                 half = rows // 2 * row
-                found.append(Move(target + start, source + start, end - start, 2, half, half))
+                move = Move(target + start, source + start, end - start, 2, half, half)
             elif columns is not None and i == len(parts):
                 whole = part.cut_columns((0, self._whole))[1]
                 start, end = (row * n // whole for n in part.cut_columns(columns))
                 end = row if columns[1] == self.hidden else end
-                found.append(Move(target + start, source + start, end - start, rows, row, row))
+                move = Move(target + start, source + start, end - start, rows, row, row)
             elif columns is None or columns[0] > 0:
-                found.append(Move(target, source, rows * row))
+                move = Move(target, source, rows * row)
+            if move is not None:
+                found.append((move, place_pitch, slot_pitch))
         return found
 
     @property

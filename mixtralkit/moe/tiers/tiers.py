@@ -36,6 +36,7 @@ SURE_ROWS = 8  # of an expert in the mean: rows that touch all of a layer so oft
 LAYERS_AHEAD = 2  # that are fetched for such rows
 MOST_GUESSED_ROWS = 16  # rows for which the next layer's router is asked
 MOST_SPLIT_ROWS = 16  # choices up to which an expert is split between CPU and bus
+MOST_STAYING = 4  # split experts whose first columns are on their way: more would take places before the bus has time
 SPLIT_COLUMNS = 64  # a split is at a multiple of so many hidden columns, and of the format's unit
 
 
@@ -104,6 +105,8 @@ class Tiers:
                 f"gpu_memory_gb leaves room for {setup.places} experts: there must be room for {most + spare}, those "
                 f"of a layer{f' and {spare} more' if spare else ''}"
             )
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # nothing is on its way to the old places any more
         self.setup, self.layout, self.counts = setup, layout, TierCounts()
         self.pool = self.matrices = ()
         self.pool = tuple(part.zero_() for part in self._empty(setup.places, str(device)))
@@ -188,7 +191,7 @@ class Tiers:
             rows_S: how many rows name each slot.
         """
         needed = {(layer, slot): int(rows_S[slot]) for slot in np.flatnonzero(rows_S).tolist()}
-        self._in_use = frozenset(needed)
+        self._in_use, self._split = frozenset(needed), []
         self.cache.use(needed)
         while self._staying:
             self._arriving.complete(*self._staying.pop())
@@ -317,6 +320,8 @@ class Tiers:
 
     def _keep(self, key: Key, place: int, first: int) -> None:
         """A split expert stays where its last columns are, and the place of one that is worth less is spare instead."""
+        if len(self._staying) + self._arriving.staying >= MOST_STAYING:
+            return
         found = self.cache.exchange(key, place, {*self._in_use, *self._arriving, *(key for key, _ in self._staying)})
         if found is None:
             return
