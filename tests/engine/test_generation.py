@@ -147,8 +147,8 @@ def test_a_tokenizer_of_another_model_is_an_error(tokenizer):
         Mixtral.from_parts(model, tokenizer)
 
 
-def _answers(context, folder, attention, experts, limits):
-    return [_answers_within(context, folder, attention, experts, *limit) for limit in limits]
+def _answers(context, folder, ways):
+    return [_answers_within(context, folder, *way) for way in ways]
 
 
 def _answers_within(context, folder, attention, experts, max_batch_size, prefill_budget):
@@ -161,15 +161,14 @@ def _answers_within(context, folder, attention, experts, max_batch_size, prefill
     return [(c.tokens, c.finish_reason, c.logprobs, c.prompt_logprobs) for c in completions]
 
 
-@pytest.mark.parametrize("experts", ["tp", "ep"])
-@pytest.mark.parametrize("attention", ["tp", "dp"])
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_answers_are_the_same_on_any_ranks(tmp_path, world_size, attention, experts):
+def test_answers_are_the_same_on_any_ranks(tmp_path, world_size):
     make_tokenizer(tmp_path)
     alone = _answers_within(RankContext(), tmp_path, "tp", "ep", 4, 4096)
-    ranks = run_ranks(_answers, world_size, tmp_path, attention, experts, [(8, 4096), (3, 16)])
-    for answers in [run for rank in ranks for run in rank]:
-        assert [answer[:2] for answer in answers] == [answer[:2] for answer in alone]
+    ways = [way + limits for way in itertools.product(("tp", "dp"), ("tp", "ep")) for limits in ((8, 4096), (3, 16))]
+    ranks = run_ranks(_answers, world_size, tmp_path, ways)
+    for way, answers in [found for rank in ranks for found in zip(ways, rank, strict=True)]:
+        assert [answer[:2] for answer in answers] == [answer[:2] for answer in alone], way
         for answer, expected in zip(answers, alone, strict=True):
             assert answer[2] == pytest.approx(expected[2], abs=1e-4)
             assert (answer[3] or []) == pytest.approx(expected[3] or [], abs=1e-4)
