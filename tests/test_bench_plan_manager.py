@@ -63,7 +63,8 @@ def test_random_plans_change_no_token(architecture, attention):
         assert moved["same_tokens"]
         assert moved["layers_moved"] > 3
         assert moved["mb_moved"] > 0
-        assert sum(moved["steps"].values()) == sum(alone["steps"].values())
+        # behind a move the host knows of an answer's end a step earlier, and another may begin in another step
+        assert abs(sum(moved["steps"].values()) - sum(alone["steps"].values())) <= 1
         assert moved["pauses"]["longest_ms"] >= moved["pauses"]["longest_move_ms"] > 0
 
 

@@ -171,7 +171,7 @@ def test_graphs_that_were_forgotten_are_captured_again(monkeypatch):
     said: list[str] = []
     graphs, captures = Graphs(torch.device("cpu")), iter("abc")
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
-    monkeypatch.setattr(graphs, "_is_on", True)
+    monkeypatch.setattr(graphs, "is_on", True)
     monkeypatch.setattr(graphs, "_capture", lambda function, rehearse: (_Captured(said, next(captures)), function()))
 
     def run(may_capture: bool = True) -> Run:
