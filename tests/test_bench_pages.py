@@ -238,3 +238,12 @@ def test_host_memory():
         wanted = [f"{one['hit_rate']:.1%}" for one in line["rules"].values()]
         assert rules.pop(f"{line['budget_gb']}, {line['batch']}") == wanted
     assert not rules
+
+
+def test_cpu():
+    rows = table("docs/cpu.md", "| tokens a second | ours | llama.cpp |")
+    wanted = [
+        [f"{line['ours_tokens_s']:.1f}", f"{line['llama_cpp_tokens_s']:.1f}", f"{line['ratio']:.2f}"]
+        for line in runs("cpu-llama")
+    ]
+    assert list(rows.values()) == wanted
