@@ -13,10 +13,10 @@ from unittest.mock import patch
 import numpy as np
 
 from mixtralkit.engine.control import Control
+from mixtralkit.engine.flight import Flight
 from mixtralkit.engine.generation import Engine
 from mixtralkit.engine.leader import Leader
 from mixtralkit.engine.requests import Request
-from mixtralkit.engine.runner import Flight
 
 
 def random_prompts(lengths: Sequence[int], vocab_size: int, seed: int) -> list[tuple[int, ...]]:

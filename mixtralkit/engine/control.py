@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from mixtralkit.distributed import RankContext, RankFailed
-from mixtralkit.engine.runner import Flight
+from mixtralkit.engine.flight import Flight
 from mixtralkit.engine.step_plan import Message
 
 ROOM = 16 << 10  # bytes of a message that take one broadcast

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from mixtralkit.engine.runner import Flight
+from mixtralkit.engine.flight import Flight
 from mixtralkit.model.transformer import Transformer
 from mixtralkit.moe.layer import CHUNKED
 from mixtralkit.planning.replicas import ReplicaTable, is_small

@@ -20,11 +20,12 @@ from mixtralkit.config import CacheOptions, LimitOptions
 from mixtralkit.distributed import RankFailed
 from mixtralkit.engine.control import Control
 from mixtralkit.engine.expert_rows import ExpertRows
+from mixtralkit.engine.flight import Flight
 from mixtralkit.engine.grammar import Grammars
 from mixtralkit.engine.leader import Ended, Leader
 from mixtralkit.engine.plan_manager import PlanManager
 from mixtralkit.engine.requests import Abort, Answer, Completion, Progress, Request, StreamEvent, check_prompt
-from mixtralkit.engine.runner import Flight, Runner
+from mixtralkit.engine.runner import Runner
 from mixtralkit.engine.runs import Arrivals, EngineSnapshot, Run, Told
 from mixtralkit.engine.sampler import SamplingOptions
 from mixtralkit.engine.scheduler import Planned, Scheduler, Sequence

@@ -9,9 +9,9 @@ from dataclasses import replace
 from math import isfinite
 
 from mixtralkit.engine.control import Control
+from mixtralkit.engine.flight import Flight, Values
 from mixtralkit.engine.grammar import Grammars
 from mixtralkit.engine.requests import Abort, Progress, Request, Top
-from mixtralkit.engine.runner import Flight, Values
 from mixtralkit.engine.runs import EngineSnapshot, Run, Told
 from mixtralkit.engine.scheduler import Planned, Scheduler, Sequence
 from mixtralkit.engine.step_plan import Message, News, Took

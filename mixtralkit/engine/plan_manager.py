@@ -19,10 +19,10 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from mixtralkit.distributed import RankFailed
+from mixtralkit.engine.flight import Flight
 from mixtralkit.engine.plan_judge import MoveJudge
 from mixtralkit.engine.plan_policies import Policy
 from mixtralkit.engine.plan_statistics import PlanStatistics
-from mixtralkit.engine.runner import Flight
 from mixtralkit.model.transformer import Transformer
 from mixtralkit.moe.transfers import open_links
 from mixtralkit.planning.plan import ExpertPlan

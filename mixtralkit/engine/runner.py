@@ -15,7 +15,6 @@ sampled, so that rank 0's host reads all answers, a step later as well.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
@@ -26,8 +25,9 @@ import torch
 import torch.nn.functional as F
 
 from mixtralkit.distributed import RankContext
+from mixtralkit.engine.flight import SAMPLED_SIZE, Flight, unpacked
 from mixtralkit.engine.graphs import Graphs, Run
-from mixtralkit.engine.requests import MOST_TOP_LOGPROBS, Top
+from mixtralkit.engine.requests import MOST_TOP_LOGPROBS
 from mixtralkit.engine.sampler import (
     SlotRules,
     gather_vocabulary,
@@ -37,6 +37,7 @@ from mixtralkit.engine.sampler import (
     settings_of,
     uniform,
 )
+from mixtralkit.engine.shapes import MOST_IN_GRAPH, Prompts, Shape, all_shapes, bucket_sizes, sampled_of, shape_of
 from mixtralkit.engine.step_plan import Arrival, Rows, StepPlan
 from mixtralkit.model.attention import CachedAttention
 from mixtralkit.model.batch import ForwardBatch, Span
@@ -47,25 +48,7 @@ from mixtralkit.moe.layer import MoEReport, StepRows
 from mixtralkit.ops.counting import count_keys
 from mixtralkit.ops.hidden import Hidden
 
-MOST_IN_GRAPH = 1536  # prompt tokens; launching 32 layers took a host 57 ms, as long as an H200 needs for 1,100 tokens
-PROMPT_TOKENS = (64, 256, 512, 768, 1024, MOST_IN_GRAPH)  # that steps with chunks are made for
-FEW_BESIDE = 16  # rows that decode beside them; else there is room for all, which costs little where they are missing
 T = TypeVar("T")
-_SAMPLED_SIZE = 12  # bytes of a sampled token: its int64 id and its float32 log-probability
-_TOP_SIZE = 8 * MOST_TOP_LOGPROBS  # bytes of the likeliest tokens in a place: ids and log-probabilities in float32
-
-
-def bucket_sizes(most: int) -> list[int]:
-    """Numbers of rows that steps are made for, the last one ``most``: 1, 2, … 8, 12, 16, 24, 32, 48, 64, 96, 128, ….
-
-    So few that capturing all takes seconds, and so many that most steps have few rows without a sequence. Up to eight
-    rows there are none, for there every row has experts read that no other row needs.
-    """
-    sizes, power = [*range(1, 9), 12], 16
-    while sizes[-1] < most:
-        sizes += [power, power + power // 2]
-        power *= 2
-    return [size for size in sizes if size < most] + [most]
 
 
 class _Memory:
@@ -77,43 +60,12 @@ class _Memory:
     """
 
     def __init__(self, rows: int, device: torch.device) -> None:
-        self.packed = torch.zeros(_SAMPLED_SIZE * rows, dtype=torch.uint8, device=device)
+        self.packed = torch.zeros(SAMPLED_SIZE * rows, dtype=torch.uint8, device=device)
         self.tokens_B, self.logprobs_B = unpacked(self.packed)
         self.positions_B, self.advance_B = torch.zeros(2, rows, dtype=torch.int64, device=device)
         self.slots_B = torch.full((rows,), -1, dtype=torch.int64, device=device)
         self.settings_4B = torch.zeros(4, rows, device=device)
         self.uniforms_B = torch.zeros(rows, device=device)
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """A step with chunks: rows that decode, then ``tokens`` of ``spans`` prompts, and rows that are sampled."""
-
-    rows: int
-    tokens: int
-    spans: int
-    sampled: int
-
-
-class _Prompts:
-    """What a step with chunks reads: ids, positions and slots of its rows, its prompts, the rows that are sampled.
-
-    All as at first is a step without a sequence. One copy fills it.
-    """
-
-    def __init__(self, shape: _Shape, device: torch.device) -> None:
-        self.shape, length = shape, shape.rows + shape.tokens
-        self.packed = torch.zeros(3 * length + 4 * shape.spans + shape.sampled, dtype=torch.int64, device=device)
-        rows, self.spans_S4, self.rows_N = self.packed.split([3 * length, 4 * shape.spans, shape.sampled])
-        self.tokens_T, self.positions_T, self.slots_T = rows.view(3, length).unbind()
-        self.spans_S4 = self.spans_S4.view(-1, 4)
-        self.slots_T.fill_(-1)
-
-
-def unpacked(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """int64 tokens [B] and float32 log-probabilities [B] in bytes [12 B]."""
-    end = len(packed) * 2 // 3
-    return packed[:end].view(torch.int64), packed[end:].view(torch.float32)
 
 
 @dataclass(frozen=True)
@@ -124,79 +76,6 @@ class _Answers:
     reports: list[MoEReport]
     packed: torch.Tensor
     counts_LE: torch.Tensor | None
-
-
-@dataclass(frozen=True)
-class Values:
-    """What a step gave to an owner's sequences: of the sampled rows in their order, and of the scored ones; where
-    asked for, int16 experts [T, L, K] of all rows."""
-
-    tokens: list[int]
-    logprobs: list[float]
-    tops: list[Top]
-    scores: list[float]
-    score_tops: list[Top]
-    experts_TLK: np.ndarray | None = None
-
-
-@dataclass(frozen=True)
-class Flight:
-    """A step that was launched, and what it gives when it is done.
-
-    ``kind`` says how it ran: ``"graph"``, ``"launched"`` kernel by kernel, or ``"mixed"``, with chunks. ``batch`` are
-    this rank's rows where somebody looks at them. ``reports`` are those of its rows, the ones that only fill behind,
-    and ``counts_LE`` (int64) the choices of each expert by the others, where they are counted; the next launch may
-    overwrite both. ``packed`` [W, bytes] is on the host, with its values once ``done`` has passed: of ``room`` sampled
-    and ``scored`` rows, and the experts of all rows, ``routed`` their shape. ``recapture_s`` is that of ``graphs.Run``.
-    """
-
-    plan: StepPlan
-    kind: str
-    batch: ForwardBatch | None
-    reports: list[MoEReport]
-    counts_LE: torch.Tensor | None
-    packed: torch.Tensor
-    room: int
-    scored: int
-    routed: tuple[int, int, int]
-    done: torch.cuda.Event | None
-    recapture_s: float
-
-    @property
-    def is_running(self) -> bool:
-        """Whether the device is still at it; does not wait. On a CPU a launch ends with its step."""
-        return self.done is not None and not self.done.query()
-
-    def wait(self) -> None:
-        if self.done is not None:
-            self.done.synchronize()
-
-    def values(self, owner: int) -> Values:
-        """What an owner's sequences got. Waits for the step."""
-        self.wait()
-        packed = self.packed[owner].clone()  # it may start where no int64 may
-        sampled = _SAMPLED_SIZE * self.room
-        scored = sampled + 4 * self.scored
-        tokens_B, logprobs_B = unpacked(packed[:sampled])
-        scores = packed[sampled:scored].view(torch.float32).tolist()
-        tops = []
-        if self.plan.tops:
-            rows = self.room + self.scored
-            tops_N2K = packed[scored : scored + _TOP_SIZE * rows].view(torch.float32).view(rows, 2, -1).tolist()
-            tops = [tuple(zip(map(int, ids), logprobs, strict=True)) for ids, logprobs in tops_N2K]
-        experts_TLK = None
-        if self.plan.routed:
-            start = scored + (_TOP_SIZE * (self.room + self.scored) if self.plan.tops else 0)
-            end = start + 2 * math.prod(self.routed)
-            experts_TLK = packed[start:end].clone().view(torch.int16).view(self.routed).numpy()
-        tops, score_tops = tops[: self.room], tops[self.room :]
-        return Values(tokens_B.tolist(), logprobs_B.tolist(), tops, scores, score_tops, experts_TLK)
-
-    def loads_LE(self) -> np.ndarray:
-        """int64 choices of each expert by the rows of all ranks, where they travel with the answers. Waits."""
-        self.wait()
-        counts_WN = self.packed[:, -8 * self.counts_LE.numel() :].clone(memory_format=torch.contiguous_format)
-        return counts_WN.view(torch.int64).sum(0).view(self.counts_LE.shape).numpy()
 
 
 class Runner:
@@ -219,7 +98,7 @@ class Runner:
         self._own = _Memory(cache.slots, self.context.device)
         self._graphs = Graphs(self.context.device, cuda_graphs and model.in_graphs(True))
         self._pads_prompts = self.context.device.type == "cuda" and model.in_graphs(False)
-        self._prompts: dict[_Shape, _Prompts] = {}
+        self._prompts: dict[Shape, Prompts] = {}
         self._desks: dict[int, Desk] = {}  # by rows
         self._relocations = model.store.relocations
         self._in: dict[int, Arrival] = {}  # by slot
@@ -268,8 +147,7 @@ class Runner:
         if not self._graphs.is_on:
             return
         self._own.slots_B.fill_(-1)
-        beside = sorted({self._beside(rows) for rows in self._sizes} | {0}, reverse=True)
-        shapes = [self._shape_of(rows, tokens) for tokens in reversed(PROMPT_TOKENS) for rows in beside]
+        shapes = all_shapes(len(self._own.slots_B))
         for draws in (False, True):
             for shape in shapes if self._pads_prompts else ():
                 self._run_prompts(shape, draws, True)
@@ -444,67 +322,43 @@ class Runner:
         answers = self._answers(own, reports, counts_LE, more)
         return self._flight(plan, "mixed", Run(answers), batch, most, most_scored)
 
-    def _shape(self, plan: StepPlan, observed: bool) -> _Shape | None:
+    def _shape(self, plan: StepPlan, observed: bool) -> Shape | None:
         """What a step with chunks is made up to, so that few graphs serve all; None where it runs without one."""
         special = observed or plan.tops or plan.asks or plan.routed
         special = special or any(chunk.targets for of in plan.chunks for chunk in of)
         tokens = max(sum(len(chunk.ids) for chunk in of) for of in plan.chunks)
         if special or not self._pads_prompts or tokens > MOST_IN_GRAPH:
             return None
-        shape = self._shape_of(self._beside(max(len(of.slots) for of in plan.rows)), tokens)
+        shape = shape_of(max(len(of.slots) for of in plan.rows), tokens, len(self._own.slots_B))
         return shape if max(len(of) for of in plan.chunks) <= shape.spans else None
 
-    def _shape_of(self, rows: int, tokens: int) -> _Shape:
-        tokens = next(size for size in PROMPT_TOKENS if size >= tokens)
-        spans = max(4, tokens // 64)
-        return _Shape(rows, tokens, spans, min(rows + spans, len(self._own.slots_B)))
-
-    def _beside(self, rows: int) -> int:
-        """Rows that decode which steps with chunks are made for: none, a few, or all that may."""
-        slots = len(self._own.slots_B)
-        return 0 if not rows else min(FEW_BESIDE, slots) if rows <= FEW_BESIDE else slots
-
-    def _mixed_in_graph(self, plan: StepPlan, shape: _Shape, may_capture: bool) -> Flight:
+    def _mixed_in_graph(self, plan: StepPlan, shape: Shape, may_capture: bool) -> Flight:
         mine, chunks = plan.rows[self._owner], plan.chunks[self._owner]
-        prompts = self._prompts_of(shape)
-        fill = [0] * (shape.rows - len(mine.slots))
-        rest = [0] * (shape.tokens - sum(len(chunk.ids) for chunk in chunks))
-        tokens = mine.tokens + fill + [token for chunk in chunks for token in chunk.ids] + rest
-        positions = mine.positions + fill + [c.start + i for c in chunks for i in range(len(c.ids))] + rest
-        slots = mine.slots + [-1] * len(fill) + [c.slot for c in chunks for _ in c.ids] + [-1] * len(rest)
-        spans, sampled, start = [], list(range(len(mine.slots))), 0
-        for chunk in chunks:
-            spans += [chunk.slot, chunk.start, len(chunk.ids), start]
-            start += len(chunk.ids)
-            sampled += [shape.rows + start - 1] if chunk.is_sampled else []
-        spans += [0] * (4 * shape.spans - len(spans))
-        columns = tokens + positions + slots + spans + sampled + [0] * (shape.sampled - len(sampled))
-        prompts.packed.copy_(self._upload(columns, torch.int64))
+        prompts, drawn = self._prompts_of(shape), sampled_of(mine, chunks)
+        prompts.packed.copy_(self._upload(prompts.columns(mine, chunks), torch.int64))
         self._continue(prompts.tokens_T, mine)
-        if plan.draws and sampled:
-            ends = [(chunk.slot, chunk.start + len(chunk.ids) - 1) for chunk in chunks if chunk.is_sampled]
-            drawn = [*zip(mine.slots, mine.positions, strict=True), *ends]
+        if plan.draws and drawn:
             self._set([self._in[slot] for slot, _ in drawn], shape.sampled - len(drawn))
             self._draw([slot for slot, _ in drawn], [position for _, position in drawn])
         run = self._run_prompts(shape, plan.draws, may_capture)
         return self._flight(plan, "mixed", run, None, shape.rows + shape.tokens)
 
-    def _prompts_of(self, shape: _Shape) -> _Prompts:
+    def _prompts_of(self, shape: Shape) -> Prompts:
         if shape not in self._prompts:
-            self._prompts[shape] = _Prompts(shape, self.context.device)
+            self._prompts[shape] = Prompts(shape, self.context.device)
         return self._prompts[shape]
 
-    def _run_prompts(self, shape: _Shape, draws: bool, may_capture: bool) -> Run[_Answers]:
+    def _run_prompts(self, shape: Shape, draws: bool, may_capture: bool) -> Run[_Answers]:
         prompts = self._prompts_of(shape)  # not in the graph, whose replays would make them anew
         device, slots = self.context.device, len(self._own.slots_B)
         return self._graphs.run(
             (shape, draws),
             lambda: self._prompted(self._own, prompts, draws),
-            lambda: self._prompted(_Memory(slots, device), _Prompts(shape, device), draws),
+            lambda: self._prompted(_Memory(slots, device), Prompts(shape, device), draws),
             may_capture,
         )
 
-    def _prompted(self, of: _Memory, prompts: _Prompts, draws: bool) -> _Answers:
+    def _prompted(self, of: _Memory, prompts: Prompts, draws: bool) -> _Answers:
         shape, window = prompts.shape, self.model.params.sliding_window
         attend = CachedAttention.of_shape(self.cache, window, shape.rows, shape.tokens, prompts.spans_S4.int())
         rows = StepRows(shape.rows + shape.tokens, valid_T=prompts.slots_T)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mixtralkit.distributed import RankContext
-from mixtralkit.engine import runner
+from mixtralkit.engine import shapes
 from mixtralkit.engine.generation import Engine
 from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.model import attention
@@ -15,7 +15,7 @@ from tests.engine.parts import engine_config, make_model
 from tests.engine.test_runner import mixed_requests, told
 from tests.ranks import run_ranks
 
-SIZES = (8, 24, runner.MOST_IN_GRAPH)
+SIZES = (8, 24, shapes.MOST_IN_GRAPH)
 
 
 class PaddedEngine(Engine):
@@ -49,8 +49,8 @@ def by_the_table(q_THC, keys, values, tables_SM, spans, spans_B4, window=None):
 @pytest.fixture(autouse=True)
 def small_shapes(monkeypatch):
     monkeypatch.setattr(attention, "ragged_attention", by_the_table)
-    monkeypatch.setattr(runner, "PROMPT_TOKENS", SIZES)
-    monkeypatch.setattr(runner, "FEW_BESIDE", 4)
+    monkeypatch.setattr(shapes, "PROMPT_TOKENS", SIZES)
+    monkeypatch.setattr(shapes, "FEW_BESIDE", 4)
 
 
 @pytest.mark.parametrize("slots", [1, 3, 12])
@@ -70,7 +70,7 @@ def test_a_shape_is_the_next_that_holds_the_step(tokenizer):
     model = make_model(RankContext(), engine_config(max_batch_size=12))
     engine = PaddedEngine(model, tokenizer, prefill_budget=30)
     engine.complete(mixed_requests(24))
-    shapes = set()
+    seen = set()
     for plan, shape in engine.seen:
         rows, chunks = plan.rows[0].slots, plan.chunks[0]
         special, many = any(chunk.targets for chunk in chunks), len(chunks) > 4
@@ -81,12 +81,12 @@ def test_a_shape_is_the_next_that_holds_the_step(tokenizer):
         assert len(rows) <= shape.rows in (0, 4, 12)
         assert sum(len(chunk.ids) for chunk in chunks) <= shape.tokens in SIZES
         assert len(chunks) <= shape.spans
-        shapes.add(shape)
-    assert len(shapes) > 1
+        seen.add(shape)
+    assert len(seen) > 1
 
 
 def _padded(context, folder, kind) -> list:
-    attention.ragged_attention, runner.PROMPT_TOKENS = by_the_table, SIZES
+    attention.ragged_attention, shapes.PROMPT_TOKENS = by_the_table, SIZES
     model = make_model(context, engine_config(max_batch_size=6), attention=kind)
     engine = PaddedEngine(model, Tokenizer(folder / "tokenizer.model"), prefill_budget=30)
     got = told(engine.complete(mixed_requests(12)))

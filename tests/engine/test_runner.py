@@ -16,8 +16,9 @@ from mixtralkit.engine.generation import Engine
 from mixtralkit.engine.graphs import Graphs
 from mixtralkit.engine.leader import Leader
 from mixtralkit.engine.requests import Request
-from mixtralkit.engine.runner import Runner, bucket_sizes
+from mixtralkit.engine.runner import Runner
 from mixtralkit.engine.sampler import SamplingOptions
+from mixtralkit.engine.shapes import bucket_sizes
 from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.planning.plan import ExpertPlan
 from tests.engine.parts import VOCAB_SIZE, PlainEngine, engine_config, make_model

@@ -12,8 +12,9 @@ from mixtralkit.engine.expert_rows import ExpertRows
 from mixtralkit.engine.generation import Engine
 from mixtralkit.engine.graphs import Run
 from mixtralkit.engine.requests import Request
-from mixtralkit.engine.runner import Runner, bucket_sizes
+from mixtralkit.engine.runner import Runner
 from mixtralkit.engine.sampler import SamplingOptions
+from mixtralkit.engine.shapes import bucket_sizes
 from mixtralkit.engine.tokenizer import Tokenizer
 from tests.engine.parts import engine_config, make_model
 from tests.ranks import run_ranks
