@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mixtralkit.moe.weights import FORMATS
 from mixtralkit.ops import linear as module
 from mixtralkit.ops.linear import linear, linear_reference
 from mixtralkit.ops.norm import rms_norm_reference
@@ -107,6 +108,21 @@ def test_reference_and_library(dtype):
     assert_near(module.linear_library(x_TI, w_OI, norm, residual_TO, None, dtype), wanted, TOLERANCE[dtype])
     assert linear(x_TI, w_OI, out_dtype=torch.float32).dtype == torch.float32
     assert linear(x_TI[:0], w_OI).shape == (0, 24)
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8", "fp8:tensor", "int4:32", "int4:32:zeros"])
+def test_reference_of_packed_weights(name, monkeypatch):
+    """More outputs than are numbers at a time, columns that are no whole units."""
+    monkeypatch.setattr("mixtralkit.ops.linear.reference.TILE", 16)
+    x_TI, norm, residual_TO = draw(3, 72), (draw(72), EPS), draw(3, 40)
+    packed = FORMATS[name].quantize(draw(40, 72))
+    assert packed.shape == (40, 72)
+    found = linear_reference(x_TI, packed, norm, residual_TO)
+    torch.testing.assert_close(found, linear_reference(x_TI, packed.float(), norm, residual_TO), rtol=1e-6, atol=1e-5)
+    assert_near(linear(x_TI, packed, norm, residual_TO), found.double(), 1e-3)  # compiled kernels round x to 16 bits
+    out = torch.empty(3, 40, dtype=torch.float16)
+    assert linear(x_TI.half(), packed, None, residual_TO.half(), out) is out
+    assert_near(out, expected(x_TI.half(), packed.float(), None, residual_TO.half()), TOLERANCE[torch.float16])
 
 
 def test_reference_keeps_gradients():
