@@ -46,6 +46,12 @@ class SlotGroup:
     suffix: str = ""
 
 
+def expert_of(source: str) -> tuple[int, int]:
+    """Layer and expert of an expert's canonical name."""
+    _, layer, _, _, expert, *_ = source.split(".")
+    return int(layer), int(expert)
+
+
 def canonical_shapes(
     config: ModelConfig, formats: Mapping[str, ExpertWeights] | None = None
 ) -> dict[str, tuple[int, ...]]:

@@ -22,7 +22,7 @@ from mixtralkit.checkpoint.reader import Block, CheckpointReader
 from mixtralkit.checkpoint.staging import Stage
 from mixtralkit.checkpoint.weight_hash import WeightHash
 from mixtralkit.distributed import RankContext
-from mixtralkit.layout import Piece, RankLayout
+from mixtralkit.layout import Piece, RankLayout, expert_of
 
 REREAD_SHARE = 0.06  # of the checkpoint's bytes, over all ranks: what is read more than once
 CPU_THREADS = 2  # more only compete with the other ranks for the memory that is touched
@@ -104,7 +104,7 @@ def _check(
         if not held.is_plain and wanted_format != held:
             option, of = "quantize_attention", ""
             if ".experts." in name:
-                _, layer, _, _, expert, _ = name.split(".")
+                layer, expert = expert_of(name)
                 option, of = "quantize", f" of layer {layer}, expert {expert}" if layout.plan.precision else ""
             raise ValueError(
                 f"{reader.folder}: {option} ({wanted_format.name!r}){of} must be {held.name!r}, in which the "
