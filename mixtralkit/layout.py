@@ -226,18 +226,23 @@ class RankLayout:
             return tuple(range(self.config.num_experts))
         return self.plan.experts_of(layer, self.rank)
 
+    @cached_property
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """[O, I] of this rank's part of ``wqkv`` and ``wo``, and of the ``output`` matrix, in whatever format."""
+        config = self.config
+        heads, kv_heads, vocab = (b - a for a, b in (self.heads, self.kv_heads, self.vocab))
+        wqkv = (heads + 2 * kv_heads) * config.head_dim, config.dim
+        return {"wqkv": wqkv, "wo": (config.dim, heads * config.head_dim), "output": (vocab, config.dim)}
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of this rank's parameters."""
-        config = self.config
-        heads, kv_heads, vocab, hidden = (b - a for a, b in (self.heads, self.kv_heads, self.vocab, self.hidden))
+        config, hidden = self.config, self.hidden[1] - self.hidden[0]
         shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (config.vocab_size, config.dim)}
         for layer in range(config.n_layers):
             prefix = f"layers.{layer}."
-            sizes = {"wqkv": ((heads + 2 * kv_heads) * config.head_dim, config.dim)}
-            sizes["wo"] = config.dim, heads * config.head_dim
-            for matrix, size in sizes.items():
+            for matrix in ("wqkv", "wo"):
                 name = f"{prefix}attention.{matrix}"
-                shapes |= _parts(name, {name: self.attention_weights}, size)
+                shapes |= _parts(name, {name: self.attention_weights}, self.projections[matrix])
             shapes[prefix + "attention_norm.weight"] = (config.dim,)
             shapes[prefix + "ffn_norm.weight"] = (config.dim,)
             shapes[prefix + "feed_forward.gate.weight"] = (config.num_experts, config.dim)
@@ -246,7 +251,7 @@ class RankLayout:
                     for name, part in group.weights.parameters(f"{prefix}feed_forward.{matrix}{group.suffix}"):
                         shapes[name] = (len(group.slots), *group.weights.shape(part, *size))
         shapes["norm.weight"] = (config.dim,)
-        return shapes | _parts("output", {"output": self.attention_weights}, (vocab, config.dim))
+        return shapes | _parts("output", {"output": self.attention_weights}, self.projections["output"])
 
     def pieces(self) -> Iterator[Piece]:
         """Every piece of the checkpoint this rank needs, each element of its parameters exactly once.

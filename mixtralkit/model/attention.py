@@ -34,9 +34,8 @@ class Attention(nn.Module):
         self.layer, self.is_split = layer, layout.parallel.attention == "tp" and context.world_size > 1
         self.heads = layout.heads[1] - layout.heads[0]
         self.kv_heads = layout.kv_heads[1] - layout.kv_heads[0]
-        config, how = layout.config, (layout.attention_weights, dtype, context.device)
-        self.wqkv = Projection((self.heads + 2 * self.kv_heads) * config.head_dim, config.dim, *how)
-        self.wo = Projection(config.dim, self.heads * config.head_dim, *how)
+        how = layout.attention_weights, dtype, context.device
+        self.wqkv, self.wo = (Projection(*layout.projections[matrix], *how) for matrix in ("wqkv", "wo"))
         self.requires_grad_(False)
 
     def forward(

@@ -81,8 +81,7 @@ class Transformer(nn.Module):
             Block(layer, layout, context, dtype, self._feed_forward(layer)) for layer in range(config.n_layers)
         )
         self.norm = RMSNorm(config.dim, config.norm_eps, **like)
-        vocab = layout.vocab[1] - layout.vocab[0]
-        self.output = Projection(vocab, config.dim, layout.attention_weights, **like)
+        self.output = Projection(*layout.projections["output"], layout.attention_weights, **like)
         self.requires_grad_(False)
         if self.store.tiers is not None:
             following = list(self.layers)[1:]
