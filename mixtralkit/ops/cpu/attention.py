@@ -59,7 +59,8 @@ def rotate_and_store_cpu(
     assert slots_T.dtype == positions_T.dtype == torch.int64
     assert tables_SM.dtype == torch.int32
     assert rope_SC.dtype == torch.float32
-    assert tables_SM.is_contiguous() and rope_SC.is_contiguous()
+    assert tables_SM.is_contiguous()
+    assert rope_SC.is_contiguous()
     kernels().mk_rotate_and_store(
         torch.get_num_threads(), rows, heads, kv_heads, head_dim, rows_of(qkv_TQ), rope_SC.data_ptr(),
         keys_NJPC.data_ptr(), values_NJPC.data_ptr(), *keys_NJPC.stride()[:3], page_size, tables_SM.data_ptr(),

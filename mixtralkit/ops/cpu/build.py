@@ -15,7 +15,9 @@ import tempfile
 import warnings
 from pathlib import Path
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "attention.h", "quantised.h", "rows.h", "vectors.h"))
+SOURCES = tuple(
+    Path(__file__).with_name(name) for name in ("kernels.cpp", "attention.h", "quantised.h", "rows.h", "vectors.h")
+)
 COMPILERS = ("g++", "c++", "clang++")
 # infinities, the order of sums and their roundings stay as they are written
 FLAGS = (

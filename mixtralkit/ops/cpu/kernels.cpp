@@ -31,7 +31,7 @@ constexpr long CHUNK = 1024;        // columns: 4 rows of weights and 3 of x in 
 constexpr long PART = CHUNK + 16;   // floats from row to row there, not in the same set of the cache
 constexpr long FEW = 24;            // rows up to which converting in registers beats converting into the first cache
 constexpr long BLOCK = 48;          // rows of x whose chunk stays in the second cache
-constexpr long AHEAD = 1024;        // bytes from what is read to what is asked for
+constexpr long AHEAD = 512;           // bytes from what is read to what is asked for
 constexpr long OUTPUTS = 32;        // of one piece of work
 
 long padded(long k) { return (k + 15) / 16 * 16 + (k >= CHUNK ? 16 : 0); }
