@@ -1,7 +1,7 @@
 """One MoE layer's kernels on one GPU: gate and experts, beside the reference (sorted rows and ``grouped_mm``).
 
     python -m benchmarks.layer.bench_moe_kernels --tokens 1,8,64,256,1024,4096,16384
-    python -m benchmarks.layer.bench_moe_kernels --formats plain,int8,int4:32,int4:128,fp8:channel,fp8:tensor,fp8:block
+    python -m benchmarks.layer.bench_moe_kernels --formats plain int8 int4:32 int4:128 fp8:channel fp8:tensor fp8:block
 
 Prints one line of JSON a measurement on stdout, a table on stderr. Every result is compared with float32 first.
 """

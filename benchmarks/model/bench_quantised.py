@@ -2,7 +2,7 @@
 
     python -m benchmarks.model.bench_quantised --output benchmarks/results/quantised.json
     python -m benchmarks.model.bench_quantised --plans bits.json --output …    # formats of a plan
-    python -m benchmarks.model.bench_quantised --attention int8,fp8 --output …    # of attention and output
+    python -m benchmarks.model.bench_quantised --attention int8 fp8 --output …    # of attention and output
 
 A line a format on stderr and in the file, as soon as it is known; all else stays in float32, so that nothing but the
 format of the experts, or of attention and output, differs. ``bits`` are those of a rounded weight, with all that
