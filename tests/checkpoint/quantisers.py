@@ -107,6 +107,10 @@ def assert_reads(folder: Path, expected: dict[str, torch.Tensor], kept: str, tmp
             assert (held[0] if attention is None else PackedWeight(formats[1], values.shape[1], held).float()).equal(
                 values
             )
+    if attention is not None:  # the output matrix is not quantised in the file
+        data_VD, scales_V1 = formats[1].quantize(expected["output.weight"]).tensors
+        assert found["output.data"].view(torch.uint8).equal(data_VD.view(torch.uint8))
+        assert found["output.scales"].equal(scales_V1)
     with open_checkpoint(tmp_path / "hf") as reader:
         for name, values in expected.items():
             assert reader.dtype(name) == reader.dtype("norm.weight") == torch.bfloat16
