@@ -20,7 +20,7 @@ from mixtralkit.moe.weights import Int4, PackedWeight
 from mixtralkit.ops.experts.triton_grouped import STREAMED, _spread, _weighted_sum, expert_sum_grouped
 from mixtralkit.ops.experts.triton_small import BLOCK_R, _add_parts, _choice_of, _start_counting
 from mixtralkit.ops.experts.triton_sorting import sort_rows
-from mixtralkit.ops.runtime import multiprocessors, overlaps_launches
+from mixtralkit.ops.runtime import knows_fp8, multiprocessors, overlaps_launches
 
 ROWS = 32  # of a weight matrix that a program unpacks
 
@@ -46,6 +46,8 @@ class _Operand:
     @classmethod
     def of(cls, packed: PackedWeight) -> _Operand:
         data, scales, *zeros = packed.tensors
+        if data.dtype == torch.float8_e4m3fn and not knows_fp8(data.device):
+            data = data.view(torch.uint8)
         part = packed.weights.parts[1]
         halves, group = isinstance(packed.weights, Int4), part.columns or 0
         group = 0 if group == 1 or group >= packed.columns else group
@@ -255,6 +257,18 @@ def _numbers(bytes_OB, zero_O1, DTYPE: tl.constexpr, ZEROS: tl.constexpr, ASM: t
 
 
 @triton.jit
+def _number(w, DTYPE: tl.constexpr):
+    """Weights of a byte as numbers of the rows' type, exact in any; uint8 is the bits of fp8 e4m3.
+
+    Its exponent is 120 below that of a float32 with the same bits, and its numbers below 2^-6 are still in proportion.
+    """
+    if w.dtype == tl.uint8:
+        bits = ((w & 0x80).to(tl.uint32) << 24) | ((w & 0x7F).to(tl.uint32) << 20)
+        w = bits.to(tl.float32, bitcast=True) * 2.0**120
+    return w.to(DTYPE)
+
+
+@triton.jit
 def _packed_dot(
     data_O, scale_O, zero_O, x_R, has_R, first, last, columns,
     HALVES: tl.constexpr, GROUP: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -304,7 +318,7 @@ def _packed_dot(
                 sum_OR = tl.dot(high_OB, high_BR, sum_OR, input_precision="ieee")
         else:
             k_K = k + tl.arange(0, BLOCK_K)
-            w_OK = tl.load(data_O[:, None] + k_K[None, :], eviction_policy="evict_first").to(DTYPE)
+            w_OK = _number(tl.load(data_O[:, None] + k_K[None, :], eviction_policy="evict_first"), DTYPE)
             x_KR = tl.load(x_R[None, :] + k_K[:, None], has_R[None, :], 0.0)
             if AHEAD:
                 part_OR = tl.dot(w_OK, x_KR, input_precision="ieee")
@@ -496,6 +510,6 @@ def _unpack(
             tl.store(high, (high_OB.to(tl.float32) * scale_OB).to(DTYPE), inside_O1)
         else:
             k_K = k + tl.arange(0, BLOCK_K)
-            w_OK = tl.load(data_O[:, None] + k_K[None, :], inside_O1, 0.0).to(tl.float32)
+            w_OK = _number(tl.load(data_O[:, None] + k_K[None, :], inside_O1, 0.0), tl.float32)
             scale_O1 = tl.load(scale_O + (k // GROUP if GROUP else 0)).to(tl.float32)[:, None]
             tl.store(out_O1 + k_K[None, :], (w_OK * scale_O1).to(DTYPE), inside_O1)
