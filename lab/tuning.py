@@ -308,10 +308,9 @@ KERNELS = {
 
 def shapes_of(kernel: str, layout) -> list[dict[str, int]]:
     """The shapes at which a rank of ``layout`` (``layout.RankLayout``) runs a kernel."""
-    shapes, config = layout.shapes(), layout.config
+    config = layout.config
     if kernel == "linear":
-        names = ("layers.0.attention.wqkv.weight", "layers.0.attention.wo.weight", "output.weight")
-        return [{"outputs": shapes[name][0], "inputs": shapes[name][1]} for name in names]
+        return [{"outputs": outputs, "inputs": inputs} for outputs, inputs in layout.projections.values()]
     heads, kv_heads = (high - low for low, high in (layout.heads, layout.kv_heads))
     if kernel == "ragged_attention":
         return [{"heads": heads, "kv_heads": kv_heads, "head_dim": config.head_dim}]

@@ -72,12 +72,6 @@ def overlaps_launches(device: torch.device) -> bool:
 
 
 @functools.lru_cache
-def knows_fp8(device: torch.device) -> bool:
-    """Whether Triton converts fp8 e4m3 there; below Ada it refuses the type. Its interpreter does."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
-
-
-@functools.lru_cache
 def multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors of the GPU; 1 for a CPU, where the interpreter runs one program after the other."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -14,7 +14,7 @@ from mixtralkit.checkpoint import load_into, open_checkpoint, save_checkpoint
 from mixtralkit.config import ModelConfig
 from mixtralkit.distributed import RankContext
 from mixtralkit.layout import RankLayout
-from mixtralkit.moe.weights import ExpertWeights, PackedWeight
+from mixtralkit.moe.weights import PLAIN, ExpertWeights, PackedWeight, parse_weights
 from tests.checkpoint.models import empty_parameters, random_tensors
 
 CONFIG = ModelConfig(
@@ -87,7 +87,10 @@ def assert_reads(folder: Path, expected: dict[str, torch.Tensor], kept: str, tmp
                 .view(torch.uint8)
                 .equal(whole[slice(*rows), slice(*columns)].contiguous().view(torch.uint8))
             )
-        layout = RankLayout(CONFIG, *_single(), weights=reader.weights)
+        attention = {"fp8:tensor": "fp8:channel", "fp8:channel": "fp8:channel", "int8": "int8"}.get(kept)
+        assert reader.formats.get("layers.1.attention.wq", PLAIN) == parse_weights(attention)
+        formats = reader.weights, parse_weights(attention, "quantize_attention")
+        layout = RankLayout(CONFIG, *_single(), 0, *formats)
         found = empty_parameters(layout)
         load_into(found, layout, reader, RankContext())
         save_checkpoint(tmp_path / "hf", CONFIG, reader, "hf")
@@ -98,6 +101,12 @@ def assert_reads(folder: Path, expected: dict[str, torch.Tensor], kept: str, tmp
             w1, w2, w3 = (expected[f"{prefix}experts.{expert}.{w}.weight"] for w in ("w1", "w2", "w3"))
             assert up[expert].equal(torch.cat([w1, w3]))
             assert down[expert].equal(w2)
+        projections = [expected[f"layers.{layer}.attention.w{letter}.weight"] for letter in "qkvo"]
+        for name, values in (("wqkv", torch.cat(projections[:3])), ("wo", projections[3])):
+            held = tuple(found[f"layers.{layer}.attention.{name}.{part.name}"] for part in formats[1].parts)
+            assert (held[0] if attention is None else PackedWeight(formats[1], values.shape[1], held).float()).equal(
+                values
+            )
     with open_checkpoint(tmp_path / "hf") as reader:
         for name, values in expected.items():
             assert reader.dtype(name) == reader.dtype("norm.weight") == torch.bfloat16

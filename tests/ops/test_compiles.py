@@ -12,7 +12,11 @@ import pytest
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("capability", "experts", "kernels"),
-    [(90, "plain", 50), (90, "packed", 30), (80, "plain", 20), (80, "packed", 10), (89, "packed", 10)],
+    [
+        *((90, "plain", 50), (90, "packed", 30), (90, "linear", 9)),
+        *((80, "plain", 20), (80, "packed", 10), (80, "linear", 9)),
+        *((89, "packed", 10), (89, "linear", 9)),
+    ],
 )
 def test_kernels_compile(capability, experts, kernels, tmp_path):
     """A name that was a number in one branch and a pointer in the other passed the interpreter and no compiler."""

@@ -79,15 +79,7 @@ def test_half_precision(name):
         check(name, count, torch.float16)
 
 
-@pytest.mark.parametrize(("name", "count"), [("fp8:tensor", 9), ("fp8:block", 40), ("fp8:channel", 220)])
-def test_fp8_by_its_bits(monkeypatch, name, count):
-    """Ampere has no fp8."""
-    monkeypatch.setattr(triton_packed, "knows_fp8", lambda device: False)
-    check(name, count, torch.float32, heavy=count == 220)
-
-
-def test_every_fp8_number_by_its_bits(monkeypatch):
-    monkeypatch.setattr(triton_packed, "knows_fp8", lambda device: False)
+def test_every_fp8_number_by_its_bits():
     bytes_OK = torch.arange(256, dtype=torch.uint8).where(torch.arange(256) % 128 != 127, 0).view(1, 4, 64)
     data = bytes_OK.view(torch.float8_e4m3fn)
     weights = PackedWeight(FORMATS["fp8:channel"], 64, (data, torch.ones(1, 4)))
