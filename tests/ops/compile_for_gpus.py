@@ -191,16 +191,12 @@ if __name__ == "__main__":
             for count in (8, 64, 1024) if name in ("int4:128", "fp8") else (8, 64):
                 packed_experts(name, count)
         sys.exit()
-<<<<<<< HEAD
-    for count in (1, 8, 64, 128, 256, 1024, 4096) if is_hopper else (8, 256):
-=======
     if sys.argv[2] == "linear":
         for name in ("int8", "fp8"):
             for count in (1, 8, 64, 256):
                 packed_linear(name, count)
         sys.exit()
-    for count in (1, 8, 64, 128, 256, 1024, 4096):
->>>>>>> main
+    for count in (1, 8, 64, 128, 256, 1024, 4096) if is_hopper else (8, 256):
         experts(count)
     for count in (1, 8, 64) if is_hopper else ():
         experts(count, stored=True)
