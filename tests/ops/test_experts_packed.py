@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from mixtralkit.moe.weights import FORMATS, PackedWeight
-from mixtralkit.ops.experts import expert_sum_reference
-from mixtralkit.ops.experts import triton_packed
+from mixtralkit.ops.experts import expert_sum_reference, triton_packed
 from mixtralkit.ops.experts.triton_packed import default_settings, expert_sum_packed
 
 LARGE = {"up_block_o": 128, "down_block_o": 128}  # tiles that the interpreter is soon through
