@@ -257,6 +257,12 @@ class LimitOptions(Options):
     device: str | None = None
     num_gpus: Count | None = None
 
+    @property
+    def formats(self) -> dict[str, str]:
+        """The formats that weights are rounded to, by option."""
+        named = {"quantize": self.quantize, "quantize_attention": self.quantize_attention}
+        return {option: name for option, name in named.items() if name is not None}
+
 
 @dataclass(frozen=True)
 class EngineConfig(Options):

@@ -185,9 +185,10 @@ def exchange(stays: bool, rows: int = 16, ranks: int = 4, width: int = 4096) -> 
 
 if __name__ == "__main__":
     prepare(int(sys.argv[1]))
+    is_hopper = int(sys.argv[1]) >= 90  # of older GPUs a kernel each
     if sys.argv[2] == "packed":
-        for name in ("int8", "int4:32", "int4:128", "int4:64:zeros", "fp8:block"):
-            for count in (8, 64, 1024) if name == "int4:128" else (8, 64):
+        for name in ("int8", "int4:32", "int4:128", "int4:64:zeros", "fp8:block") if is_hopper else ("int4", "fp8"):
+            for count in (8, 64, 1024) if name in ("int4:128", "fp8") else (8, 64):
                 packed_experts(name, count)
         sys.exit()
     if sys.argv[2] == "linear":
@@ -195,15 +196,16 @@ if __name__ == "__main__":
             for count in (1, 8, 64, 256):
                 packed_linear(name, count)
         sys.exit()
-    for count in (1, 8, 64, 128, 256, 1024, 4096):
+    for count in (1, 8, 64, 128, 256, 1024, 4096) if is_hopper else (8, 256):
         experts(count)
-    for count in (1, 8, 64):
+    for count in (1, 8, 64) if is_hopper else ():
         experts(count, stored=True)
-    for count in (1, 8, 256, 16384):
+    for count in (1, 8, 256, 16384) if is_hopper else (8, 256):
         rest(count)
     sampling(8)
     for count in (1, 256):
         attention(count)
-        attention(count, page_size=32, window=100)
-    for stays in (False, True):
+        if is_hopper:
+            attention(count, page_size=32, window=100)
+    for stays in (False, True) if is_hopper else ():
         exchange(stays)

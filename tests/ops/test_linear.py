@@ -124,7 +124,7 @@ def test_settings_for_fewer_rows_are_not_taken_for_more(monkeypatch):
 def test_candidates_are_settings_of_the_launcher(rows, outputs, inputs):
     from mixtralkit.ops.linear.triton import candidates, default_settings
 
-    found = [*candidates(rows, outputs, inputs)]
+    found = [settings for size in (1, 2) for settings in candidates(rows, outputs, inputs, size)]
     found += [default_settings(rows, outputs, inputs, size) for size in (1, 2)]
     assert {"library": 1} in found
     for settings in found:

@@ -16,14 +16,13 @@ import triton
 import triton.language as tl
 
 from mixtralkit.moe.weights import PackedWeight
-from mixtralkit.ops.linear.library import linear_library
+from mixtralkit.ops.linear.library import MOST_PACKED_ROWS, linear_library
 from mixtralkit.ops.norm import rms_norm
 from mixtralkit.ops.norm.triton import normalised
 from mixtralkit.ops.runtime import overlaps_launches, tuned
 
 WIDEST = 16384  # columns of a row that one program of the vector kernel holds
 SMALL = 1 << 24  # bytes of weights that are under way at once, all of them, in the registers of a large GPU
-MOST_PACKED_ROWS = 512  # above, unpacking the weights costs less than the library's product is faster
 TILE = 128  # rows of x, and outputs, that a program of the matrix kernel has at most
 PROGRAMS = 132  # that a large GPU runs at a time, one on each multiprocessor
 
@@ -46,19 +45,14 @@ def linear_small(
     """
     (rows, inputs), outputs = x_TI.shape, w_OI.shape[0]
     dtype = (out_dtype or x_TI.dtype) if out is None else out.dtype
-    scales_O = None
-    if isinstance(w_OI, PackedWeight):
-        if settings is None:
-            wide = x_TI.element_size() > 2 and rows > 1
-            settings = {"library": 1} if wide else default_settings(rows, outputs, inputs, 1)
-        if settings.get("library"):
-            w_OI = _unpacked(w_OI, x_TI.dtype)
-        else:
-            w_OI, scales_O = _bytes(w_OI)
+    packed, scales_O = isinstance(w_OI, PackedWeight), None
     if settings is None:
-        settings = _choose(x_TI, outputs)
+        settings = _choose(x_TI, outputs, 1 if packed else 2)
     if settings.get("library"):
+        w_OI = _unpacked(w_OI, x_TI.dtype) if packed else w_OI
         return linear_library(x_TI, w_OI, norm, residual_TO, out, dtype)
+    if packed:
+        w_OI, scales_O = _bytes(w_OI)
     if out is None:
         out = torch.empty((rows, outputs), dtype=dtype, device=x_TI.device)
     assert out.shape == (rows, outputs)
@@ -93,16 +87,20 @@ def default_settings(rows: int, outputs: int, inputs: int, size: int = 2) -> dic
     return {"block_o": 64, "block_i": 256 // size, "columns": columns, "num_warps": 4, "num_stages": 3}
 
 
-def candidates(rows: int, outputs: int, inputs: int) -> list[dict[str, int]]:
-    """Settings worth trying for a shape; some may want more shared memory than a GPU has, which its driver says."""
+def candidates(rows: int, outputs: int, inputs: int, size: int = 2) -> list[dict[str, int]]:
+    """Settings worth trying for a shape; some may want more shared memory than a GPU has, which its driver says.
+
+    ``size`` is the bytes of a weight.
+    """
     found = [{"library": 1}]
     if _fits_vector(rows, inputs):
-        block_i, early = triton.next_power_of_2(inputs), int(2 * outputs * inputs <= SMALL)
+        block_i, early = triton.next_power_of_2(inputs), int(size * outputs * inputs <= SMALL)
         for elements, num_warps in ((8192, 2), (8192, 4), (16384, 4), (16384, 8), (32768, 8)):
-            if elements >= block_i:
-                found.append({"block_o": elements // block_i, "num_warps": num_warps, "early": early})
+            if elements * 2 // size >= block_i:
+                found.append({"block_o": elements * 2 // size // block_i, "num_warps": num_warps, "early": early})
         return found
     names = ("block_o", "block_i", "columns", "num_warps", "num_stages")
+    large = [(o, i, c, 8, s) for o in (64, TILE) for i, s in ((64, 3), (64, 5), (128, 3)) for c in (1024, 2048, 4096)]
     for values in (
         (64, 256, 256, 4, 1),
         (128, 256, 256, 4, 1),
@@ -115,6 +113,7 @@ def candidates(rows: int, outputs: int, inputs: int) -> list[dict[str, int]]:
         (64, 256, 2048, 4, 4),
         (64, 128, 4096, 4, 5),
         (64, 256, 4096, 4, 4),
+        *(large if rows > 16 and size == 1 else ()),
     ):
         settings = dict(zip(names, values, strict=True))
         if settings["columns"] <= max(inputs, 256) and (rows <= 16 or settings["block_i"] <= 128):
@@ -122,13 +121,14 @@ def candidates(rows: int, outputs: int, inputs: int) -> list[dict[str, int]]:
     return found
 
 
-def _choose(x_TI: torch.Tensor, outputs: int) -> dict[str, int]:
+def _choose(x_TI: torch.Tensor, outputs: int, size: int) -> dict[str, int]:
     rows, inputs = x_TI.shape
     if x_TI.element_size() > 2 and not _fits_vector(rows, inputs):
         return {"library": 1}  # exact float32 products are none of the matrix units' work
-    settings = tuned("linear", x_TI.device, rows, outputs=outputs, inputs=inputs)
+    shape = {"outputs": outputs, "inputs": inputs} | ({"size": 1} if size == 1 else {})
+    settings = tuned("linear_packed" if size == 1 else "linear", x_TI.device, rows, **shape)
     suits = settings is not None and ("block_i" in settings or "library" in settings or _fits_vector(rows, inputs))
-    return settings if suits else default_settings(rows, outputs, inputs)
+    return settings if suits else default_settings(rows, **{"size": size, **shape})
 
 
 def _fits_vector(rows: int, inputs: int) -> bool:
