@@ -19,9 +19,11 @@ import torch
 from lab.timing import times_ms
 from mixtralkit.config import CacheOptions
 from mixtralkit.model.kv_cache import own_pages
+from mixtralkit.moe.weights import FORMATS
 from mixtralkit.ops.attention import decode_attention_reference
 from mixtralkit.ops.experts import SMALL_BATCH, expert_sum_reference
 from mixtralkit.ops.linear import MOST_ROWS, linear_reference
+from mixtralkit.ops.linear.library import MOST_PACKED_ROWS
 from mixtralkit.ops.ragged_attention import ragged_attention_reference, span_table
 
 BEYOND_CACHES = 2**28  # bytes of inputs that take turns: several times the largest L2
@@ -210,6 +212,8 @@ def _linear(case: Case, generator: torch.Generator) -> Work:
     shape = dict(case.shape)
     x_TI = _normal(case, generator, case.rows, shape["inputs"])
     w_OI = _normal(case, generator, shape["outputs"], shape["inputs"], std=0.02)
+    if "size" in shape:  # the bytes of a weight
+        w_OI = FORMATS["int8"].quantize(w_OI)
     norm = (1 + _normal(case, generator, shape["inputs"], std=0.02), 1e-5)
     if shape["outputs"] == shape["inputs"]:  # the product back to the model's width ends in a residual, has no norm
         other = {"residual_TO": _normal(case, generator, case.rows, shape["outputs"])}
@@ -288,6 +292,10 @@ KERNELS = {
         "mixtralkit.ops.linear.triton", (1, MOST_ROWS), _linear,
         lambda shape, rows, context: shape["outputs"] * shape["inputs"],
     ),
+    "linear_packed": Tunable(
+        "mixtralkit.ops.linear.triton", (1, MOST_PACKED_ROWS), _linear,
+        lambda shape, rows, context: shape["outputs"] * shape["inputs"] // 2,
+    ),
     "experts_small": Tunable(
         "mixtralkit.ops.experts.triton_small", (1, SMALL_BATCH), _experts("expert_sum_small"), _expert_numbers
     ),
@@ -308,10 +316,10 @@ KERNELS = {
 
 def shapes_of(kernel: str, layout) -> list[dict[str, int]]:
     """The shapes at which a rank of ``layout`` (``layout.RankLayout``) runs a kernel."""
-    shapes, config = layout.shapes(), layout.config
-    if kernel == "linear":
-        names = ("layers.0.attention.wqkv.weight", "layers.0.attention.wo.weight", "output.weight")
-        return [{"outputs": shapes[name][0], "inputs": shapes[name][1]} for name in names]
+    config = layout.config
+    if kernel.startswith("linear"):
+        size = {"size": 1} if kernel == "linear_packed" else {}
+        return [{"outputs": outputs, "inputs": inputs, **size} for outputs, inputs in layout.projections.values()]
     heads, kv_heads = (high - low for low, high in (layout.heads, layout.kv_heads))
     if kernel == "ragged_attention":
         return [{"heads": heads, "kv_heads": kv_heads, "head_dim": config.head_dim}]

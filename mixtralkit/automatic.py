@@ -59,7 +59,7 @@ def choose_automatically(
         moe.symmetric_rows if wanted and context.world_size <= MOST_RANKS else 0,
         dtype.itemsize, moe.shadow_memory_gb if moe.copies_experts else 0.0, config.cache.page_size,
         config.cache.cache_tokens,
-        parse_weights(config.limits.quantize),
+        parse_weights(config.limits.quantize), parse_weights(config.limits.quantize_attention, "quantize_attention"),
     )  # fmt: skip
     behind = hardware.host or USUAL_HOST if on_gpu and moe.backend == "mixtralkit" else None
     situation = Situation(

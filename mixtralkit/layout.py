@@ -6,7 +6,7 @@ else knows how tensors are cut or fused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,7 +21,7 @@ class Piece:
 
     ``source`` is a name of ``canonical_shapes``. ``rows`` and ``columns`` are
     half-open bounds; columns is None for a vector. ``at`` is (rows,) of a matrix or vector, or (slot, rows) of
-    stacked experts, with rows half-open bounds as well. ``weights`` is the format in which an expert's is held here.
+    stacked experts, with rows half-open bounds as well. ``weights`` is the format in which it is held here.
     """
 
     source: str
@@ -33,7 +33,7 @@ class Piece:
 
     @property
     def is_expert(self) -> bool:
-        """Whether it is of an expert's matrix, which may be in some format of fewer bits."""
+        """Whether it is of an expert's matrix."""
         return len(self.at) > 1
 
 
@@ -53,33 +53,54 @@ def expert_of(source: str) -> tuple[int, int]:
 
 
 def canonical_shapes(
-    config: ModelConfig, formats_LE: Sequence[Sequence[ExpertWeights]] | None = None
+    config: ModelConfig, formats: Mapping[str, ExpertWeights] | None = None
 ) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a whole checkpoint in Mistral's one-file format, in its usual order.
 
-    Experts in another format have its parts in place of ``weight``: ``layers.0.feed_forward.experts.0.w1.data`` ….
+    A matrix that has another format by its name in ``formats`` (``matrix_formats``) has the parts of that in place of
+    ``weight``: ``layers.0.feed_forward.experts.0.w1.data`` ….
     """
+    formats = {} if formats is None else formats
     dim, hidden = config.dim, config.hidden_dim
     q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (config.vocab_size, dim)}
     for layer in range(config.n_layers):
         prefix = f"layers.{layer}."
-        shapes[prefix + "attention.wq.weight"] = (q_dim, dim)
-        shapes[prefix + "attention.wk.weight"] = (kv_dim, dim)
-        shapes[prefix + "attention.wv.weight"] = (kv_dim, dim)
-        shapes[prefix + "attention.wo.weight"] = (dim, q_dim)
+        sizes = {"wq": (q_dim, dim), "wk": (kv_dim, dim), "wv": (kv_dim, dim), "wo": (dim, q_dim)}
+        for matrix, size in sizes.items():
+            shapes |= _parts(f"{prefix}attention.{matrix}", formats, size)
         shapes[prefix + "attention_norm.weight"] = (dim,)
         shapes[prefix + "ffn_norm.weight"] = (dim,)
         shapes[prefix + "feed_forward.gate.weight"] = (config.num_experts, dim)
         for expert in range(config.num_experts):
-            expert_prefix = f"{prefix}feed_forward.experts.{expert}."
-            weights = PLAIN if formats_LE is None else formats_LE[layer][expert]
             for matrix, size in (("w1", (hidden, dim)), ("w2", (dim, hidden)), ("w3", (hidden, dim))):
-                for part in weights.parts:
-                    shapes[f"{expert_prefix}{matrix}.{part.name}"] = weights.shape(part, *size)
+                shapes |= _parts(f"{prefix}feed_forward.experts.{expert}.{matrix}", formats, size)
     shapes["norm.weight"] = (dim,)
-    shapes["output.weight"] = (config.vocab_size, dim)
-    return shapes
+    return shapes | _parts("output", formats, (config.vocab_size, dim))
+
+
+def _parts(name: str, formats: Mapping[str, ExpertWeights], size: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what holds a matrix."""
+    weights = formats.get(name, PLAIN)
+    return {f"{name}.{part.name}": weights.shape(part, *size) for part in weights.parts}
+
+
+def is_projection(source: str) -> bool:
+    """Whether a canonical name is of one of attention's matrices or the output's."""
+    return ".attention.w" in source or source == "output.weight"
+
+
+def matrix_formats(
+    config: ModelConfig, formats_LE: Sequence[Sequence[ExpertWeights]], attention: ExpertWeights = PLAIN
+) -> dict[str, ExpertWeights]:
+    """The format of each matrix that may have fewer bits, by its canonical name without ``.weight``."""
+    formats = {"output": attention}
+    for layer in range(config.n_layers):
+        formats |= {f"layers.{layer}.attention.{matrix}": attention for matrix in ("wq", "wk", "wv", "wo")}
+        for expert in range(config.num_experts):
+            name = f"layers.{layer}.feed_forward.experts.{expert}"
+            formats |= {f"{name}.{matrix}": formats_LE[layer][expert] for matrix in ("w1", "w2", "w3")}
+    return formats
 
 
 @dataclass(frozen=True)
@@ -97,6 +118,7 @@ class RankLayout:
     Where ``weights`` is not plain, w13 and w2 are the parts of that format, ``w13_data`` …, of w1 above those of w3.
     Where the plan gives the experts of a layer several formats, each has its own, of the slots that have it:
     ``w13_int8_data``, ``w13_plain`` …. ``weights`` is of those for which the plan has none, or the only one.
+    ``attention_weights``, with a scale for each output, is the format of wqkv, wo and output: ``wqkv.data`` ….
     """
 
     config: ModelConfig
@@ -104,6 +126,7 @@ class RankLayout:
     plan: ExpertPlan
     rank: int = 0
     weights: ExpertWeights = PLAIN
+    attention_weights: ExpertWeights = PLAIN
 
     def __post_init__(self) -> None:
         config, world = self.config, self.plan.world_size
@@ -125,7 +148,10 @@ class RankLayout:
         if len(self.formats) == 1:
             object.__setattr__(self, "weights", self.formats[0])
         for weights in self.formats:
-            weights.check_cut("hidden_dim", config.hidden_dim, self.hidden)
+            weights.check_cut("hidden_dim", config.hidden_dim, self.hidden, "quantize", "experts 'ep'")
+        width = tuple(bound * config.head_dim for bound in self.heads)
+        options = "quantize_attention", "attention 'dp'"
+        self.attention_weights.check_cut("n_heads * head_dim", config.n_heads * config.head_dim, width, *options)
 
     @classmethod
     def single(cls, config: ModelConfig) -> RankLayout:
@@ -174,6 +200,11 @@ class RankLayout:
         """Those that any expert has."""
         return tuple(dict.fromkeys(weights for row in self.formats_LE for weights in row))
 
+    @cached_property
+    def matrix_formats(self) -> dict[str, ExpertWeights]:
+        """The format of each matrix that may have fewer bits, by canonical name (``matrix_formats``)."""
+        return matrix_formats(self.config, self.formats_LE, self.attention_weights)
+
     def check_one_format(self, what: str) -> None:
         """ValueError where experts have several formats, which ``what`` cannot carry."""
         if len(self.formats) > 1:
@@ -195,15 +226,23 @@ class RankLayout:
             return tuple(range(self.config.num_experts))
         return self.plan.experts_of(layer, self.rank)
 
+    @cached_property
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """[O, I] of this rank's part of ``wqkv`` and ``wo``, and of the ``output`` matrix, in whatever format."""
+        config = self.config
+        heads, kv_heads, vocab = (b - a for a, b in (self.heads, self.kv_heads, self.vocab))
+        wqkv = (heads + 2 * kv_heads) * config.head_dim, config.dim
+        return {"wqkv": wqkv, "wo": (config.dim, heads * config.head_dim), "output": (vocab, config.dim)}
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of this rank's parameters."""
-        config = self.config
-        heads, kv_heads, vocab, hidden = (b - a for a, b in (self.heads, self.kv_heads, self.vocab, self.hidden))
+        config, hidden = self.config, self.hidden[1] - self.hidden[0]
         shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (config.vocab_size, config.dim)}
         for layer in range(config.n_layers):
             prefix = f"layers.{layer}."
-            shapes[prefix + "attention.wqkv.weight"] = ((heads + 2 * kv_heads) * config.head_dim, config.dim)
-            shapes[prefix + "attention.wo.weight"] = (config.dim, heads * config.head_dim)
+            for matrix in ("wqkv", "wo"):
+                name = f"{prefix}attention.{matrix}"
+                shapes |= _parts(name, {name: self.attention_weights}, self.projections[matrix])
             shapes[prefix + "attention_norm.weight"] = (config.dim,)
             shapes[prefix + "ffn_norm.weight"] = (config.dim,)
             shapes[prefix + "feed_forward.gate.weight"] = (config.num_experts, config.dim)
@@ -212,13 +251,12 @@ class RankLayout:
                     for name, part in group.weights.parameters(f"{prefix}feed_forward.{matrix}{group.suffix}"):
                         shapes[name] = (len(group.slots), *group.weights.shape(part, *size))
         shapes["norm.weight"] = (config.dim,)
-        shapes["output.weight"] = (vocab, config.dim)
-        return shapes
+        return shapes | _parts("output", {"output": self.attention_weights}, self.projections["output"])
 
     def pieces(self) -> Iterator[Piece]:
         """Every piece of the checkpoint this rank needs, each element of its parameters exactly once.
 
-        Experts' are those of the plain format; ``parts`` has what holds them here.
+        They are those of the plain format; ``parts`` has what holds them here.
         """
         config = self.config
         whole_dim = (0, config.dim)
@@ -229,19 +267,20 @@ class RankLayout:
                 yield _rows(f"layers.{layer}.{name}", whole_dim, None, f"layers.{layer}.{name}")
             yield from self._expert_pieces(layer)
         yield _rows("norm.weight", whole_dim, None, "norm.weight")
-        yield _rows("output.weight", self.vocab, whole_dim, "output.weight")
+        yield _rows("output.weight", self.vocab, whole_dim, "output.weight", weights=self.attention_weights)
 
     def parts(self, piece: Piece) -> tuple[Piece, ...]:
-        """The pieces of the format's tensors that hold a piece of an expert; of any other, itself."""
+        """The pieces of the format's tensors that hold a piece; of the plain format, itself."""
         weights = piece.weights
         if weights.is_plain:
             return (piece,)
-        (slot, at), found = piece.at, []
-        for target, part in weights.parameters(piece.target):
+        (*slot, at), found = piece.at, []
+        for part in weights.parts:
             rows, columns = weights.bounds(part, piece.rows, piece.columns)
-            place = at.start // (at.stop - at.start) * (rows[1] - rows[0])  # w3 behind w1
+            place = at.start // (at.stop - at.start) * (rows[1] - rows[0])  # w3 behind w1, keys behind queries
             source = f"{piece.source.removesuffix('weight')}{part.name}"
-            found.append(Piece(source, rows, columns, target, (slot, slice(place, place + rows[1] - rows[0]))))
+            name = f"{piece.target}_{part.name}" if slot else f"{piece.target.removesuffix('weight')}{part.name}"
+            found.append(Piece(source, rows, columns, name, (*slot, slice(place, place + rows[1] - rows[0]))))
         return tuple(found)
 
     def _attention_pieces(self, prefix: str) -> Iterator[Piece]:
@@ -249,11 +288,11 @@ class RankLayout:
         for name, heads in (("wq", self.heads), ("wk", self.kv_heads), ("wv", self.kv_heads)):
             rows = (heads[0] * head_dim, heads[1] * head_dim)
             source, target = f"{prefix}attention.{name}.weight", f"{prefix}attention.wqkv.weight"
-            yield _rows(source, rows, (0, self.config.dim), target, start)
+            yield _rows(source, rows, (0, self.config.dim), target, start, self.attention_weights)
             start += rows[1] - rows[0]
         columns = (self.heads[0] * head_dim, self.heads[1] * head_dim)
         name = f"{prefix}attention.wo.weight"
-        yield _rows(name, (0, self.config.dim), columns, name)
+        yield _rows(name, (0, self.config.dim), columns, name, weights=self.attention_weights)
 
     def _expert_pieces(self, layer: int) -> Iterator[Piece]:
         prefix = f"layers.{layer}.feed_forward."
@@ -270,5 +309,8 @@ class RankLayout:
                 yield Piece(f"{source}w2.weight", whole_dim, self.hidden, w2, (place, down), weights)
 
 
-def _rows(source: str, rows: tuple[int, int], columns: tuple[int, int] | None, target: str, start: int = 0) -> Piece:
-    return Piece(source, rows, columns, target, (slice(start, start + rows[1] - rows[0]),))
+def _rows(
+    source: str, rows: tuple[int, int], columns: tuple[int, int] | None, target: str, start: int = 0,
+    weights: ExpertWeights = PLAIN,
+) -> Piece:  # fmt: skip
+    return Piece(source, rows, columns, target, (slice(start, start + rows[1] - rows[0]),), weights)

@@ -294,9 +294,12 @@ def open_source(source: SourceOptions) -> tuple[CheckpointReader, Tokenizer]:
 
 
 def with_weights(config: EngineConfig, reader: CheckpointReader) -> EngineConfig:
-    """The same, with a ``quantize`` that is left out as the checkpoint has it; names are whole."""
-    asked = parse_weights(config.limits.quantize) if config.limits.quantize else reader.weights
-    return config if asked.is_plain else config.but(quantize=asked.name)
+    """The same, with formats that are left out as the checkpoint has them; names are whole."""
+    for option, held in (("quantize", reader.weights), ("quantize_attention", reader.attention_weights)):
+        name = getattr(config.limits, option)
+        asked = parse_weights(name, option) if name else held
+        config = config if asked.is_plain else config.but(**{option: asked.name})
+    return config
 
 
 def choose_layout(
@@ -308,12 +311,13 @@ def choose_layout(
     """
     config = EngineConfig() if config is None else config
     world, asked, plan = context.world_size, config.parallel, config.parallel.plan
-    weights = parse_weights(config.limits.quantize)
+    limits = config.limits
+    formats = parse_weights(limits.quantize), parse_weights(limits.quantize_attention, "quantize_attention")
     if not isinstance(plan, ExpertPlan) and str(plan) == "auto":
         chosen = choose_automatically(model, context, config, precision)
         if chosen is not None:
             parallel, plan = chosen
-            return RankLayout(model, parallel, with_precision(plan, precision), context.rank, weights)
+            return RankLayout(model, parallel, with_precision(plan, precision), context.rank, *formats)
         plan = None
     attention = asked.attention
     if attention == "auto":
@@ -325,7 +329,7 @@ def choose_layout(
     elif not isinstance(plan, ExpertPlan):
         plan = load_plan(plan, num_experts=model.num_experts, world_size=world)
     parallel = ParallelConfig(attention, "ep" if asked.experts == "auto" else asked.experts)
-    return RankLayout(model, parallel, with_precision(plan, precision), context.rank, weights)
+    return RankLayout(model, parallel, with_precision(plan, precision), context.rank, *formats)
 
 
 def with_precision(plan: ExpertPlan, precision: Words | None) -> ExpertPlan:

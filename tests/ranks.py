@@ -19,8 +19,10 @@ import torch.distributed as dist
 from mixtralkit.distributed import RankContext
 
 _PROCESSES = mp.get_context("forkserver")
-_PRELOADED = ["torch", "torch.distributed", "fairscale.nn.model_parallel", "tests.ranks"]
-_PRELOADED.append("torch.distributed.tensor")  # torch.testing imports it in its first comparison, which takes seconds
+# what ranks would import each for themselves, a second of a core and more; torch.testing wants the second in its first
+# comparison
+_PRELOADED = ["fairscale.nn.model_parallel", "torch.distributed.tensor", "hypothesis", "pytest", "tests.ranks"]
+_PRELOADED += ["mixtralkit.mixtral", "mixtralkit.training.loop"]
 _PROCESSES.set_forkserver_preload(_PRELOADED)
 
 

@@ -297,6 +297,8 @@ def test_the_check_leaves_the_model_as_it_was():
 
 # --- the layer's kernels
 
+FP8 = ("fp8:channel", "fp8:tensor", "fp8:block")
+
 
 def test_lines_of_the_layers_kernels(architecture, tmp_path, capsys):
     output = tmp_path / "lines.json"
@@ -310,6 +312,22 @@ def test_lines_of_the_layers_kernels(architecture, tmp_path, capsys):
         assert line["error"] < 1e-4
         assert 2 <= line["touched_experts"] <= 8
         assert line["share_of_bound"] == pytest.approx(line["bound_ms"] / line["ms"], rel=0.1, abs=1e-2)
+
+
+def test_lines_of_packed_experts(architecture, tmp_path):
+    """By compiled kernels, or the reference where there are none; the bound is that of the packed bytes."""
+    output, formats = tmp_path / "lines.json", ("plain", "int8", "int4:32", "int4:128", *FP8)
+    bench_moe_kernels.bench_moe_kernels(
+        "1,5", architecture, device="cpu", formats=formats, variants="kernels,grouped_mm", repeats=1, output=output
+    )
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [line["variant"] for line in lines] == ["kernels", "grouped_mm"] * 2 + ["kernels"] * 12
+    plain = {line["tokens"]: line for line in lines[::2][:2]}
+    for line in lines[4:]:
+        assert line["error"] < 1e-3
+        assert line["bound"] == "operations" or line["bound_ms"] < plain[line["tokens"]]["bound_ms"]
+    with pytest.raises(ValueError, match=r"formats \('int5'\) must be among plain, "):
+        bench_moe_kernels.bench_moe_kernels("1", architecture, device="cpu", formats=("int5",))
 
 
 def test_a_wrong_layer_is_not_timed(architecture, monkeypatch):

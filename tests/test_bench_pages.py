@@ -154,6 +154,19 @@ def test_experts_in_fewer_bits():
     assert found["bfloat16 ([performance](performance.md))"] == plain
 
 
+def test_what_fewer_bits_cost():
+    files = [ROOT / f"benchmarks/results/{name}.json" for name in ("quantised", "quantised-attention")]
+    lines = {line["format"]: line for file in files for line in json.loads(file.read_text())["formats"]}
+    found = table("docs/quantised.md", "| format | bits a weight here")
+    assert len(found) == len(lines)
+    for row, cells in found.items():
+        line = lines[row.replace("float32", "none").replace("attention and output", "attention").replace("`", "")]
+        right = line["accuracy"]
+        assert row == "float32" or cells[0] == f"{line['bits']:g}", row
+        assert cells[1:3] == [f"{line['error']:.4f}", f"{line['bits_per_byte']['value']:.4f}"], row
+        assert cells[3] == "{:.2f} ({:.2f} to {:.2f})".format(right["value"], *right["interval"]), row
+
+
 def test_what_experts_lose():
     report = ErrorTable.load_from(ROOT / "benchmarks/results/quantise-report.json")
     found = table("docs/quantised.md", "| format | bits | median error")

@@ -36,7 +36,7 @@ def command(ranks: int, *arguments: object) -> list[str]:
 
 def run(ranks: int, *arguments: object, text: str = "", **more: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        command(ranks, *arguments), env=environ(**more), input=text, capture_output=True, text=True, timeout=100
+        command(ranks, *arguments), env=environ(**more), input=text, capture_output=True, text=True, timeout=250
     )
 
 

@@ -56,7 +56,7 @@ def site(tmp_path_factory) -> Path:
 def run(site: Path, *words: object) -> str:
     environ = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, *map(str, words)]
-    done = subprocess.run(command, cwd=site.parent, env=environ, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=site.parent, env=environ, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 

@@ -37,7 +37,7 @@ def test_on_two_ranks_as_on_one(folder, tmp_path, capsys):
     options = ["-m", folder, "--prompts", folder / "prompts.jsonl", "--output", two, "--max_gen_len", 5]
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [str(word) for word in (*start, *options, "--attention", "dp")]
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     a, b = RoutingTrace.load(one), RoutingTrace.load(two)
     for name in ("experts", "sequence", "position"):

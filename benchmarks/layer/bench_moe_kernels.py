@@ -1,16 +1,18 @@
 """One MoE layer's kernels on one GPU: gate and experts, beside the reference (sorted rows and ``grouped_mm``).
 
     python -m benchmarks.layer.bench_moe_kernels --tokens 1,8,64,256,1024,4096,16384
+    python -m benchmarks.layer.bench_moe_kernels --formats plain int8 int4:32 int4:128 fp8:channel fp8:tensor fp8:block
 
 Prints one line of JSON a measurement on stdout, a table on stderr. Every result is compared with float32 first.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -24,9 +26,11 @@ from lab.timing import times_ms
 from mixtralkit.cli.run import run_tool
 from mixtralkit.config import ModelConfig, parse_dtype
 from mixtralkit.distributed import RankContext
+from mixtralkit.moe.weights import FORMATS, PLAIN, ExpertWeights, PackedWeight
 from mixtralkit.ops.experts import expert_sum, expert_sum_reference
 from mixtralkit.ops.gate import gate, gate_reference
 
+ROUNDED_ROWS = 5e-4  # the same where compiled CPU kernels round rows to 16 bits beside packed weights
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 5e-3}  # ‖difference‖ / ‖reference‖
 INPUT_SETS, WEIGHT_SETS, EPS = 4, 2, 1e-5
 
@@ -46,6 +50,7 @@ def bench_moe_kernels(
     num_experts: int | None = None,
     top_k: int | None = None,
     routing: str = "uniform",
+    formats: tuple[str, ...] = ("plain",),
     variants: str = "all",
     repeats: int = 15,
     dtype: str | None = None,
@@ -64,7 +69,10 @@ def bench_moe_kernels(
         top_k: experts of a row instead of the model's.
         routing: uniform, as random gate weights route random rows; or skew:S, one expert takes the share S of all
             choices; or both between commas.
+        formats: of the experts' weights: plain, int8, int4:128 … (docs/quantised.md). A packed one is compared with
+            float32 of the numbers that it stands for, and its bytes make the bound.
         variants: names between commas, or all: kernels, grouped_mm (with rows sorted by torch), and each with -eager.
+            Packed weights run by the kernels alone.
         repeats: of each measurement; the median counts.
         dtype: bfloat16 on CUDA, float32 on a CPU when not given.
         profile: also print a table of the kernels.
@@ -85,27 +93,30 @@ def bench_moe_kernels(
     shape = Shape(
         num_experts or config.num_experts, top_k or config.num_experts_per_tok, config.dim, hidden or config.hidden_dim
     )
-    generator = torch.Generator(context.device).manual_seed(seed)
-    weights = [Weights.draw(shape, kind, generator) for _ in range(WEIGHT_SETS)]
+    if unknown := [name for name in formats if name != "plain" and name not in FORMATS]:
+        raise ValueError(f"formats ({unknown[0]!r}) must be among plain, {', '.join(FORMATS)}")
     ceilings = Ceilings.measure(context, kind)
     common = {"ceilings": ceilings.rounded(), **describe_run(context), **vars(shape), "dtype": str(kind)[6:]}
     if output is not None:
         output.write_text("", encoding="utf-8")
-    for kind_of_routing in routing.split(","):
+    for held, kind_of_routing in itertools.product(formats, routing.split(",")):
+        packed = PLAIN if held == "plain" else FORMATS[held]
+        generator = torch.Generator(context.device).manual_seed(seed)
+        weights = [Weights.draw(shape, kind, generator).packed(packed) for _ in range(WEIGHT_SETS)]
         for count in map(int, tokens.split(",")):
             drawn = (shape.top_k, kind_of_routing, generator)
             cases = [_case(weights[i % WEIGHT_SETS], count, *drawn) for i in range(INPUT_SETS)]
-            for name in names:
-                found = _measure(cases, shape, name, repeats, ceilings)
-                line = json.dumps({"measurement": "moe_layer", "variant": name, "tokens": count,
+            for name in names if packed.is_plain else [name for name in names if VARIANTS[name][1] is expert_sum]:
+                found = _measure(cases, shape, packed, name, repeats, ceilings)
+                line = json.dumps({"measurement": "moe_layer", "variant": name, "format": held, "tokens": count,
                                    "routing": kind_of_routing, **found, **common})  # fmt: skip
                 print(line, flush=True)
-                print(_row(kind_of_routing, count, name, found), file=sys.stderr, flush=True)
+                print(_row(kind_of_routing, count, f"{held} {name}", found), file=sys.stderr, flush=True)
                 if output is not None:
                     with output.open("a", encoding="utf-8") as file:
                         file.write(line + "\n")
             if profile:
-                _print_profile(cases, f"{kind_of_routing}, {count} rows", ceilings)
+                _print_profile(cases, f"{held}, {kind_of_routing}, {count} rows", ceilings)
 
 
 @dataclass(frozen=True)
@@ -123,8 +134,8 @@ class Weights:
     """One layer's, normal(0, 0.02)."""
 
     gate_ED: torch.Tensor
-    w13_EGD: torch.Tensor
-    w2_EDF: torch.Tensor
+    w13_EGD: torch.Tensor | PackedWeight
+    w2_EDF: torch.Tensor | PackedWeight
     norm_D: torch.Tensor
 
     @classmethod
@@ -136,6 +147,19 @@ class Weights:
         experts, dim, hidden = shape.num_experts, shape.dim, shape.hidden
         w13_EGD, w2_EDF = normal(experts, 2 * hidden, dim), normal(experts, dim, hidden)
         return cls(normal(experts, dim), w13_EGD, w2_EDF, 1 + normal(dim))
+
+    def packed(self, weights: ExpertWeights) -> Weights:
+        """The same with experts in another format."""
+        if weights.is_plain:
+            return self
+        return replace(self, w13_EGD=_packed(self.w13_EGD, weights, 2), w2_EDF=_packed(self.w2_EDF, weights, 1))
+
+
+def _packed(w_EOK: torch.Tensor, weights: ExpertWeights, stacked: int) -> PackedWeight:
+    """Rounds one expert after the other; each is ``stacked`` matrices one above the other."""
+    experts = [weights.quantize(w_OK.unflatten(0, (stacked, -1))).tensors for w_OK in w_EOK]
+    parts = tuple(torch.stack([part.flatten(0, 1) for part in same]) for same in zip(*experts, strict=True))
+    return PackedWeight(weights, w_EOK.shape[2], parts, stacked)
 
 
 @dataclass(frozen=True)
@@ -185,25 +209,29 @@ def _skewed(way: str, count: int, experts: int, top_k: int, generator: torch.Gen
     return scores_TE.topk(top_k, dim=1).indices
 
 
-def _measure(cases: list[Case], shape: Shape, name: str, repeats: int, ceilings: Ceilings) -> dict[str, object]:
+def _measure(
+    cases: list[Case], shape: Shape, weights: ExpertWeights, name: str, repeats: int, ceilings: Ceilings
+) -> dict[str, object]:
     """Checks a variant, then times it; the bound is the mean of the inputs'."""
     gate_of, experts_of, graph = VARIANTS[name]
     error = max(_error(case, gate_of, experts_of) for case in cases[:2])
     dtype, device = cases[0].x_TD.dtype, cases[0].x_TD.device
-    if not error < TOLERANCE[dtype]:
+    on_cpu = device.type == "cpu" and not weights.is_plain
+    if not error < (max(TOLERANCE[dtype], ROUNDED_ROWS) if on_cpu else TOLERANCE[dtype]):
         raise RuntimeError(f"{name}: differs from float32 by {error:.2g} of the norm")
     calls = [lambda case=case: case.run(gate_of, experts_of) for case in cases]
     times = times_ms(calls, device, repeats, graph)
     count = len(cases[0].x_TD)
     touched = sum(len(case.chosen(gate_of).unique()) for case in cases) / len(cases)
-    numbers = touched * 3 * shape.dim * shape.hidden + shape.num_experts * shape.dim + 2 * count * shape.dim
+    size = dtype.itemsize * (shape.num_experts * shape.dim + 2 * count * shape.dim)
+    size += touched * weights.expert_bytes(shape.dim, shape.hidden, dtype.itemsize)
     operations = 2.0 * count * shape.dim * (shape.top_k * 3 * shape.hidden + shape.num_experts)
-    bound_s, bound = ceilings.bound_s(dtype.itemsize * numbers, operations)
+    bound_s, bound = ceilings.bound_s(size, operations)
     seconds = median(times) / 1e3
     return {
         "ms": round(1e3 * seconds, 4), "spread_ms": [round(min(times), 4), round(max(times), 4)],
         "bound_ms": round(1e3 * bound_s, 4), "bound": bound, "share_of_bound": round(bound_s / seconds, 4),
-        "tflops": round(operations / seconds / 1e12, 2), "gb_s": round(dtype.itemsize * numbers / seconds / 1e9, 1),
+        "tflops": round(operations / seconds / 1e12, 2), "gb_s": round(size / seconds / 1e9, 1),
         "touched_experts": touched, "error": error,
     }  # fmt: skip
 
@@ -250,7 +278,7 @@ def _row(way: str, count: int, name: str, found: dict[str, object]) -> str:
     figures = (
         f"{found['ms']:>9.4f} ms  bound {found['bound_ms']:>8.4f} ({found['bound']}, {found['share_of_bound']:.1%})"
     )
-    return f"{way:>10} {count:>6}  {name:<26} {figures}  {found['tflops']:>7.1f} TFLOP/s  {found['gb_s']:>7.1f} GB/s"
+    return f"{way:>10} {count:>6}  {name:<30} {figures}  {found['tflops']:>7.1f} TFLOP/s  {found['gb_s']:>7.1f} GB/s"
 
 
 if __name__ == "__main__":

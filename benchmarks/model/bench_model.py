@@ -37,7 +37,7 @@ from benchmarks.model.watch import Watch, manager_fields, restore
 from mixtralkit.checkpoint import open_checkpoint
 from mixtralkit.cli.run import command, run_tool
 from mixtralkit.config import EngineConfig, ModelConfig, MoEOptions, ParallelOptions, parse_dtype, shipped
-from mixtralkit.config.engine import Dtype, Quantize
+from mixtralkit.config.engine import Dtype, Quantize, QuantizeAttention
 from mixtralkit.distributed import RankContext
 from mixtralkit.engine.generation import Engine
 from mixtralkit.engine.plan_manager import PlanManager
@@ -65,6 +65,7 @@ def bench_model(
     seed: int = 0,
     output: Path | None = None,
     quantize: Quantize | None = None,
+    quantize_attention: QuantizeAttention | None = None,
     dtype: Dtype | None = None,
     device: str | None = None,
     *,
@@ -96,6 +97,7 @@ def bench_model(
         seed: of weights and prompts.
         output: file that takes the lines of JSON.
         quantize: format of the experts' weights; answers are then not compared with float32.
+        quantize_attention: int8 or fp8, of attention's projections and the output matrix; the same.
         dtype: bfloat16, float16 or float32; left out, bfloat16 on a GPU and float32 on a CPU.
         device: cpu or cuda; left out, cuda where there is one.
     """
@@ -106,7 +108,8 @@ def bench_model(
     kind = parse_dtype(dtype or ("bfloat16" if context.device.type == "cuda" else "float32"))
     reader = None if ckpt is None else open_checkpoint(ckpt)
     config = reader.config if reader is not None else _architecture(model, layers)
-    engine = EngineConfig.of(parallel=parallel, moe=moe, dtype=dtype, quantize=quantize)
+    formats = {"quantize": quantize, "quantize_attention": quantize_attention}
+    engine = EngineConfig.of(parallel=parallel, moe=moe, dtype=dtype, **formats)
     most = max(batches + [count for count, _ in prompts])
     source = Source(config.with_limits(prompt_len + new_tokens, most), reader, context, kind, engine, seed)
     variants = [Variant()] if parallel.plan is None else [Variant.parse(name) for name in str(parallel.plan).split(",")]
@@ -115,7 +118,7 @@ def bench_model(
         **describe_run(context),
         "model": (model if ckpt is None else ckpt).stem, "layers": config.n_layers,
         "dtype": str(kind).removeprefix("torch."), "weights": "random" if random_weights else "checkpoint",
-        **({} if quantize is None else {"quantize": quantize}),
+        **{name: value for name, value in formats.items() if value is not None},
     }  # fmt: skip
     bench = Bench(RandomWords(config.vocab_size), context, seed, repeats, prefill_budget, common, output)
     traces = None if profile is None else Traces(profile, profile_steps)
@@ -132,7 +135,7 @@ def bench_model(
             bench.ceilings = Ceilings.measure(context, kind)
             bench.emit("ceilings", {})
         # what a capacity drops is no error, and float32 may drop other rows
-        checked = check_layers > 0 and variant.capacity is None and quantize is None
+        checked = check_layers > 0 and variant.capacity is None and not any(formats.values())
         for count in batches if checked else []:
             bench.check(check_layers, count)
         bench.measure(batches, prompt_len, new_tokens, prompts, traces)

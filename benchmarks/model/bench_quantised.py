@@ -1,11 +1,13 @@
-"""What fewer bits cost: bits a byte of text and answers right of the model in ckpts/, for every format of its experts.
+"""What fewer bits cost: bits a byte of text and answers right of the model in ckpts/, for every format.
 
     python -m benchmarks.model.bench_quantised --output benchmarks/results/quantised.json
     python -m benchmarks.model.bench_quantised --plans bits.json --output …    # formats of a plan
+    python -m benchmarks.model.bench_quantised --attention int8 fp8 --output …    # of attention and output
 
-A line a format on stderr and in the file, as soon as it is known; attention, router, embedding and output stay in
-float32, so that nothing but the experts' format differs. ``experts`` is the size of all experts' tensors against
-bfloat16, ``error`` the root of their mean squared error over that of the weights. docs/quantised.md has the table.
+A line a format on stderr and in the file, as soon as it is known; all else stays in float32, so that nothing but the
+format of the experts, or of attention and output, differs. ``bits`` are those of a rounded weight, with all that
+belongs to it; ``error`` is the root of their mean squared error over that of the weights. docs/quantised.md has the
+table.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +31,28 @@ from mixtralkit.evaluation.prompt_sets import read_prompts
 from mixtralkit.evaluation.run import Results, run
 from mixtralkit.evaluation.run_record import FORMAT
 from mixtralkit.evaluation.work import AnswerOptions, make_works
-from mixtralkit.layout import expert_of
+from mixtralkit.layout import is_projection, matrix_formats
 from mixtralkit.mixtral import Mixtral, open_source
-from mixtralkit.moe.weights import FORMATS, ExpertWeights, parse_weights
-from mixtralkit.planning.cost import ModelShape
+from mixtralkit.moe.weights import FORMATS, PLAIN, ExpertWeights, parse_weights
 from mixtralkit.planning.plan import ExpertPlan, contiguous
 
 PLAIN_BYTES = 2  # of a bfloat16
 ALIASES = ("int4", "fp8")
+
+
+@dataclass(frozen=True)
+class Formats:
+    """Of the experts, by a name or a plan, or of attention and output."""
+
+    weights: ExpertWeights = PLAIN
+    attention: ExpertWeights = PLAIN
+    plan: ExpertPlan | None = None
+
+    @property
+    def options(self) -> dict[str, str]:
+        """Of an engine."""
+        named = {"quantize": self.weights, "quantize_attention": self.attention}
+        return {option: weights.name for option, weights in named.items() if not weights.is_plain}
 
 
 def bench_quantised(
@@ -43,6 +60,7 @@ def bench_quantised(
     model: Path = Path("ckpts"),
     formats: tuple[str, ...] = (),
     plans: tuple[Path, ...] = (),
+    attention: tuple[str, ...] = (),
     every: Count = 1,
     max_batch_size: int = 16,
     output: Path | None = None,
@@ -52,8 +70,10 @@ def bench_quantised(
     Args:
         prompts: a prompt set, or the name of one in configs/prompts.
         model: folder of a plain checkpoint.
-        formats: names of formats; none is the checkpoint's own numbers. Left out, all, where no plans are given.
+        formats: names of formats; none is the checkpoint's own numbers. Left out, all, where there are neither plans
+            nor attention.
         plans: plans with a precision for each expert, scored after the formats.
+        attention: formats of attention and output, int8 or fp8, beside experts as they are; scored last.
         every: of the questions, each of that many is asked; texts are all scored.
         max_batch_size: sequences at a time.
         output: file that takes the result as JSON.
@@ -65,16 +85,16 @@ def bench_quantised(
     records = [record for place, record in enumerate(whole) if record.is_text or place % every == 0]
     options = AnswerOptions()
     works = make_works(records, prompts, source[1], options)
-    if not (formats or plans):
+    if not (formats or plans or attention):
         formats = ("none", *(name for name in FORMATS if name not in ALIASES))
-    for name in (*formats, *plans):
-        plan = ExpertPlan.load(name) if isinstance(name, Path) else None
-        name = name.stem if isinstance(name, Path) else name
-        weights = parse_weights(None if plan is not None or name == "none" else name)
+    cases = [(name, Formats(weights=parse_weights(None if name == "none" else name))) for name in formats]
+    cases += [(path.stem, Formats(plan=ExpertPlan.load(path))) for path in plans]
+    for name in attention:
+        cases.append((f"attention {name}", Formats(attention=parse_weights(name, "quantize_attention"))))
+    for name, case in cases:
         config = EngineConfig.of(
             model=model, max_seq_len=max(work.longest for work in works), dtype="float32", device="cpu",
-            max_batch_size=max_batch_size, quantize=None if weights.is_plain else weights.name,
-            plan=plan,
+            max_batch_size=max_batch_size, plan=case.plan, **case.options,
         )  # fmt: skip
         mixtral = Mixtral.load(config, context, source)
         facts = {"format": FORMAT, "model": {"config": name}}
@@ -86,7 +106,7 @@ def bench_quantised(
             run(mixtral, works, options, results, bar)
             measures = results.finish()
         scores = {m.metric: m for m in measures if m.group is None and m.metric in ("accuracy", "bits_per_byte")}
-        found.append({"format": name, **size_and_error(model, weights, plan), **described(scores)})
+        found.append({"format": name, **size_and_error(model, case), **described(scores)})
         print(json.dumps(found[-1]), file=sys.stderr, flush=True)
         if output is not None:
             content = {
@@ -99,21 +119,23 @@ def bench_quantised(
             output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def size_and_error(model: Path, weights: ExpertWeights, plan: ExpertPlan | None = None) -> dict[str, float]:
-    """Bits a weight of the experts, with all that belongs to them, and the relative error of their matrices."""
+def size_and_error(model: Path, formats: Formats) -> dict[str, float]:
+    """Bits of a weight of what is rounded, with all that belongs to it, and the relative error of its matrices."""
     with open_checkpoint(model) as reader:
         config = reader.config
-        plan = plan or contiguous(config.n_layers, config.num_experts, 1)
-        formats_LE, shape = plan.formats_LE(weights), ModelShape.of(config, PLAIN_BYTES, weights)
-        bits = 8 * float(shape.expert_bytes_LE(plan).mean()) / (3 * config.dim * config.hidden_dim)
-        off = size = 0.0
+        plan = formats.plan or contiguous(config.n_layers, config.num_experts, 1)
+        own = matrix_formats(config, plan.formats_LE(formats.weights), formats.attention)
+        off = size = count = held = 0.0
         for name in reader.shapes():
-            if ".experts." in name:
-                w_OK, (layer, expert) = reader.read(name).float(), expert_of(name)
-                if not (own := formats_LE[layer][expert]).is_plain:
-                    off += float((own.quantize(w_OK).float() - w_OK).double().square().sum())
-                size += float(w_OK.double().square().sum())
-    return {"bits": round(bits, 3), "error": round((off / size) ** 0.5, 5)}
+            weights = own.get(name.removesuffix(".weight"))
+            if weights is None or is_projection(name) == formats.attention.is_plain:
+                continue
+            w_OK = reader.read(name).float()
+            if not weights.is_plain:
+                off += float((weights.quantize(w_OK).float() - w_OK).double().square().sum())
+            size += float(w_OK.double().square().sum())
+            count, held = count + w_OK.numel(), held + weights.bytes(*w_OK.shape, PLAIN_BYTES)
+    return {"bits": round(8 * held / count, 3), "error": round((off / size) ** 0.5, 5)}
 
 
 def described(scores: dict[str, Any]) -> dict[str, Any]:

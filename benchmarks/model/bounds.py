@@ -26,17 +26,15 @@ def decode_bytes(
         contexts_B: tokens that each of the rank's sequences attends to.
     """
     shapes, config = layout.shapes(), layout.config
-    linear = prod(shapes["output.weight"]) + len(contexts_B) * config.dim  # the embedding's rows
-    gate = 0.0
-    for layer in range(len(experts_L)):
-        prefix = f"layers.{layer}."
-        linear += prod(shapes[prefix + "attention.wqkv.weight"]) + prod(shapes[prefix + "attention.wo.weight"])
-        gate += prod(shapes[prefix + "feed_forward.gate.weight"])
+    sizes = {name: layout.attention_weights.bytes(*size, itemsize) for name, size in layout.projections.items()}
+    linear = sizes["output"] + len(experts_L) * (sizes["wqkv"] + sizes["wo"])
+    linear += itemsize * len(contexts_B) * config.dim  # the embedding's rows
+    gate = sum(prod(shapes[f"layers.{layer}.feed_forward.gate.weight"]) for layer in range(len(experts_L)))
     kv_heads = layout.kv_heads[1] - layout.kv_heads[0]
     attention = 2.0 * config.n_layers * kv_heads * config.head_dim * sum(_seen(config, n) for n in contexts_B)
     experts = sum(experts_L) * layout.weights.expert_bytes(config.dim, layout.hidden[1] - layout.hidden[0], itemsize)
-    numbers = {"linear": linear, "attention": attention, "gate": gate}
-    return {"experts": experts} | {part: itemsize * count for part, count in numbers.items()}
+    numbers = {"attention": attention, "gate": gate}
+    return {"experts": experts, "linear": linear} | {part: itemsize * count for part, count in numbers.items()}
 
 
 def prefill_operations(layout: RankLayout, lengths_B: Sequence[int], all_tokens: int | None = None) -> float:
@@ -51,13 +49,13 @@ def prefill_operations(layout: RankLayout, lengths_B: Sequence[int], all_tokens:
     shapes, config = layout.shapes(), layout.config
     tokens = sum(lengths_B)
     heads = layout.heads[1] - layout.heads[0]
-    operations = 2.0 * len(lengths_B) * prod(shapes["output.weight"])
+    sizes = {name: prod(size) for name, size in layout.projections.items()}
+    operations = 2.0 * len(lengths_B) * sizes["output"]
     pairs = sum(_pairs(config, length) for length in lengths_B)
     for layer in range(config.n_layers):
         prefix, own = f"layers.{layer}.", tokens if layer + 1 < config.n_layers else len(lengths_B)
-        names = ("attention.wo.weight", "feed_forward.gate.weight")
-        operations += 2.0 * tokens * prod(shapes[prefix + "attention.wqkv.weight"])
-        operations += 2.0 * own * sum(prod(shapes[prefix + name]) for name in names)
+        operations += 2.0 * tokens * sizes["wqkv"]
+        operations += 2.0 * own * (sizes["wo"] + prod(shapes[f"{prefix}feed_forward.gate.weight"]))
         operations += 4.0 * pairs * heads * config.head_dim
         share = sum(choice_shares(layout, layer)) / config.num_experts
         everyone = own if all_tokens is None else all_tokens * own / tokens

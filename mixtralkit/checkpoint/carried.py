@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mixtralkit.checkpoint.discover import GGUF, Found
+from mixtralkit.checkpoint.discover import GGUF, OURS_JSON, Found
 from mixtralkit.checkpoint.gguf_vocabulary import side_files
 from mixtralkit.checkpoint.quantised import STATED_IN
 from mixtralkit.checkpoint.statements import SIDE_FILES, Statements, with_end_ids
@@ -26,8 +26,9 @@ _IMPLIED = {
 def carried_files(found: Found, written: Mapping[str, str], dtype: str) -> tuple[dict[str, bytes], list[str]]:
     """Side files of a conversion by name, those that a GGUF file holds in its keys too, and sentences on what is lost.
 
-    The parameters' file keeps its bytes where source and target have the same one and the same dtype; all others keep
-    them always. End tokens that only ``config.json`` says go to ``generation_config.json`` where there is none.
+    The parameters' file keeps its bytes where source and target have the same one and the same dtype, but for our own,
+    which says how the files are cut and rounded; all others keep them always. End tokens that only ``config.json`` says
+    go to ``generation_config.json`` where there is none.
 
     Args:
         found: the source.
@@ -44,8 +45,8 @@ def carried_files(found: Found, written: Mapping[str, str], dtype: str) -> tuple
             notes.append(f"no tokenizer is written: {error}")
     files |= {name: read_bytes(found.folder / name) for name in held}
     source = found.parameters.name
-    stated = read_object(found.parameters) if source.endswith(".json") and source != "checkpoint.json" else {}
-    if source in written and _is_same_kind(stated, json.loads(written[source])):
+    stated = read_object(found.parameters) if source.endswith(".json") and source != OURS_JSON else {}
+    if source in written and source != OURS_JSON and _is_same_kind(stated, json.loads(written[source])):
         files[source] = _with_dtype(found.parameters, stated, dtype)
         return files, notes
     files, lost = _across(found, files, stated)
@@ -71,7 +72,7 @@ def _across(found: Found, files: dict[str, bytes], stated: Mapping[str, Any]) ->
         return files, []
     lost = sorted(key for key, value in stated.items() if key not in _IMPLIED and value is not None)
     lost = [key for key in lost if key not in found.config.extra]
-    target = next((name for name in ("params.json", "checkpoint.json") if name in files), None)
+    target = next((name for name in ("params.json", OURS_JSON) if name in files), None)
     if target is None:
         return files, []
     ids = Statements.read(found.folder).end_ids

@@ -73,6 +73,11 @@ class Found:
         return self.layouts[0].weights if self.layouts else PLAIN
 
     @property
+    def attention_weights(self) -> ExpertWeights:
+        """The format of attention and output in our own files."""
+        return self.layouts[0].attention_weights if self.layouts else PLAIN
+
+    @property
     def precision(self) -> Words | None:
         """The formats of the experts, as ``ExpertPlan.precision`` has them, where there are several."""
         several = self.layouts and len(self.layouts[0].formats) > 1
@@ -288,6 +293,7 @@ class _OursJson(msgspec.Struct):
     parallel: dict[str, str]
     plan: dict[str, Any]
     quantize: str | None = None
+    quantize_attention: str | None = None
 
 
 def _ours(folder: Path, paths: Sequence[Path]) -> Found:
@@ -308,8 +314,8 @@ def _layouts(content: Any) -> tuple[ModelConfig, tuple[RankLayout, ...]]:
         raise ValueError(f"parallel ({shown(said.parallel)}) must have attention and experts")
     parallel = ParallelConfig(**said.parallel)
     plan.check_fits(config.n_layers, config.num_experts, plan.world_size)
-    weights = parse_weights(said.quantize)
-    return config, tuple(RankLayout(config, parallel, plan, rank, weights) for rank in range(plan.world_size))
+    formats = parse_weights(said.quantize), parse_weights(said.quantize_attention, "quantize_attention")
+    return config, tuple(RankLayout(config, parallel, plan, rank, *formats) for rank in range(plan.world_size))
 
 
 def _some(names: Sequence[str], most: int = 8) -> str:

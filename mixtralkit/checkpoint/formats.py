@@ -10,7 +10,7 @@ from itertools import pairwise
 from mixtralkit.checkpoint.discover import OURS_JSON, OURS_VERSION
 from mixtralkit.checkpoint.names import Stored, rank_tensors, stored_tensors
 from mixtralkit.config import ModelConfig, ParallelConfig
-from mixtralkit.layout import RankLayout
+from mixtralkit.layout import RankLayout, matrix_formats
 from mixtralkit.moe.weights import PLAIN, ExpertWeights
 from mixtralkit.planning.plan import ExpertPlan, contiguous
 
@@ -36,18 +36,22 @@ _CUT_COLUMNS = ("wo.weight", "w2.weight", "tok_embeddings.weight")
 
 @dataclass(frozen=True)
 class RankFiles:
-    """How our own format is cut, and the format of its experts where the plan says none; None is contiguous."""
+    """How our own format is cut, and the formats of its experts where the plan says none, and of attention and output.
+
+    A plan of None is contiguous.
+    """
 
     world_size: int = 1
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     plan: ExpertPlan | None = None
     weights: ExpertWeights = PLAIN
+    attention_weights: ExpertWeights = PLAIN
 
-    def formats_LE(self, config: ModelConfig) -> list[list[ExpertWeights]]:
-        """The format of each expert."""
+    def formats(self, config: ModelConfig) -> dict[str, ExpertWeights]:
+        """The format of each matrix, as ``layout.matrix_formats``."""
         plan = self.plan or contiguous(config.n_layers, config.num_experts, 1)
         plan.check_fits(config.n_layers, config.num_experts, plan.world_size)
-        return plan.formats_LE(self.weights)
+        return matrix_formats(config, plan.formats_LE(self.weights), self.attention_weights)
 
     def layouts(self, config: ModelConfig) -> tuple[RankLayout, ...]:
         """The layout of each rank."""
@@ -55,7 +59,8 @@ class RankFiles:
             raise ValueError(f"world_size ({self.world_size}) must be at least 1")
         plan = self.plan or contiguous(config.n_layers, config.num_experts, self.world_size)
         plan.check_fits(config.n_layers, config.num_experts, self.world_size)
-        return tuple(RankLayout(config, self.parallel, plan, rank, self.weights) for rank in range(self.world_size))
+        formats = self.weights, self.attention_weights
+        return tuple(RankLayout(config, self.parallel, plan, rank, *formats) for rank in range(self.world_size))
 
 
 def weight_files(
@@ -100,6 +105,8 @@ def side_files(
         }  # fmt: skip
         if not layout.weights.is_plain:
             content["quantize"] = layout.weights.name
+        if not layout.attention_weights.is_plain:
+            content["quantize_attention"] = layout.attention_weights.name
         return {OURS_JSON: _text(content)}
     if format == "mistral-stacked":
         return {"params.json": _text(config.to_hugging_face(dtype))}

@@ -22,7 +22,7 @@ from mixtralkit.checkpoint.reader import Block, CheckpointReader
 from mixtralkit.checkpoint.staging import Stage
 from mixtralkit.checkpoint.weight_hash import WeightHash
 from mixtralkit.distributed import RankContext
-from mixtralkit.layout import Piece, RankLayout
+from mixtralkit.layout import Piece, RankLayout, expert_of
 
 REREAD_SHARE = 0.06  # of the checkpoint's bytes, over all ranks: what is read more than once
 CPU_THREADS = 2  # more only compete with the other ranks for the memory that is touched
@@ -99,14 +99,17 @@ def _check(
     for name in dict.fromkeys((*shapes, *found)):
         if shapes.get(name) != found.get(name):
             raise ValueError(f"{reader.folder}: {name}: found {found.get(name)}, the model wants {shapes.get(name)}")
-    for layer, formats_EE in enumerate(zip(layout.formats_LE, reader.formats_for(layout.formats_LE), strict=True)):
-        for expert, (wanted_format, held) in enumerate(zip(*formats_EE, strict=True)):
-            if not held.is_plain and wanted_format != held:
-                of = "" if layout.plan.precision is None else f" of layer {layer}, expert {expert}"
-                raise ValueError(
-                    f"{reader.folder}: quantize ({wanted_format.name!r}){of} must be {held.name!r}, in which the "
-                    "checkpoint is, or left out"
-                )
+    for name, held in reader.formats_for(layout.matrix_formats).items():
+        wanted_format = layout.matrix_formats[name]
+        if not held.is_plain and wanted_format != held:
+            option, of = "quantize_attention", ""
+            if ".experts." in name:
+                layer, expert = expert_of(name)
+                option, of = "quantize", f" of layer {layer}, expert {expert}" if layout.plan.precision else ""
+            raise ValueError(
+                f"{reader.folder}: {option} ({wanted_format.name!r}){of} must be {held.name!r}, in which the "
+                "checkpoint is, or left out"
+            )
     wanted = layout.shapes()
     wrong = [
         f"{name}: found {tuple(parameters[name].shape) if name in parameters else None}, wanted {wanted.get(name)}"

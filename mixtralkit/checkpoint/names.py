@@ -49,16 +49,17 @@ class Stored:
         return math.prod(self.shape)
 
     def part(self, part: Part, weights: ExpertWeights) -> Stored:
-        """The same of a part of experts' matrices in a format of fewer bits; only of whole matrices as they are."""
-        slabs = tuple(
-            Slab(
-                f"{slab.source.removesuffix('weight')}{part.name}",
-                *(range(size) for size in weights.shape(part, len(slab.rows), len(slab.columns))),
-            )
-            for slab in self.slabs
-        )
+        """The same of a part of the matrices in a format of fewer bits; only of whole rows, as they are.
+
+        Where rows have another order, the part must have one for each.
+        """
+        slabs = []
+        for slab in self.slabs:
+            rows, columns = map(range, weights.shape(part, len(slab.rows), len(slab.columns)))
+            name = f"{slab.source.removesuffix('weight')}{part.name}"
+            slabs.append(Slab(name, slab.rows if part.rows == 1 else rows, columns))
         rows = sum(slab.height for slab in slabs) // math.prod(self.shape[:-2])
-        return Stored((*self.shape[:-2], rows, slabs[0].width), slabs)
+        return Stored((*self.shape[:-2], rows, slabs[0].width), tuple(slabs))
 
     def cut_rows(self, rows: range) -> Stored:
         """A block of its rows; only a tensor of one plain slab is ever cut."""

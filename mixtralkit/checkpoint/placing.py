@@ -37,10 +37,11 @@ class Tile:
 Tiles = dict[str, tuple[Tile, ...]]  # by canonical name
 
 
-def place(found: Found, indices: Sequence[dict[str, Region]]) -> tuple[Tiles, ExpertWeights]:
+def place(found: Found, indices: Sequence[dict[str, Region]]) -> tuple[Tiles, ExpertWeights, dict[str, ExpertWeights]]:
     """Tiles of every canonical tensor from the tensors of all files, by their names and shapes; the experts' format.
 
-    Where that is not plain, there are tiles of their numbers too.
+    The last is the format of each matrix that has another than the plain one: of these there are tiles of their numbers
+    too.
     """
     known = {name: stored for style in STYLES for name, stored in stored_tensors(style, found.config).items()}
     regions: dict[str, list[Region]] = {}
@@ -52,7 +53,7 @@ def place(found: Found, indices: Sequence[dict[str, Region]]) -> tuple[Tiles, Ex
         method = method_of_tensors(name for name in regions if name not in known)
         if method:
             raise ValueError(f"{found.folder}: {unstated(method)}")
-        return _by_name(found, known, regions, len(indices)), PLAIN
+        return _by_name(found, known, regions, len(indices)), PLAIN, {}
     twice = next((parts for parts in regions.values() if len(parts) > 1), None)
     if twice:
         raise ValueError(f"{found.folder}: {twice[0].name} is in two files, {twice[0].file} and {twice[1].file}")
@@ -60,15 +61,13 @@ def place(found: Found, indices: Sequence[dict[str, Region]]) -> tuple[Tiles, Ex
     if ours.why:
         warnings.warn(_takes_memory(found, ours), stacklevel=3)
     numbers = _by_name(found, known, {name: [region] for name, region in ours.numbers.items()}, 1)
-    if ours.weights.is_plain:
-        return numbers, PLAIN
-    parts = {
-        f"{name.removesuffix('weight')}{part.name}": stored.part(part, ours.weights)
-        for name, stored in known.items() if name.endswith("weight") and ".experts." in stored.slabs[0].source
-        for part in ours.weights.parts
-    }  # fmt: skip
+    parts, formats = {}, {}
+    for name, weights in ours.formats.items():
+        stored = known[f"{name}.weight"]
+        parts |= {f"{name}.{part.name}": stored.part(part, weights) for part in weights.parts}
+        formats |= {slab.source.removesuffix(".weight"): weights for slab in stored.slabs}
     tensors = {name: [region] for name, region in ours.tensors.items()}
-    return numbers | _by_name(found, known | parts, tensors, 1, ours.weights), ours.weights
+    return numbers | _by_name(found, known | parts, tensors, 1, formats), ours.weights, formats
 
 
 def _takes_memory(found: Found, ours: InOurTerms) -> str:
@@ -85,7 +84,7 @@ def _by_name(
     known: Mapping[str, Stored],
     regions: Mapping[str, Sequence[Region]],
     files: int,
-    weights: ExpertWeights = PLAIN,
+    formats: Mapping[str, ExpertWeights] | None = None,
 ) -> Tiles:
     extra, misshapen, tiles = [], [], []
     for name, parts in regions.items():
@@ -100,7 +99,7 @@ def _by_name(
         else:
             tiles += placed
     broken = {slab.source for name in regions if name in known for slab in known[name].slabs} if misshapen else set()
-    return _complete(found, tiles, extra, misshapen, broken, weights)
+    return _complete(found, tiles, extra, misshapen, broken, formats)
 
 
 def _check_index(found: Found, regions: Mapping[str, Sequence[Region]]) -> None:
@@ -176,7 +175,7 @@ def place_ranks(found: Found, indices: Sequence[dict[str, Region]]) -> Tiles:
                 tiles += _tiles(stored, region)
     if extra or misshapen or missing:
         raise _incomplete(found, missing, extra, misshapen)
-    return _complete(found, tiles, [], [], set(), found.weights)
+    return _complete(found, tiles, [], [], set(), found.layouts[0].matrix_formats)
 
 
 def _tiles(stored: Stored, region: Region) -> list[Tile]:
@@ -187,19 +186,12 @@ def _tiles(stored: Stored, region: Region) -> list[Tile]:
     return tiles
 
 
-def experts_formats(found: Found, weights: ExpertWeights) -> list[list[ExpertWeights]]:
-    """Of each expert: as our own files say, or ``weights``."""
-    if found.layouts:
-        return found.layouts[0].formats_LE
-    return [[weights] * found.config.num_experts] * found.config.n_layers
-
-
 def _complete(
     found: Found, tiles: Sequence[Tile], extra: list[str], misshapen: list[str], broken: set[str],
-    weights: ExpertWeights,
+    formats: Mapping[str, ExpertWeights] | None,
 ) -> Tiles:  # fmt: skip
     """Tiles by canonical name, each slab once; ValueError unless they fill every canonical tensor."""
-    shapes = canonical_shapes(found.config, experts_formats(found, weights))
+    shapes = canonical_shapes(found.config, formats)
     by_name: dict[str, dict[Slab, Tile]] = {name: {} for name in shapes}
     for tile in tiles:
         by_name[tile.slab.source].setdefault(_untransposed(tile.slab), tile)

@@ -1,4 +1,4 @@
-"""Expert matrices on the way from one format to another: rounded while they load or are written, or numbers again.
+"""Matrices on the way from one format to another: rounded while they load or are written, or numbers again.
 
 A matrix is rounded a block of whole rows at a time, of at most ``BLOCK_BYTES`` where its format has scales for rows or
 for 128 of them; a format with one scale a matrix takes the matrix whole.
@@ -6,7 +6,7 @@ for 128 of them; a format with one scale a matrix takes the matrix whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -17,7 +17,7 @@ from mixtralkit.checkpoint.files import Region
 from mixtralkit.checkpoint.reader import BLOCK_BYTES, Block, CheckpointReader
 from mixtralkit.checkpoint.weight_hash import WeightHash
 from mixtralkit.config import ModelConfig
-from mixtralkit.layout import Piece, RankLayout, canonical_shapes, expert_of
+from mixtralkit.layout import Piece, RankLayout, canonical_shapes
 from mixtralkit.moe.weights import PLAIN, ExpertWeights, PackedWeight, Part
 
 
@@ -46,15 +46,15 @@ def put_packed(
     for part, tensor, target in zip(piece.weights.parts, packed.tensors, layout.parts(piece), strict=True):
         a, b = part.cut_rows(rows)
         start = 0 if part.rows is None else part.cut_rows((first, first))[0]
-        slot, place = target.at
+        *slot, place = target.at
         at = place.start + a - target.rows[0]
         values = tensor[a - start : b - start, slice(*target.columns)]
-        parameters[target.target][slot, at : at + b - a].copy_(values)
+        parameters[target.target][(*slot, slice(at, at + b - a))].copy_(values)
 
 
 @dataclass(frozen=True)
 class RoundedBlock:
-    """One read as ``reader.Block`` is: whole rows of an expert's matrix, which are rounded when they are there."""
+    """One read as ``reader.Block`` is: whole rows of a matrix, which are rounded when they are there."""
 
     reader: CheckpointReader
     parameters: Mapping[str, torch.Tensor]
@@ -107,7 +107,7 @@ def rows_read(piece: Piece, outputs: int) -> tuple[int, int]:
 def rounded_blocks(
     reader: CheckpointReader, parameters: Mapping[str, torch.Tensor], layout: RankLayout, piece: Piece
 ) -> Iterator[RoundedBlock]:
-    """The reads that fill a piece of an expert of another format than the checkpoint's."""
+    """The reads that fill a piece in another format than the checkpoint's."""
     outputs, columns = reader.shapes()[piece.source]
     first, last = rows_read(piece, outputs)
     step = _rows_at_a_time(piece.weights, columns * reader.dtype_read(piece.source).itemsize) or outputs
@@ -123,27 +123,25 @@ def _rows_at_a_time(weights: ExpertWeights, row_bytes: int) -> int | None:
 
 @dataclass(frozen=True)
 class InFormat:
-    """A source of canonical tensors (``writer.Source``) with experts in other formats than they are there.
+    """A source of canonical tensors (``writer.Source``) with matrices in other formats than they are there.
 
-    From plain weights they are rounded, and to plain ones made numbers again, to be written in the dtype of the others.
-    ``held`` and ``wanted`` have the format of each expert, [L][E].
+    From plain weights they are rounded, and to plain ones made numbers again, to be written in the embedding's dtype.
+    ``held`` and ``wanted`` have the format of each (``layout.matrix_formats``).
     """
 
     source: Source
     config: ModelConfig
-    held: Sequence[Sequence[ExpertWeights]]
-    wanted: Sequence[Sequence[ExpertWeights]]
+    held: Mapping[str, ExpertWeights]
+    wanted: Mapping[str, ExpertWeights]
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return canonical_shapes(self.config)
 
     def _formats(self, name: str) -> tuple[ExpertWeights, ExpertWeights]:
-        """In which an expert is held, and wanted; both plain for any other tensor."""
-        if ".experts." not in name:
-            return PLAIN, PLAIN
-        layer, expert = expert_of(name)
-        return self.held[layer][expert], self.wanted[layer][expert]
+        """In which the matrix of a tensor's name is held, and wanted; both plain for any other tensor."""
+        stem = name.rpartition(".")[0]
+        return self.held.get(stem, PLAIN), self.wanted.get(stem, PLAIN)
 
     def _part(self, name: str) -> tuple[str, Part]:
         """The name before the part's, and the part of the wanted format."""
@@ -155,7 +153,7 @@ class InFormat:
         if held == wanted:
             return self.source.dtype(name)
         _, part = self._part(name)
-        return self.source.dtype("output.weight") if part.dtype is None else getattr(torch, part.dtype)
+        return self.source.dtype("tok_embeddings.weight") if part.dtype is None else getattr(torch, part.dtype)
 
     def read(self, name: str, rows: tuple[int, int] | None, columns: tuple[int, int] | None) -> torch.Tensor:
         held, wanted = self._formats(name)
@@ -179,7 +177,7 @@ class InFormat:
 
     def _make(self, stem: str, part: Part, rows: tuple[int, int], inputs: int) -> torch.Tensor:
         """The part, of whole rows of the matrix."""
-        held, wanted = self._formats(stem)
+        held, wanted = self._formats(f"{stem}.{part.name}")
         if held.is_plain:
             packed = wanted.quantize(self.source.read(f"{stem}.weight", rows, None))
             return packed.tensors[wanted.parts.index(part)]

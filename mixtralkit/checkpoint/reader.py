@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -13,9 +12,9 @@ import torch
 from mixtralkit.checkpoint.discover import Found, recognise
 from mixtralkit.checkpoint.files import ByteFile, Region
 from mixtralkit.checkpoint.index import FOREIGN_DTYPES, PACKED_DTYPES, read_index
-from mixtralkit.checkpoint.placing import Tile, Tiles, experts_formats, place, place_ranks
+from mixtralkit.checkpoint.placing import Tile, Tiles, place, place_ranks
 from mixtralkit.checkpoint.weight_hash import WeightHash
-from mixtralkit.layout import canonical_shapes, expert_of
+from mixtralkit.layout import canonical_shapes
 from mixtralkit.moe.weights import PLAIN, ExpertWeights
 
 BLOCK_BYTES = 16 << 20
@@ -82,6 +81,8 @@ class CheckpointReader:
         config: the model.
         found: its files, and the JSON file that the model was read from.
         weights: the format of its experts, or of those for which ``found.precision`` has none.
+        attention_weights: that of attention and output in our own files.
+        formats: that of each matrix which has another than the plain one, by canonical name without ``.weight``.
     """
 
     def __init__(
@@ -89,10 +90,12 @@ class CheckpointReader:
         found: Found,
         files: Sequence[ByteFile],
         tiles: Tiles,
-        weights: ExpertWeights = PLAIN,
+        weights: ExpertWeights,
+        formats: Mapping[str, ExpertWeights],
     ) -> None:
         self.folder, self.kind, self.config, self.found = found.folder, found.kind, found.config, found
-        self.weights, self._files, self._tiles = weights, tuple(files), tiles
+        self.weights, self.attention_weights, self.formats = weights, found.attention_weights, formats
+        self._files, self._tiles = tuple(files), tiles
         self._order = {id(file): i for i, file in enumerate(self._files)}
 
     def __enter__(self) -> CheckpointReader:
@@ -106,23 +109,17 @@ class CheckpointReader:
         for file in self._files:
             file.close()
 
-    @cached_property
-    def formats_LE(self) -> list[list[ExpertWeights]]:
-        """The format of each expert."""
-        return experts_formats(self.found, self.weights)
-
-    def formats_for(self, wanted_LE: Sequence[Sequence[ExpertWeights]]) -> list[list[ExpertWeights]]:
-        """In which each expert is read for the wanted format: as it is held, or as numbers where these can be had too.
+    def formats_for(self, wanted: Mapping[str, ExpertWeights]) -> dict[str, ExpertWeights]:
+        """In which each matrix is read for the wanted format: as it is held, or as numbers where these can be had too.
 
         They can of those in fewer bits that others made, and cannot of our own, which are rounded once.
         """
-        pairs_LE = (zip(*row, strict=True) for row in zip(self.formats_LE, wanted_LE, strict=True))
-        return [[own if own == new or self.found.layouts else PLAIN for own, new in row] for row in pairs_LE]
+        held = {name: self.format_of(f"{name}.weight") for name in wanted}
+        return {name: own if own == wanted[name] or self.found.layouts else PLAIN for name, own in held.items()}
 
     def format_of(self, source: str) -> ExpertWeights:
-        """The format of the expert of a canonical name."""
-        layer, expert = expert_of(source)
-        return self.formats_LE[layer][expert]
+        """The format in which the matrix of a canonical name is held."""
+        return self.formats.get(source.removesuffix(".weight"), PLAIN)
 
     @property
     def file_bytes(self) -> int:
@@ -136,9 +133,9 @@ class CheckpointReader:
         return list(held.values())
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Canonical names and shapes, in the order of the model; experts' as they are held, and then as numbers."""
+        """Canonical names and shapes, in the order of the model; matrices as they are held, and then as numbers."""
         numbers = {name: shape for name, shape in canonical_shapes(self.config).items() if name in self._tiles}
-        return canonical_shapes(self.config, self.formats_LE) | numbers
+        return canonical_shapes(self.config, self.formats) | numbers
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype that a canonical tensor is written in; quantised ones are meant in another than they are read."""
@@ -196,7 +193,8 @@ def open_checkpoint(folder: str | Path, format: str | None = None) -> Checkpoint
             files.append(ByteFile(paths))
             indices.append(read_index(files[-1], _dtypes(found)))
         if found.layouts:
-            return CheckpointReader(found, files, place_ranks(found, indices), found.weights)
+            formats = found.layouts[0].matrix_formats
+            return CheckpointReader(found, files, place_ranks(found, indices), found.weights, formats)
         return CheckpointReader(found, files, *place(found, indices))
     except BaseException:
         for file in files:
@@ -208,7 +206,8 @@ def _dtypes(found: Found) -> dict[str, torch.dtype]:
     """Dtypes that its tensors may have beside floating ones."""
     if found.method is not None:
         return FOREIGN_DTYPES
-    return PACKED_DTYPES if found.layouts and found.layouts[0].formats != (PLAIN,) else {}
+    packed = any(not weights.is_plain for layout in found.layouts[:1] for weights in layout.matrix_formats.values())
+    return PACKED_DTYPES if packed else {}
 
 
 def _tile_blocks(tile: Tile, rows: tuple[int, int], columns: tuple[int, int], out_RC: torch.Tensor) -> Iterator[Block]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import json
 import os
 import shutil
@@ -29,7 +28,7 @@ from mixtralkit.checkpoint.reader import BLOCK_BYTES, CheckpointReader
 from mixtralkit.config import DTYPES, ModelConfig, parse_dtype
 from mixtralkit.json_file import read_bytes
 from mixtralkit.layout import canonical_shapes
-from mixtralkit.moe.weights import PLAIN, ExpertWeights
+from mixtralkit.moe.weights import PLAIN
 
 __all__ = ["FORMATS", "RankFiles", "save_checkpoint"]
 
@@ -69,7 +68,7 @@ def save_checkpoint(
         format: one of ``FORMATS``.
         shards: number of files, for the formats that have several.
         dtype: stored dtype; None keeps that of each tensor.
-        ranks: how ``format="mixtralkit"`` is cut, and the format of its experts; one rank, and plain, when None.
+        ranks: how ``format="mixtralkit"`` is cut, and the formats of its matrices; one rank, and plain, when None.
             Other formats are plain.
         tokenizer: a ``tokenizer.model`` to copy; None takes the one beside a reader's files, if there is one. Other
             side files of a reader go along byte for byte (``carried.carried_files``).
@@ -82,18 +81,19 @@ def save_checkpoint(
     folder, ranks = Path(folder), ranks or RankFiles()
     dtype = None if dtype is None else parse_dtype(dtype)
     source = tensors if isinstance(tensors, CheckpointReader) else _checked(config, tensors)
-    wanted = ranks.formats_LE(config)
-    held = tensors.formats_for(wanted) if isinstance(tensors, CheckpointReader) else _all_plain(config)
-    for own, new in zip(itertools.chain(*held), itertools.chain(*wanted), strict=True):
+    wanted = ranks.formats(config)
+    held = tensors.formats_for(wanted) if isinstance(tensors, CheckpointReader) else dict.fromkeys(wanted, PLAIN)
+    for name, new in wanted.items():
+        option, own = "quantize" if ".experts." in name else "quantize_attention", held[name]
         if not new.is_plain and format != "mixtralkit":
-            raise ValueError(f"quantize ({new.name!r}) needs format 'mixtralkit', not {format!r}")
+            raise ValueError(f"{option} ({new.name!r}) needs format 'mixtralkit', not {format!r}")
         if not (own.is_plain or new.is_plain) and own != new:
-            raise ValueError(f"quantize ({new.name!r}) must be {own.name!r}, in which the checkpoint is")
+            raise ValueError(f"{option} ({new.name!r}) must be {own.name!r}, in which the checkpoint is")
     if held != wanted:
         source = InFormat(source, config, held, wanted)
     files = weight_files(format, config, shards, ranks)
     old = _old_files(folder, overwrite)
-    main = dtype or source.dtype("output.weight")
+    main = dtype or source.dtype("tok_embeddings.weight")
     side = side_files(format, config, _dtype_name(main), files, main.itemsize, ranks)
     beside = {name: text.encode() for name, text in side.items()}
     if isinstance(tensors, CheckpointReader):
@@ -116,10 +116,6 @@ def save_checkpoint(
         except OSError as error:
             raise _disk_error(folder, error) from None
         return _move(partial, folder, old)
-
-
-def _all_plain(config: ModelConfig) -> list[list[ExpertWeights]]:
-    return [[PLAIN] * config.num_experts for _ in range(config.n_layers)]
 
 
 def _may_write(path: Path, content: bytes, overwrite: bool) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from mixtralkit.checkpoint import RankFiles, open_checkpoint, save_checkpoint
 from mixtralkit.cli.run import command
 from mixtralkit.config import ParallelConfig
-from mixtralkit.config.engine import Dtype, Quantize
+from mixtralkit.config.engine import Dtype, Quantize, QuantizeAttention
 from mixtralkit.config.options import Count
 from mixtralkit.mixtral import with_precision
 from mixtralkit.moe.weights import parse_weights
@@ -24,6 +24,7 @@ def convert(
     world_size: Count | None = None,
     plan: Path | None = None,
     quantize: Quantize | None = None,
+    quantize_attention: QuantizeAttention | None = None,
     overwrite: bool = False,
     source_format: str | None = None,
     *,
@@ -43,11 +44,16 @@ def convert(
         plan: plan.json with the experts of each rank (format mixtralkit).
         quantize: round the experts' weights to this format (format mixtralkit; docs/quantised.md); left out, they are
             as SOURCE has them, or in dtype where the format has no other.
+        quantize_attention: round attention and output to this format (format mixtralkit); left out, they are as a
+            SOURCE in the format mixtralkit has them, else in dtype.
         overwrite: replaces a checkpoint that TARGET holds.
         source_format: which checkpoint to read where SOURCE holds several; named as format.
     """
     with open_checkpoint(source, source_format) as reader:
-        keeps = format == "mixtralkit" and not reader.weights.is_plain
+        formats = parse_weights(quantize), parse_weights(quantize_attention, "quantize_attention")
+        if format == "mixtralkit":
+            held = reader.weights, reader.attention_weights
+            formats = tuple(own if new.is_plain else new for new, own in zip(formats, held, strict=True))
         loaded = None if plan is None else ExpertPlan.load(plan)
         world_size = world_size or (loaded.world_size if loaded else 1)
         if format == "mixtralkit" and reader.found.precision is not None:
@@ -58,7 +64,8 @@ def convert(
             world_size=world_size,
             parallel=parallel,
             plan=loaded,
-            weights=parse_weights(quantize or (reader.weights.name if keeps else None)),
+            weights=formats[0],
+            attention_weights=formats[1],
         )
         print(f"{source}: {reader.kind}, {reader.file_bytes:,} bytes")
         files = save_checkpoint(

@@ -171,9 +171,15 @@ class _Run:
                 engine.parallel.plan, context.world_size, layout.parallel.attention, max_batch_size, dtype
             )
             files = [path for part in reader.found.files for path in part]
-            rounded = {} if engine.limits.quantize is None else {"quantize": engine.limits.quantize}
             facts = fingerprint(
-                reader.config, files, tokenizer, records, asdict(options) | rounded, dtype, max_seq_len, placed
+                reader.config,
+                files,
+                tokenizer,
+                records,
+                asdict(options) | engine.limits.formats,
+                dtype,
+                max_seq_len,
+                placed,
             )
         return cls(context, engine, source, prompts, records, works, options, facts)
 

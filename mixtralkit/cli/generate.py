@@ -52,9 +52,7 @@ def generate(
         source = open_source(engine.source)
         engine = with_weights(engine, source[0])
         requests, engine = requests_of(source, records, engine, max_gen_len, sampling, stop)
-        answering = {**asdict(sampling), "max_gen_len": max_gen_len, "stop": stop}
-        if engine.limits.quantize is not None:
-            answering["quantize"] = engine.limits.quantize
+        answering = {**asdict(sampling), "max_gen_len": max_gen_len, "stop": stop, **engine.limits.formats}
         dtype = str(choose_dtype(engine.limits.dtype, context.device)).removeprefix("torch.")
         files = [path for part in source[0].found.files for path in part]
         facts = fingerprint(source[0].config, files, source[1], records, answering, dtype, engine.cache.max_seq_len)

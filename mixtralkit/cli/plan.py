@@ -10,7 +10,7 @@ from typing import Literal
 
 from mixtralkit.cli.run import command
 from mixtralkit.config import ModelConfig, parse_dtype, shipped
-from mixtralkit.config.engine import Dtype, Quantize
+from mixtralkit.config.engine import Dtype, Quantize, QuantizeAttention
 from mixtralkit.config.options import Count, Natural, Options, Positive, Ranks, Share
 from mixtralkit.moe.weights import parse_weights
 from mixtralkit.planning.cost import ModelShape
@@ -49,6 +49,7 @@ class PlanRequest(Options):
         model: params.json or config.json with the sizes of the model, or the name of one in configs/models.
         dtype: Of the weights.
         quantize: Format of the experts' weights (docs/quantised.md); left out, dtype.
+        quantize_attention: int8 or fp8, of attention's projections and the output matrix; left out, dtype.
         hardware: Machine for shadow and auto, a file or the name of one in configs/hardware.
         batch: shadow, tiers and auto: tokens of a step on each rank.
     """
@@ -63,6 +64,7 @@ class PlanRequest(Options):
     model: Path = Path("mixtral-8x7b")
     dtype: Dtype = "bfloat16"
     quantize: Quantize | None = None
+    quantize_attention: QuantizeAttention | None = None
     hardware: Path = Path("h200")
     batch: Count = 64
 
@@ -167,7 +169,8 @@ def _options(policy: str, only: PolicyOptions) -> dict[str, object]:
 def _read(path: Path, request: PlanRequest, policy: str) -> Given:
     trace, loads_LE = load_routing(path, request.num_experts)
     model = ModelConfig.from_file(shipped("models", request.model))
-    shape = ModelShape.of(model, parse_dtype(request.dtype).itemsize, parse_weights(request.quantize))
+    attention = parse_weights(request.quantize_attention, "quantize_attention")
+    shape = ModelShape.of(model, parse_dtype(request.dtype).itemsize, parse_weights(request.quantize), attention)
     shape = replace(shape, num_experts=loads_LE.shape[1], top_k=shape.top_k if trace is None else trace.top_k)
     budget = Budget(request.slots_per_rank, request.memory_gb, shape.expert_bytes)
     if policy not in ("bits", "tiers"):
@@ -182,7 +185,9 @@ def _read(path: Path, request: PlanRequest, policy: str) -> Given:
             )
         model = replace(model, num_experts=shape.num_experts, num_experts_per_tok=shape.top_k)
         length = request.max_seq_len
-        room = Room(request.batch * request.world_size, length, length, 0, shape.data_bytes, weights=shape.weights)
+        rows_at_a_time = request.batch * request.world_size
+        formats = {"weights": shape.weights, "attention_weights": attention}
+        room = Room(rows_at_a_time, length, length, 0, shape.data_bytes, **formats)
         options["gpu"] = GpuBudget(request.gpu_memory_gb, model, room, hardware.host or USUAL_HOST)
     ranks = (request.world_size, trace, request.ranks_per_node)
     return Given(loads_LE, *ranks, budget, shape, hardware, rows, options)

@@ -11,7 +11,7 @@ import numpy as np
 
 from mixtralkit.cli.run import command
 from mixtralkit.config import ModelConfig, shipped
-from mixtralkit.config.engine import Quantize
+from mixtralkit.config.engine import Quantize, QuantizeAttention
 from mixtralkit.config.options import Count, Natural, Positive, Ranks, Rule, Share
 from mixtralkit.moe.weights import parse_weights
 from mixtralkit.planning import simulate as simulator
@@ -49,6 +49,7 @@ def simulate(
     num_experts: Count | None = None,
     data_bytes: DataBytes | None = None,
     quantize: Quantize | None = None,
+    quantize_attention: QuantizeAttention | None = None,
     gpu_memory_gb: Positive | None = None,
     max_seq_len: Count = 2048,
     tier_rules: tuple[str, ...] = RULES,
@@ -76,6 +77,7 @@ def simulate(
         num_experts: experts, for a trace that does not say.
         data_bytes: of a number in rows and weights; the hardware's when not given.
         quantize: format of the experts' weights (docs/quantised.md); left out, numbers of data_bytes.
+        quantize_attention: int8 or fp8, of attention's projections and the output matrix.
         gpu_memory_gb: replay one GPU of so many 10^9 bytes with the other experts in the host's memory, by the plan
             that policy tiers makes of half of the trace, on the other half (docs/host-memory.md). A plan file with
             tiers is replayed on the whole trace without this.
@@ -91,12 +93,14 @@ def simulate(
     routing = RoutingTrace.load(trace, num_experts)
     machine = Hardware.load(shipped("hardware", hardware))
     config = ModelConfig.from_file(shipped("models", model))
-    sizes = ModelShape.of(config, data_bytes or machine.data_bytes, parse_weights(quantize))
+    formats = parse_weights(quantize), parse_weights(quantize_attention, "quantize_attention")
+    sizes = ModelShape.of(config, data_bytes or machine.data_bytes, *formats)
     shape = replace(sizes, num_experts=routing.num_experts, top_k=routing.top_k)
     if unknown := [rule for rule in tier_rules if rule not in RULES]:
         raise ValueError(f"tier_rules ({unknown[0]!r}) must be of {', '.join(RULES)}")
     if gpu_memory_gb is not None:
-        room = Room(batch or 1, max_seq_len, max_seq_len, data_bytes=shape.data_bytes, weights=shape.weights)
+        length = max_seq_len
+        room = Room(batch or 1, length, length, 0, shape.data_bytes, weights=formats[0], attention_weights=formats[1])
         known, tried = routing.split(0.5)
         host = machine.host or USUAL_HOST
         config = replace(config, num_experts=shape.num_experts, num_experts_per_tok=shape.top_k)

@@ -18,9 +18,10 @@ from mixtralkit.config.options import (
     Share,
     Variable,
 )  # fmt: skip
-from mixtralkit.moe.weights import FORMATS
+from mixtralkit.moe.weights import ATTENTION_FORMATS, FORMATS
 
 Quantize = Annotated[str, Rule(f"one of {', '.join(FORMATS)}", FORMATS.__contains__)]
+QuantizeAttention = Annotated[str, Rule(f"one of {', '.join(ATTENTION_FORMATS)}", ATTENTION_FORMATS.__contains__)]
 Dtype = Annotated[str, Rule(f"one of {', '.join(DTYPES)}", lambda dtype: str(dtype).removeprefix("torch.") in DTYPES)]
 PageSize = Annotated[
     int, Rule("that is a power of two of at least 16", lambda size: size >= 16 and size & (size - 1) == 0)
@@ -239,6 +240,8 @@ class LimitOptions(Options):
         dtype: bfloat16, float16 or float32; left out, bfloat16 on a GPU and float32 on a CPU.
         quantize: Round the experts' weights to this format while they load; int4 is int4:32, fp8 is fp8:channel. Left
             out, they stay as the checkpoint has them (docs/quantised.md).
+        quantize_attention: Round attention's projections and the output matrix to int8 or fp8 while they load. Left
+            out, they are in dtype, or as mixtralkit convert has rounded them.
         device: cpu or cuda; left out, cuda where there is one.
         num_gpus: The number of ranks, for scripts that state it; torchrun decides it.
     """
@@ -250,8 +253,15 @@ class LimitOptions(Options):
     seed: Seed = 1
     dtype: Dtype | None = None
     quantize: Quantize | None = None
+    quantize_attention: QuantizeAttention | None = None
     device: str | None = None
     num_gpus: Count | None = None
+
+    @property
+    def formats(self) -> dict[str, str]:
+        """The formats that weights are rounded to, by option."""
+        named = {"quantize": self.quantize, "quantize_attention": self.quantize_attention}
+        return {option: name for option, name in named.items() if name is not None}
 
 
 @dataclass(frozen=True)

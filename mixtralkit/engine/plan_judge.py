@@ -48,9 +48,9 @@ class MoveJudge:
     @classmethod
     def for_model(cls, model: Transformer, hardware: Hardware, steps: int, margin: float = 1.0) -> MoveJudge:
         """For this model as it runs."""
-        plan, dispatchers = model.layout.plan, model.dispatchers
+        layout, plan, dispatchers = model.layout, model.layout.plan, model.dispatchers
         hardware.networks(plan.world_size, plan.ranks_per_node)
-        shape = ModelShape.of(model.params, model.dtype.itemsize, model.layout.weights)
+        shape = ModelShape.of(model.params, model.dtype.itemsize, layout.weights, layout.attention_weights)
         rows = dispatchers.most_rows or None
         return cls(shape, hardware, steps, dispatchers.surroundings, rows, model.sequences_per_rank, margin)
 

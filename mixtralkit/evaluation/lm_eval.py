@@ -142,11 +142,12 @@ class MixtralLM(TemplateLM):
     def get_model_info(self) -> dict[str, Any]:
         """What the harness's results file says of the model."""
         model = self.mixtral.model
-        plan = model.layout.plan
+        layout, plan = model.layout, model.layout.plan
         return {
             "mixtralkit_version": __version__,
             "model_dtype": str(model.dtype),
-            "quantize": None if model.layout.weights.is_plain else model.layout.weights.name,
+            "quantize": None if layout.weights.is_plain else layout.weights.name,
+            "quantize_attention": None if layout.attention_weights.is_plain else layout.attention_weights.name,
             **plan.counts(),
             "ranks": self.context.world_size,
             "attention": model.layout.parallel.attention,

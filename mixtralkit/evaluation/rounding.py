@@ -131,7 +131,7 @@ def _swiglu(x_ND: torch.Tensor, w1: torch.Tensor, w3: torch.Tensor, w2: torch.Te
 
 
 def _check_plain(reader: CheckpointReader) -> None:
-    held = {weights.name for row in reader.formats_LE for weights in row if not weights.is_plain}
+    held = {weights.name for name, weights in reader.formats.items() if ".experts." in name and not weights.is_plain}
     if held:
         raise ValueError(
             f"{reader.folder}: experts are rounded already ({', '.join(sorted(held))}); take plain weights"

@@ -14,6 +14,7 @@ from mixtralkit.distributed import RankContext
 from mixtralkit.layout import RankLayout
 from mixtralkit.model.batch import ForwardBatch, Span
 from mixtralkit.model.kv_cache import KVCache
+from mixtralkit.model.projection import Projection
 from mixtralkit.model.rope import rotate, rotations
 from mixtralkit.ops.all_reduce import RowReducer
 from mixtralkit.ops.attention import causal_window, decode_attention, rotate_and_store, split_heads
@@ -30,13 +31,11 @@ class Attention(nn.Module):
 
     def __init__(self, layer: int, layout: RankLayout, context: RankContext, dtype: torch.dtype) -> None:
         super().__init__()
-        shapes = layout.shapes()
         self.layer, self.is_split = layer, layout.parallel.attention == "tp" and context.world_size > 1
         self.heads = layout.heads[1] - layout.heads[0]
         self.kv_heads = layout.kv_heads[1] - layout.kv_heads[0]
-        options = {"bias": False, "dtype": dtype, "device": context.device}
-        self.wqkv = nn.Linear(*reversed(shapes[f"layers.{layer}.attention.wqkv.weight"]), **options)
-        self.wo = nn.Linear(*reversed(shapes[f"layers.{layer}.attention.wo.weight"]), **options)
+        how = layout.attention_weights, dtype, context.device
+        self.wqkv, self.wo = (Projection(*layout.projections[matrix], *how) for matrix in ("wqkv", "wo"))
         self.requires_grad_(False)
 
     def forward(
@@ -51,14 +50,14 @@ class Attention(nn.Module):
 
         ``sums`` adds the ranks' parts, where each has some of the heads.
         """
-        out_TO = batch.attend(self.layer, hidden.project(self.wqkv.weight), batch, (self.heads, self.kv_heads))
+        out_TO = batch.attend(self.layer, hidden.project(self.wqkv.matrix), batch, (self.heads, self.kv_heads))
         x_TD, more = hidden.x_TD, (hidden.ids_T, hidden.valid_T)
         if wanted_N is not None:
             out_TO, x_TD = out_TO[wanted_N], x_TD[wanted_N]
         if self.is_split:
-            return Hidden(*sums.add_norm(linear(out_TO, self.wo.weight), x_TD, *following), following, *more)
+            return Hidden(*sums.add_norm(linear(out_TO, self.wo.matrix), x_TD, *following), following, *more)
         out = None if torch.is_grad_enabled() else x_TD  # nobody needs the stream as it was
-        x_TD = linear(out_TO, self.wo.weight, residual_TO=x_TD, out=out)
+        x_TD = linear(out_TO, self.wo.matrix, residual_TO=x_TD, out=out)
         return Hidden(x_TD, None, following, *more)
 
 

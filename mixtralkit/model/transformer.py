@@ -21,6 +21,7 @@ from mixtralkit.model.block import Block
 from mixtralkit.model.coherent import run_coherent
 from mixtralkit.model.kv_cache import KVCache
 from mixtralkit.model.norm import RMSNorm
+from mixtralkit.model.projection import Projection
 from mixtralkit.moe.dispatch import Dispatchers
 from mixtralkit.moe.layer import MoELayer, MoEReport
 from mixtralkit.moe.router import Routing
@@ -30,6 +31,7 @@ from mixtralkit.moe.tiers import TierSetup
 from mixtralkit.moe.transfers import MoveReport
 from mixtralkit.moe.two_phase import TwoPhase
 from mixtralkit.ops.all_reduce import RowReducer
+from mixtralkit.ops.cpu.memory import ask_for_large_pages
 from mixtralkit.ops.experts import takes_packed
 from mixtralkit.ops.hidden import Hidden
 from mixtralkit.ops.ragged_attention import only_the_device
@@ -80,8 +82,9 @@ class Transformer(nn.Module):
             Block(layer, layout, context, dtype, self._feed_forward(layer)) for layer in range(config.n_layers)
         )
         self.norm = RMSNorm(config.dim, config.norm_eps, **like)
-        self.output = nn.Linear(config.dim, layout.vocab[1] - layout.vocab[0], bias=False, **like)
+        self.output = Projection(*layout.projections["output"], layout.attention_weights, **like)
         self.requires_grad_(False)
+        ask_for_large_pages(self.parameters())
         if self.store.tiers is not None:
             following = list(self.layers)[1:]
             routers = [(block.ffn_norm.of, block.feed_forward.gate.weight) for block in following]
@@ -223,7 +226,7 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Hidden) -> torch.Tensor:
         """Float32 logits [N, V of this rank]."""
-        return hidden.project(self.output.weight, out_dtype=torch.float32)
+        return hidden.project(self.output.matrix, out_dtype=torch.float32)
 
     @torch.no_grad()
     def step(
@@ -280,7 +283,7 @@ class Transformer(nn.Module):
         attend = FreshAttention(batch_size, self.params.sliding_window, self.params.rope_theta)
         tokens_T = tokens_BT.flatten()
         hidden, reports = self.hidden(ForwardBatch(tokens_T, positions_T, positions_T, attend=attend))
-        logits_BTV = hidden.project(self.output.weight).unflatten(0, (batch_size, length))
+        logits_BTV = hidden.project(self.output.matrix).unflatten(0, (batch_size, length))
         return logits_BTV, [report.routing for report in reports]
 
     def _whole_vocabulary(self, logits: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mixtralkit.moe.weights import PackedWeight
 from mixtralkit.ops.linear import linear
 from mixtralkit.ops.norm import add_rms_norm, rms_norm
 
@@ -58,7 +59,7 @@ class Hidden:
         """The rows as the next product takes them."""
         return self.rows_TD if self.pending is None else rms_norm(self.x_TD, *self.norm)
 
-    def project(self, w_OD: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+    def project(self, w_OD: torch.Tensor | PackedWeight, out_dtype: torch.dtype | None = None) -> torch.Tensor:
         """The normalised rows times ``w_OD`` transposed: [T, O]."""
         return linear(self.rows_TD, w_OD, norm=self.pending, out_dtype=out_dtype)
 

@@ -27,6 +27,7 @@ class ModelShape:
         dim, hidden, num_experts, top_k, heads, kv_heads, head_dim, vocab: as in the model's configuration.
         data_bytes: of a number in rows, and in weights that are not of another format.
         weights: format of the experts.
+        attention_weights: of attention's projections and the output matrix.
     """
 
     dim: int
@@ -39,19 +40,28 @@ class ModelShape:
     vocab: int
     data_bytes: int = 2
     weights: ExpertWeights = PLAIN
+    attention_weights: ExpertWeights = PLAIN
 
     @classmethod
-    def of(cls, config: ModelConfig, data_bytes: int = 2, weights: ExpertWeights = PLAIN) -> ModelShape:
-        """The sizes of ``config``, with numbers of ``data_bytes`` and experts in such a format."""
+    def of(
+        cls, config: ModelConfig, data_bytes: int = 2, weights: ExpertWeights = PLAIN,
+        attention_weights: ExpertWeights = PLAIN,
+    ) -> ModelShape:  # fmt: skip
+        """The sizes of ``config``, with numbers of ``data_bytes``, and experts and attention in such formats."""
         return cls(
             config.dim, config.hidden_dim, config.num_experts, config.num_experts_per_tok,
             config.n_heads, config.n_kv_heads, config.head_dim, config.vocab_size, data_bytes, weights,
+            attention_weights,
         )  # fmt: skip
 
     @property
     def expert_bytes(self) -> int:
         """Weights of one expert."""
         return self.weights.expert_bytes(self.dim, self.hidden, self.data_bytes)
+
+    def projection_bytes(self, weights: float) -> float:
+        """Of so many weights of attention or of the output matrix, whose rows are about ``dim`` long."""
+        return weights * self.attention_weights.bytes(self.vocab, self.dim, self.data_bytes) / (self.vocab * self.dim)
 
     def sizes(self, formats: Sequence[str]) -> np.ndarray:
         """Bytes of an expert in each of these formats of ``plan.PRECISIONS``."""
@@ -125,6 +135,10 @@ class TimeModel:
         reading = (weights * self.shape.data_bytes if size is None else size) / self.hardware.memory_bandwidth
         return np.where(rows > 0, np.maximum(arithmetic, reading), 0.0)
 
+    def projection_s(self, rows: np.ndarray | float, weights: float) -> np.ndarray:
+        """A product with so many weights of attention or of the output matrix."""
+        return self.product_s(rows, weights, self.shape.projection_bytes(weights))
+
     def expert_s(self, rows: np.ndarray | float, split: int = 1, size: np.ndarray | float | None = None) -> np.ndarray:
         """One expert, or its ``split``-th part, on one rank for ``rows`` choices; 0 for none.
 
@@ -176,8 +190,8 @@ class TimeModel:
         shape, tokens_W = self.shape, np.asarray(tokens_W, float)
         heads, kv_heads = shape.heads / split, max(shape.kv_heads / split, 1)
         last_W = tokens_W if passed_on_W is None else np.asarray(passed_on_W, float)
-        products = self.product_s(tokens_W, shape.dim * shape.head_dim * (heads + 2 * kv_heads))
-        products = products + self.product_s(last_W, shape.dim * shape.head_dim * heads)
+        products = self.projection_s(tokens_W, shape.dim * shape.head_dim * (heads + 2 * kv_heads))
+        products = products + self.projection_s(last_W, shape.dim * shape.head_dim * heads)
         cache = tokens_W / span * (context + span) * 2 * kv_heads * shape.head_dim * shape.data_bytes
         flop = 4 * tokens_W * (context + (span + 1) / 2) * heads * shape.head_dim
         reading, arithmetic = cache / self.hardware.memory_bandwidth, flop / self.hardware.peak_flops
@@ -187,7 +201,7 @@ class TimeModel:
     def head_s(self, rows_W: np.ndarray, split: int = 1) -> np.ndarray:
         """The output matrix for ``rows_W`` rows, the vocabulary shared by ``split`` ranks, logits gathered."""
         shape, rows_W = self.shape, np.asarray(rows_W, float)
-        seconds = self.product_s(rows_W, shape.dim * shape.vocab / split)
+        seconds = self.projection_s(rows_W, shape.dim * shape.vocab / split)
         if split > 1:
             seconds = seconds + self.all_gather_s(float(rows_W.max(initial=0)) * shape.vocab / split * 4)
         return seconds

@@ -29,23 +29,17 @@ class FusedTimeModel(TimeModel):
         if self.hardware.fused is None:
             raise ValueError(f"fused of hardware {self.hardware.name} (null) must be given: its kernels' figures")
 
-    def product_s(self, rows: np.ndarray | float, weights: float) -> np.ndarray:
+    def product_s(self, rows: np.ndarray | float, weights: float, size: np.ndarray | float | None = None) -> np.ndarray:
         """One kernel: ``rows`` rows with a matrix of so many ``weights``."""
         start_s, per_weight_s = _product(self._fused.linear, rows)
-        return start_s + per_weight_s * weights * self._size_of_numbers
+        return start_s + self._reading_less(per_weight_s * weights * self._size_of_numbers, weights, size)
 
     def expert_s(self, rows: np.ndarray | float, split: int = 1, size: np.ndarray | float | None = None) -> np.ndarray:
-        """One expert's share of the kernel that computes all of them; 0 for no rows.
-
-        Figures are of plain weights: another format saves the reading of the bytes that it lacks, which all of the time
-        can be but what reading the rest takes.
-        """
+        """One expert's share of the kernel that computes all of them; 0 for no rows."""
         _, per_weight_s = _product(self._fused.experts, rows)
         weights = 3 * self.shape.dim * self.shape.hidden / split
-        plain_s = per_weight_s * weights * self._size_of_numbers
-        size, bandwidth = (self.shape.expert_bytes if size is None else size) / split, self._fused.memory_bandwidth
-        saved_s = (weights * self.shape.data_bytes - size) / bandwidth
-        return np.where(plain_s > 0, np.maximum(plain_s - saved_s, np.minimum(plain_s, size / bandwidth)), 0.0)
+        size = (self.shape.expert_bytes if size is None else size) / split
+        return self._reading_less(per_weight_s * weights * self._size_of_numbers, weights, size)
 
     def experts_start_s(self, mean_rows: np.ndarray | float) -> np.ndarray | float:
         """Sorting, and the beginning and end of the two products; nothing on a rank that no row reaches."""
@@ -68,9 +62,9 @@ class FusedTimeModel(TimeModel):
         """Two products and the attention between them; arguments as ``TimeModel.attention_s`` has them."""
         shape, tokens_W = self.shape, np.asarray(tokens_W, float)
         heads, kv_heads = shape.heads / split, max(shape.kv_heads / split, 1)
-        products = self.product_s(tokens_W, shape.dim * shape.head_dim * (heads + 2 * kv_heads))
+        products = self.projection_s(tokens_W, shape.dim * shape.head_dim * (heads + 2 * kv_heads))
         last_W = tokens_W if passed_on_W is None else np.asarray(passed_on_W, float)
-        products = products + self.product_s(last_W, shape.dim * shape.head_dim * heads)
+        products = products + self.projection_s(last_W, shape.dim * shape.head_dim * heads)
         cache = tokens_W / span * (context + span) * 2 * kv_heads * shape.head_dim * shape.data_bytes
         flop = 4 * tokens_W * (context + (span + 1) / 2) * heads * shape.head_dim
         seconds = cache / self._fused.attention_bandwidth
@@ -81,7 +75,7 @@ class FusedTimeModel(TimeModel):
     def head_s(self, rows_W: np.ndarray, split: int = 1) -> np.ndarray:
         """The output matrix, the vocabulary shared by ``split`` ranks, and the small kernels at both ends."""
         ends_s = SMALL_AT_ENDS * self._fused.small_s
-        return ends_s + self.product_s(rows_W, self.shape.dim * self.shape.vocab / split)
+        return ends_s + self.projection_s(rows_W, self.shape.dim * self.shape.vocab / split)
 
     def between_steps_s(self) -> float:
         """From one graph's end to the next one's beginning."""
@@ -113,6 +107,18 @@ class FusedTimeModel(TimeModel):
         """The host's launches of each phase."""
         counts = self.kernels
         return [self.launches_s(n) for n in (counts.attention, counts.gate, 0, counts.experts, 0)]
+
+    def _reading_less(self, plain_s: np.ndarray, weights: float, size: np.ndarray | float | None) -> np.ndarray:
+        """What takes ``plain_s`` with plain weights, of so many bytes; None for those of plain ones.
+
+        Another format saves the reading of the bytes that it lacks, which all of the time can be but what reading the
+        rest takes.
+        """
+        if size is None:
+            return plain_s
+        bandwidth = self._fused.memory_bandwidth
+        saved_s = (weights * self.shape.data_bytes - size) / bandwidth
+        return np.where(plain_s > 0, np.maximum(plain_s - saved_s, np.minimum(plain_s, size / bandwidth)), 0.0)
 
     def _pass_s(self, tokens_W: np.ndarray, passes: int) -> np.ndarray:
         return passes * np.asarray(tokens_W, float) * self.shape.row_bytes / self._fused.memory_bandwidth

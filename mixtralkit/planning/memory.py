@@ -59,6 +59,7 @@ class Room:
         page_size: positions of a page of the cache.
         cache_tokens: as ``CacheOptions.cache_tokens``.
         weights: format of the experts.
+        attention_weights: of attention's projections and the output matrix.
     """
 
     batch: int
@@ -70,6 +71,7 @@ class Room:
     page_size: int = CacheOptions.page_size
     cache_tokens: int | None = None
     weights: ExpertWeights = PLAIN
+    attention_weights: ExpertWeights = PLAIN
 
 
 def rank_memory(config: ModelConfig, parallel: ParallelConfig, plan: ExpertPlan, room: Room) -> RankMemory:
@@ -90,14 +92,19 @@ def rank_memory(config: ModelConfig, parallel: ParallelConfig, plan: ExpertPlan,
     tokens = min(room.prefill_budget, sequences * room.max_seq_len)
     middle = config.hidden_dim / (world if parallel.experts == "tp" else 1) * config.num_experts_per_tok
     working = tokens * (_ROWS_ALIVE * config.dim + middle) * b + 2 * sequences * config.vocab_size * 4
+    projections = _projections(config, parallel, world)
+    if not room.attention_weights.is_plain:  # many rows are multiplied with the numbers of a layer's, made first
+        working += max(outputs * inputs for outputs, inputs in projections[1:]) * b
     if not plan.on_host_LE.any():  # with tiers such products may go in pieces instead (``room_for_experts``)
         working += _unpacked(config, parallel, plan, room)
     exchange = _exchange(config, parallel, world, sequences, room) + room.copies_gb * 1e9
-    shape = ModelShape.of(config, b, room.weights)
+    shape = ModelShape.of(config, b, room.weights)  # of experts
     shape = replace(shape, hidden=-(-config.hidden_dim // world)) if parallel.experts == "tp" else shape
     held = everywhere(config.n_layers, config.num_experts, 1) if parallel.experts == "tp" else plan
     experts_W, host_W = shape.rank_bytes(replace(held, precision=plan.precision, tier=plan.tier))
-    sizes = (_weights(config, parallel, world, b) + experts_W.max(), cache, exchange, working, host_W.max())
+    ends, *layers = (room.attention_weights.bytes(*size, b) for size in projections)
+    weights = ends + config.n_layers * sum(layers) + _rest(config) * b
+    sizes = (weights + experts_W.max(), cache, exchange, working, host_W.max())
     return RankMemory(*(float(size) / 1e9 for size in sizes))
 
 
@@ -138,15 +145,17 @@ def _unpacked(config: ModelConfig, parallel: ParallelConfig, plan: ExpertPlan, r
     return float(slots_LW.max()) * 3 * config.dim * -(-config.hidden_dim // split) * room.data_bytes
 
 
-def _weights(config: ModelConfig, parallel: ParallelConfig, world: int, data_bytes: int) -> int:
-    """Bytes of a rank's parameters beside the experts."""
-    dim = config.dim
+def _projections(config: ModelConfig, parallel: ParallelConfig, world: int) -> list[tuple[int, int]]:
+    """[O, I] of the output matrix on the rank that has most of it, and of a layer's wqkv and wo."""
     split = world if parallel.attention == "tp" else 1
     heads, kv_heads = config.n_heads // split, max(config.n_kv_heads // split, 1)
-    attention = dim * config.head_dim * (2 * heads + 2 * kv_heads)
-    ends = config.vocab_size * dim + -(-config.vocab_size // split) * dim + dim
-    layers = config.n_layers * (attention + 2 * dim + config.num_experts * dim)
-    return (ends + layers) * data_bytes
+    wqkv, wo = ((heads + 2 * kv_heads) * config.head_dim, config.dim), (config.dim, heads * config.head_dim)
+    return [(-(-config.vocab_size // split), config.dim), wqkv, wo]
+
+
+def _rest(config: ModelConfig) -> int:
+    """Parameters beside experts and projections: the embedding, norms and routers."""
+    return config.dim * (config.vocab_size + 1 + config.n_layers * (2 + config.num_experts))
 
 
 def _exchange(config: ModelConfig, parallel: ParallelConfig, world: int, sequences: int, room: Room) -> int:

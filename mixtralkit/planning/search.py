@@ -228,7 +228,8 @@ class Situation:
 
     @property
     def shape(self) -> ModelShape:
-        return ModelShape.of(self.config, self.room.data_bytes, self.room.weights)
+        room = self.room
+        return ModelShape.of(self.config, room.data_bytes, room.weights, room.attention_weights)
 
     @property
     def given(self) -> Given:

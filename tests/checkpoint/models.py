@@ -40,7 +40,7 @@ def empty_parameters(layout: RankLayout, dtype: torch.dtype = torch.float32) -> 
         name: dtype if part.dtype is None else getattr(torch, part.dtype)
         for layer in range(layout.config.n_layers) for group in layout.groups(layer)
         for matrix in ("w13", "w2") for name, part in group.weights.parameters(matrix + group.suffix)
-    }  # fmt: skip
+    } | {part.name: getattr(torch, part.dtype) for part in layout.attention_weights.parts if part.dtype}  # fmt: skip
     return {
         name: torch.empty(shape, dtype=dtypes.get(name.rpartition(".")[2], dtype))
         for name, shape in layout.shapes().items()

@@ -14,7 +14,7 @@ from mixtralkit.checkpoint import load_into, open_checkpoint, save_checkpoint
 from mixtralkit.config import ModelConfig
 from mixtralkit.distributed import RankContext
 from mixtralkit.layout import RankLayout
-from mixtralkit.moe.weights import ExpertWeights, PackedWeight
+from mixtralkit.moe.weights import PLAIN, ExpertWeights, PackedWeight, parse_weights
 from tests.checkpoint.models import empty_parameters, random_tensors
 
 CONFIG = ModelConfig(
@@ -87,7 +87,10 @@ def assert_reads(folder: Path, expected: dict[str, torch.Tensor], kept: str, tmp
                 .view(torch.uint8)
                 .equal(whole[slice(*rows), slice(*columns)].contiguous().view(torch.uint8))
             )
-        layout = RankLayout(CONFIG, *_single(), weights=reader.weights)
+        attention = {"fp8:tensor": "fp8:channel", "fp8:channel": "fp8:channel", "int8": "int8"}.get(kept)
+        assert reader.formats.get("layers.1.attention.wq", PLAIN) == parse_weights(attention)
+        formats = reader.weights, parse_weights(attention, "quantize_attention")
+        layout = RankLayout(CONFIG, *_single(), 0, *formats)
         found = empty_parameters(layout)
         load_into(found, layout, reader, RankContext())
         save_checkpoint(tmp_path / "hf", CONFIG, reader, "hf")
@@ -98,6 +101,16 @@ def assert_reads(folder: Path, expected: dict[str, torch.Tensor], kept: str, tmp
             w1, w2, w3 = (expected[f"{prefix}experts.{expert}.{w}.weight"] for w in ("w1", "w2", "w3"))
             assert up[expert].equal(torch.cat([w1, w3]))
             assert down[expert].equal(w2)
+        projections = [expected[f"layers.{layer}.attention.w{letter}.weight"] for letter in "qkvo"]
+        for name, values in (("wqkv", torch.cat(projections[:3])), ("wo", projections[3])):
+            held = tuple(found[f"layers.{layer}.attention.{name}.{part.name}"] for part in formats[1].parts)
+            assert (held[0] if attention is None else PackedWeight(formats[1], values.shape[1], held).float()).equal(
+                values
+            )
+    if attention is not None:  # the output matrix is not quantised in the file
+        data_VD, scales_V1 = formats[1].quantize(expected["output.weight"]).tensors
+        assert found["output.data"].view(torch.uint8).equal(data_VD.view(torch.uint8))
+        assert found["output.scales"].equal(scales_V1)
     with open_checkpoint(tmp_path / "hf") as reader:
         for name, values in expected.items():
             assert reader.dtype(name) == reader.dtype("norm.weight") == torch.bfloat16
@@ -188,10 +201,10 @@ def packed_int4(group: int, symmetric: bool, scale_dtype: torch.dtype = torch.bf
 
 
 def pack_words(numbers_RC: torch.Tensor, order=range(8)) -> torch.Tensor:
-    """int32 [R, C / 8] by the definition: nibble i of word c is column 8 c + order[i]."""
-    columns = numbers_RC.shape[1]
+    """int32 [R, C / 8] by the definition: nibble i of word c is column 8 c + order[i]; of four numbers bytes."""
+    columns, count = numbers_RC.shape[1], len(order)
     words = [
-        [sum(int(row[8 * c + column]) << 4 * i for i, column in enumerate(order)) for c in range(columns // 8)]
+        [sum(int(row[count * c + o]) << 32 // count * i for i, o in enumerate(order)) for c in range(columns // count)]
         for row in numbers_RC.tolist()
     ]
     return torch.tensor(words, dtype=torch.int64).to(torch.int32)
@@ -217,6 +230,62 @@ def of_words(order, along_inputs: bool, less: int, symmetric: bool = False, grou
         return held, numbers.T
 
     return quantise
+
+
+def of_bytes(less: int, group: int = 64, in_order: bool = True) -> Quantise:
+    """GPTQ in eight bits, with neighbours as groups or any columns."""
+
+    def quantise(w_OK: torch.Tensor):
+        inputs = w_OK.shape[1]
+        order_K = (
+            torch.arange(inputs) if in_order else torch.randperm(inputs, generator=torch.Generator().manual_seed(1))
+        )
+        index_K = torch.empty_like(order_K).index_copy_(0, order_K, torch.arange(inputs) // group)
+        w_OGC = w_OK.float()[:, order_K].unflatten(1, (-1, group))
+        low_OG, high_OG = w_OGC.amin(2), w_OGC.amax(2)
+        scale_OG = ((high_OG - low_OG) / 255).half()
+        zero_OG = (-low_OG / scale_OG.float()).round().clamp(0, 255)
+        zero_OG[1, 0] = 0
+        scale_OK, zero_OK = scale_OG.float()[:, index_K], zero_OG[:, index_K]
+        q_OK = (w_OK.float() / scale_OK + zero_OK).round().clamp(0, 255)
+        words = pack_words(zero_OG.T.long(), range(4)).long() - less
+        held = {
+            "qweight": pack_words(q_OK.long(), range(4)).T, "qzeros": words.to(torch.int32), "scales": scale_OG.T,
+            "g_idx": index_K.int(),
+        }  # fmt: skip
+        return held, (q_OK - zero_OK) * scale_OK
+
+    return quantise
+
+
+def hqq(bits: int, group: int = 64) -> Quantise:
+    """HQQ's layers from the definition of their layout, as its own library (0.2.8) packs them and reads them back."""
+
+    def quantise(w_OK: torch.Tensor):
+        w_GC = w_OK.float().reshape(-1, group)
+        low_G1, high_G1 = w_GC.amin(1, keepdim=True), w_GC.amax(1, keepdim=True)
+        scale_G1 = ((high_G1 - low_G1) / (2**bits - 1)).half()
+        zero_G1 = (-low_G1 / scale_G1.float()).half()
+        q_GC = (w_GC / scale_G1.float() + zero_G1.float()).round().clamp(0, 2**bits - 1).to(torch.uint8)
+        packed = 0
+        for part in q_GC.chunk(8 // bits):
+            packed = packed * 2**bits + part
+        said = {"nbits": bits, "group_size": group, "axis": 1, "view_as_float": 0, "quant_scale": 0, "quant_zero": 0}
+        held = {end: torch.tensor(value, dtype=torch.int32) for end, value in said.items()}
+        held |= {"W_q": packed, "scale": scale_G1, "zero": zero_G1, "shape": torch.tensor(w_OK.shape)}
+        held["packing"] = torch.tensor(list(b"4bit_u8"), dtype=torch.uint8)
+        return held, ((q_GC.float() - zero_G1.float()) * scale_G1.float()).view(w_OK.shape)
+
+    return quantise
+
+
+def bnb_int8(w_OK: torch.Tensor):
+    """bitsandbytes' own on a CPU; its numbers by ``int8_vectorwise_dequant``."""
+    from bitsandbytes.functional import int8_vectorwise_dequant, int8_vectorwise_quant
+
+    data, sizes, _ = int8_vectorwise_quant(w_OK.half())
+    held = {"weight": data, "SCB": sizes, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+    return held, int8_vectorwise_dequant(data, sizes)
 
 
 def in_order_of_use(group: int = 64) -> Quantise:

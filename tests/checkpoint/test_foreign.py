@@ -35,13 +35,16 @@ from tests.checkpoint.quantisers import (
     OURS,
     Quantise,
     assert_reads,
+    bnb_int8,
     by_blocks,
     by_rows,
     by_scalar,
     change,
     ct,
+    hqq,
     in_order_of_use,
     nf4,
+    of_bytes,
     of_words,
     packed_int4,
     write,
@@ -96,6 +99,43 @@ def test_packed_int4_is_kept_as_it_is(tmp_path: Path, group: int, symmetric: boo
 def test_gptq_and_awq_are_kept_as_they_are(tmp_path: Path, quantise: Quantise, stated: dict, kept: str) -> None:
     """A zero point of 0 borrows from its neighbour in GPTQ's first version."""
     assert_reads(tmp_path, write(tmp_path, quantise, stated), kept, tmp_path)
+
+
+@pytest.mark.parametrize(("version", "in_order"), [("gptq", True), ("gptq_v2", False)])
+def test_gptq_in_eight_bits_becomes_numbers(tmp_path: Path, version: str, in_order: bool) -> None:
+    stated = GPTQ | {"bits": 8, "checkpoint_format": version, "desc_act": not in_order}
+    expected = write(tmp_path, of_bytes(0x01010101 if version == "gptq" else 0, in_order=in_order), stated)
+    with pytest.warns(UserWarning, match=r"by GPTQ become numbers, .*because .*groups of 8 bits"):
+        assert_reads(tmp_path, expected, "plain", tmp_path)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_hqq_becomes_numbers(tmp_path: Path, bits: int) -> None:
+    stated = {"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": bits}}}
+    expected = write(tmp_path, hqq(bits), stated)
+    with pytest.warns(UserWarning, match=r"by HQQ become numbers, .*because .*zero points are fractions"):
+        assert_reads(tmp_path, expected, "plain", tmp_path)
+    change(tmp_path, axis=torch.tensor(0, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"w2\.axis: found 0, wanted 1"):
+        open_checkpoint(tmp_path)
+
+
+def test_bitsandbytes_int8_is_kept(tmp_path: Path) -> None:
+    """The same steps of the same size, which it divides by 127 after and not before they are multiplied."""
+    pytest.importorskip("bitsandbytes")
+    expected = write(tmp_path, bnb_int8, {"quant_method": "bitsandbytes", "load_in_8bit": True})
+    layout = replace(RankLayout.single(CONFIG), weights=parse_weights("int8"), attention_weights=parse_weights("int8"))
+    found = empty_parameters(layout)
+    with open_checkpoint(tmp_path) as reader:
+        assert reader.weights == layout.weights
+        load_into(found, layout, reader, RankContext())
+    parts = tuple(found[f"layers.1.feed_forward.{name}"] for name, _ in layout.weights.parameters("w2"))
+    w2_EDF = PackedWeight(layout.weights, CONFIG.hidden_dim, parts).float()
+    wo_DQ = PackedWeight(
+        layout.weights, 256, tuple(found[f"layers.1.attention.wo.{end}"] for end in ("data", "scales"))
+    )
+    for numbers, name in ((w2_EDF[1], f"{OURS}.weight"), (wo_DQ.float(), "layers.1.attention.wo.weight")):
+        torch.testing.assert_close(numbers, expected[name], rtol=2.4e-7, atol=0.0)
 
 
 def test_act_order_becomes_numbers_with_a_word_on_memory(tmp_path: Path) -> None:

@@ -18,9 +18,12 @@ from tests.checkpoint.models import empty_parameters, random_tensors
 from tests.ranks import run_ranks
 
 CONFIG = ModelConfig(
-    dim=136, n_layers=2, head_dim=8, hidden_dim=256, n_heads=4, n_kv_heads=2, vocab_size=32, num_experts=4
+    dim=136, n_layers=2, head_dim=32, hidden_dim=256, n_heads=4, n_kv_heads=2, vocab_size=32, num_experts=4
 )
 NAMES = [name for name in FORMATS if name not in ("int4", "fp8")]
+
+
+ATTENTION = {"int8": FORMATS["int8"], "fp8:channel": FORMATS["fp8"], "fp8:tensor": FORMATS["fp8"]}  # beside experts'
 
 
 def loaded(folder: Path, layout: RankLayout, context: RankContext | None = None) -> dict[str, torch.Tensor]:
@@ -61,6 +64,21 @@ def rounded(tensors: dict[str, torch.Tensor], layout: RankLayout) -> dict[str, t
     return found
 
 
+def rounded_attention(tensors: dict[str, torch.Tensor], layout: RankLayout) -> dict[str, torch.Tensor]:
+    """The same of attention and output: rows of this rank's heads, and columns of wo."""
+    weights, size = layout.attention_weights, CONFIG.head_dim
+    heads, kv_heads = ((first * size, last * size) for first, last in (layout.heads, layout.kv_heads))
+    found = {}
+    for i, part in enumerate(() if weights.is_plain else weights.parts):
+        for layer in range(CONFIG.n_layers):
+            name = f"layers.{layer}.attention."
+            q, k, v, o = (weights.quantize(tensors[f"{name}w{letter}.weight"]).tensors[i] for letter in "qkvo")
+            found[f"{name}wqkv.{part.name}"] = torch.cat([q[slice(*heads)], k[slice(*kv_heads)], v[slice(*kv_heads)]])
+            found[f"{name}wo.{part.name}"] = o[:, slice(*part.cut_columns(heads))]
+        found[f"output.{part.name}"] = weights.quantize(tensors["output.weight"]).tensors[i][slice(*layout.vocab)]
+    return found
+
+
 def assert_same_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype
@@ -72,17 +90,21 @@ def test_one_rank_has_the_rounded_matrices(tmp_path: Path, name: str, monkeypatc
     monkeypatch.setattr(quantising, "BLOCK_BYTES", 40_000)  # several blocks of rows, the last one shorter
     tensors = random_tensors(CONFIG)
     save_checkpoint(tmp_path, CONFIG, tensors, "hf")
-    layout = replace(RankLayout.single(CONFIG), weights=parse_weights(name))
+    layout = replace(
+        RankLayout.single(CONFIG), weights=parse_weights(name), attention_weights=ATTENTION.get(name, PLAIN)
+    )
     found = loaded(tmp_path, layout)
-    assert_same_bits(found, rounded(tensors, layout))
+    assert_same_bits(found, rounded(tensors, layout) | rounded_attention(tensors, layout))
     assert found["layers.1.feed_forward.gate.weight"].equal(tensors["layers.1.feed_forward.gate.weight"].float())
 
 
 def _check_rank(context: RankContext, folder: Path, name: str, seed: int):
     tensors = random_tensors(CONFIG, seed=seed)
     for experts, plan in (("ep", contiguous(2, 4, 2)), ("ep", everywhere(2, 4, 2)), ("tp", contiguous(2, 4, 2))):
-        layout = RankLayout(CONFIG, ParallelConfig("dp", experts), plan, context.rank, parse_weights(name))
-        assert_same_bits(loaded(folder, layout, context), rounded(tensors, layout))
+        formats = parse_weights(name), ATTENTION.get(name, PLAIN)
+        layout = RankLayout(CONFIG, ParallelConfig("tp", experts), plan, context.rank, *formats)
+        expected = rounded(tensors, layout) | rounded_attention(tensors, layout)
+        assert_same_bits(loaded(folder, layout, context), expected)
 
 
 @pytest.mark.parametrize("name", ["int8", "int4:128:zeros", "fp8:tensor", "fp8:block"])
@@ -94,25 +116,29 @@ def test_ranks_have_their_parts_of_the_same(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_converted_files_load_as_what_is_rounded_while_loading(tmp_path: Path, name: str, monkeypatch) -> None:
     monkeypatch.setattr(quantising, "BLOCK_BYTES", 70_000)
-    tensors, weights = random_tensors(CONFIG), parse_weights(name)
+    tensors, weights, attention = random_tensors(CONFIG), parse_weights(name), ATTENTION.get(name, PLAIN)
     save_checkpoint(tmp_path / "plain", CONFIG, tensors)
+    one = RankFiles(weights=weights, attention_weights=attention)
     with open_checkpoint(tmp_path / "plain") as plain:
-        save_checkpoint(tmp_path / "one", CONFIG, plain, "mixtralkit", ranks=RankFiles(weights=weights))
-        cut = RankFiles(2, ParallelConfig("dp", "tp"), weights=weights)
+        save_checkpoint(tmp_path / "one", CONFIG, plain, "mixtralkit", ranks=one)
+        cut = RankFiles(2, ParallelConfig("tp", "tp"), weights=weights, attention_weights=attention)
         save_checkpoint(tmp_path / "cut", CONFIG, plain, "mixtralkit", ranks=cut)
     with open_checkpoint(tmp_path / "cut") as packed:
-        assert packed.weights == weights
-        save_checkpoint(tmp_path / "again", CONFIG, packed, "mixtralkit", ranks=RankFiles(weights=weights))
+        assert (packed.weights, packed.attention_weights) == (weights, attention)
+        save_checkpoint(tmp_path / "again", CONFIG, packed, "mixtralkit", ranks=one)
         save_checkpoint(tmp_path / "numbers", CONFIG, packed, "hf")
     files = [(tmp_path / folder / "rank-00-of-01.safetensors").read_bytes() for folder in ("one", "again")]
     assert files[0] == files[1]
-    layout = replace(RankLayout.single(CONFIG), weights=weights)
-    expected = rounded(tensors, layout)
-    for folder in ("one", "cut"):
+    layout = replace(RankLayout.single(CONFIG), weights=weights, attention_weights=attention)
+    expected = rounded(tensors, layout) | rounded_attention(tensors, layout)
+    for folder in ("one", "cut", "again"):  # the last one is said to be of one rank, as it is
         assert_same_bits(loaded(tmp_path / folder, layout), expected)
     numbers = loaded(tmp_path / "numbers", RankLayout.single(CONFIG))
     w2_DF = weights.quantize(tensors["layers.1.feed_forward.experts.3.w2.weight"]).float()
     assert numbers["layers.1.feed_forward.w2"][3].equal(w2_DF.bfloat16().float())
+    if not attention.is_plain:
+        output_VD = attention.quantize(tensors["output.weight"]).float()
+        assert numbers["output.weight"].equal(output_VD.bfloat16().float())
 
 
 def test_formats_of_a_plan_are_rounded_written_and_read_each_by_itself(tmp_path: Path, monkeypatch) -> None:
@@ -173,6 +199,12 @@ def test_files_of_one_format_are_no_other(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=rf"quantize \('{weights.name}'\) must be 'int8'"):
             loaded(tmp_path, replace(RankLayout.single(CONFIG), weights=weights))
     other = RankFiles(weights=parse_weights("int4"))
+    attention = RankFiles(weights=parse_weights("int8"), attention_weights=FORMATS["fp8"])
+    with open_checkpoint(tmp_path) as packed:
+        save_checkpoint(tmp_path / "attention", CONFIG, packed, "mixtralkit", ranks=attention)
+    wrong = replace(RankLayout.single(CONFIG), weights=FORMATS["int8"], attention_weights=FORMATS["int8"])
+    with pytest.raises(ValueError, match=r"quantize_attention \('int8'\) must be 'fp8:channel'"):
+        loaded(tmp_path / "attention", wrong)
     with open_checkpoint(tmp_path) as packed, pytest.raises(ValueError, match=r"\('int4:32'\) must be 'int8'"):
         save_checkpoint(tmp_path / "other", CONFIG, packed, "mixtralkit", ranks=other)
     text = (tmp_path / "checkpoint.json").read_text()

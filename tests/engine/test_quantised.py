@@ -50,7 +50,27 @@ def test_rounded_while_loading_converted_or_numbers_again(folder: Path, name: st
     assert texts(folder) != found
 
 
-def _on_two(context: RankContext, folder: Path, name: str):
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+def test_attention_is_rounded_while_loading_or_converted(folder: Path, name: str, tmp_path: Path, command_line) -> None:
+    """Beside packed experts; numbers again are those of the weights, so the text is the same in float32."""
+    options = {"quantize_attention": name, "quantize": "int4:64"}
+    found = texts(folder, **options)
+    assert found != texts(folder, quantize="int4:64")
+    words = ("convert", folder, tmp_path / "packed", "--format", "mixtralkit", "--quantize", "int4:64")
+    assert command_line(*words, "--quantize_attention", name).returncode == 0
+    assert texts(tmp_path / "packed") == found
+    assert command_line("convert", tmp_path / "packed", tmp_path / "again", "--format", "mixtralkit").returncode == 0
+    files = [(tmp_path / target / "rank-00-of-01.safetensors").read_bytes() for target in ("packed", "again")]
+    assert files[0] == files[1]
+    other = "int8" if name == "fp8" else "fp8"
+    (tmp_path / "prompts.txt").write_text("In the beginning\n")
+    done = command_line("generate", "--prompts", tmp_path / "prompts.txt", "-m", tmp_path / "packed",
+                        "--quantize_attention", other)  # fmt: skip
+    assert f"must be '{name}" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def _on_two(context: RankContext, folder: Path, formats: dict[str, str]):
     copies = ExpertPlan.from_dict(contiguous(3, 8, 2).to_dict() | {"slots": [[[0, 1, 2, 3, 7], [4, 5, 6, 7, 0]]] * 3})
     flags = [
         {"attention": "tp", "experts": "tp"},
@@ -59,13 +79,15 @@ def _on_two(context: RankContext, folder: Path, name: str):
         {"attention": "dp", "faster_shadow": True, "shadow_memory_gb": 1e-2},
         {"attention": "coherent"},
     ]
-    return [texts(folder, context, quantize=name, **options) for options in flags]
+    return [texts(folder, context, **formats, **options) for options in flags]
 
 
-@pytest.mark.parametrize("name", ["int4:64", "fp8:channel"])
-def test_ranks_plans_and_copies_change_nothing(folder: Path, name: str) -> None:
-    alone = texts(folder, quantize=name)
-    for of_rank in run_ranks(_on_two, 2, folder, name):
+@pytest.mark.parametrize(
+    "formats", [{"quantize": "int4:64"}, {"quantize": "fp8", "quantize_attention": "fp8"}], ids=str
+)
+def test_ranks_plans_and_copies_change_nothing(folder: Path, formats: dict[str, str]) -> None:
+    alone = texts(folder, **formats)
+    for of_rank in run_ranks(_on_two, 2, folder, formats):
         for found in of_rank:
             assert found == alone
 
@@ -188,7 +210,11 @@ def test_the_command_says_what_is_wrong(folder: Path, mixed: Path, tmp_path: Pat
     convert = ("convert", "--format", "mixtralkit")
     for words, sentence in [
         (("generate", "hello", "-m", folder, "--quantize", "int5"), "quantize ('int5') must be one of int4, fp8, int8"),
+        (("generate", "hello", "-m", folder, "--quantize_attention", "int4"),
+         "quantize_attention ('int4') must be one of int8, fp8, fp8:channel"),
         (("convert", folder, tmp_path / "a", "--format", "hf", "--quantize", "int8"), "needs format 'mixtralkit'"),
+        (("convert", folder, tmp_path / "a", "--format", "hf", "--quantize_attention", "fp8"),
+         "quantize_attention ('fp8:channel') needs format 'mixtralkit'"),
         ((*convert, folder, tmp_path / "a", "--quantize", "int4", "--experts", "tp", "--world_size", 8, "--attention",
           "dp"), "hidden_dim (256) must be cut into multiples of 64"),
         (("generate", "--prompts", prompts, "-m", mixed / "packed", "--quantize", "int8"),

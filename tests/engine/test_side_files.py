@@ -132,15 +132,15 @@ ENDLESS = {
     "loops": (LOOPS + "{% endfor %}" * 3, "takes more than 1 s"),
     "loops that write": (LOOPS + "x{% endfor %}{% endfor %}{% endfor %}", "takes more than"),
     "one long operation": ("{{ 10 ** 9999999999 }}", "takes more than"),
-    "much memory": ("{{ 'a' * 10 ** 10 }}", "takes more than 512 MB"),
+    "much memory": ("{{ 'a' * 10 ** 10 }}", "takes more than"),
     "a text that doubles": (
         "{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}",
-        "takes more than 512 MB",
+        "takes more than",
     ),
     "a macro that calls itself": (
         "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}", "takes more than",
     ),
-    "a long text": ("{% for a in range(99999) %}{{ 'a' * 1000 }}{% endfor %}", "writes 99,999,000 characters"),
+    "a long text": ("{% for a in range(9999) %}{{ 'a' * 1000 }}{% endfor %}", "writes 9,999,000 characters"),
 }  # fmt: skip
 
 

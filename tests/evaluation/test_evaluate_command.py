@@ -62,7 +62,7 @@ def start(ranks: int, *arguments: object) -> subprocess.Popen:
 
 
 def finished(process: subprocess.Popen) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=100)
+    out, err = process.communicate(timeout=250)
     return process.returncode, out, err
 
 

@@ -294,7 +294,7 @@ def test_the_command_runs_the_harness_on_two_ranks_and_prints_once(alone, tmp_pa
         "--include_path", str(TASKS), "--tasks", NAMES[0], "--output_path", str(tmp_path),
     ]  # fmt: skip
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(line, env=environ, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(line, env=environ, cwd=ROOT, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     (row,) = re.findall(r"mixtralkit_choice.*\|acc +\|.*?\|(0\.\d+)\|", done.stdout)
     assert float(row) == pytest.approx(alone["metrics"][NAMES[0]]["acc,none"], abs=1e-4)

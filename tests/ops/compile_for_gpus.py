@@ -121,6 +121,20 @@ def rest(rows: int, width: int = 4096) -> None:
         )
 
 
+def packed_linear(name: str, rows: int, outputs: int = 6144, inputs: int = 4096) -> None:
+    from mixtralkit.moe.weights import FORMATS, PackedWeight
+    from mixtralkit.ops.linear.triton import _unpacked, default_settings, linear_small
+
+    parts = [
+        torch.empty(FORMATS[name].shape(part, outputs, inputs), dtype=getattr(torch, part.dtype))
+        for part in FORMATS[name].parts
+    ]
+    packed = PackedWeight(FORMATS[name], inputs, tuple(parts))
+    _unpacked(packed, BF16)
+    norm, settings = (torch.empty(inputs, dtype=BF16), 1e-5), default_settings(rows, outputs, inputs, 1)
+    linear_small(torch.empty(rows, inputs, dtype=BF16), packed, norm, settings=settings)
+
+
 def attention(rows: int, page_size: int = 128, window: int | None = None, heads: int = 32, kv_heads: int = 8) -> None:
     from mixtralkit.ops.attention.triton import launch_decode_attention, launch_rotate_and_store
     from mixtralkit.ops.ragged_attention.triton import launch_ragged_attention
@@ -171,20 +185,27 @@ def exchange(stays: bool, rows: int = 16, ranks: int = 4, width: int = 4096) -> 
 
 if __name__ == "__main__":
     prepare(int(sys.argv[1]))
+    is_hopper = int(sys.argv[1]) >= 90  # of older GPUs a kernel each
     if sys.argv[2] == "packed":
-        for name in ("int8", "int4:32", "int4:128", "int4:64:zeros", "fp8:block"):
-            for count in (8, 64, 1024) if name == "int4:128" else (8, 64):
+        for name in ("int8", "int4:32", "int4:128", "int4:64:zeros", "fp8:block") if is_hopper else ("int4", "fp8"):
+            for count in (8, 64, 1024) if name in ("int4:128", "fp8") else (8, 64):
                 packed_experts(name, count)
         sys.exit()
-    for count in (1, 8, 64, 128, 256, 1024, 4096):
+    if sys.argv[2] == "linear":
+        for name in ("int8", "fp8"):
+            for count in (1, 8, 64, 256):
+                packed_linear(name, count)
+        sys.exit()
+    for count in (1, 8, 64, 128, 256, 1024, 4096) if is_hopper else (8, 256):
         experts(count)
-    for count in (1, 8, 64):
+    for count in (1, 8, 64) if is_hopper else ():
         experts(count, stored=True)
-    for count in (1, 8, 256, 16384):
+    for count in (1, 8, 256, 16384) if is_hopper else (8, 256):
         rest(count)
     sampling(8)
     for count in (1, 256):
         attention(count)
-        attention(count, page_size=32, window=100)
-    for stays in (False, True):
+        if is_hopper:
+            attention(count, page_size=32, window=100)
+    for stays in (False, True) if is_hopper else ():
         exchange(stays)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mixtralkit.moe.weights import FORMATS, PackedWeight
-from mixtralkit.ops.experts import expert_sum_reference
+from mixtralkit.ops.experts import expert_sum_reference, triton_packed
 from mixtralkit.ops.experts.triton_packed import default_settings, expert_sum_packed
 
 LARGE = {"up_block_o": 128, "down_block_o": 128}  # tiles that the interpreter is soon through
@@ -76,6 +76,14 @@ def test_many_rows_an_expert(name):
 def test_half_precision(name):
     for count in (3, 30):
         check(name, count, torch.float16)
+
+
+def test_every_fp8_number_by_its_bits():
+    bytes_OK = torch.arange(256, dtype=torch.uint8).where(torch.arange(256) % 128 != 127, 0).view(1, 4, 64)
+    data = bytes_OK.view(torch.float8_e4m3fn)
+    weights = PackedWeight(FORMATS["fp8:channel"], 64, (data, torch.ones(1, 4)))
+    got = triton_packed._unpacked(triton_packed._Operand.of(weights), 1, None, torch.float32, 1)
+    assert got.equal(data.float())
 
 
 @pytest.mark.parametrize("name", ["int8", "int4:64"])

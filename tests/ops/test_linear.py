@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mixtralkit.moe.weights import FORMATS, PackedWeight
 from mixtralkit.ops import linear as module
 from mixtralkit.ops.linear import linear, linear_reference
 from mixtralkit.ops.norm import rms_norm_reference
@@ -61,6 +62,41 @@ def test_kernels(rows, outputs, inputs, settings, dtype, extras):
     assert_near(y_TO, expected(x_TI, w_OI, norm, residual_TO), TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+@pytest.mark.parametrize(
+    ("rows", "outputs", "inputs", "settings"),
+    [
+        (1, 37, 160, VECTOR),
+        (5, 40, 320, {**MATRIX, "columns": 64}),  # stretches; columns that are no whole units of int8
+        (300, 33, 72, {**MATRIX, "block_o": 32, "columns": 128}),  # several blocks of rows, the last one not full
+        (1, 24, 72, None),
+        (3, 24, 72, None),
+        (40, 24, 72, None),
+        (600, 24, 72, None),  # unpacked
+    ],
+)
+def test_kernels_of_packed_weights(rows, outputs, inputs, settings, name, dtype):
+    from mixtralkit.ops.linear.triton import linear_small
+
+    x_TI, norm = draw(rows, inputs, dtype=dtype), (draw(inputs, dtype=dtype), EPS)
+    packed, residual_TO = FORMATS[name].quantize(draw(outputs, inputs, std=0.1)), draw(rows, outputs, dtype=dtype)
+    y_TO = linear_small(x_TI, packed, norm, residual_TO, settings=settings)
+    assert y_TO.dtype == dtype
+    assert_near(y_TO, expected(x_TI, packed.float(), norm, residual_TO), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_every_number_of_eight_bits(dtype):
+    """Both zeros, the least numbers and the largest; NaN is none that rounding makes."""
+    from mixtralkit.ops.linear.triton import _unpacked
+
+    numbers = torch.arange(256, dtype=torch.uint8).where(torch.arange(256) % 128 != 127, 0).view(4, 64)
+    for name, data in (("int8", numbers.view(torch.int8)), ("fp8", numbers.view(torch.float8_e4m3fn))):
+        packed = PackedWeight(FORMATS[name], 64, (data, torch.ones(4, 1)))
+        assert _unpacked(packed, dtype).float().equal(data.float())
+
+
 def test_kernels_take_strided_rows():
     from mixtralkit.ops.linear.triton import linear_small
 
@@ -88,7 +124,8 @@ def test_settings_for_fewer_rows_are_not_taken_for_more(monkeypatch):
 def test_candidates_are_settings_of_the_launcher(rows, outputs, inputs):
     from mixtralkit.ops.linear.triton import candidates, default_settings
 
-    found = [*candidates(rows, outputs, inputs), default_settings(rows, outputs, inputs)]
+    found = [settings for size in (1, 2) for settings in candidates(rows, outputs, inputs, size)]
+    found += [default_settings(rows, outputs, inputs, size) for size in (1, 2)]
     assert {"library": 1} in found
     for settings in found:
         keys = settings.keys() - {"library"}
@@ -107,6 +144,21 @@ def test_reference_and_library(dtype):
     assert_near(module.linear_library(x_TI, w_OI, norm, residual_TO, None, dtype), wanted, TOLERANCE[dtype])
     assert linear(x_TI, w_OI, out_dtype=torch.float32).dtype == torch.float32
     assert linear(x_TI[:0], w_OI).shape == (0, 24)
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8", "fp8:tensor", "int4:32", "int4:32:zeros"])
+def test_reference_of_packed_weights(name, monkeypatch):
+    """More outputs than are numbers at a time, columns that are no whole units."""
+    monkeypatch.setattr("mixtralkit.ops.linear.reference.TILE", 16)
+    x_TI, norm, residual_TO = draw(3, 72), (draw(72), EPS), draw(3, 40)
+    packed = FORMATS[name].quantize(draw(40, 72))
+    assert packed.shape == (40, 72)
+    found = linear_reference(x_TI, packed, norm, residual_TO)
+    torch.testing.assert_close(found, linear_reference(x_TI, packed.float(), norm, residual_TO), rtol=1e-6, atol=1e-5)
+    assert_near(linear(x_TI, packed, norm, residual_TO), found.double(), 1e-3)  # compiled kernels round x to 16 bits
+    out = torch.empty(3, 40, dtype=torch.float16)
+    assert linear(x_TI.half(), packed, None, residual_TO.half(), out) is out
+    assert_near(out, expected(x_TI.half(), packed.float(), None, residual_TO.half()), TOLERANCE[torch.float16])
 
 
 def test_reference_keeps_gradients():

@@ -67,6 +67,20 @@ def test_experts_in_fewer_bits_take_what_their_tensors_do(experts, name):
     assert found.weights < 0.65 * rank_memory(config, parallel, plan, Room(6, 100, 50)).weights
 
 
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+@pytest.mark.parametrize("attention", ["tp", "dp"])
+def test_attention_in_eight_bits_takes_what_its_tensors_do(attention, name):
+    config, parallel, plan = replace(MIXTRAL, n_layers=2), ParallelConfig(attention, "ep"), contiguous(2, 8, 4)
+    weights = parse_weights(name, "quantize_attention")
+    layout = RankLayout(config, parallel, plan, 0, attention_weights=weights)
+    sizes = {part.name: part.itemsize(2) for part in weights.parts}
+    held = sum(int(np.prod(s)) * sizes.get(n.rpartition(".")[2], 2) for n, s in layout.shapes().items())
+    room = Room(6, 100, 50, attention_weights=weights)
+    found, plain = (rank_memory(config, parallel, plan, r) for r in (room, Room(6, 100, 50)))
+    assert found.weights == pytest.approx(held / 1e9)
+    assert found.working - plain.working == pytest.approx(2 * np.prod(layout.projections["wqkv"]) / 1e9)
+
+
 def test_a_budget_takes_fewer_bits_where_it_needs_them():
     room = replace(situation().room, weights=parse_weights("int4"))
     plain, packed = (min(c.memory.weights for c in candidates(situation(room=r))) for r in (situation().room, room))

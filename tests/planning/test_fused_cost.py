@@ -64,6 +64,18 @@ def test_experts_in_fewer_bits_save_what_is_not_read():
     assert models[1].expert_s(0) == 0
 
 
+def test_attention_in_eight_bits_saves_what_is_not_read():
+    plain, packed = (
+        FusedTimeModel(replace(SHAPE, attention_weights=weights), _hardware())
+        for weights in (PLAIN, parse_weights("fp8"))
+    )
+    for part, weights in (("head_s", SHAPE.dim * SHAPE.vocab), ("attention_s", SHAPE.dim * 100 * (10 + 4 + 10))):
+        more = () if part == "head_s" else (4999,)
+        saved = getattr(plain, part)(np.array([1]), *more) - getattr(packed, part)(np.array([1]), *more)
+        assert saved[0] == pytest.approx((2 * weights - packed.shape.projection_bytes(weights)) / 2e12)
+    assert packed.shape.projection_bytes(1e6) == pytest.approx(1e6 * (1 + 4 / SHAPE.dim))
+
+
 def test_experts_share_one_fixed_price():
     """By the rows of the mean expert that has any, as it was measured: sorting and copies are of all rows."""
     rows_WE = np.array([[101, 0, 1], [0, 0, 0]])

@@ -59,6 +59,13 @@ def test_experts_in_fewer_bits_are_read_sooner_and_move_sooner():
     assert shadows[1].s_per_shadow == pytest.approx(shadows[0].s_per_shadow * 4.125 / 16)
 
 
+def test_attention_in_eight_bits_is_read_sooner():
+    plain = ModelShape.of(small_config(dim=1024, hidden_dim=2048))
+    packed, slow = replace(plain, attention_weights=parse_weights("int8")), machine(memory_bandwidth=1e9)
+    seconds = [TimeModel(shape, slow, 1, None, FREE).head_s(np.array([1]))[0] for shape in (plain, packed)]
+    assert seconds[0] / seconds[1] == pytest.approx(2 / (1 + 4 / 1024))
+
+
 def test_formats_of_a_plan_cost_what_a_run_in_one_format_does():
     """All experts in one format by the plan, on one rank and on several, and a mixture between both."""
     shape, trace = replace(ModelShape.of(small_config()), num_experts=4), sample_routing(np.ones((2, 4)), 64, 2)

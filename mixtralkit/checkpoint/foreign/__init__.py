@@ -10,19 +10,21 @@ from typing import Any
 import torch
 
 from mixtralkit.checkpoint.files import Region
-from mixtralkit.checkpoint.foreign.base import Linear, Method, Module, name_of
-from mixtralkit.checkpoint.foreign.bitsandbytes import Nf4
+from mixtralkit.checkpoint.foreign.base import Linear, Method, Module, by_output, name_of
+from mixtralkit.checkpoint.foreign.bitsandbytes import BitsAndBytes
 from mixtralkit.checkpoint.foreign.compressed_tensors import CompressedTensors
 from mixtralkit.checkpoint.foreign.fp8 import FbgemmFp8, FineFp8
+from mixtralkit.checkpoint.foreign.hqq import Hqq
 from mixtralkit.checkpoint.foreign.int32_words import Awq, Gptq
 from mixtralkit.checkpoint.foreign.mlx import Mlx
 from mixtralkit.checkpoint.names import Stored
 from mixtralkit.checkpoint.quantised import REFUSED, refusal, stated_quantisation
-from mixtralkit.moe.weights import PLAIN, ExpertWeights
+from mixtralkit.layout import is_projection
+from mixtralkit.moe.weights import ATTENTION_FORMATS, PLAIN, ExpertWeights
 
 METHODS: dict[str, type[Method]] = {
     "fp8": FineFp8, "fbgemm_fp8": FbgemmFp8, "compressed-tensors": CompressedTensors, "gptq": Gptq, "awq": Awq,
-    "mlx": Mlx, "bitsandbytes": Nf4,
+    "mlx": Mlx, "bitsandbytes": BitsAndBytes, "hqq": Hqq,
 }  # fmt: skip
 
 
@@ -32,12 +34,15 @@ class InOurTerms:
 
     Attributes:
         weights: the format that all experts are kept in.
-        tensors: experts as its parts, ``….w1.data``; attention and output as numbers.
-        numbers: experts as numbers too.
+        formats: that of each layer which has an exact one here, by the file's names: experts, if all have the same, and
+            attention's and the output's, if it is one of ``ATTENTION_FORMATS``.
+        tensors: these layers as the parts of their format, ``….w1.data``; others as numbers.
+        numbers: all as numbers.
         why: experts are quantised and yet plain here; empty where they are not.
     """
 
     weights: ExpertWeights
+    formats: Mapping[str, ExpertWeights]
     tensors: Mapping[str, Region]
     numbers: Mapping[str, Region]
     why: str = ""
@@ -90,15 +95,17 @@ def in_our_terms(method: Method, known: Mapping[str, Stored], regions: Mapping[s
         linears[name] = _linear(method, Module(name, known[f"{name}.weight"].shape, tensors, meant, common))
     kept, why = _kept(experts, linears)
     numbers = plain | {f"{name}.weight": linear.numbers for name, linear in linears.items()}
-    if kept.is_plain:
-        return InOurTerms(PLAIN, numbers, numbers, why)
-    rest = {name: region for name, region in numbers.items() if name.rpartition(".")[0] not in experts}
-    parts = {
-        f"{name}.{part.name}": region
-        for name in experts
-        for part, region in zip(kept.parts, linears[name].parts, strict=True)
-    }
-    return InOurTerms(kept, rest | parts, numbers)
+    held = {} if kept.is_plain else {name: linears[name] for name in experts}
+    for name, linear in linears.items():
+        if is_projection(known[f"{name}.weight"].slabs[0].source):
+            linear = by_output(linear)
+            if linear.weights in ATTENTION_FORMATS.values():
+                held[name] = linear
+    tensors = {name: region for name, region in numbers.items() if name.rpartition(".")[0] not in held}
+    for name, linear in held.items():
+        parts = zip(linear.weights.parts, linear.parts, strict=True)
+        tensors |= {f"{name}.{part.name}": region for part, region in parts}
+    return InOurTerms(kept, {name: linear.weights for name, linear in held.items()}, tensors, numbers, why)
 
 
 def _split(name: str, known: Mapping[str, Stored]) -> tuple[str | None, str]:

@@ -227,6 +227,19 @@ def fp8_linear(module: Module, data: Region, scales: Region, scale: str) -> Line
     return Linear.packed(module, weights, (data, _as_floats(module, weights, scales)))
 
 
+def by_output(linear: Linear) -> Linear:
+    """The same with a scale for each output, if it has one for the matrix in e4m3."""
+    if linear.weights != Fp8("tensor"):
+        return linear
+    data, scale = linear.parts
+
+    def repeated(rows: Bounds, columns: Bounds) -> torch.Tensor:
+        return piece(scale, (0, 1)).expand(rows[1] - rows[0], 1)
+
+    scales = Made.of(scale.name, (data.rows, 1), scale.dtype, scale, repeated)
+    return Linear(Fp8("channel"), (data, scales), linear.numbers)
+
+
 def int8_linear(module: Module, data: Region, scales: Region) -> Linear:
     """Of int8 ``data`` [O, K] and a multiplier an output."""
     weights, (outputs, inputs) = Int8(), module.shape
@@ -340,6 +353,6 @@ def check_group(group: object, inputs: int, what: str) -> int:
 
 
 __all__ = [
-    "BLOCK", "Bounds", "Linear", "Made", "Make", "Method", "Module", "check_group", "fp8_linear", "int4_linear",
-    "int8_linear", "name_of", "nibbles", "piece",
+    "BLOCK", "Bounds", "Linear", "Made", "Make", "Method", "Module", "by_output", "check_group", "fp8_linear",
+    "int4_linear", "int8_linear", "name_of", "nibbles", "piece",
 ]  # fmt: skip

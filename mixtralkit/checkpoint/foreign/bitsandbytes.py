@@ -1,4 +1,4 @@
-"""bitsandbytes in four bits: an index into sixteen numbers (nf4 or fp4) times the largest size of its block."""
+"""bitsandbytes: int8, and in four bits an index into sixteen numbers (nf4, fp4) times the largest size of its block."""
 
 from __future__ import annotations
 
@@ -9,28 +9,32 @@ from typing import Any
 import torch
 
 from mixtralkit.checkpoint.files import Region
-from mixtralkit.checkpoint.foreign.base import Bounds, Linear, Made, Module, piece
+from mixtralkit.checkpoint.foreign.base import Bounds, Linear, Made, Module, int8_linear, piece
 from mixtralkit.json_file import conform, parse_json, shown
 
 _MOST_BYTES = 1 << 16  # of what a layer's JSON says
 
 
-class Nf4:
+class BitsAndBytes:
     """``weight`` uint8 [O · K / 2, 1], the first of two numbers in the high half, and ``weight.absmax`` by blocks.
 
     ``absmax`` may be in eight bits itself: a number of ``nested_quant_map`` times the ``nested_absmax`` of its block,
     plus ``nested_offset`` of the JSON in ``quant_state``.
+
+    In eight bits ``weight`` is int8 [O, K] and ``SCB`` [O] the largest size of an output's weights, which is 127 steps.
     """
 
     title = "bitsandbytes"
-    marks = ("weight.quant_map",)
+    marks = ("weight.quant_map", "SCB")
     ignored = ()
 
     def __init__(self, stated: Mapping[str, Any]) -> None:
-        if stated.get("load_in_8bit") or not stated.get("load_in_4bit"):
-            raise ValueError("load_in_8bit (true) is not read; load_in_4bit is")
+        if not (stated.get("load_in_8bit") or stated.get("load_in_4bit")):
+            raise ValueError("load_in_4bit or load_in_8bit must be true")
 
     def linear(self, module: Module) -> Linear:
+        if "SCB" in module.tensors:
+            return _int8(module)
         outputs, inputs = module.shape
         packed = module.take("weight", [(outputs * inputs // 2, 1)], [torch.uint8])
         said = _state(module)
@@ -50,6 +54,21 @@ class Nf4:
             return numbers[:, columns[0] - first * block : columns[1] - first * block]
 
         return Linear.plain(module, data, make, "its sixteen numbers are not evenly spaced")
+
+
+def _int8(module: Module) -> Linear:
+    outputs, _ = module.shape
+    if "weight_format" in module.tensors:
+        form = int(piece(module.take("weight_format", [(), (1,)], [torch.uint8]), (0, 1)))
+        if form:
+            raise module.error("weight_format", f"format {form}", "0, rows as they are")
+    sizes = module.scales("SCB", [(outputs,)], may_be_zero=True)
+
+    def steps(rows: Bounds, columns: Bounds) -> torch.Tensor:
+        return piece(sizes, rows, columns).float() / 127
+
+    scales = Made.of(sizes.name, sizes.shape, torch.float32, sizes, steps)
+    return int8_linear(module, module.take("weight", [module.shape], [torch.int8]), scales)
 
 
 def _state(module: Module) -> Mapping[str, Any]:

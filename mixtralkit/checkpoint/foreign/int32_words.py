@@ -1,4 +1,4 @@
-"""GPTQ and AWQ: four bits a weight, eight in a word of 32, layers stored with their inputs as rows."""
+"""GPTQ and AWQ: four bits a weight, eight in a word of 32, or eight bits; layers stored with their inputs as rows."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ _EIGHTS, _SEVENS, _ONES = -0x77777778, 0x77777777, 0x11111111  # the same nibble
 class Gptq:
     """``qweight`` int32 [K / 8, O], ``qzeros`` [K / g, O / 8], ``scales`` [K / g, O], ``g_idx`` [K].
 
+    Of eight bits four are in a word, and no format here has their groups.
+
     The first version of the format has each zero point less 1, ``gptq_v2`` has it as it is. Symmetric files say 8 in
     all of them, as 7 or as 8, whatever version they state, and need none here. One is added to whole words, so that a
     zero point of 0, which borrows from its neighbour in the first version, comes out right.
@@ -30,7 +32,9 @@ class Gptq:
     ignored = ()
 
     def __init__(self, stated: Mapping[str, Any]) -> None:
-        _check_bits("bits", stated.get("bits"))
+        self.bits = stated.get("bits")
+        if self.bits not in (4, 8):
+            raise ValueError(f"bits ({shown(self.bits)}) must be 4 or 8")
         self.group = stated.get("group_size", -1)
         form = stated.get("checkpoint_format") or "gptq"
         if form not in ("gptq", "gptq_v2"):
@@ -39,12 +43,15 @@ class Gptq:
 
     def linear(self, module: Module) -> Linear:
         outputs, inputs = module.shape
-        qweight = module.take("qweight", [(-(-inputs // 8), outputs)], [torch.int32])
+        in_word = 32 // self.bits
+        qweight = module.take("qweight", [(-(-inputs // in_word), outputs)], [torch.int32])
         group = check_group(self.group, inputs, f"{qweight.file}: {module.name}: group_size")
-        qzeros = module.take("qzeros", [(inputs // group, -(-outputs // 8))], [torch.int32])
+        qzeros = module.take("qzeros", [(inputs // group, -(-outputs // in_word))], [torch.int32])
         scales = module.scales("scales", [(inputs // group, outputs)])
         index = module.take("g_idx", [(inputs,)], [torch.int32]) if "g_idx" in module.tensors else None
         _check_bias(module, outputs)
+        if self.bits == 8:
+            return self._in_bytes(module, qweight, qzeros, scales, group, index)
 
         def pairs(rows: Bounds, columns: Bounds) -> torch.Tensor:
             first = columns[0] // 8
@@ -55,6 +62,24 @@ class Gptq:
         if not (self._symmetric and _says_eight(qzeros)):
             zeros = qzeros, _zeros(qzeros, range(8), _ONES if self._less_one else 0)
         return int4_linear(module, qweight, pairs, scales, group, zeros, transposed=True, index=index)
+
+    def _in_bytes(
+        self, module: Module, qweight: Region, qzeros: Region, scales: Region, group: int, index: Region | None
+    ) -> Linear:
+        groups, more = scales.rows, 0x01010101 if self._less_one else 0
+        group_K = torch.arange(module.shape[1]) // group if index is None else piece(index, (0, index.rows)).flatten()
+        if group_K.amin() < 0 or group_K.amax() >= groups:
+            raise module.error("g_idx", f"groups {group_K.amin()} to {group_K.amax()}", f"0 to {groups - 1}")
+
+        def make(rows: Bounds, columns: Bounds) -> torch.Tensor:
+            first, of_K = columns[0] // 4, group_K[slice(*columns)].long()
+            q_OK = piece(qweight, (first, -(-columns[1] // 4)), rows).T.contiguous().view(torch.uint8)
+            q_OK = q_OK[:, columns[0] - 4 * first : columns[1] - 4 * first].float()
+            words = piece(qzeros, (0, groups), (rows[0] // 4, -(-rows[1] // 4))) + more
+            zeros_OG = words.view(torch.uint8)[:, rows[0] % 4 :][:, : rows[1] - rows[0]].T.float()
+            return (q_OK - zeros_OG[:, of_K]) * piece(scales, (0, groups), rows).T.float()[:, of_K]
+
+        return Linear.plain(module, qweight, make, "groups of 8 bits have no format here", is_across=True)
 
 
 class Awq:
@@ -69,7 +94,9 @@ class Awq:
     ignored = ()
 
     def __init__(self, stated: Mapping[str, Any]) -> None:
-        _check_bits("bits", stated.get("bits", stated.get("w_bit")))
+        bits = stated.get("bits", stated.get("w_bit"))
+        if bits != 4:
+            raise ValueError(f"bits ({shown(bits)}) must be 4")
         self.group = stated.get("group_size", stated.get("q_group_size", 128))
         version = str(stated.get("version", "gemm")).lower()
         if version != "gemm":
@@ -99,11 +126,6 @@ class Awq:
             return bytes_C8K.flatten(0, 1)[rows[0] - 8 * first : rows[1] - 8 * first]
 
         return int4_linear(module, qweight, pairs, scales, group, zeros, transposed=True)
-
-
-def _check_bits(key: str, bits: object) -> None:
-    if bits != 4:
-        raise ValueError(f"{key} ({shown(bits)}) must be 4")
 
 
 def _check_bias(module: Module, outputs: int) -> None:

@@ -55,6 +55,7 @@ def _within(budget_gb: float, layout: RankLayout, config: EngineConfig, dtype: t
     room = Room(
         model.max_batch_size, model.max_seq_len, config.limits.prefill_budget, config.moe.symmetric_rows,
         dtype.itemsize, 0.0, config.cache.page_size, config.cache.cache_tokens, layout.weights,
+        layout.attention_weights,
     )  # fmt: skip
     slots = max(len(layout.experts(layer)) for layer in range(model.n_layers))
     found = room_for_experts(model, parallel, layout.plan, room, budget_gb)

@@ -1,4 +1,4 @@
-"""What every format of expert weights says, the plain one, and matrices in any format."""
+"""What every format of weights says, the plain one, and matrices in any format."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Part:
 
 
 class ExpertWeights:
-    """A format of expert weights; made and kept for matrices [O, K], of an output's weights in a row.
+    """A format of weights, of experts first of all; made and kept for matrices [O, K], of an output's weights in a row.
 
     Attributes:
         name: what options and files call it.
@@ -84,13 +84,13 @@ class ExpertWeights:
         """Of an expert, or of a part of its hidden width."""
         return 2 * self.bytes(hidden, dim, plain) + self.bytes(dim, hidden, plain)
 
-    def check_cut(self, what: str, size: int, bounds: tuple[int, int]) -> None:
-        """ValueError where an expert's width ``size`` cannot be cut at ``bounds``, as rows of w1 and columns of w2."""
+    def check_cut(self, what: str, size: int, bounds: tuple[int, int], option: str, use: str) -> None:
+        """ValueError where a width ``size`` cannot be cut at ``bounds``, as columns, and as rows of another matrix."""
         step = max(self.unit, self.height or 1)
         if any(bound % step for bound in bounds if bound != size):
             raise ValueError(
-                f"{what} ({size}) must be cut into multiples of {step} with quantize '{self.name}', not at "
-                f"{bounds[0]} and {bounds[1]}; use experts 'ep' or another number of ranks"
+                f"{what} ({size}) must be cut into multiples of {step} with {option} '{self.name}', not at "
+                f"{bounds[0]} and {bounds[1]}; use {use} or another number of ranks"
             )
 
     def parameters(self, matrix: str) -> list[tuple[str, Part]]:

@@ -7,8 +7,7 @@ import torch.nn.functional as F
 
 from mixtralkit.moe.weights import PackedWeight
 from mixtralkit.ops.counting import count_keys
-
-TILE = 1024  # outputs of a packed matrix that are numbers at a time
+from mixtralkit.ops.linear.reference import multiply
 
 
 def expert_sum_reference(
@@ -82,16 +81,6 @@ def _looped_mm(
     """The same by one product for each group that has rows; on CPU this beats ``grouped_mm`` several times."""
     groups = x_NI.split([*counts_S, x_NI.shape[0] - sum(counts_S)])
     places = range(len(counts_S)) if storage_S is None else storage_S.tolist()  # host sync
-    linear = _packed_linear if isinstance(w_SOI, PackedWeight) else F.linear
-    parts = [linear(group, w_SOI[place]) for place, group in zip(places, groups[:-1], strict=True) if len(group)]
+    parts = [multiply(group, w_SOI[place]) for place, group in zip(places, groups[:-1], strict=True) if len(group)]
     rest_NO = x_NI.new_zeros(len(groups[-1]), w_SOI.shape[1])
     return torch.cat([*parts, rest_NO])
-
-
-def _packed_linear(x_NI: torch.Tensor, w_OI: PackedWeight) -> torch.Tensor:
-    """Makes numbers of a tile of the weights at a time, so that no matrix is ever there in full."""
-    tiles = [
-        matrix.take(first, min(first + TILE, len(matrix))) for matrix in w_OI.unstacked()
-        for first in range(0, len(matrix), TILE)
-    ]  # fmt: skip
-    return torch.cat([F.linear(x_NI, tile.float().to(x_NI.dtype)) for tile in tiles], dim=1)

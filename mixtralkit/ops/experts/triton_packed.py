@@ -20,6 +20,7 @@ from mixtralkit.moe.weights import Int4, PackedWeight
 from mixtralkit.ops.experts.triton_grouped import STREAMED, _spread, _weighted_sum, expert_sum_grouped
 from mixtralkit.ops.experts.triton_small import BLOCK_R, _add_parts, _choice_of, _start_counting
 from mixtralkit.ops.experts.triton_sorting import sort_rows
+from mixtralkit.ops.linear.triton import numbers_of
 from mixtralkit.ops.runtime import multiprocessors, overlaps_launches
 
 ROWS = 32  # of a weight matrix that a program unpacks
@@ -46,6 +47,7 @@ class _Operand:
     @classmethod
     def of(cls, packed: PackedWeight) -> _Operand:
         data, scales, *zeros = packed.tensors
+        data = data.view(torch.uint8) if data.dtype == torch.float8_e4m3fn else data
         part = packed.weights.parts[1]
         halves, group = isinstance(packed.weights, Int4), part.columns or 0
         group = 0 if group == 1 or group >= packed.columns else group
@@ -66,7 +68,7 @@ class _Operand:
 
 def _compiles() -> bool:
     """Whether kernels are compiled, not interpreted."""
-    return isinstance(_numbers, triton.runtime.JITFunction)
+    return isinstance(_halves_of, triton.runtime.JITFunction)
 
 
 def expert_sum_packed(
@@ -222,7 +224,7 @@ def _arrange(x_RD, out_RD, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
 
 
 @triton.jit
-def _numbers(bytes_OB, zero_O1, DTYPE: tl.constexpr, ZEROS: tl.constexpr, ASM: tl.constexpr):
+def _halves_of(bytes_OB, zero_O1, DTYPE: tl.constexpr, ZEROS: tl.constexpr, ASM: tl.constexpr):
     """Low and high halves of bytes less 8, or less a zero point: numbers of the rows' type, exact in any.
 
     In bfloat16 a number below 16 is the last bits of 128's mantissa; two such stand in a register.
@@ -287,7 +289,7 @@ def _packed_dot(
             low_BR = tl.load(x_R[None, :] + byte_B[:, None], has_R[None, :], 0.0)
             high_BR = tl.load(x_R[None, :] + (columns // 2 + byte_B)[:, None], has_R[None, :], 0.0)
             if AHEAD:
-                low_OB, high_OB = _numbers(bytes_OB, zero_O1, DTYPE, zero_O is not None, ASM)
+                low_OB, high_OB = _halves_of(bytes_OB, zero_O1, DTYPE, zero_O is not None, ASM)
                 part_OR = tl.dot(low_OB, low_BR, input_precision="ieee")
                 part_OR = tl.dot(high_OB, high_BR, part_OR, input_precision="ieee")
                 sum_OR += part_OR * now_O[:, None]
@@ -297,14 +299,15 @@ def _packed_dot(
                 zero_OB = 0.0
                 if zero_O is not None:
                     zero_OB = tl.load(zero_O[:, None] + group_B[None, :]).to(tl.float32)
-                low_OB, high_OB = _numbers(bytes_OB, zero_OB, DTYPE, zero_O is not None, ASM)
+                low_OB, high_OB = _halves_of(bytes_OB, zero_OB, DTYPE, zero_O is not None, ASM)
                 low_OB = (low_OB.to(tl.float32) * scale_OB).to(DTYPE)
                 high_OB = (high_OB.to(tl.float32) * scale_OB).to(DTYPE)
                 sum_OR = tl.dot(low_OB, low_BR, sum_OR, input_precision="ieee")
                 sum_OR = tl.dot(high_OB, high_BR, sum_OR, input_precision="ieee")
         else:
             k_K = k + tl.arange(0, BLOCK_K)
-            w_OK = tl.load(data_O[:, None] + k_K[None, :], eviction_policy="evict_first").to(DTYPE)
+            bytes_OK = tl.load(data_O[:, None] + k_K[None, :], eviction_policy="evict_first")
+            w_OK = numbers_of(bytes_OK, DTYPE, ASM)
             x_KR = tl.load(x_R[None, :] + k_K[:, None], has_R[None, :], 0.0)
             if AHEAD:
                 part_OR = tl.dot(w_OK, x_KR, input_precision="ieee")
@@ -490,12 +493,12 @@ def _unpack(
             zero_OB = 0.0
             if zeros is not None:
                 zero_OB = tl.load(zero_O[:, None] + group_B[None, :]).to(tl.float32)
-            low_OB, high_OB = _numbers(bytes_OB, zero_OB, DTYPE, zeros is not None, ASM)
+            low_OB, high_OB = _halves_of(bytes_OB, zero_OB, DTYPE, zeros is not None, ASM)
             tl.store(out_O1 + byte_B[None, :], (low_OB.to(tl.float32) * scale_OB).to(DTYPE), inside_O1)
             high = out_O1 + (columns // 2 + byte_B)[None, :]
             tl.store(high, (high_OB.to(tl.float32) * scale_OB).to(DTYPE), inside_O1)
         else:
             k_K = k + tl.arange(0, BLOCK_K)
-            w_OK = tl.load(data_O[:, None] + k_K[None, :], inside_O1, 0.0).to(tl.float32)
+            w_OK = numbers_of(tl.load(data_O[:, None] + k_K[None, :], inside_O1, 0), DTYPE, ASM).to(tl.float32)
             scale_O1 = tl.load(scale_O + (k // GROUP if GROUP else 0)).to(tl.float32)[:, None]
             tl.store(out_O1 + k_K[None, :], (w_OK * scale_O1).to(DTYPE), inside_O1)

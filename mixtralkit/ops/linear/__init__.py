@@ -1,16 +1,17 @@
 """A product with a weight matrix, with the norm in front of it and the residual behind it.
 
 Small batches (a decode step) cost what reading the weights costs: Triton kernels that keep the memory busy, also while
-the kernel in front of them ends. Large ones are left to the library's product. On a CPU ``ops.cpu`` does both.
+the kernel in front of them ends, and read packed weights as they are. Large ones are left to the library's product. On
+a CPU ``ops.cpu`` does both.
 """
 
 from __future__ import annotations
 
 import torch
 
+from mixtralkit.moe.weights import ATTENTION_FORMATS, PackedWeight
 from mixtralkit.ops.linear.library import linear_library
 from mixtralkit.ops.linear.reference import linear_reference
-from mixtralkit.ops.norm import rms_norm
 from mixtralkit.ops.runtime import runs_cpu, runs_triton
 
 MOST_ROWS = 64  # above, the library's product was the faster on every shape measured
@@ -18,7 +19,7 @@ MOST_ROWS = 64  # above, the library's product was the faster on every shape mea
 
 def linear(
     x_TI: torch.Tensor,
-    w_OI: torch.Tensor,
+    w_OI: torch.Tensor | PackedWeight,
     norm: tuple[torch.Tensor, float] | None = None,
     residual_TO: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
@@ -27,6 +28,7 @@ def linear(
     """x · wᵀ [+ residual], summed in float32 by kernels: [T, O].
 
     Args:
+        w_OI: in any format; the reference, without kernels for one, rounds its weights to the dtype of x.
         norm: (weight_I, eps): ``rms_norm`` of x comes first, rounded as it rounds.
         residual_TO: added before the sum is rounded.
         out: where the result goes; None takes new memory.
@@ -38,10 +40,11 @@ def linear(
     if runs_cpu(x_TI, w_OI):
         from mixtralkit.ops.cpu.products import linear_cpu
 
-        return linear_cpu(x_TI if norm is None else rms_norm(x_TI, *norm), w_OI, residual_TO, out, dtype)
-    if not runs_triton(x_TI, w_OI):
+        return linear_cpu(x_TI, w_OI, residual_TO, out, dtype, norm)
+    packed = isinstance(w_OI, PackedWeight)
+    if not (runs_triton(x_TI) and w_OI.weights in ATTENTION_FORMATS.values() if packed else runs_triton(x_TI, w_OI)):
         return linear_reference(x_TI, w_OI, norm, residual_TO, out, dtype)
-    if x_TI.shape[0] > MOST_ROWS:
+    if x_TI.shape[0] > MOST_ROWS and not packed:
         return linear_library(x_TI, w_OI, norm, residual_TO, out, dtype)
     from mixtralkit.ops.linear.triton import linear_small
 

@@ -6,6 +6,8 @@ import torch
 
 from mixtralkit.ops.norm import rms_norm
 
+MOST_PACKED_ROWS = 512  # above, packed weights are unpacked for this product
+
 
 def linear_library(
     x_TI: torch.Tensor,

@@ -32,7 +32,8 @@ class GpuBudget:
 
     @property
     def shape(self) -> ModelShape:
-        return ModelShape.of(self.config, self.room.data_bytes, self.room.weights)
+        room = self.room
+        return ModelShape.of(self.config, room.data_bytes, room.weights, room.attention_weights)
 
 
 def tiers(plan: ExpertPlan, loads_LE: np.ndarray, gpu: GpuBudget) -> ExpertPlan:

@@ -1,0 +1,70 @@
+"""What the inline assembly of the kernels gives, instruction by instruction: no machine without a GPU runs it."""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+import pytest
+import torch
+
+from mixtralkit.ops.experts import triton_packed
+from mixtralkit.ops.linear import triton as linear
+
+BYTES_4N = torch.stack([torch.arange(256).roll(shift) for shift in (0, 1, 77, 200)])  # each value in each place
+WORDS_N = (BYTES_4N << torch.tensor([[0], [8], [16], [24]])).sum(0)
+
+
+def _bf16(words_N: torch.Tensor) -> torch.Tensor:
+    """The two numbers of each word, [2, N]."""
+    return torch.stack([words_N & 0xFFFF, words_N >> 16]).to(torch.uint16).view(torch.bfloat16)
+
+
+def _fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    low, high = (_bf16(a).double() * _bf16(b).double() + _bf16(c).double()).bfloat16().view(torch.uint16).long()
+    return high << 16 | low
+
+
+def _prmt(a: torch.Tensor, b: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
+    places = [int(which) >> shift & 15 for shift in (0, 4, 8, 12)]
+    assert max(places) < 8, "no sign is repeated"
+    bytes_8 = [word >> shift & 255 for word in (a, b) for shift in (0, 8, 16, 24)]
+    return sum(bytes_8[place] << 8 * i for i, place in enumerate(places))
+
+
+DOES = {
+    "mov.b32": lambda a: a, "and.b32": lambda a, b: a & b, "or.b32": lambda a, b: a | b,
+    "shr.u32": lambda a, count: a >> count, "prmt.b32": _prmt, "fma.rn.bf16x2": _fma,
+}  # fmt: skip
+
+
+def run_asm(text: str, outputs: int, word: torch.Tensor) -> torch.Tensor:
+    """The numbers of the output registers, two each, [2 · outputs, N]; as PTX's manual describes the instructions."""
+    registers = {f"${outputs}": word}
+    for line in text.strip(" {}\n").split(";"):
+        name, *operands = re.split(r"[ ,]+", line.strip())
+        if not name or name == ".reg":
+            continue
+        to, *read = operands
+        values = [torch.tensor(int(x, 0)) if x[0].isdigit() else registers[x] for x in read]
+        registers[to] = DOES[name](*(value.expand_as(word) if name.startswith("fma") else value for value in values))
+    return torch.cat([_bf16(registers[f"${i}"]) for i in range(outputs)])
+
+
+def asm_of(kernel, which: int) -> str:
+    return re.findall(r'inline_asm_elementwise\(\s*"""(.*?)"""', inspect.getsource(kernel.fn), re.S)[which]
+
+
+@pytest.mark.parametrize(("which", "dtype"), [(0, torch.float8_e4m3fn), (1, torch.int8)])
+def test_every_byte_becomes_its_number(which, dtype):
+    found_4N = run_asm(asm_of(linear.numbers_of, which), 2, WORDS_N)
+    wanted_4N = BYTES_4N.to(torch.uint8).view(dtype).float()
+    is_number = ~wanted_4N.isnan()  # no weight is NaN: the loader refuses it
+    assert is_number.sum() >= 4 * 254
+    assert found_4N.float()[is_number].equal(wanted_4N[is_number])
+
+
+def test_both_halves_of_every_byte_become_numbers():
+    low_4N, high_4N = run_asm(asm_of(triton_packed._halves_of, 0), 4, WORDS_N).float().split(4)
+    assert low_4N.equal((BYTES_4N & 15).float() - 8)
+    assert high_4N.equal((BYTES_4N >> 4).float() - 8)
