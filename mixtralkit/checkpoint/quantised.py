@@ -9,7 +9,7 @@ from mixtralkit.json_file import shown
 
 # quant_method in config.json -> what people call it, where it is not read (``foreign.METHODS`` are)
 REFUSED = {
-    "modelopt": "ModelOpt", "hqq": "HQQ", "aqlm": "AQLM", "quanto": "quanto",
+    "modelopt": "ModelOpt", "aqlm": "AQLM", "quanto": "quanto",
     "eetq": "EETQ", "exl2": "EXL2", "exl3": "EXL3", "torchao": "torchao", "gguf": "GGUF", "mxfp4": "MXFP4",
     "marlin": "Marlin", "auto-round": "AutoRound", "vptq": "VPTQ", "higgs": "HIGGS", "spqr": "SpQR",
     "quark": "Quark", "bitnet": "BitNet", "modelopt_fp8": "ModelOpt",

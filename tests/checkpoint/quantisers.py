@@ -258,6 +258,27 @@ def of_bytes(less: int, group: int = 64, in_order: bool = True) -> Quantise:
     return quantise
 
 
+def hqq(bits: int, group: int = 64) -> Quantise:
+    """HQQ's layers from the definition of their layout, as its own library (0.2.8) packs them and reads them back."""
+
+    def quantise(w_OK: torch.Tensor):
+        w_GC = w_OK.float().reshape(-1, group)
+        low_G1, high_G1 = w_GC.amin(1, keepdim=True), w_GC.amax(1, keepdim=True)
+        scale_G1 = ((high_G1 - low_G1) / (2**bits - 1)).half()
+        zero_G1 = (-low_G1 / scale_G1.float()).half()
+        q_GC = (w_GC / scale_G1.float() + zero_G1.float()).round().clamp(0, 2**bits - 1).to(torch.uint8)
+        packed = 0
+        for part in q_GC.chunk(8 // bits):
+            packed = packed * 2**bits + part
+        said = {"nbits": bits, "group_size": group, "axis": 1, "view_as_float": 0, "quant_scale": 0, "quant_zero": 0}
+        held = {end: torch.tensor(value, dtype=torch.int32) for end, value in said.items()}
+        held |= {"W_q": packed, "scale": scale_G1, "zero": zero_G1, "shape": torch.tensor(w_OK.shape)}
+        held["packing"] = torch.tensor(list(b"4bit_u8"), dtype=torch.uint8)
+        return held, ((q_GC.float() - zero_G1.float()) * scale_G1.float()).view(w_OK.shape)
+
+    return quantise
+
+
 def bnb_int8(w_OK: torch.Tensor):
     """bitsandbytes' own on a CPU; its numbers by ``int8_vectorwise_dequant``."""
     from bitsandbytes.functional import int8_vectorwise_dequant, int8_vectorwise_quant

@@ -41,6 +41,7 @@ from tests.checkpoint.quantisers import (
     by_scalar,
     change,
     ct,
+    hqq,
     in_order_of_use,
     nf4,
     of_bytes,
@@ -106,6 +107,17 @@ def test_gptq_in_eight_bits_becomes_numbers(tmp_path: Path, version: str, in_ord
     expected = write(tmp_path, of_bytes(0x01010101 if version == "gptq" else 0, in_order=in_order), stated)
     with pytest.warns(UserWarning, match=r"by GPTQ become numbers, .*because .*groups of 8 bits"):
         assert_reads(tmp_path, expected, "plain", tmp_path)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_hqq_becomes_numbers(tmp_path: Path, bits: int) -> None:
+    stated = {"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": bits}}}
+    expected = write(tmp_path, hqq(bits), stated)
+    with pytest.warns(UserWarning, match=r"by HQQ become numbers, .*because .*zero points are fractions"):
+        assert_reads(tmp_path, expected, "plain", tmp_path)
+    change(tmp_path, axis=torch.tensor(0, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"w2\.axis: found 0, wanted 1"):
+        open_checkpoint(tmp_path)
 
 
 def test_bitsandbytes_int8_is_kept(tmp_path: Path) -> None:

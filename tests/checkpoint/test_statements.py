@@ -184,7 +184,6 @@ def test_absent_keys_are_what_transformers_takes(tmp_path: Path) -> None:
         ({"quantization_config": {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}}, "format"),
         ({"quantization_config": "awq"}, r"quantization_config \('awq'\) must be an object"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "load_in_4bit or load_in_8bit must be true"),
-        ({"quantization_config": {"quant_method": "hqq"}}, "quantised by HQQ, which is not read"),
         ({"quantization": {"group_size": 64, "bits": 4, "mode": "mxfp4"}}, r"mode \('mxfp4'\) must be affine"),
     ],
 )

@@ -14,6 +14,7 @@ from mixtralkit.checkpoint.foreign.base import Linear, Method, Module, by_output
 from mixtralkit.checkpoint.foreign.bitsandbytes import BitsAndBytes
 from mixtralkit.checkpoint.foreign.compressed_tensors import CompressedTensors
 from mixtralkit.checkpoint.foreign.fp8 import FbgemmFp8, FineFp8
+from mixtralkit.checkpoint.foreign.hqq import Hqq
 from mixtralkit.checkpoint.foreign.int32_words import Awq, Gptq
 from mixtralkit.checkpoint.foreign.mlx import Mlx
 from mixtralkit.checkpoint.names import Stored
@@ -23,7 +24,7 @@ from mixtralkit.moe.weights import ATTENTION_FORMATS, PLAIN, ExpertWeights
 
 METHODS: dict[str, type[Method]] = {
     "fp8": FineFp8, "fbgemm_fp8": FbgemmFp8, "compressed-tensors": CompressedTensors, "gptq": Gptq, "awq": Awq,
-    "mlx": Mlx, "bitsandbytes": BitsAndBytes,
+    "mlx": Mlx, "bitsandbytes": BitsAndBytes, "hqq": Hqq,
 }  # fmt: skip
 
 
