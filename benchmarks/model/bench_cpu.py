@@ -37,6 +37,7 @@ from mixtralkit.layout import RankLayout
 from mixtralkit.mixtral import choose_layout
 from mixtralkit.model.transformer import Transformer
 from mixtralkit.ops.cpu.build import kernels
+from mixtralkit.ops.cpu.memory import ask_for_large_pages
 from mixtralkit.ops.cpu.products import read_cpu
 
 SHORT = 8  # tokens of a prompt whose answer is timed
@@ -192,7 +193,9 @@ class Ours:
         fill(self.model.named_tensors())
         self.words = RandomWords(config.vocab_size)
         self.engine = Engine(self.model, self.words, prefill_budget=config.max_seq_len * config.max_batch_size)
-        self.buffer = torch.ones(2**26)
+        self.buffer = torch.empty(2**27)
+        ask_for_large_pages([self.buffer])
+        self.buffer.fill_(1)
 
     def step_s(self, work: list[Request]) -> float:
         """Seconds of a step in which every sequence gets a token.

@@ -31,6 +31,7 @@ from mixtralkit.moe.tiers import TierSetup
 from mixtralkit.moe.transfers import MoveReport
 from mixtralkit.moe.two_phase import TwoPhase
 from mixtralkit.ops.all_reduce import RowReducer
+from mixtralkit.ops.cpu.memory import ask_for_large_pages
 from mixtralkit.ops.experts import takes_packed
 from mixtralkit.ops.hidden import Hidden
 from mixtralkit.ops.ragged_attention import only_the_device
@@ -83,6 +84,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps, **like)
         self.output = Projection(*layout.projections["output"], layout.attention_weights, **like)
         self.requires_grad_(False)
+        ask_for_large_pages(self.parameters())
         if self.store.tiers is not None:
             following = list(self.layers)[1:]
             routers = [(block.ffn_norm.of, block.feed_forward.gate.weight) for block in following]

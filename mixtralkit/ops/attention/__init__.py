@@ -78,6 +78,8 @@ def rotate_and_store(
     """
     if runs_triton(qkv_TQ):
         from mixtralkit.ops.attention.triton import launch_rotate_and_store as store
+    elif runs_cpu(qkv_TQ, keys_NJPC):
+        from mixtralkit.ops.cpu.attention import rotate_and_store_cpu as store
     else:
         store = rotate_and_store_reference
     return store(qkv_TQ, keys_NJPC, values_NJPC, tables_SM, slots_T, positions_T, rope_SC, heads)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 
-from mixtralkit.ops.attention.reference import rotate_and_store_reference
 from mixtralkit.ops.cpu.build import kernels
 from mixtralkit.ops.cpu.products import TYPES, rows_of
 
@@ -41,6 +40,35 @@ def attention_cpu(
     return out_THC
 
 
+def rotate_and_store_cpu(
+    qkv_TQ: torch.Tensor,
+    keys_NJPC: torch.Tensor,
+    values_NJPC: torch.Tensor,
+    tables_SM: torch.Tensor,
+    slots_T: torch.Tensor,
+    positions_T: torch.Tensor,
+    rope_SC: torch.Tensor,
+    heads: int,
+) -> torch.Tensor:
+    """``ops.attention.rotate_and_store``."""
+    rows, (_, kv_heads, page_size, head_dim) = len(qkv_TQ), keys_NJPC.shape
+    q_THC = qkv_TQ.new_empty(rows, heads, head_dim)
+    slots_T, positions_T = slots_T.contiguous(), positions_T.contiguous()
+    assert keys_NJPC.stride() == values_NJPC.stride()
+    assert keys_NJPC.dtype == values_NJPC.dtype == qkv_TQ.dtype
+    assert slots_T.dtype == positions_T.dtype == torch.int64
+    assert tables_SM.dtype == torch.int32
+    assert rope_SC.dtype == torch.float32
+    assert tables_SM.is_contiguous()
+    assert rope_SC.is_contiguous()
+    kernels().mk_rotate_and_store(
+        torch.get_num_threads(), rows, heads, kv_heads, head_dim, rows_of(qkv_TQ), rope_SC.data_ptr(),
+        keys_NJPC.data_ptr(), values_NJPC.data_ptr(), *keys_NJPC.stride()[:3], page_size, tables_SM.data_ptr(),
+        tables_SM.shape[1], slots_T.data_ptr(), positions_T.data_ptr(), rows_of(q_THC.view(rows, -1)),
+    )  # fmt: skip
+    return q_THC
+
+
 def decode_attention_cpu(
     qkv_BQ: torch.Tensor,
     keys_NJPC: torch.Tensor,
@@ -55,7 +83,7 @@ def decode_attention_cpu(
 ) -> torch.Tensor:
     """``ops.attention.decode_attention``."""
     cache = (keys_NJPC, values_NJPC, tables_SM)
-    q_BHC = rotate_and_store_reference(qkv_BQ, *cache, slots_B, positions_B, rope_SC, heads)
+    q_BHC = rotate_and_store_cpu(qkv_BQ, *cache, slots_B, positions_B, rope_SC, heads)
     found = attention_cpu(q_BHC, *cache, slots_B, positions_B, window).flatten(1)
     return found if out is None else out.copy_(found)
 

@@ -15,7 +15,9 @@ import tempfile
 import warnings
 from pathlib import Path
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "attention.h", "quantised.h", "vectors.h"))
+SOURCES = tuple(
+    Path(__file__).with_name(name) for name in ("kernels.cpp", "attention.h", "quantised.h", "rows.h", "vectors.h")
+)
 COMPILERS = ("g++", "c++", "clang++")
 # infinities, the order of sums and their roundings stay as they are written
 FLAGS = (
@@ -40,6 +42,12 @@ class Weight(ctypes.Structure):
         ("type", INT), ("group", LONG), ("data", POINTER), ("ld", LONG), ("slot", LONG),
         ("scales", POINTER), ("scales_slot", LONG), ("zeros", POINTER), ("zeros_slot", LONG),
     )  # fmt: skip
+
+
+class Norm(ctypes.Structure):
+    """``mk_norm``."""
+
+    _fields_ = (("weight", POINTER), ("eps", ctypes.c_float))
 
 
 @functools.lru_cache
@@ -99,7 +107,12 @@ def _processor() -> str:
 
 def _load(library: Path) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(library))
-    loaded.mk_linear.argtypes = (INT, *(LONG,) * 3, *(POINTER,) * 4)
+    loaded.mk_linear.argtypes = (INT, *(LONG,) * 3, *(POINTER,) * 5)
+    loaded.mk_gate.argtypes = (INT, *(LONG,) * 4, *(POINTER,) * 7)
+    loaded.mk_best.argtypes = (INT, *(LONG,) * 2, POINTER, LONG, *(POINTER,) * 3)
+    loaded.mk_rotate_and_store.argtypes = (
+        INT, *(LONG,) * 4, *(POINTER,) * 4, *(LONG,) * 4, POINTER, LONG, POINTER, POINTER, POINTER,
+    )  # fmt: skip
     loaded.mk_expert_sum.argtypes = (INT, *(LONG,) * 6, *(POINTER,) * 7)
     loaded.mk_attention.argtypes = (
         INT, *(LONG,) * 4, POINTER, INT, POINTER, POINTER, *(LONG,) * 4, POINTER, LONG, POINTER, POINTER, LONG, POINTER,

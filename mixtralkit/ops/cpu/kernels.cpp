@@ -10,10 +10,8 @@
 
 #include "attention.h"
 #include "quantised.h"
+#include "rows.h"
 #include "vectors.h"
-
-// Rows of a tensor; `ld` numbers from row to row. `data` is null where there is none.
-struct mk_rows { int type; void* data; long ld; };
 
 // Matrices [slots, outputs, K]; distances in bytes. Types above F16 are in quantised.h.
 struct mk_weight {
@@ -33,14 +31,9 @@ constexpr long CHUNK = 1024;        // columns: 4 rows of weights and 3 of x in 
 constexpr long PART = CHUNK + 16;   // floats from row to row there, not in the same set of the cache
 constexpr long FEW = 24;            // rows up to which converting in registers beats converting into the first cache
 constexpr long BLOCK = 48;          // rows of x whose chunk stays in the second cache
-constexpr long AHEAD = 1024;        // bytes from what is read to what is asked for
+constexpr long AHEAD = 512;           // bytes from what is read to what is asked for
 constexpr long OUTPUTS = 32;        // of one piece of work
 
-enum Type { F32, BF16, F16, INT8, INT4 };
-
-struct Free { void operator()(void* p) const { free(p); } };
-using Floats = std::unique_ptr<float[], Free>;
-Floats floats(long count) { return Floats((float*)aligned_alloc(64, (std::max(count, 1L) * 4 + 63) / 64 * 64)); }
 long padded(long k) { return (k + 15) / 16 * 16 + (k >= CHUNK ? 16 : 0); }
 
 // Holds a vector in its register: compilers would rather read it from memory again for every use.
@@ -123,11 +116,18 @@ constexpr int MOST = 6;  // rows of a tile of 4 outputs, as many as there are re
 #else
 constexpr int MOST = 3;
 #endif
+constexpr int WIDEST = std::max(MOST, 4);  // rows of a tile of 2 outputs: beside weights that become float32 in registers
 
 template <int MR, bool FIRST, class T>
 inline void tile_of(int count, const T* w, long ldw, const float* const* x, long k0, long n, float* const* out, long turn,
                     long jump) {
-    if (count == 4) return tile<4, MR, FIRST>(w, ldw, x, k0, n, out, turn, jump);
+    if (count == 4 && MR <= MOST) return tile<4, MR, FIRST>(w, ldw, x, k0, n, out, turn, jump);
+    if (count == 4) {
+        float* at[MR];
+        for (int m = 0; m < MR; m++) at[m] = out[m] + 2;
+        tile<2, MR, FIRST>(w, ldw, x, k0, n, out, turn, jump);
+        return tile<2, MR, FIRST>(w + 2 * ldw, ldw, x, k0, n, at, turn, jump);
+    }
     for (int r = 0; r < count; r++) {
         float* at[MR];
         for (int m = 0; m < MR; m++) at[m] = out[m] + r;
@@ -142,14 +142,14 @@ void tile_of(int rows, int count, const T* w, long ldw, const float* const* x, l
         case 1: return tile_of<1, FIRST>(count, w, ldw, x, k0, n, out, turn, jump);
         case 2: return tile_of<2, FIRST>(count, w, ldw, x, k0, n, out, turn, jump);
         case 3: return tile_of<3, FIRST>(count, w, ldw, x, k0, n, out, turn, jump);
-        case 4: return tile_of<std::min(4, MOST), FIRST>(count, w, ldw, x, k0, n, out, turn, jump);
+        case 4: return tile_of<4, FIRST>(count, w, ldw, x, k0, n, out, turn, jump);
         case 5: return tile_of<std::min(5, MOST), FIRST>(count, w, ldw, x, k0, n, out, turn, jump);
         default: return tile_of<MOST, FIRST>(count, w, ldw, x, k0, n, out, turn, jump);
     }
 }
 
-// Rows of the tile that starts at m: as even as tiles of up to MOST can be.
-inline int tile_rows(long rows, long m) { long left = rows - m, tiles = (left + MOST - 1) / MOST; return (int)((left + tiles - 1) / tiles); }
+// Rows of the tile that starts at m: as even as tiles of up to `most` can be.
+inline int tile_rows(long rows, long m, int most) { long left = rows - m, tiles = (left + most - 1) / most; return (int)((left + tiles - 1) / tiles); }
 
 template <class T>
 void few(const T* w, long ldw, long outputs, long K, const float* const* x, long rows, float* const* out) {
@@ -160,10 +160,10 @@ void few(const T* w, long ldw, long outputs, long K, const float* const* x, long
         for (long k = 0; k < K; k += CHUNK) {
             const T* from = w + o * ldw + k;
             long n = std::min(CHUNK, K - k);
-            int step = tile_rows(rows, 0);
+            int step = tile_rows(rows, 0, WIDEST);
             long turn = (K - k) * (long)sizeof(T) - AHEAD, jump = (4 * ldw - K) * (long)sizeof(T);  // to the next outputs
             tile_of<true>(step, count, from, ldw, x, k, n, at, turn, jump);
-            for (long m = step; m < rows; m += step) tile_of<false>(step = tile_rows(rows, m), count, from, ldw, x + m, k, n, at + m);
+            for (long m = step; m < rows; m += step) tile_of<false>(step = tile_rows(rows, m, WIDEST), count, from, ldw, x + m, k, n, at + m);
         }
     }
 }
@@ -196,7 +196,7 @@ void many(Convert convert, Ahead ahead, long row_bytes, long bytes, long outputs
                 convert(o, count, k, n, part);
                 const char* next = o + 8 <= outputs ? ahead(o + 4, k) : ahead(0, k + CHUNK);
                 for (long m = m0; m < m1; m += step, next += 64 * lines) {
-                    step = tile_rows(m1, m);
+                    step = tile_rows(m1, m, MOST);
                     for (int i = 0; i < step; i++) at[i] = out[m + i] + o;
                     for (int i = 0; i < 4 * lines; i++) __builtin_prefetch(next + i % 4 * row_bytes + i / 4 * 64);
                     tile_of<false>(step, count, part, PART, x + m, k, whole, at);
@@ -231,19 +231,6 @@ void product(const mk_weight& w, long slot, long first, long outputs, long K, lo
     const uint8_t* zeros = w.zeros ? (const uint8_t*)w.zeros + slot * w.zeros_slot : nullptr;
     Packed packed{w.data + slot * w.slot, w.ld, w.scales + slot * w.scales_slot, zeros, w.type == INT8 ? 0 : w.group, columns(w, K)};
     product_packed(packed, first, outputs, columns(w, last), narrow, rows, out);
-}
-
-template <class T> void read_row(const T* from, long n, float* to) { for (long i = 0; i < n; i++) to[i] = to_float(from[i]); }
-void read_row(int type, const char* p, long at, long n, float* to) {
-    if (type == F32) read_row((const float*)p + at, n, to);
-    else if (type == BF16) read_row((const bf16*)p + at, n, to);
-    else read_row((const f16*)p + at, n, to);
-}
-template <class T> void write_row(const float* from, long n, T* to) { for (long i = 0; i < n; i++) from_float(from[i], to + i); }
-void write_row(int type, const float* from, long n, char* p, long at) {
-    if (type == F32) write_row(from, n, (float*)p + at);
-    else if (type == BF16) write_row(from, n, (bf16*)p + at);
-    else write_row(from, n, (f16*)p + at);
 }
 
 // Rows in float32, padded with zeros to what weights of K columns may want, and in 16 bits where those want that.
@@ -288,9 +275,9 @@ void write(float* y, long m, long first, long n, const mk_rows& residual, const 
 
 extern "C" {
 
-// out [M, O] = x [M, K] · wᵀ [+ residual [M, O]].
-void mk_linear(int threads, long M, long K, long O, const mk_rows* x, const mk_weight* w, const mk_rows* residual,
-               const mk_rows* out) {
+// out [M, O] = norm(x) [M, K] · wᵀ [+ residual [M, O]].
+void mk_linear(int threads, long M, long K, long O, const mk_rows* x, const mk_norm* norm, const mk_weight* w,
+               const mk_rows* residual, const mk_rows* out) {
     Rows rows(M, K, *w);
     long pieces = (O + OUTPUTS - 1) / OUTPUTS;
 #pragma omp parallel num_threads(threads)
@@ -300,7 +287,7 @@ void mk_linear(int threads, long M, long K, long O, const mk_rows* x, const mk_w
         for (long m = 0; m < M; m++) at[m] = sums.get() + m * OUTPUTS;
 #pragma omp for
         for (long m = 0; m < M; m++) {
-            read_row(x->type, (const char*)x->data, m * x->ld, K, rows.row(m));
+            read_normed(*x, *norm, m, K, rows.row(m));
             rows.finish(m);
         }
 #pragma omp for schedule(dynamic)
@@ -310,6 +297,27 @@ void mk_linear(int threads, long M, long K, long O, const mk_rows* x, const mk_w
             for (long m = 0; m < M; m++) write(at[m], m, first, n, *residual, *out);
         }
     }
+}
+
+// normed [M, K] = norm(x), logits [M, E] = normed · wᵀ in float32, experts [M, top] the largest and weights their softmax.
+void mk_gate(int threads, long M, long K, long E, long top, const mk_rows* x, const mk_norm* norm, const mk_weight* w,
+             const mk_rows* normed, float* logits, int64_t* experts, float* weights) {
+    Rows rows(M, K, *w);
+#pragma omp parallel for num_threads(std::min<long>(threads, M)) if (M > 1)
+    for (long m = 0; m < M; m++) {
+        read_normed(*x, *norm, m, K, rows.row(m));
+        rows.finish(m);
+        write_row(normed->type, rows.row(m), K, (char*)normed->data, m * normed->ld);
+        float* out = logits + m * E;
+        product(*w, 0, 0, E, K, K, &rows.at[m], &rows.narrow_at[m], 1, &out);
+        choose(out, E, top, experts + m * top, weights + m * top);
+    }
+}
+
+// Largest logit of each row [M, V], its token and log Σ e^logit.
+void mk_best(int threads, long M, long V, const float* logits, long ld, int64_t* tokens, float* values, float* logsumexp) {
+#pragma omp parallel for num_threads(std::min<long>(threads, M)) if (M > 1)
+    for (long m = 0; m < M; m++) best_of(logits + m * ld, V, tokens + m, values + m, logsumexp + m);
 }
 
 // out [R, D] = Σ_k weights · w2 · (silu(w1 · x) * (w3 · x)) [+ residual]; w13 has w1 above w3 of each slot; a slot
@@ -375,6 +383,27 @@ void mk_expert_sum(int threads, long R, long D, long F, long last, long S, long 
                     for (long i = 0; place[k] >= 0 && i < n; i++) y[i] += weights[k] * at[place[k]][i];
                 write(y, m, first, n, *residual, *out);
             }
+        }
+    }
+}
+
+// Turns queries and keys of qkv [T, H + 2 J heads, C] by `rope` [positions, C / 2, 2]; queries go to out [T, H, C], keys and
+// values to the cache of their slots unless those are below 0. The cache as in `mk_attention`, of qkv's type.
+void mk_rotate_and_store(int threads, long T, long H, long J, long C, const mk_rows* qkv, const float* rope, void* keys,
+                         void* values, long page, long head, long row, long P, const int32_t* tables, long M,
+                         const int64_t* slots, const int64_t* positions, const mk_rows* out) {
+#pragma omp parallel for num_threads(std::min<long>(threads, T)) if (T > 1)
+    for (long t = 0; t < T; t++) {
+        Floats x = floats(C);
+        long there = 0;
+        if (slots[t] >= 0) there = Pages{tables + slots[t] * M, P, page, row}.at(positions[t]);
+        for (long h = 0; h < H + 2 * J; h++) {
+            if (h >= H && slots[t] < 0) break;
+            read_row(qkv->type, (const char*)qkv->data, t * qkv->ld + h * C, C, x.get());
+            if (h < H + J) turn(x.get(), rope + positions[t] * C, C);
+            if (h < H) write_row(out->type, x.get(), C, (char*)out->data, t * out->ld + h * C);
+            else if (h < H + J) write_row(qkv->type, x.get(), C, (char*)keys, there + (h - H) * head);
+            else write_row(qkv->type, x.get(), C, (char*)values, there + (h - H - J) * head);
         }
     }
 }

@@ -7,8 +7,10 @@ import ctypes
 import torch
 
 from mixtralkit.moe.weights import PackedWeight
-from mixtralkit.ops.cpu.build import Rows, Weight, kernels
+from mixtralkit.ops.cpu.build import Norm, Rows, Weight, kernels
+from mixtralkit.ops.gate.types import Gated
 from mixtralkit.ops.runtime import CPU_TYPES
+from mixtralkit.ops.sampling.types import Best
 
 TYPES = {dtype: number for number, dtype in enumerate(CPU_TYPES)}
 
@@ -19,8 +21,9 @@ def linear_cpu(
     residual_TO: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    norm: tuple[torch.Tensor, float] | None = None,
 ) -> torch.Tensor:
-    """x · wᵀ [+ residual], summed in float32, rounded once: [T, O].
+    """norm(x) · wᵀ [+ residual], summed in float32, rounded once: [T, O]. The norm, if any, rounds as ``rms_norm``.
 
     A row's result depends on nothing but the row and the weights: not on other rows, not on the number of threads.
     Beside packed weights x is rounded to 16 bits for each group of columns (``quantised.h``).
@@ -30,9 +33,38 @@ def linear_cpu(
     assert x_TI.shape[1] == w_OI.shape[1]
     kernels().mk_linear(
         torch.get_num_threads(), *x_TI.shape, w_OI.shape[0],
-        rows_of(x_TI), weight_of(w_OI), rows_of(residual_TO), rows_of(out),
+        rows_of(x_TI), norm_of(norm, x_TI), weight_of(w_OI), rows_of(residual_TO), rows_of(out),
     )  # fmt: skip
     return out
+
+
+def gate_cpu(
+    x_TD: torch.Tensor, gate_ED: torch.Tensor, top_k: int, norm: tuple[torch.Tensor, float] | None = None
+) -> Gated:
+    """``ops.gate.gate``; logits are not rounded."""
+    (rows, dim), experts = x_TD.shape, len(gate_ED)
+    assert top_k <= experts
+    logits_TE, weights_TK = torch.empty(rows, experts), torch.empty(rows, top_k)
+    experts_TK = torch.empty(rows, top_k, dtype=torch.int64)
+    normed_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
+    kernels().mk_gate(
+        torch.get_num_threads(), rows, dim, experts, top_k, rows_of(x_TD), norm_of(norm, x_TD), weight_of(gate_ED),
+        rows_of(normed_TD), logits_TE.data_ptr(), experts_TK.data_ptr(), weights_TK.data_ptr(),
+    )  # fmt: skip
+    return Gated(experts_TK, weights_TK, logits_TE, normed_TD)
+
+
+def best_token_cpu(logits_NV: torch.Tensor, first_token: int = 0) -> Best:
+    """``ops.sampling.best_token`` of float32 logits."""
+    rows, tokens = logits_NV.shape
+    tokens_N, (values_N, logsumexp_N) = torch.empty(rows, dtype=torch.int64), torch.empty(2, rows).unbind()
+    assert logits_NV.dtype == torch.float32
+    assert logits_NV.stride(1) == 1
+    kernels().mk_best(
+        torch.get_num_threads(), rows, tokens, logits_NV.data_ptr(), logits_NV.stride(0), tokens_N.data_ptr(),
+        values_N.data_ptr(), logsumexp_N.data_ptr(),
+    )  # fmt: skip
+    return Best(tokens_N.add_(first_token), values_N, logsumexp_N)
 
 
 def expert_sum_cpu(
@@ -76,6 +108,16 @@ def rows_of(x: torch.Tensor | None) -> ctypes.Structure:
         return ctypes.byref(Rows())
     assert x.stride(-1) == 1
     return ctypes.byref(Rows(TYPES[x.dtype], x.data_ptr(), x.stride(0)))
+
+
+def norm_of(norm: tuple[torch.Tensor, float] | None, x_TD: torch.Tensor) -> ctypes.Structure:
+    """A norm of rows; its weight is of their type."""
+    if norm is None:
+        return ctypes.byref(Norm())
+    weight_D, eps = norm
+    assert weight_D.dtype == x_TD.dtype
+    assert weight_D.is_contiguous()
+    return ctypes.byref(Norm(weight_D.data_ptr(), eps))
 
 
 def weight_of(w: torch.Tensor | PackedWeight) -> ctypes.Structure:

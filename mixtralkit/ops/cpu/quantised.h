@@ -15,6 +15,7 @@
 constexpr long X_GROUP = 64;          // x of one scale beside INT8
 constexpr long NARROW_CHUNK = 2048;   // columns: weights and 4 rows of x in 16 bits fit the first cache
 constexpr long NARROW_ROWS = 64;      // of which a chunk fits the second
+constexpr long NARROW_OUTPUTS = 4;    // whose chunk of weights stays in the first cache while rows take turns
 
 struct Packed {
     const char* data;
@@ -75,111 +76,143 @@ static inline vfloat8 fma8(vint8w a, float b, vfloat8 c) {
     return c + __builtin_convertvector(a, vfloat8) * b;
 #endif
 }
-static inline float sum8(vfloat8 v) { return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7])); }
-
-static inline vshort bytes16(const char* p) {
-    typedef int8_t b16 __attribute__((vector_size(16)));
-    return __builtin_convertvector(load_as<b16>(p), vshort);
+// Sums of eight numbers each, in the order ((0+1)+(2+3))+((4+5)+(6+7)), added to out[0 … N).
+template <int N> static inline void add_sums(const vfloat8* v, float* out) {
+#if defined(__AVX__)
+    if constexpr (N == 4) {
+        __m256 low = _mm256_hadd_ps((__m256)v[0], (__m256)v[1]), high = _mm256_hadd_ps((__m256)v[2], (__m256)v[3]);
+        __m256 fours = _mm256_hadd_ps(low, high);
+        __m128 sums = _mm_add_ps(_mm256_castps256_ps128(fours), _mm256_extractf128_ps(fours, 1));
+        return _mm_storeu_ps(out, _mm_add_ps(_mm_loadu_ps(out), sums));
+    }
+#endif
+    for (int i = 0; i < N; i++) out[i] += ((v[i][0] + v[i][1]) + (v[i][2] + v[i][3])) + ((v[i][4] + v[i][5]) + (v[i][6] + v[i][7]));
 }
 
-// MR rows times columns k … k + n of one output, added to out[m]. Every path sums chunks of NARROW_CHUNK columns like this,
-// so a row's result does not depend on how many there are.
-template <int MR>
-static inline void chunk_int8(const Packed& w, long o, long k0, long n, const Narrow* x, float* const* out, long at) {
-    const char* p = w.data + o * w.ld + k0;
-    vfloat8 acc[MR] = {};
-    for (long k = 0; k < n; k += X_GROUP) {
-        __builtin_prefetch(p + k + 1024);
-        vshort part[4];
-        for (int j = 0; j < 4; j++) part[j] = bytes16(p + k + 16 * j);
-        for (int m = 0; m < MR; m++) {
-            vint8w dots = {};
-            for (int j = 0; j < 4; j++) dots += pairs(part[j], load_as<vshort>(x[m].x + k0 + k + 16 * j));
-            acc[m] = fma8(dots, x[m].scale[(k0 + k) / X_GROUP], acc[m]);
+constexpr int unit_bytes(int group) { return group ? 32 : 64; }  // of 64 columns
+
+// 64 weights as four vectors of sixteen neighbours.
+template <int GROUP> static inline void unpack(const char* p, vshort (&part)[4]) {
+    if constexpr (GROUP == 0) {
+        for (int j = 0; j < 4; j++) {
+#if defined(__AVX2__)
+            part[j] = (vshort)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(p + 16 * j)));
+#else
+            typedef int8_t bytes __attribute__((vector_size(16)));
+            part[j] = __builtin_convertvector(load_as<bytes>(p + 16 * j), vshort);
+#endif
         }
+    } else {
+        typedef uint16_t words __attribute__((vector_size(32)));
+        words bits = load_as<words>(p);
+        part[0] = (vshort)(bits & 15), part[1] = (vshort)(bits >> 4 & 15), part[2] = (vshort)(bits >> 8 & 15), part[3] = (vshort)(bits >> 12);
     }
-    float scale;
-    memcpy(&scale, w.scales + 4 * o, 4);
-    for (int m = 0; m < MR; m++) out[m][at] += sum8(acc[m]) * scale;
 }
 
-template <int MR, int GROUP>
-static inline void chunk_int4(const Packed& w, long o, long k0, long n, const Narrow* x, float* const* out, long at) {
-    constexpr int MOST_GROUPS = NARROW_CHUNK / GROUP;
-    long count = n / GROUP, g0 = k0 / GROUP, g = 0;
-    const char* p = w.data + o * w.ld + k0 / 2;
-    const f16* scales = (const f16*)w.scales + o * (w.columns / GROUP) + g0;
-    const uint8_t* zeros = w.zeros ? w.zeros + o * (w.columns / GROUP) + g0 : nullptr;
-    float scale[MR][MOST_GROUPS], less[MR] = {};
-    vfloat off[MR] = {};
-    for (; g + VW <= count; g += VW) {
-        vfloat s = load(scales + g), z = splat(8.f);
-        if (zeros) z = __builtin_convertvector(load_as<vubyte>(zeros + g), vfloat);
-        for (int m = 0; m < MR; m++) {
-            store(scale[m] + g, s * load(x[m].scale + g0 + g));
-            off[m] = fma(s * z, load(x[m].sum + g0 + g), off[m]);
-        }
-    }
-    for (int m = 0; m < MR; m++) sums_of<1>(off + m, less + m);
-    for (; g < count; g++) {
-        float s = to_float(scales[g]), z = zeros ? zeros[g] : 8.f;
-        for (int m = 0; m < MR; m++) scale[m][g] = s * x[m].scale[g0 + g], less[m] += s * z * x[m].sum[g0 + g];
-    }
-    constexpr int STEP = GROUP < 64 ? 64 : GROUP, SUMS = STEP / GROUP;  // whole groups and whole words; a sum for each
-    vfloat8 acc[MR][SUMS] = {};
-    for (long k = 0, i = 0; k < n; k += STEP, i += SUMS) {
-        __builtin_prefetch(p + k / 2 + 1024);
-        vshort part[STEP / 16];
-        for (int c = 0; c < STEP / 64; c++) {
-            typedef uint16_t words __attribute__((vector_size(32)));
-            words bits = load_as<words>(p + k / 2 + 32 * c);
-            for (int j = 0; j < 4; j++) part[4 * c + j] = (vshort)((bits >> (4 * j)) & 15);
-        }
-        for (int m = 0; m < MR; m++)
-            for (int s = 0; s < SUMS; s++) {
-                vint8w dots = {};
-                for (int j = s * GROUP / 16; j < (s + 1) * GROUP / 16; j++)
-                    dots += pairs(part[j], load_as<vshort>(x[m].x + k0 + k + 16 * j));
-                acc[m][s] = fma8(dots, scale[m][i + s], acc[m][s]);
+// For INT4: scale[m * NR + r][g] = scale of x's and the weights' group g, off[m * NR + r] = Σ_g scale · zero · Σ x.
+template <int GROUP, int MR, int NR>
+static inline void scales_of(const Packed& w, long o, long g0, long count, const Narrow* x, float (*scale)[NARROW_CHUNK / GROUP], float* off) {
+    for (int r = 0; r < NR; r++) {
+        const f16* scales = (const f16*)w.scales + (o + r) * (w.columns / GROUP) + g0;
+        const uint8_t* zeros = w.zeros ? w.zeros + (o + r) * (w.columns / GROUP) + g0 : nullptr;
+        vfloat less[MR] = {};
+        long g = 0;
+        for (; g + VW <= count; g += VW) {
+            vfloat s = load(scales + g), z = splat(8.f);
+            if (zeros) z = __builtin_convertvector(load_as<vubyte>(zeros + g), vfloat);
+            for (int m = 0; m < MR; m++) {
+                store(scale[m * NR + r] + g, s * load(x[m].scale + g0 + g));
+                less[m] = fma(s * z, load(x[m].sum + g0 + g), less[m]);
             }
+        }
+        for (int m = 0; m < MR; m++) sums_of<1>(less + m, off + m * NR + r);
+        for (; g < count; g++) {
+            float s = to_float(scales[g]), z = zeros ? zeros[g] : 8.f;
+            for (int m = 0; m < MR; m++)
+                scale[m * NR + r][g] = s * x[m].scale[g0 + g], off[m * NR + r] += s * z * x[m].sum[g0 + g];
+        }
+    }
+}
+
+// MR rows times columns k0 … k0 + n of NR outputs from o, added to out[m][at …]. Every path sums chunks of NARROW_CHUNK
+// columns like this, so a row's result does not depend on how many there are.
+template <int GROUP, int MR, int NR>
+static inline void chunk(const Packed& w, long o, long k0, long n, const Narrow* x, float* const* out, long at) {
+    constexpr int WIDE = GROUP ? GROUP : (int)X_GROUP, STEP = std::max(WIDE, 64), BYTES = unit_bytes(GROUP);
+    const char* p = w.data + o * w.ld + k0 / 64 * BYTES;
+    float scale[GROUP ? MR * NR : 1][NARROW_CHUNK / WIDE], off[MR * NR];
+    if constexpr (GROUP) scales_of<GROUP, MR, NR>(w, o, k0 / GROUP, n / GROUP, x, scale, off);
+    vfloat8 acc[MR][NR] = {};
+    for (long k = 0, g = 0; k < n; k += STEP, g += STEP / WIDE) {
+        for (int r = 0; r < NR; r++) {
+            vshort part[STEP / 64][4];
+            for (int c = 0; c < STEP / 64; c++) {
+                const char* from = p + r * w.ld + (k / 64 + c) * BYTES;
+                __builtin_prefetch(from + NR * w.ld);
+                unpack<GROUP>(from, part[c]);
+            }
+            for (int m = 0; m < MR; m++)
+                for (int s = 0; s < STEP / WIDE; s++) {
+                    vint8w dots = {};
+                    for (int j = s * WIDE / 16; j < (s + 1) * WIDE / 16; j++)
+                        dots += pairs(part[j / 4][j % 4], load_as<vshort>(x[m].x + k0 + k + 16 * j));
+                    acc[m][r] = fma8(dots, GROUP ? scale[m * NR + r][g + s] : x[m].scale[k0 / WIDE + g + s], acc[m][r]);
+                }
+        }
     }
     for (int m = 0; m < MR; m++) {
-        for (int s = 1; s < SUMS; s++) acc[m][0] += acc[m][s];
-        out[m][at] += sum8(acc[m][0]) - less[m];
+        float sums[NR] = {};
+        add_sums<NR>(acc[m], sums);
+        for (int r = 0; r < NR; r++) {
+            if constexpr (GROUP) out[m][at + r] += sums[r] - off[m * NR + r];
+            else {
+                float by;
+                memcpy(&by, w.scales + 4 * (o + r), 4);
+                out[m][at + r] += sums[r] * by;
+            }
+        }
     }
 }
 
-using Chunk = void (*)(const Packed&, long, long, long, const Narrow*, float* const*, long);
-template <int MR> static Chunk chunk_of(long group) {
-    switch (group) {
-        case 0: return chunk_int8<MR>;
-        case 32: return chunk_int4<MR, 32>;
-        case 64: return chunk_int4<MR, 64>;
-        default: return chunk_int4<MR, 128>;
-    }
+// The same for any number of outputs and up to four rows.
+template <int GROUP, int MR>
+static void chunk_of(const Packed& w, long o, long outputs, long k0, long n, const Narrow* x, float* const* out) {
+    constexpr int NR = MR > 2 ? 2 : 4;  // so many sums stay in registers
+    long at = 0;
+    for (; at + NR <= outputs; at += NR) chunk<GROUP, MR, NR>(w, o + at, k0, n, x, out, at);
+    for (; at < outputs; at++) chunk<GROUP, MR, 1>(w, o + at, k0, n, x, out, at);
 }
 
 // out[m][0 … outputs) = x_m · w_o for outputs `first` …. Blocks of rows, whose chunk of x stays in the second cache; weights
-// are unpacked anew for every four rows, from the first.
+// are unpacked anew for every four rows, from the first cache but for the first ones.
+template <int GROUP>
 static void product_packed(const Packed& w, long first, long outputs, long K, const Narrow* x, long rows, float* const* out) {
-    const Chunk chunk[] = {chunk_of<1>(w.group), chunk_of<2>(w.group), chunk_of<3>(w.group), chunk_of<4>(w.group)};
     for (long m = 0; m < rows; m++) std::fill_n(out[m], outputs, 0.f);
-    if (rows <= 4) {  // each output's weights in one go
-        for (long o = 0; o < outputs; o++)
-            for (long k = 0; k < K; k += NARROW_CHUNK)
-                chunk[rows - 1](w, first + o, k, std::min(NARROW_CHUNK, K - k), x, out, o);
-        return;
-    }
     for (long m0 = 0; m0 < rows; m0 += NARROW_ROWS) {
         long m1 = std::min(rows, m0 + NARROW_ROWS);
-        for (long k = 0; k < K; k += NARROW_CHUNK) {
-            long n = std::min(NARROW_CHUNK, K - k);
-            for (long o = 0; o < outputs; o++)
-                for (long m = m0; m < m1;) {
-                    long step = std::min(4L, m1 - m);
-                    chunk[step - 1](w, first + o, k, n, x + m, out + m, o);
-                    m += step;
+        for (long o = 0; o < outputs; o += NARROW_OUTPUTS) {
+            long count = std::min(NARROW_OUTPUTS, outputs - o);
+            for (long k = 0; k < K; k += NARROW_CHUNK) {
+                long n = std::min(NARROW_CHUNK, K - k);
+                for (long m = m0, step; m < m1; m += step) {
+                    float* at[4];
+                    step = std::min(4L, m1 - m);
+                    for (int i = 0; i < step; i++) at[i] = out[m + i] + o;
+                    if (step == 1) chunk_of<GROUP, 1>(w, first + o, count, k, n, x + m, at);
+                    else if (step == 2) chunk_of<GROUP, 2>(w, first + o, count, k, n, x + m, at);
+                    else if (step == 3) chunk_of<GROUP, 3>(w, first + o, count, k, n, x + m, at);
+                    else chunk_of<GROUP, 4>(w, first + o, count, k, n, x + m, at);
                 }
+            }
         }
+    }
+}
+
+static void product_packed(const Packed& w, long first, long outputs, long K, const Narrow* x, long rows, float* const* out) {
+    switch (w.group) {
+        case 0: return product_packed<0>(w, first, outputs, K, x, rows, out);
+        case 32: return product_packed<32>(w, first, outputs, K, x, rows, out);
+        case 64: return product_packed<64>(w, first, outputs, K, x, rows, out);
+        default: return product_packed<128>(w, first, outputs, K, x, rows, out);
     }
 }

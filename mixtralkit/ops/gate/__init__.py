@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from mixtralkit.ops.gate.reference import choose, gate_reference
+from mixtralkit.ops.gate.reference import gate_reference
 from mixtralkit.ops.gate.types import Gated
-from mixtralkit.ops.norm import rms_norm
 from mixtralkit.ops.runtime import runs_cpu, runs_triton
 
 __all__ = ["Gated", "gate"]
@@ -21,10 +20,9 @@ def gate(
         norm: (weight_D, eps): ``rms_norm`` of the rows comes first. None takes them as they are.
     """
     if runs_cpu(x_TD, gate_ED):
-        from mixtralkit.ops.cpu.products import linear_cpu
+        from mixtralkit.ops.cpu.products import gate_cpu
 
-        normed_TD = x_TD if norm is None else rms_norm(x_TD, *norm)
-        return choose(linear_cpu(normed_TD, gate_ED, out_dtype=torch.float32), normed_TD, top_k)
+        return gate_cpu(x_TD, gate_ED, top_k, norm)
     if not runs_triton(x_TD, gate_ED):
         return gate_reference(x_TD, gate_ED, top_k, norm)
     from mixtralkit.ops.gate.triton import gate_rows

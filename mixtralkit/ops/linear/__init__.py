@@ -12,7 +12,6 @@ import torch
 from mixtralkit.moe.weights import ATTENTION_FORMATS, PackedWeight
 from mixtralkit.ops.linear.library import linear_library
 from mixtralkit.ops.linear.reference import linear_reference
-from mixtralkit.ops.norm import rms_norm
 from mixtralkit.ops.runtime import runs_cpu, runs_triton
 
 MOST_ROWS = 64  # above, the library's product was the faster on every shape measured
@@ -41,7 +40,7 @@ def linear(
     if runs_cpu(x_TI, w_OI):
         from mixtralkit.ops.cpu.products import linear_cpu
 
-        return linear_cpu(x_TI if norm is None else rms_norm(x_TI, *norm), w_OI, residual_TO, out, dtype)
+        return linear_cpu(x_TI, w_OI, residual_TO, out, dtype, norm)
     packed = isinstance(w_OI, PackedWeight)
     if not (runs_triton(x_TI) and w_OI.weights in ATTENTION_FORMATS.values() if packed else runs_triton(x_TI, w_OI)):
         return linear_reference(x_TI, w_OI, norm, residual_TO, out, dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mixtralkit.ops.runtime import runs_triton
+from mixtralkit.ops.runtime import runs_cpu, runs_triton
 from mixtralkit.ops.sampling.reference import adjust_logits_reference, best_token_reference, merge_best_reference
 from mixtralkit.ops.sampling.types import Best, Rules
 
@@ -19,6 +19,10 @@ def best_token(logits_NV: torch.Tensor, first_token: int = 0) -> Best:
     Args:
         first_token: added to the tokens: where this rank's part of the vocabulary starts.
     """
+    if runs_cpu(logits_NV) and logits_NV.dtype == torch.float32:
+        from mixtralkit.ops.cpu.products import best_token_cpu
+
+        return best_token_cpu(logits_NV, first_token)
     if not runs_triton(logits_NV):
         return best_token_reference(logits_NV, first_token)
     from mixtralkit.ops.sampling.triton import best_of_rows
