@@ -38,7 +38,8 @@ def architecture(tmp_path) -> Path:
 def test_lines_of_a_tiny_model(architecture, tmp_path, capsys):
     """The benchmark called ``choose_layout`` with an option that it does not have."""
     output = tmp_path / "lines.json"
-    bench.bench_cpu(tmp_path / "models", architecture, TOKENIZER, kind="q8_0", output=output, **SMALL)
+    ours = {"quantize": "int8", "quantize_attention": "int8"}
+    bench.bench_cpu(tmp_path / "models", architecture, TOKENIZER, kind="q8_0", output=output, **ours, **SMALL)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert [json.loads(line) for line in output.read_text().splitlines()] == lines
     assert [(line["measurement"], line.get("sequences"), line.get("tokens")) for line in lines] == [
@@ -46,6 +47,7 @@ def test_lines_of_a_tiny_model(architecture, tmp_path, capsys):
     ]  # fmt: skip
     assert all(line["ours_tokens_s"] > 0 < line["llama_cpp_tokens_s"] for line in lines)
     assert lines[0]["gb_per_step"] > 0
+    assert lines[0]["ours"] == "int8, attention int8"
     names = {path.name for path in (tmp_path / "models").iterdir()}
     assert names == {"small-2-64-96-4096-f16.gguf", "small-2-64-96-4096-q8_0.gguf"}, "4096 are the tokenizer's words"
 

@@ -28,7 +28,7 @@ from benchmarks.model.bounds import decode_bytes
 from benchmarks.model.source import RandomWords, random_requests
 from mixtralkit.cli.run import run_tool
 from mixtralkit.config import EngineConfig, ModelConfig, MoEOptions, parse_dtype, shipped
-from mixtralkit.config.engine import Quantize
+from mixtralkit.config.engine import Quantize, QuantizeAttention
 from mixtralkit.distributed import RankContext
 from mixtralkit.engine.generation import Engine
 from mixtralkit.engine.requests import Request
@@ -51,6 +51,7 @@ def bench_cpu(
     kind: str = "f16",
     dtype: str = "bfloat16",
     quantize: Quantize | None = None,
+    quantize_attention: QuantizeAttention | None = None,
     batch: str = "1,4,16,64",
     prompts: str = "64,512",
     threads: str = "1,2",
@@ -68,6 +69,7 @@ def bench_cpu(
         kind: of llama.cpp's weights: f16, q8_0 or q4_0.
         dtype: of ours.
         quantize: of our experts; left out, dtype.
+        quantize_attention: of our attention and output; left out, dtype.
         batch: sequences of a step, between commas.
         prompts: tokens of a prompt, between commas.
         threads: numbers of threads, between commas.
@@ -89,13 +91,14 @@ def bench_cpu(
     config = config.with_limits(max([SHORT, *lengths]) + new_tokens, max([1, *batches]))
     paths = files(peer, folder, model.stem, config, tokenizer, {"f16", kind})
     context = RankContext.start("cpu")
+    mine = (quantize or dtype) + (f", attention {quantize_attention}" if quantize_attention else "")
     about = {
-        **describe_run(context), "model": model.stem, "layers": layers, "ours": quantize or dtype, "llama_cpp": kind,
+        **describe_run(context), "model": model.stem, "layers": layers, "ours": mine, "llama_cpp": kind,
         "compiled": kernels() is not None, "turns": turns,
     }  # fmt: skip
     if output is not None:
         output.write_text("", encoding="utf-8")
-    layout = choose_layout(config, context, EngineConfig.of(quantize=quantize))
+    layout = choose_layout(config, context, EngineConfig.of(quantize=quantize, quantize_attention=quantize_attention))
     ours = Ours(layout, context, parse_dtype(dtype), lambda tensors: peer.fill(tensors, layout, paths["f16"]))
     both = Both(ours, peer, paths[kind], turns, new_tokens, about, output)
     for count in counts:
@@ -193,7 +196,7 @@ class Ours:
         fill(self.model.named_tensors())
         self.words = RandomWords(config.vocab_size)
         self.engine = Engine(self.model, self.words, prefill_budget=config.max_seq_len * config.max_batch_size)
-        self.buffer = torch.empty(2**27)
+        self.buffer = torch.empty(2**26)
         ask_for_large_pages([self.buffer])
         self.buffer.fill_(1)
 

@@ -101,7 +101,7 @@ def _stored(name: str, shape: Sequence[int], kind: str) -> GGMLQuantizationType:
 
 
 def fill(parameters: dict[str, torch.Tensor], layout: RankLayout, path: Path) -> None:
-    """Copies the weights of a file of kind f16 to a model on one rank, experts in the layout's format."""
+    """Copies the weights of a file of kind f16 to a model on one rank, in the layout's formats."""
     tensors = {tensor.name.removesuffix(".weight"): tensor.data for tensor in gguf.GGUFReader(path, "c").tensors}
     ends = {"tok_embeddings": "token_embd", "norm": "output_norm", "output": "output"}
     inside = {
@@ -122,7 +122,7 @@ def fill(parameters: dict[str, torch.Tensor], layout: RankLayout, path: Path) ->
 
     for piece in layout.pieces():
         w = stored(piece.source)
-        if piece.is_expert and not layout.weights.is_plain:
+        if not piece.weights.is_plain:
             for first in range(0, len(w), ROWS):
                 put_packed(parameters, layout, piece, w[first : first + ROWS], first)
         else:

@@ -2,9 +2,10 @@
 
 ``poured`` holds ``balanced`` against EPLB on random loads, both poured as the layer pours, and both against a bound;
 ``size`` times it for models of many experts; ``affinity`` takes files of pair weights (``W`` [layers - 1, E, E],
-``world``, ``better`` [layers, E] a placement to beat), or without any draws routing of 128 and of 256 experts, and
-anneals beside it; ``replicas`` the same files with more slots; ``auto`` times the choice among all policies. The last
-line of each is JSON, with the machine's load at the start and the end: seconds are CPU seconds, of one thread.
+``world``, ``better`` [layers, E] a placement to beat) or routing traces, or without any draws routing of 128 and of 256
+experts, and anneals beside it; ``replicas`` the same files with more slots; ``auto`` times the choice among all
+policies. The last line of each is JSON, with the machine's load at the start and the end: seconds are CPU seconds, of
+one thread.
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ from mixtralkit.planning.replay import Execution
 from mixtralkit.planning.replicas import pour_batches
 from mixtralkit.planning.search import auto
 from mixtralkit.planning.synthetic import RoutingProcess
+from mixtralkit.planning.trace import RoutingTrace
 
-_ROWS = 1_000_000  # of a layer, when plans are poured
+_ROWS = 1_000_000_000  # of a layer, when plans are poured: so many that rounding an expert's load does not count
 _CONFIGS = Path(__file__).parents[2] / "configs"
 
 
@@ -51,16 +53,20 @@ def bench_planning(
     first: int = 0,
     anneal_s: float = 60.0,
     published: Path | None = None,
+    num_experts: int | None = None,
+    world_size: int = 4,
 ) -> None:
     """Prints what was found and on which machine; the last line is JSON.
 
     Args:
         what: poured, size, affinity, replicas or auto.
-        files: pair weights, .npz, for affinity and replicas.
+        files: for affinity and replicas: pair weights, .npz, or routing traces, .npy.
         matrices: of poured, random cases.
         first: of poured, number of the first case, by which it is drawn.
         anneal_s: of affinity, CPU seconds of annealing.
         published: of size, the file eplb.py as DeepSeek publishes it, which is timed as well.
+        num_experts: of the model of the traces.
+        world_size: ranks that the traces are planned for.
     """
     for name, value, least in (("matrices", matrices, 1), ("first", first, 0)):
         if value < least:
@@ -76,7 +82,9 @@ def bench_planning(
         raise ValueError(f"files (none) must name pair weights for {what}")
     if anneal_s <= 0:
         raise ValueError(f"anneal_s ({anneal_s}) must be above 0")
-    pairs, load = [Pairs.load(path) for path in files], [os.getloadavg()[0]]
+    is_trace = lambda path: path.suffix == ".npy"  # noqa: E731
+    pairs = [Pairs.of_trace(x, num_experts, world_size) if is_trace(x) else Pairs.load(x) for x in files]
+    load = [os.getloadavg()[0]]
     results = kinds[what]()
     print(
         json.dumps(
@@ -156,10 +164,11 @@ def _poured(seeds: range) -> dict[str, object]:
         least_L = np.array([least_peak(loads_E, *sizes) for loads_E in loads_LE])
         peaks_L2 = np.array([pour(plan, share_LE, rounds=100).sum(2).max(1) for plan in (ours, theirs)]).T
         # pouring that has not settled is above the truth: where that could matter whole rows are poured
-        for layer in np.flatnonzero(peaks_L2[:, 0] > least_L * (1 + 1e-5)):
+        alike = loads_LE.shape[1] / _ROWS
+        for layer in np.flatnonzero(peaks_L2[:, 0] > np.minimum(least_L * (1 + 1e-5), peaks_L2[:, 1] + alike)):
             exact = [_exact_peak(plan[layer], loads_LE[layer]) for plan in (ours, theirs)]
             peaks_L2[layer] = np.array(exact) / _ROWS
-        heavier = int((peaks_L2[:, 0] > peaks_L2[:, 1] + 1.5 / _ROWS).sum())
+        heavier = int((peaks_L2[:, 0] > peaks_L2[:, 1] + alike).sum())
         ratio, least = (
             float((x / peaks_L2[:, 1]).mean()) for x in (peaks_L2[:, 0], np.minimum(least_L, peaks_L2[:, 1]))
         )
@@ -197,7 +206,7 @@ def _sizes(published: Path | None) -> list[dict[str, float]]:
         over = (peaks.mean(0) * gpus / _ROWS).tolist()
         found.append({
             "gpus": gpus, "cpu_s": ours_s, "eplb_reference_cpu_s": theirs_s, "peak_over_mean": over[0],
-            "eplb_peak_over_mean": over[1], "heavier_layers": int((peaks[:, 0] > peaks[:, 1] + 1).sum()),
+            "eplb_peak_over_mean": over[1], "heavier_layers": int((peaks[:, 0] > peaks[:, 1] + 256).sum()),
         })  # fmt: skip
         if published is not None:
             spec = importlib.util.spec_from_file_location("published_eplb", published)
@@ -247,19 +256,28 @@ class Pairs:
             raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
         return cls(path.name, weights_LEE / sums_L11, better_LE, int(world))
 
+    @classmethod
+    def of_trace(cls, path: Path, num_experts: int | None, world_size: int) -> Pairs:
+        """The transitions of a routing trace; experts in order are the placement to beat."""
+        weights_LEE = RoutingTrace.load(path, num_experts).transitions_LEE()
+        return cls.contiguous(path.name, weights_LEE, world_size)
+
+    @classmethod
+    def contiguous(cls, name: str, weights_LEE: np.ndarray, world_size: int) -> Pairs:
+        """Any weights; ValueError where the experts cannot be divided between the ranks."""
+        num_layers, num_experts = len(weights_LEE) + 1, weights_LEE.shape[1]
+        if world_size < 1 or num_experts % world_size:
+            raise ValueError(f"world_size ({world_size}) must divide the {num_experts} experts of {name}")
+        ranks_LE = np.tile(np.arange(num_experts) // (num_experts // world_size), (num_layers, 1))
+        return cls(name, weights_LEE / weights_LEE.sum((1, 2), keepdims=True), ranks_LE, world_size)
+
 
 def drawn_pairs() -> list[Pairs]:
     """Routing of 12 layers of 128 experts on 8 GPUs and of 58 layers of 256 on 32, 20,000 tokens."""
     found = []
     for experts, world, layers in ((128, 8, 12), (256, 32, 58)):
         trace = RoutingProcess.random(layers, experts, affinity=1.0, seed=3).trace(20_000, top_k=1, seed=4)
-        weights_LEE = trace.transitions_LEE()
-        contiguous_LE = np.tile(np.arange(experts) // (experts // world), (layers, 1))
-        found.append(
-            Pairs(
-                f"drawn, {experts} experts", weights_LEE / weights_LEE.sum((1, 2), keepdims=True), contiguous_LE, world
-            )
-        )
+        found.append(Pairs.contiguous(f"drawn, {experts} experts", trace.transitions_LEE(), world))
     return found
 
 
@@ -296,7 +314,7 @@ def _replicas(files: Sequence[Pairs]) -> list[dict[str, object]]:
             after = with_replicas(weights, holds_LWE, slots, may_move=False)
             joint = with_replicas(weights, holds_LWE, slots)
             found.append({
-                "file": pairs.file, "slots": slots, "placement": crossings(weights, holds_LWE),
+                "file": pairs.file, "gpus": pairs.world, "slots": slots, "placement": crossings(weights, holds_LWE),
                 "then_replicas": crossings(weights, after), "together": crossings(weights, joint),
             })  # fmt: skip
     return found

@@ -119,7 +119,7 @@ static inline void scales_of(const Packed& w, long o, long g0, long count, const
         long g = 0;
         for (; g + VW <= count; g += VW) {
             vfloat s = load(scales + g), z = splat(8.f);
-            if (zeros) z = __builtin_convertvector(load_as<vubyte>(zeros + g), vfloat);
+            if (zeros) z = __builtin_convertvector(__builtin_convertvector(load_as<vubyte>(zeros + g), vint), vfloat);
             for (int m = 0; m < MR; m++) {
                 store(scale[m * NR + r] + g, s * load(x[m].scale + g0 + g));
                 less[m] = fma(s * z, load(x[m].sum + g0 + g), less[m]);

@@ -22,6 +22,7 @@ _TRIES, _WORK = 16, 4_000  # plans for other loads, for layers that are not even
 _SMALL = 6_000  # ranks of all layers times experts, up to which plans are compared as they run
 _NOISE = 0.15  # how different, a standard deviation
 _AS_RUN = 50  # rounds of pouring that say how even a plan runs
+_NOTHING = 1e-200  # load of each expert of a node that nobody chooses
 _TRIFLE = 2e-3  # over the even load as run, from which others are looked at
 
 
@@ -128,6 +129,7 @@ def _search(
             break
         experts_LNE, per_node = experts_LNE[layers], experts_LNE.shape[2]
         part_BE = np.take_along_axis(loads_LE[layers, None], experts_LNE, 2).reshape(-1, per_node)
+        part_BE[part_BE.sum(1) == 0] = _NOTHING
         lacks_BW = lacks_LW[layers].reshape(-1, gpus)
         if shares == "poured":
             slots_BWS, peak_B = spread_replicas(part_BE, lacks_BW, slots, 1 / world_size)

@@ -1,19 +1,20 @@
-"""The same splitting where partitions are too many to list: annealing, sweeps and recombination."""
+"""The same splitting where partitions are too many to list: halves, sweeps and recombination."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from mixtralkit.planning.policies.anneal import anneal
+from mixtralkit.planning.policies.bisection import halve, split_again
 from mixtralkit.planning.policies.chain import Fits, best_matching, stays
 from mixtralkit.planning.policies.packing import pack_once
 
 _STARTS, _KICKS = 12, 36  # under a cap, up to _PLENTY items a layer, fewer beyond
 _PLENTY = 64
-_TRIES, _SWEEPS, _HEATS = 8, 800, 2  # of annealing; fewer tries where a sweep is much work
-_WORK, _PAIR_WORK = 4e6, 1500  # items of all sweeps; products of a label's weights that cost as much as a swap
-_PRODUCTS, _FEWEST = 8e10, 200  # products of all sweeps of one annealing, beyond which there are fewer sweeps
+_TRIES, _FEWEST, _WORK = 48, 2, 600_000  # without a cap; as many as items of all tries times labels stay below _WORK
+_POOL, _LAST = 6, 2  # tries whose partitions are recombined, and how often what comes of it is split anew
 
 
 def search(
@@ -21,10 +22,10 @@ def search(
 ) -> np.ndarray:
     """Labels [L, n] of a good solution, the same each time.
 
-    Without a cap several tries are annealed side by side, each polished by sweeps (every layer gets its best labels
-    while its neighbours keep theirs, an assignment problem) and all recombined by a dynamic programme over the
-    partitions they found; the result is heated a little and annealed again. With a cap, which swaps may break, sweeps
-    and recombination start from packings that keep it.
+    Without a cap many tries are halved down to parts (``bisection``) and their parts split anew, pair by pair, the
+    worse half of the tries being left after each round. What remains is polished by sweeps (every layer gets its best
+    labels while its neighbours keep theirs, an assignment problem) and recombined by a dynamic programme over the
+    partitions found. With a cap, which swaps may break, sweeps and recombination start from packings that keep it.
 
     Args:
         weights_JNN, fits: as in ``chain.solve_exactly``.
@@ -37,20 +38,24 @@ def search(
     if fits is not None:
         return _search_capped(weights_JNN, parts, loads_LN, fits, random)
     n = weights_JNN.shape[1]
-    work = num_layers * n * (1 + n * parts / _PAIR_WORK)
-    tries = int(np.clip(_WORK / (_SWEEPS * work), 1, _TRIES))
-    sweeps = int(np.clip(_PRODUCTS / (2 * num_layers * n**2 * parts), _FEWEST, _SWEEPS))
-    starts = np.array([_grown(weights_JNN, parts, random) for _ in range(tries)])
-    best_LN, heat = None, 3.0
-    for _ in range(_HEATS):
-        annealed = anneal(weights_JNN, starts, parts, sweeps, random, heat)
-        pool = [_sweep(weights_JNN, labels_LN, parts, None) for labels_LN in annealed]
-        if best_LN is not None:
-            pool.append(best_LN)
-        joined_LN = _sweep(weights_JNN, _recombine(weights_JNN, pool, parts), parts, None)
-        best_LN = max([*pool, joined_LN], key=lambda labels_LN: stays(weights_JNN, labels_LN))
-        starts, heat = np.repeat(best_LN[None], tries, 0), 0.3
+    tries = int(np.clip(_WORK / (num_layers * n * parts), _FEWEST, _TRIES))
+    labels_RLN = split_again(weights_JNN, halve(weights_JNN, parts, tries, random), parts, random)
+    while len(labels_RLN) > _POOL:
+        order_R = np.argsort([-stays(weights_JNN, labels_LN) for labels_LN in labels_RLN], kind="stable")
+        labels_RLN = labels_RLN[order_R[: max(len(order_R) // 2, _POOL)]]
+        labels_RLN = split_again(weights_JNN, labels_RLN, parts, random)
+    best_LN = _joined(weights_JNN, labels_RLN, parts)
+    for _ in range(_LAST):
+        again_RLN = split_again(weights_JNN, np.repeat(best_LN[None], _FEWEST, 0), parts, random)
+        best_LN = _joined(weights_JNN, [*again_RLN, best_LN], parts)
     return best_LN
+
+
+def _joined(weights_JNN: np.ndarray, tries: Sequence[np.ndarray], parts: int) -> np.ndarray:
+    """The best of the tries, each swept, and of what comes of their recombination."""
+    pool = [_sweep(weights_JNN, labels_LN, parts, None) for labels_LN in tries]
+    pool.append(_sweep(weights_JNN, _recombine(weights_JNN, pool, parts), parts, None))
+    return max(pool, key=lambda labels_LN: stays(weights_JNN, labels_LN))
 
 
 def _search_capped(

@@ -175,6 +175,17 @@ def test_uneven_counts_and_loads_of_nothing():
     assert plan.slots_LWS.shape == (2, 3, 3)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("slots", [2, 3])
+def test_a_node_that_nobody_chooses(slots):
+    """Loads were divided by its own sum, 0, and what came of it counted as empty slots."""
+    loads_LE = np.array([[5.0, 0, 0, 0, 0, 0, 0, 0], [3, 1, 1, 1, 0, 0, 0, 0]])
+    plan = balanced(loads_LE, 4, Budget(slots), ranks_per_node=2, num_groups=8)
+    assert (plan.copies_LWE.sum(1) >= 1).all()
+    peak_L = (pour(plan.slots_LWS, loads_LE).sum(2).max(1) / loads_LE.sum(1)).tolist()
+    assert peak_L == pytest.approx([1, 0.5] if slots == 2 else [0.5, 0.25])
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
