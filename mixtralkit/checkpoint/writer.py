@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from mixtralkit.checkpoint.index import PACKED_DTYPES, SAFETENSORS_DTYPES, read_
 from mixtralkit.checkpoint.names import Slab, Stored
 from mixtralkit.checkpoint.quantising import InFormat, Source
 from mixtralkit.checkpoint.reader import BLOCK_BYTES, CheckpointReader
+from mixtralkit.checkpoint.unfinished import Unfinished
 from mixtralkit.config import DTYPES, ModelConfig, parse_dtype
 from mixtralkit.json_file import read_bytes
 from mixtralkit.layout import canonical_shapes
@@ -75,8 +75,9 @@ def save_checkpoint(
         overwrite: replaces a checkpoint that is in ``folder``; other files there stay.
         progress: draws a bar.
 
-    Returns the files written. Nothing of them is in ``folder`` before all are whole. ValueError for a model that the
-    format cannot hold and for a folder that is in use; OSError when the disk is full.
+    Returns the files written. Nothing of them is in ``folder`` before all are whole. Where a call with a reader is
+    stopped, the same call goes on behind its last whole tensor. ValueError for a model that the format cannot hold and
+    for a folder that is in use; OSError when the disk is full.
     """
     folder, ranks = Path(folder), ranks or RankFiles()
     dtype = None if dtype is None else parse_dtype(dtype)
@@ -104,18 +105,26 @@ def save_checkpoint(
         beside["tokenizer.model"] = read_bytes(tokenizer)
     beside = {name: content for name, content in beside.items() if _may_write(folder / name, content, overwrite)}
     writer = _FileWriter(source, dtype)
-    _check_space(folder, sum(writer.nbytes(stored) for file in files.values() for stored in file.values()))
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as temporary:
-        partial = Path(temporary)
-        try:
-            _write_all(partial, files, writer, progress)
-            if format == "mistral-split":
-                _split(partial / "consolidated.00.pth", shards or DEFAULT_SHARDS[format])
-            for name, content in beside.items():
-                (partial / name).write_bytes(content)
-        except OSError as error:
-            raise _disk_error(folder, error) from None
-        return _move(partial, folder, old)
+    call = None
+    if isinstance(tensors, CheckpointReader):
+        stats = [(path, path.stat()) for paths in tensors.found.files for path in paths]
+        read = [(str(path.resolve()), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+        call = repr((format, files, dtype, [weights.name for weights in wanted.values()], read))
+    unfinished = Unfinished(folder, call)
+    try:
+        _write_all(unfinished, files, writer, progress)
+        if format == "mistral-split":
+            unfinished.forget()
+            _split(unfinished.path / "consolidated.00.pth", shards or DEFAULT_SHARDS[format])
+        for name, content in beside.items():
+            (unfinished.path / name).write_bytes(content)
+        return _move(unfinished, folder, old)
+    except OSError as error:
+        unfinished.discard()
+        raise _disk_error(folder, error) from None
+    except Exception:
+        unfinished.discard()
+        raise
 
 
 def _may_write(path: Path, content: bytes, overwrite: bool) -> bool:
@@ -149,13 +158,14 @@ def _old_files(folder: Path, overwrite: bool) -> list[Path]:
     return old
 
 
-def _move(partial: Path, folder: Path, old: list[Path]) -> list[Path]:
+def _move(unfinished: Unfinished, folder: Path, old: list[Path]) -> list[Path]:
     for path in old:  # first, so that a stop in between leaves too few files and never a mixture of two models
         path.unlink()
     written = []
-    for path in sorted(partial.iterdir()):
+    for path in unfinished.finish():
         path.rename(folder / path.name)
         written.append(folder / path.name)
+    unfinished.discard()
     return written
 
 
@@ -175,11 +185,18 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return next(name for name in DTYPES if parse_dtype(name) == dtype)
 
 
-def _write_all(partial: Path, files: Mapping[str, Mapping[str, Stored]], writer: _FileWriter, progress: bool) -> None:
-    total = sum(writer.nbytes(stored) for tensors in files.values() for stored in tensors.values())
-    with tqdm(total=total, unit="B", unit_scale=True, desc="writing", disable=not progress) as bar:
-        for name, tensors in files.items():
-            writer.write(partial / name, tensors, bar)
+def _write_all(
+    unfinished: Unfinished, files: Mapping[str, Mapping[str, Stored]], writer: _FileWriter, progress: bool
+) -> None:
+    sizes = [
+        (writer.nbytes(stored), unfinished.has(file, name))
+        for file, tensors in files.items() for name, stored in tensors.items()
+    ]  # fmt: skip
+    total, done = sum(size for size, _ in sizes), sum(size for size, is_done in sizes if is_done)
+    _check_space(unfinished.path.parent, total - done)
+    with tqdm(total=total, initial=done, unit="B", unit_scale=True, desc="writing", disable=not progress) as bar:
+        for file, tensors in files.items():
+            writer.write(unfinished, file, tensors, bar)
 
 
 @dataclass(frozen=True)
@@ -198,18 +215,23 @@ class _FileWriter:
     def nbytes(self, stored: Stored) -> int:
         return stored.numel * self.dtype(stored).itemsize
 
-    def write(self, path: Path, tensors: Mapping[str, Stored], bar: tqdm) -> None:
+    def write(self, unfinished: Unfinished, name: str, tensors: Mapping[str, Stored], bar: tqdm) -> None:
         """First the file with all but the bytes of the tensors, then these in the places that its index names."""
-        make = _make_safetensors if path.suffix == ".safetensors" else _make_torch
-        make(path, {name: (stored.shape, self.dtype(stored)) for name, stored in tensors.items()})
+        path = unfinished.path / name
+        left = [tensor for tensor in tensors if not unfinished.has(name, tensor)]
+        if len(left) == len(tensors):
+            make = _make_safetensors if path.suffix == ".safetensors" else _make_torch
+            make(path, {tensor: (stored.shape, self.dtype(stored)) for tensor, stored in tensors.items()})
         file = ByteFile((path,))
         try:
             index = read_index(file, PACKED_DTYPES)
         finally:
             file.close()
         with open(path, "r+b", buffering=0) as out:
-            for name, stored in tensors.items():
-                self._fill(out.fileno(), index[name], stored, bar)
+            for tensor in left:
+                self._fill(out.fileno(), index[tensor], tensors[tensor], bar)
+                os.fdatasync(out.fileno())
+                unfinished.add(name, tensor)
             os.fsync(out.fileno())
 
     def _fill(self, descriptor: int, region: Region, stored: Stored, bar: tqdm) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from mixtralkit.checkpoint import RankFiles, load_into, open_checkpoint, quantising, reader, save_checkpoint
+from mixtralkit.checkpoint import RankFiles, load_into, open_checkpoint, quantising, reader, save_checkpoint, writer
+from mixtralkit.checkpoint.unfinished import Unfinished
 from mixtralkit.config import ModelConfig, ParallelConfig
 from mixtralkit.distributed import RankContext
 from mixtralkit.layout import RankLayout
@@ -139,6 +142,49 @@ def test_converted_files_load_as_what_is_rounded_while_loading(tmp_path: Path, n
     if not attention.is_plain:
         output_VD = attention.quantize(tensors["output.weight"]).float()
         assert numbers["output.weight"].equal(output_VD.bfloat16().float())
+
+
+def test_a_stopped_conversion_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind its last whole tensor; another call, or another source, starts anew. What fails leaves nothing."""
+    save_checkpoint(tmp_path / "plain", CONFIG, random_tensors(CONFIG))
+    ranks = RankFiles(weights=FORMATS["int4"], attention_weights=FORMATS["fp8"])
+    fill, filled, stop_at = writer._FileWriter._fill, [], [-1]
+
+    def stopping(self, descriptor, region, stored, bar):
+        if len(filled) == stop_at[0]:
+            raise KeyboardInterrupt
+        filled.append(region.name)
+        fill(self, descriptor, region, stored, bar)
+
+    def convert(target: str, ranks: RankFiles, stop: int = -1) -> int:
+        filled.clear()
+        stop_at[0] = stop
+        with open_checkpoint(tmp_path / "plain") as plain:
+            save_checkpoint(tmp_path / target, CONFIG, plain, "mixtralkit", ranks=ranks)
+        return len(filled)
+
+    monkeypatch.setattr(writer._FileWriter, "_fill", stopping)
+    count = convert("whole", ranks)
+    other = replace(ranks, attention_weights=FORMATS["int8"])
+    for first, second, left in ((ranks, ranks, count - 7), (ranks, other, count), (other, ranks, count)):
+        with pytest.raises(KeyboardInterrupt):
+            convert("stopped", first, 7)
+        assert [path.name for path in (tmp_path / "stopped").iterdir()] == [".partial"]
+        assert convert("stopped", second) == left
+        names = ["checkpoint.json", "rank-00-of-01.safetensors"]
+        assert sorted(path.name for path in (tmp_path / "stopped").iterdir()) == names
+        if second is ranks:
+            for name in names:
+                assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        shutil.rmtree(tmp_path / "stopped")
+    with pytest.raises(KeyboardInterrupt):
+        convert("stopped", ranks, 7)
+    os.utime(tmp_path / "plain" / "consolidated.00.pth", ns=(1, 1))
+    assert convert("stopped", ranks) == count
+    held = Unfinished(tmp_path / "whole", "call")
+    with pytest.raises(ValueError, match="whole: another process writes a checkpoint there"):
+        Unfinished(tmp_path / "whole", "call")
+    held.discard()
 
 
 def test_formats_of_a_plan_are_rounded_written_and_read_each_by_itself(tmp_path: Path, monkeypatch) -> None:

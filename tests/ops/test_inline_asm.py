@@ -34,7 +34,8 @@ def _prmt(a: torch.Tensor, b: torch.Tensor, which: torch.Tensor) -> torch.Tensor
 
 DOES = {
     "mov.b32": lambda a: a, "and.b32": lambda a, b: a & b, "or.b32": lambda a, b: a | b,
-    "shr.u32": lambda a, count: a >> count, "prmt.b32": _prmt, "fma.rn.bf16x2": _fma,
+    "shr.u32": lambda a, count: a >> count, "shl.b32": lambda a, count: a << count & 0xFFFFFFFF,
+    "prmt.b32": _prmt, "fma.rn.bf16x2": _fma,
 }  # fmt: skip
 
 
@@ -64,7 +65,16 @@ def test_every_byte_becomes_its_number(which, dtype):
     assert found_4N.float()[is_number].equal(wanted_4N[is_number])
 
 
-def test_both_halves_of_every_byte_become_numbers():
-    low_4N, high_4N = run_asm(asm_of(triton_packed._halves_of, 0), 4, WORDS_N).float().split(4)
-    assert low_4N.equal((BYTES_4N & 15).float() - 8)
-    assert high_4N.equal((BYTES_4N >> 4).float() - 8)
+def test_every_word_of_four_bits_becomes_numbers():
+    found_42N = run_asm(asm_of(triton_packed._weights_of, 0), 4, WORDS_N).float().unflatten(0, (4, 2))
+    words_2N = torch.stack([WORDS_N & 0xFFFF, WORDS_N >> 16])
+    for i, found_2N in enumerate(found_42N):
+        assert found_2N.equal((words_2N >> 4 * i & 15).float() - 8)
+
+
+@pytest.mark.parametrize(("which", "dtype"), [(1, torch.int8), (2, torch.float8_e4m3fn)])
+def test_every_word_of_two_bytes_becomes_numbers(which, dtype):
+    found_22N = run_asm(asm_of(triton_packed._weights_of, which), 2, WORDS_N).float().unflatten(0, (2, 2))
+    wanted_22N = BYTES_4N.to(torch.uint8).view(dtype).float().unflatten(0, (2, 2)).transpose(0, 1)
+    is_number = ~wanted_22N.isnan()
+    assert found_22N[is_number].equal(wanted_22N[is_number])

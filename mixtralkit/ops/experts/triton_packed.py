@@ -3,9 +3,10 @@
 By the number of rows: up to sixteen in two launches, as ``triton_small``; sorted rows whose weights are read once, as
 ``triton_grouped``'s streamed form; and for many rows an expert the layer's weights are unpacked first.
 
-**Order of columns.** Four-bit weights lie two a byte, and a product takes the low halves of some bytes and then the
-high ones. So rows that they are multiplied with stand in that order too, all low halves' columns before all high ones':
-``_arrange`` copies a layer's rows, and what the first product gives is stored in it. Other formats keep their order.
+**Order of columns.** Weights are read as words of 16 bits, which hold four of four bits or two of eight: as wide as the
+numbers that they become, so what a thread reads is what it multiplies. A product takes the first weights of some words,
+then the second ones. So rows that they are multiplied with stand in that order too, all first weights' columns before
+all second ones': ``_arrange`` copies a layer's rows, and what the first product gives is stored in it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from mixtralkit.ops.linear.triton import numbers_of
 from mixtralkit.ops.runtime import multiprocessors, overlaps_launches
 
 ROWS = 32  # of a weight matrix that a program unpacks
+_INT4, _INT8, _FP8 = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class _Operand:
     """Packed matrices as the kernels take them.
 
     Attributes:
-        halves: two weights a byte.
+        data: words of 16 bits.
+        kind: of a word's weights: ``_INT4``, ``_INT8`` or ``_FP8``.
         group: columns of a scale; 0 where an output's are one.
         height: outputs of a scale; 0 where a matrix has one.
     """
@@ -40,35 +43,41 @@ class _Operand:
     scales: torch.Tensor
     zeros: torch.Tensor | None
     columns: int
-    halves: bool
+    kind: int
     group: int
     height: int
 
     @classmethod
     def of(cls, packed: PackedWeight) -> _Operand:
         data, scales, *zeros = packed.tensors
-        data = data.view(torch.uint8) if data.dtype == torch.float8_e4m3fn else data
         part = packed.weights.parts[1]
-        halves, group = isinstance(packed.weights, Int4), part.columns or 0
+        kind = _INT4 if isinstance(packed.weights, Int4) else _INT8 if data.dtype == torch.int8 else _FP8
+        group = part.columns or 0
         group = 0 if group == 1 or group >= packed.columns else group
-        return cls(data, scales, zeros[0] if zeros else None, packed.columns, halves, group, part.rows or 0)
+        words, zero = data.view(torch.int16), zeros[0] if zeros else None
+        return cls(words, scales, zero, packed.columns, kind, group, part.rows or 0)
 
     @property
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
         return self.data, self.scales, self.zeros
 
+    @property
+    def word(self) -> int:
+        """Weights of a word."""
+        return 4 if self.kind == _INT4 else 2
+
     def constants(self, columns: int) -> dict[str, int]:
-        """``columns`` of a tile, at most a group's."""
-        block = max(min(columns, self.group or columns), 64 if self.halves else 16)
+        """``columns`` of a tile, at most a group's, or two groups of 32."""
+        block = max(min(columns, self.group or columns), 64)
         while self.columns % block:
             block //= 2
         asm = self.data.is_cuda or _compiles()
-        return {"HALVES": self.halves, "GROUP": self.group, "HEIGHT": self.height, "BLOCK_K": block, "ASM": asm}
+        return {"KIND": self.kind, "GROUP": self.group, "HEIGHT": self.height, "BLOCK_K": block, "ASM": asm}
 
 
 def _compiles() -> bool:
     """Whether kernels are compiled, not interpreted."""
-    return isinstance(_halves_of, triton.runtime.JITFunction)
+    return isinstance(_weights_of, triton.runtime.JITFunction)
 
 
 def expert_sum_packed(
@@ -89,11 +98,11 @@ def expert_sum_packed(
     slots = len(w2_SDF if storage_S is None else storage_S)
     up, down = _Operand.of(w13_SGD), _Operand.of(w2_SDF)
     x_RD, slots_RK, weights_RK = x_RD.contiguous(), slots_RK.contiguous(), weights_RK.contiguous()
-    arranged_RD = _arranged(x_RD) if up.halves else x_RD
+    arranged_RD = _arranged(x_RD, up.word)
     out_RD = torch.empty_like(x_RD) if out_RD is None else out_RD
     rest = (residual_RD, out_RD)
     mean = (rows if likely_rows is None else likely_rows) * top_k / (likely_slots or slots)
-    settings = settings or default_settings(rows, mean, up.halves)
+    settings = settings or default_settings(rows, mean, up.kind == _INT4)
     if rows <= BLOCK_R:
         return _sum_small(arranged_RD, slots_RK, weights_RK, up, down, *rest, storage_S, slots, settings)
     if mean <= STREAMED:
@@ -136,8 +145,8 @@ def _sum_small(x_RD, slots_RK, weights_RK, up, down, residual_RD, out_RD, storag
     constants = up.constants(s["up_block_k"])
     _up_packed[(triton.cdiv(hidden, s["up_block_o"]), slots)](
         x_RD, slots_RK, weights_RK, *up.tensors, storage_S, h_NF, arrived_B, len(arrived_B), rows, width, hidden,
-        BLOCK_F=s["up_block_o"], COUNTERS=triton.next_power_of_2(len(arrived_B)), TOP_K=top_k, BLOCK_R=BLOCK_R,
-        **constants, **_launch(x_RD, s, "up"),
+        TURN=down.word, BLOCK_F=s["up_block_o"], COUNTERS=triton.next_power_of_2(len(arrived_B)), TOP_K=top_k,
+        BLOCK_R=BLOCK_R, **constants, **_launch(x_RD, s, "up"),
     )  # fmt: skip
     constants = down.constants(s["down_block_k"])
     sums_NPD = torch.empty((rows * top_k, parts, width), dtype=torch.float32, device=x_RD.device)
@@ -166,7 +175,7 @@ def _sum_streamed(x_RD, slots_RK, weights_RK, up, down, residual_RD, out_RD, sto
         programs = min(len(order.slot_B) * tiles, s["programs"] * multiprocessors(x_RD.device))
         _product_packed[programs,](
             rows_PI, *operand.tensors, out_PO, order.slot_B, order.rows_B, order.blocks, operand.columns, outer, tiles,
-            SWIGLU=part == "up", TURNED=part == "up" and down.halves, BLOCK_R=order.block_r, BLOCK_O=block_o,
+            SWIGLU=part == "up", TURN=down.word if part == "up" else 1, BLOCK_R=order.block_r, BLOCK_O=block_o,
             **operand.constants(s[f"{part}_block_k"]), **_launch(x_RD, s, part),
         )  # fmt: skip
     residual_RD = None if residual_RD is None else residual_RD.contiguous()
@@ -177,12 +186,19 @@ def _sum_streamed(x_RD, slots_RK, weights_RK, up, down, residual_RD, out_RD, sto
     return out_RD
 
 
-def _arranged(x_RD: torch.Tensor) -> torch.Tensor:
-    """Rows in the order in which four-bit weights are multiplied."""
+def _arranged(x_RD: torch.Tensor, word: int) -> torch.Tensor:
+    """Rows in the order in which weights are multiplied, of which a word holds so many."""
     (rows, width), overlap = x_RD.shape, overlaps_launches(x_RD.device)
     out_RD, block = torch.empty_like(x_RD), min(triton.next_power_of_2(width), 1024)
     _arrange[(rows, triton.cdiv(width, block))](
-        x_RD, out_RD, width, BLOCK=block, PDL=overlap, num_warps=4, **({"launch_pdl": True} if overlap else {})
+        x_RD,
+        out_RD,
+        width,
+        WORD=word,
+        BLOCK=block,
+        PDL=overlap,
+        num_warps=4,
+        **({"launch_pdl": True} if overlap else {}),
     )
     return out_RD
 
@@ -194,72 +210,134 @@ def _unpacked(operand: _Operand, slots: int, storage_S, dtype: torch.dtype, stac
     constants = operand.constants(128)
     _unpack[(triton.cdiv(rows // stacked, ROWS), stacked, slots)](
         *operand.tensors, storage_S, out_SOK, rows // stacked, operand.columns,
-        TURNED=stacked == 2 and operand.halves, STACKED=stacked, BLOCK_O=ROWS, **constants, num_warps=4,
+        TURN=operand.word if stacked == 2 else 1, STACKED=stacked, BLOCK_O=ROWS, **constants, num_warps=4,
     )  # fmt: skip
     return out_SOK
 
 
 @triton.jit
-def _column_of(place, columns):
-    """The column that stands at a place: those of the bytes' low halves come first. See ``moe.weights.Int4``."""
-    byte = place % (columns // 2)
-    return byte // 32 * 64 + byte % 2 * 32 + byte % 32 // 2 + place // (columns // 2) * 16
+def _column_of(place, columns, WORD: tl.constexpr):
+    """The column that stands at a place: those of the words' first weights come first. See ``moe.weights.Int4``."""
+    word, which = place % (columns // WORD), place // (columns // WORD)
+    if WORD == 4:
+        return word // 16 * 64 + word % 16 + which * 16
+    else:
+        return word * WORD + which
 
 
 @triton.jit
-def _place_of(column, columns):
+def _place_of(column, columns, WORD: tl.constexpr):
     """Where a column stands."""
-    within = column % 64
-    return column // 64 * 32 + within % 16 * 2 + within // 32 + within // 16 % 2 * (columns // 2)
+    if WORD == 4:
+        return column // 64 * 16 + column % 16 + column % 64 // 16 * (columns // 4)
+    else:
+        return column // WORD + column % WORD * (columns // WORD)
 
 
 @triton.jit
-def _arrange(x_RD, out_RD, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _arrange(x_RD, out_RD, width, WORD: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     row, place = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    x = tl.load(x_RD + row * width + _column_of(place, width), place < width)
+    x = tl.load(x_RD + row * width + _column_of(place, width, WORD), place < width)
     tl.store(out_RD + row * width + place, x, place < width)
 
 
 @triton.jit
-def _halves_of(bytes_OB, zero_O1, DTYPE: tl.constexpr, ZEROS: tl.constexpr, ASM: tl.constexpr):
-    """Low and high halves of bytes less 8, or less a zero point: numbers of the rows' type, exact in any.
+def _weights_of(words_OW, KIND: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """The four weights of every word less 8, or its two, as numbers of the rows' type, exact in any; a tuple.
 
-    In bfloat16 a number below 16 is the last bits of 128's mantissa; two such stand in a register.
+    In bfloat16, two weights of a register's two words at a time: a number below 128 is the last bits of 128's mantissa,
+    of int8 less 128 or 256 by its sign; the bits of e4m3 in the place of bfloat16's are 2^-120 of the number.
     """
-    if ASM and DTYPE.is_bf16():
-        low, high = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 l, h, one, less;
-            mov.b32 one, 0x3f803f80;
-            mov.b32 less, 0xc308c308;
-            and.b32 l, $4, 0x0f0f0f0f;
-            shr.u32 h, $4, 4;
-            and.b32 h, h, 0x0f0f0f0f;
-            prmt.b32 $0, l, 0x43434343, 0x4140;
-            prmt.b32 $1, l, 0x43434343, 0x4342;
-            prmt.b32 $2, h, 0x43434343, 0x4140;
-            prmt.b32 $3, h, 0x43434343, 0x4342;
-            fma.rn.bf16x2 $0, $0, one, less;
-            fma.rn.bf16x2 $1, $1, one, less;
-            fma.rn.bf16x2 $2, $2, one, less;
-            fma.rn.bf16x2 $3, $3, one, less;
-            }""",
-            "=r,=r,=r,=r,r", [bytes_OB], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
-        )  # fmt: skip
+    if KIND == 0:
+        if ASM and DTYPE.is_bf16():
+            a, b, c, d = tl.inline_asm_elementwise(
+                """{
+                .reg .b32 s, one, less;
+                mov.b32 one, 0x3f803f80;
+                mov.b32 less, 0xc308c308;
+                and.b32 s, $4, 0x000f000f;
+                or.b32 s, s, 0x43004300;
+                fma.rn.bf16x2 $0, s, one, less;
+                shr.u32 s, $4, 4;
+                and.b32 s, s, 0x000f000f;
+                or.b32 s, s, 0x43004300;
+                fma.rn.bf16x2 $1, s, one, less;
+                shr.u32 s, $4, 8;
+                and.b32 s, s, 0x000f000f;
+                or.b32 s, s, 0x43004300;
+                fma.rn.bf16x2 $2, s, one, less;
+                shr.u32 s, $4, 12;
+                and.b32 s, s, 0x000f000f;
+                or.b32 s, s, 0x43004300;
+                fma.rn.bf16x2 $3, s, one, less;
+                }""",
+                "=&r,=&r,=&r,=&r,r", [words_OW], is_pure=True, pack=2,
+                dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+            )  # fmt: skip
+        else:
+            w_OW = words_OW.to(tl.int32)
+            a, b = ((w_OW & 15) - 8).to(DTYPE), ((w_OW >> 4 & 15) - 8).to(DTYPE)
+            c, d = ((w_OW >> 8 & 15) - 8).to(DTYPE), ((w_OW >> 12 & 15) - 8).to(DTYPE)
+        return a, b, c, d
+    elif KIND == 1:
+        if ASM and DTYPE.is_bf16():
+            a, b = tl.inline_asm_elementwise(
+                """{
+                .reg .b32 s, l, less;
+                mov.b32 less, 0xbf80bf80;
+                and.b32 l, $2, 0x007f007f;
+                or.b32 l, l, 0x43004300;
+                and.b32 s, $2, 0x00800080;
+                or.b32 s, s, 0x43004300;
+                fma.rn.bf16x2 $0, s, less, l;
+                shr.u32 s, $2, 8;
+                and.b32 l, s, 0x007f007f;
+                or.b32 l, l, 0x43004300;
+                and.b32 s, s, 0x00800080;
+                or.b32 s, s, 0x43004300;
+                fma.rn.bf16x2 $1, s, less, l;
+                }""",
+                "=&r,=&r,r", [words_OW], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+            )  # fmt: skip
+        else:
+            w_OW = words_OW.to(tl.int32)
+            a, b = (w_OW << 24 >> 24).to(DTYPE), (w_OW >> 8).to(DTYPE)
+        return a, b
     else:
-        low, high = ((bytes_OB & 15).to(DTYPE) - 8.0).to(DTYPE), ((bytes_OB >> 4).to(DTYPE) - 8.0).to(DTYPE)
-    if ZEROS:
-        low, high = low - (zero_O1 - 8.0).to(DTYPE), high - (zero_O1 - 8.0).to(DTYPE)
-    return low, high
+        if ASM and DTYPE.is_bf16():
+            a, b = tl.inline_asm_elementwise(
+                """{
+                .reg .b32 s, l, up, none;
+                mov.b32 up, 0x7b807b80;
+                mov.b32 none, 0x80008000;
+                shl.b32 s, $2, 8;
+                and.b32 s, s, 0x80008000;
+                shl.b32 l, $2, 4;
+                and.b32 l, l, 0x07f007f0;
+                or.b32 l, l, s;
+                fma.rn.bf16x2 $0, l, up, none;
+                and.b32 s, $2, 0x80008000;
+                shr.u32 l, $2, 4;
+                and.b32 l, l, 0x07f007f0;
+                or.b32 l, l, s;
+                fma.rn.bf16x2 $1, l, up, none;
+                }""",
+                "=&r,=&r,r", [words_OW], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+            )  # fmt: skip
+        else:
+            w_OW = words_OW.to(tl.int32)
+            a = numbers_of((w_OW & 255).to(tl.uint8), DTYPE, False)
+            b = numbers_of((w_OW >> 8 & 255).to(tl.uint8), DTYPE, False)
+        return a, b
 
 
 @triton.jit
 def _packed_dot(
     data_O, scale_O, zero_O, x_R, has_R, first, last, columns,
-    HALVES: tl.constexpr, GROUP: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    KIND: tl.constexpr, GROUP: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
     ASM: tl.constexpr,
 ):  # fmt: skip
     """float32 [O, R] of rows at ``x_R`` and packed weights at ``data_O``, over columns ``first`` … ``last`` - 1.
@@ -267,54 +345,61 @@ def _packed_dot(
     ``scale_O`` and ``zero_O`` are of each output's first group; ``zero_O`` None for none.
     """
     DTYPE: tl.constexpr = x_R.dtype.element_ty
-    AHEAD: tl.constexpr = GROUP >= 64 or (HALVES and GROUP == 0)
+    WORD: tl.constexpr = 4 if KIND == 0 else 2
+    PAIR: tl.constexpr = KIND == 0 and GROUP == 32  # of groups in a tile, else one at most
     sum_OR = tl.zeros([BLOCK_O, BLOCK_R], tl.float32)
-    zero_O1 = tl.zeros([BLOCK_O, 1], tl.float32)
-    if AHEAD:  # asked for a step before they are multiplied, since nothing else brings them early
-        at = first // GROUP if GROUP else 0
+    at = first // GROUP if GROUP else 0
+    if GROUP:  # scales are asked for a step before they are multiplied: nothing else brings them early
         next_O = tl.load(scale_O + at)
-        if zero_O is not None:
-            next_zero_O = tl.load(zero_O + at)
+        if PAIR:
+            next_more_O = tl.load(scale_O + at + 1)
+    if zero_O is not None:
+        next_zero_O = tl.load(zero_O + at)
+        if PAIR:
+            next_more_zero_O = tl.load(zero_O + at + 1)
     for k in range(first, last, BLOCK_K):
-        if AHEAD:
-            now_O = next_O.to(tl.float32)
-            at = tl.minimum(k + BLOCK_K, last - BLOCK_K) // GROUP if GROUP else 0
+        at = tl.minimum(k + BLOCK_K, last - BLOCK_K) // GROUP if GROUP else 0
+        if GROUP:
+            now_O1 = next_O.to(tl.float32)[:, None]
             next_O = tl.load(scale_O + at)
+            if PAIR:
+                more_O1 = next_more_O.to(tl.float32)[:, None]
+                next_more_O = tl.load(scale_O + at + 1)
+        word_W = k // WORD + tl.arange(0, BLOCK_K // WORD)
+        words_OW = tl.load(data_O[:, None] + word_W[None, :], eviction_policy="evict_first")
+        a_WR = tl.load(x_R[None, :] + word_W[:, None], has_R[None, :], 0.0)
+        b_WR = tl.load(x_R[None, :] + (columns // WORD + word_W)[:, None], has_R[None, :], 0.0)
+        if KIND == 0:
+            c_WR = tl.load(x_R[None, :] + (columns // 2 + word_W)[:, None], has_R[None, :], 0.0)
+            d_WR = tl.load(x_R[None, :] + (columns // 4 * 3 + word_W)[:, None], has_R[None, :], 0.0)
+            a_OW, b_OW, c_OW, d_OW = _weights_of(words_OW, KIND, DTYPE, ASM)
             if zero_O is not None:
-                zero_O1 = next_zero_O.to(tl.float32)[:, None]
+                less_O1 = (next_zero_O.to(tl.float32) - 8.0).to(DTYPE)[:, None]
                 next_zero_O = tl.load(zero_O + at)
-        if HALVES:
-            byte_B = k // 2 + tl.arange(0, BLOCK_K // 2)
-            bytes_OB = tl.load(data_O[:, None] + byte_B[None, :], eviction_policy="evict_first")
-            low_BR = tl.load(x_R[None, :] + byte_B[:, None], has_R[None, :], 0.0)
-            high_BR = tl.load(x_R[None, :] + (columns // 2 + byte_B)[:, None], has_R[None, :], 0.0)
-            if AHEAD:
-                low_OB, high_OB = _halves_of(bytes_OB, zero_O1, DTYPE, zero_O is not None, ASM)
-                part_OR = tl.dot(low_OB, low_BR, input_precision="ieee")
-                part_OR = tl.dot(high_OB, high_BR, part_OR, input_precision="ieee")
-                sum_OR += part_OR * now_O[:, None]
-            else:  # a byte's columns are in one group of 32, neighbours' in two
-                group_B = byte_B // 32 * 2 + byte_B % 2
-                scale_OB = tl.load(scale_O[:, None] + group_B[None, :]).to(tl.float32)
-                zero_OB = 0.0
-                if zero_O is not None:
-                    zero_OB = tl.load(zero_O[:, None] + group_B[None, :]).to(tl.float32)
-                low_OB, high_OB = _halves_of(bytes_OB, zero_OB, DTYPE, zero_O is not None, ASM)
-                low_OB = (low_OB.to(tl.float32) * scale_OB).to(DTYPE)
-                high_OB = (high_OB.to(tl.float32) * scale_OB).to(DTYPE)
-                sum_OR = tl.dot(low_OB, low_BR, sum_OR, input_precision="ieee")
-                sum_OR = tl.dot(high_OB, high_BR, sum_OR, input_precision="ieee")
-        else:
-            k_K = k + tl.arange(0, BLOCK_K)
-            bytes_OK = tl.load(data_O[:, None] + k_K[None, :], eviction_policy="evict_first")
-            w_OK = numbers_of(bytes_OK, DTYPE, ASM)
-            x_KR = tl.load(x_R[None, :] + k_K[:, None], has_R[None, :], 0.0)
-            if AHEAD:
-                part_OR = tl.dot(w_OK, x_KR, input_precision="ieee")
-                sum_OR += part_OR * now_O[:, None]
+                a_OW, b_OW = a_OW - less_O1, b_OW - less_O1
+                if PAIR:
+                    less_O1 = (next_more_zero_O.to(tl.float32) - 8.0).to(DTYPE)[:, None]
+                    next_more_zero_O = tl.load(zero_O + at + 1)
+                c_OW, d_OW = c_OW - less_O1, d_OW - less_O1
+            part_OR = tl.dot(a_OW, a_WR, input_precision="ieee")
+            part_OR = tl.dot(b_OW, b_WR, part_OR, input_precision="ieee")
+            if PAIR:
+                sum_OR += part_OR * now_O1
+                now_O1 = more_O1
+                part_OR = tl.dot(c_OW, c_WR, input_precision="ieee")
             else:
-                sum_OR = tl.dot(w_OK, x_KR, sum_OR, input_precision="ieee")
-    if GROUP == 0 and not HALVES:
+                part_OR = tl.dot(c_OW, c_WR, part_OR, input_precision="ieee")
+            part_OR = tl.dot(d_OW, d_WR, part_OR, input_precision="ieee")
+            sum_OR += part_OR * now_O1 if GROUP else part_OR
+        else:
+            a_OW, b_OW = _weights_of(words_OW, KIND, DTYPE, ASM)
+            if GROUP:
+                part_OR = tl.dot(a_OW, a_WR, input_precision="ieee")
+                sum_OR += tl.dot(b_OW, b_WR, part_OR, input_precision="ieee") * now_O1
+            else:
+                sum_OR = tl.dot(a_OW, a_WR, sum_OR, input_precision="ieee")
+                sum_OR = tl.dot(b_OW, b_WR, sum_OR, input_precision="ieee")
+    if GROUP == 0:
         sum_OR *= tl.load(scale_O).to(tl.float32)[:, None]
     return sum_OR
 
@@ -322,7 +407,7 @@ def _packed_dot(
 @triton.jit
 def _at(
     data, scales, zeros, matrix, row_O, outer, columns,
-    HALVES: tl.constexpr, GROUP: tl.constexpr, HEIGHT: tl.constexpr,
+    KIND: tl.constexpr, GROUP: tl.constexpr, HEIGHT: tl.constexpr,
 ):  # fmt: skip
     """Where rows of a matrix begin: its weights, scales and zero points. ``matrix`` [O] counts whole matrices."""
     groups = columns // GROUP if GROUP else 1
@@ -330,15 +415,16 @@ def _at(
         scale_O = (matrix * tl.cdiv(outer, HEIGHT) + row_O // HEIGHT) * groups
     else:
         scale_O = matrix + row_O * 0
-    data_O = data + (matrix * outer + row_O) * (columns // 2 if HALVES else columns)
+    data_O = data + (matrix * outer + row_O) * (columns // (4 if KIND == 0 else 2))
     return data_O, scales + scale_O, scale_O if zeros is None else zeros + scale_O
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _up_packed(
     x, slots, weights, data, scales, zeros, storage, h, arrived, counters, rows, width, hidden,
-    BLOCK_F: tl.constexpr, COUNTERS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_R: tl.constexpr, HALVES: tl.constexpr,
-    GROUP: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    TURN: tl.constexpr, BLOCK_F: tl.constexpr, COUNTERS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    KIND: tl.constexpr, GROUP: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """h of every row that chose one slot, for some f, as ``triton_small._up_some_rows``."""
     slot = tl.program_id(1).to(tl.int64)
@@ -356,16 +442,16 @@ def _up_packed(
     chose_R = choice_R >= 0
     if tl.max(choice_R, 0) >= 0:
         matrix_G = place * 2 + g_G // BLOCK_F
-        data_G, scale_G, zero_G = _at(data, scales, zeros, matrix_G, f_G, hidden, width, HALVES, GROUP, HEIGHT)
+        data_G, scale_G, zero_G = _at(data, scales, zeros, matrix_G, f_G, hidden, width, KIND, GROUP, HEIGHT)
         sum_GR = _packed_dot(
             data_G, scale_G, None if zeros is None else zero_G, x + tl.where(chose_R, row_R, 0) * width, chose_R,
-            0, width, width, HALVES, GROUP, 2 * BLOCK_F, BLOCK_R, BLOCK_K, ASM,
+            0, width, width, KIND, GROUP, 2 * BLOCK_F, BLOCK_R, BLOCK_K, ASM,
         )  # fmt: skip
         gate_FR, up_FR = tl.split(tl.permute(tl.reshape(sum_GR, (2, BLOCK_F, BLOCK_R)), (1, 2, 0)))
         weight_R = tl.load(weights + choice_R, chose_R, 0.0)
         h_FR = gate_FR * tl.sigmoid(gate_FR) * up_FR * weight_R[None, :]
         f_F = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
-        stored_F = _place_of(f_F, hidden) if HALVES else f_F
+        stored_F = _place_of(f_F, hidden, TURN)
         places_FR = h + choice_R.to(tl.int64)[None, :] * hidden + stored_F[:, None]
         tl.store(places_FR, h_FR.to(h.dtype.element_ty), (f_F < hidden)[:, None] & chose_R[None, :])
 
@@ -373,7 +459,7 @@ def _up_packed(
 @triton.jit(do_not_specialize=["rows"])
 def _down_packed(
     h, slots, data, scales, zeros, storage, residual, sums, arrived, out, rows, width, hidden, span,
-    PARTS: tl.constexpr, BLOCK_D: tl.constexpr, TOP_K: tl.constexpr, BLOCK_R: tl.constexpr, HALVES: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_D: tl.constexpr, TOP_K: tl.constexpr, BLOCK_R: tl.constexpr, KIND: tl.constexpr,
     GROUP: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One slot's part of out[d] of the rows that chose it, for some d, as ``triton_small._down_some_rows``."""
@@ -390,11 +476,11 @@ def _down_packed(
         tl.extra.cuda.gdc_wait()
     if tl.max(choice_R, 0) >= 0:
         row_D = tl.where(inside_D, d_D, 0)
-        data_D, scale_D, zero_D = _at(data, scales, zeros, place, row_D, width, hidden, HALVES, GROUP, HEIGHT)
+        data_D, scale_D, zero_D = _at(data, scales, zeros, place, row_D, width, hidden, KIND, GROUP, HEIGHT)
         sum_DR = _packed_dot(
             data_D, scale_D, None if zeros is None else zero_D,
             h + tl.where(chose_R, choice_R, 0).to(tl.int64) * hidden, chose_R,
-            part * span, tl.minimum(part * span + span, hidden), hidden, HALVES, GROUP, BLOCK_D, BLOCK_R,
+            part * span, tl.minimum(part * span + span, hidden), hidden, KIND, GROUP, BLOCK_D, BLOCK_R,
             BLOCK_K, ASM,
         )  # fmt: skip
         places_DR = sums + (choice_R * PARTS + part)[None, :] * width + d_D[:, None]
@@ -405,13 +491,13 @@ def _down_packed(
 @triton.jit
 def _product_packed(
     x_PI, data, scales, zeros, out_PO, slot_B, rows_B, blocks, inner, outer, tiles,
-    SWIGLU: tl.constexpr, TURNED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, HALVES: tl.constexpr,
+    SWIGLU: tl.constexpr, TURN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, KIND: tl.constexpr,
     GROUP: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Every sorted row times the weights of its slot: blocks of rows × blocks of weight rows, tile after tile.
 
-    Of a block's rows as many quarters are multiplied as there are. ``TURNED`` stores outputs in the order in which
-    four-bit weights are multiplied.
+    Of a block's rows as many quarters are multiplied as there are. Outputs are stored in the order in which weights are
+    multiplied of which a word holds ``TURN``.
     """
     QUARTER: tl.constexpr = max(BLOCK_R // 4, 16)
     HALF: tl.constexpr = max(BLOCK_R // 2, 16)
@@ -425,24 +511,24 @@ def _product_packed(
         if rows <= QUARTER:
             _packed_tile(
                 x_PI, data, scales, zeros, out_PO, slot, first, rows, o, inner, outer,
-                SWIGLU, TURNED, QUARTER, BLOCK_O, HALVES, GROUP, HEIGHT, BLOCK_K, ASM,
+                SWIGLU, TURN, QUARTER, BLOCK_O, KIND, GROUP, HEIGHT, BLOCK_K, ASM,
             )  # fmt: skip
         elif rows <= HALF:
             _packed_tile(
                 x_PI, data, scales, zeros, out_PO, slot, first, rows, o, inner, outer,
-                SWIGLU, TURNED, HALF, BLOCK_O, HALVES, GROUP, HEIGHT, BLOCK_K, ASM,
+                SWIGLU, TURN, HALF, BLOCK_O, KIND, GROUP, HEIGHT, BLOCK_K, ASM,
             )  # fmt: skip
         else:
             _packed_tile(
                 x_PI, data, scales, zeros, out_PO, slot, first, rows, o, inner, outer,
-                SWIGLU, TURNED, BLOCK_R, BLOCK_O, HALVES, GROUP, HEIGHT, BLOCK_K, ASM,
+                SWIGLU, TURN, BLOCK_R, BLOCK_O, KIND, GROUP, HEIGHT, BLOCK_K, ASM,
             )  # fmt: skip
 
 
 @triton.jit
 def _packed_tile(
     x_PI, data, scales, zeros, out_PO, slot, first, rows, o, inner, outer,
-    SWIGLU: tl.constexpr, TURNED: tl.constexpr, ROWS: tl.constexpr, BLOCK_O: tl.constexpr, HALVES: tl.constexpr,
+    SWIGLU: tl.constexpr, TURN: tl.constexpr, ROWS: tl.constexpr, BLOCK_O: tl.constexpr, KIND: tl.constexpr,
     GROUP: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """out[first : first + rows, o : o + BLOCK_O], the weights on the M side, w1 above w3 in one tile."""
@@ -451,16 +537,16 @@ def _packed_tile(
     row_G = o + g_G % BLOCK_O
     row_G = tl.where(row_G < outer, row_G, 0)
     matrix_G = (slot * 2 + g_G // BLOCK_O) if SWIGLU else slot + g_G * 0
-    data_G, scale_G, zero_G = _at(data, scales, zeros, matrix_G, row_G, outer, inner, HALVES, GROUP, HEIGHT)
+    data_G, scale_G, zero_G = _at(data, scales, zeros, matrix_G, row_G, outer, inner, KIND, GROUP, HEIGHT)
     sum_GR = _packed_dot(
         data_G, scale_G, None if zeros is None else zero_G, x_PI + (first + r_R) * inner, r_R < rows, 0, inner, inner,
-        HALVES, GROUP, HIGH, ROWS, BLOCK_K, ASM,
+        KIND, GROUP, HIGH, ROWS, BLOCK_K, ASM,
     )  # fmt: skip
     if SWIGLU:
         gate_OR, up_OR = tl.split(tl.permute(tl.reshape(sum_GR, (2, BLOCK_O, ROWS)), (1, 2, 0)))
         sum_GR = gate_OR * tl.sigmoid(gate_OR) * up_OR
     o_O = o + tl.arange(0, BLOCK_O)
-    stored_O = _place_of(o_O, outer) if TURNED else o_O
+    stored_O = _place_of(o_O, outer, TURN)
     places_RO = out_PO + (first + r_R)[:, None] * outer + stored_O[None, :]
     tl.store(places_RO, sum_GR.T.to(out_PO.dtype.element_ty), (r_R < rows)[:, None] & (o_O < outer)[None, :])
 
@@ -468,10 +554,11 @@ def _packed_tile(
 @triton.jit
 def _unpack(
     data, scales, zeros, storage, out_SOK, outer, columns,
-    TURNED: tl.constexpr, STACKED: tl.constexpr, BLOCK_O: tl.constexpr, HALVES: tl.constexpr, GROUP: tl.constexpr,
+    TURN: tl.constexpr, STACKED: tl.constexpr, BLOCK_O: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr,
     HEIGHT: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Some rows of one matrix as plain numbers; ``TURNED`` puts rows where they stand as columns of the next."""
+    """Some rows of one matrix as plain numbers; ``TURN`` puts rows where they stand as columns of the next."""
+    WORD: tl.constexpr = 4 if KIND == 0 else 2
     slot, matrix = tl.program_id(2).to(tl.int64), tl.program_id(1)
     row_O = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     inside_O1 = (row_O < outer)[:, None]
@@ -480,25 +567,18 @@ def _unpack(
     if storage is not None:
         place = tl.load(storage + slot)
     matrix_O = place * STACKED + matrix + read_O * 0
-    data_O, scale_O, zero_O = _at(data, scales, zeros, matrix_O, read_O, outer, columns, HALVES, GROUP, HEIGHT)
-    stored_O = _place_of(read_O, outer) if TURNED else read_O
+    data_O, scale_O, zero_O = _at(data, scales, zeros, matrix_O, read_O, outer, columns, KIND, GROUP, HEIGHT)
+    stored_O = _place_of(read_O, outer, TURN)
     out_O1 = (out_SOK + ((slot * STACKED + matrix) * outer + stored_O) * columns)[:, None]
     DTYPE: tl.constexpr = out_SOK.dtype.element_ty
     for k in range(0, columns, BLOCK_K):
-        if HALVES:
-            byte_B = k // 2 + tl.arange(0, BLOCK_K // 2)
-            group_B = byte_B // 32 * 2 + byte_B % 2 if GROUP == 32 else byte_B * 2 // GROUP if GROUP else byte_B * 0
-            bytes_OB = tl.load(data_O[:, None] + byte_B[None, :], inside_O1, 0)
-            scale_OB = tl.load(scale_O[:, None] + group_B[None, :]).to(tl.float32)
-            zero_OB = 0.0
+        word_W = k // WORD + tl.arange(0, BLOCK_K // WORD)
+        words_OW = tl.load(data_O[:, None] + word_W[None, :], inside_O1, 0)
+        weights = _weights_of(words_OW, KIND, DTYPE, ASM)
+        for i in tl.static_range(WORD):
+            group = _column_of(k // WORD + columns // WORD * i, columns, WORD) // GROUP if GROUP else 0
+            w_OW = weights[i].to(tl.float32)
             if zeros is not None:
-                zero_OB = tl.load(zero_O[:, None] + group_B[None, :]).to(tl.float32)
-            low_OB, high_OB = _halves_of(bytes_OB, zero_OB, DTYPE, zeros is not None, ASM)
-            tl.store(out_O1 + byte_B[None, :], (low_OB.to(tl.float32) * scale_OB).to(DTYPE), inside_O1)
-            high = out_O1 + (columns // 2 + byte_B)[None, :]
-            tl.store(high, (high_OB.to(tl.float32) * scale_OB).to(DTYPE), inside_O1)
-        else:
-            k_K = k + tl.arange(0, BLOCK_K)
-            w_OK = numbers_of(tl.load(data_O[:, None] + k_K[None, :], inside_O1, 0), DTYPE, ASM).to(tl.float32)
-            scale_O1 = tl.load(scale_O + (k // GROUP if GROUP else 0)).to(tl.float32)[:, None]
-            tl.store(out_O1 + k_K[None, :], (w_OK * scale_O1).to(DTYPE), inside_O1)
+                w_OW -= tl.load(zero_O + group).to(tl.float32)[:, None] - 8.0
+            w_OW *= tl.load(scale_O + group).to(tl.float32)[:, None]
+            tl.store(out_O1 + (columns // WORD * i + word_W)[None, :], w_OW.to(DTYPE), inside_O1)
