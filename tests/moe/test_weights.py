@@ -99,7 +99,7 @@ def test_four_bits_lie_where_the_page_says() -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("tile", [128, 1024])
 def test_reference_is_the_sum_with_the_rounded_weights(name: str, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mixtralkit.ops.experts.reference.TILE", tile)
+    monkeypatch.setattr("mixtralkit.ops.linear.reference.TILE", tile)
     weights = parse_weights(name)
     matrices = [random_tensor(2, 130, 136, dtype=torch.float32, seed=seed, scale=0.1) for seed in (1, 2, 3)]
     w1, w3 = (weights.quantize(w) for w in matrices[:2])
