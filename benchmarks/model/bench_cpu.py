@@ -195,7 +195,9 @@ class Ours:
         self.model = Transformer(layout, context, dtype, MoEOptions())
         fill(self.model.named_tensors())
         self.words = RandomWords(config.vocab_size)
-        self.engine = Engine(self.model, self.words, prefill_budget=config.max_seq_len * config.max_batch_size)
+        self.engine = Engine(
+            self.model, self.words, prefill_budget=config.max_seq_len * config.max_batch_size, prefix_reuse=False
+        )
         self.buffer = torch.empty(2**26)
         ask_for_large_pages([self.buffer])
         self.buffer.fill_(1)
