@@ -439,16 +439,20 @@ void mk_attention(int threads, long T, long H, long J, long C, const mk_rows* q,
     }
 }
 
-// Sum of `count` float32 numbers by all threads: what the memory gives at most.
+// Sum of `count` float32 numbers, but for a last few, by all threads: what the memory gives at most.
 float mk_read(int threads, const float* x, long count) {
     double total = 0;
     long pieces = (count + 65535) / 65536;
 #pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(+ : total)
     for (long piece = 0; piece < pieces; piece++) {
-        vfloat acc[8] = {};
-        long k = piece * 65536, end = std::min(count, k + 65536);
-        for (; k + 8 * VW <= end; k += 8 * VW)
-            for (int i = 0; i < 8; i++) acc[i] += load(x + k + i * VW);
+        vfloat acc[8] = {};  // of four streams, as a product reads four outputs
+        long first = piece * 65536, stream = std::min(count - first, 65536L) / 4;
+        for (long k = 0; k + 2 * VW <= stream; k += 2 * VW)
+            for (int i = 0; i < 8; i++) {
+                const float* from = x + first + i / 2 * stream + k + i % 2 * VW;
+                __builtin_prefetch((const char*)from + AHEAD);
+                acc[i] += load(from);
+            }
         for (int i = 0; i < 8; i++) { float one; sums_of<1>(acc + i, &one); total += one; }
     }
     return (float)total;
