@@ -8,6 +8,7 @@ import torch
 from mixtralkit.moe.weights import FORMATS, PackedWeight
 from mixtralkit.ops.experts import expert_sum_reference, triton_packed
 from mixtralkit.ops.experts.triton_packed import default_settings, expert_sum_packed
+from mixtralkit.ops.experts.triton_words import Operand
 
 LARGE = {"up_block_o": 128, "down_block_o": 128}  # tiles that the interpreter is soon through
 ALL_WAYS = ("int8", "int4:32", "int4:128:zeros", "fp8:block")  # of scales in a product
@@ -82,7 +83,7 @@ def test_every_fp8_number_by_its_bits():
     bytes_OK = torch.arange(256, dtype=torch.uint8).where(torch.arange(256) % 128 != 127, 0).view(1, 4, 64)
     data = bytes_OK.view(torch.float8_e4m3fn)
     weights = PackedWeight(FORMATS["fp8:channel"], 64, (data, torch.ones(1, 4)))
-    got = triton_packed._unpacked(triton_packed._Operand.of(weights), 1, None, torch.float32, 1)
+    got = triton_packed._unpacked(Operand.of(weights), 1, None, torch.float32, 1)
     assert got.equal(data.float().unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)), "first bytes of words first"
 
 

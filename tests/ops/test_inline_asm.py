@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from mixtralkit.ops.experts import triton_packed
+from mixtralkit.ops.experts import triton_words
 from mixtralkit.ops.linear import triton as linear
 
 BYTES_4N = torch.stack([torch.arange(256).roll(shift) for shift in (0, 1, 77, 200)])  # each value in each place
@@ -66,7 +66,7 @@ def test_every_byte_becomes_its_number(which, dtype):
 
 
 def test_every_word_of_four_bits_becomes_numbers():
-    found_42N = run_asm(asm_of(triton_packed._weights_of, 0), 4, WORDS_N).float().unflatten(0, (4, 2))
+    found_42N = run_asm(asm_of(triton_words.weights_of, 0), 4, WORDS_N).float().unflatten(0, (4, 2))
     words_2N = torch.stack([WORDS_N & 0xFFFF, WORDS_N >> 16])
     for i, found_2N in enumerate(found_42N):
         assert found_2N.equal((words_2N >> 4 * i & 15).float() - 8)
@@ -74,7 +74,7 @@ def test_every_word_of_four_bits_becomes_numbers():
 
 @pytest.mark.parametrize(("which", "dtype"), [(1, torch.int8), (2, torch.float8_e4m3fn)])
 def test_every_word_of_two_bytes_becomes_numbers(which, dtype):
-    found_22N = run_asm(asm_of(triton_packed._weights_of, which), 2, WORDS_N).float().unflatten(0, (2, 2))
+    found_22N = run_asm(asm_of(triton_words.weights_of, which), 2, WORDS_N).float().unflatten(0, (2, 2))
     wanted_22N = BYTES_4N.to(torch.uint8).view(dtype).float().unflatten(0, (2, 2)).transpose(0, 1)
     is_number = ~wanted_22N.isnan()
     assert found_22N[is_number].equal(wanted_22N[is_number])

@@ -3,81 +3,24 @@
 By the number of rows: up to sixteen in two launches, as ``triton_small``; sorted rows whose weights are read once, as
 ``triton_grouped``'s streamed form; and for many rows an expert the layer's weights are unpacked first.
 
-**Order of columns.** Weights are read as words of 16 bits, which hold four of four bits or two of eight: as wide as the
-numbers that they become, so what a thread reads is what it multiplies. A product takes the first weights of some words,
-then the second ones. So rows that they are multiplied with stand in that order too, all first weights' columns before
-all second ones': ``_arrange`` copies a layer's rows, and what the first product gives is stored in it.
+``_arrange`` copies a layer's rows into the order in which ``triton_words`` multiplies, and what the first product gives
+is stored in it.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from mixtralkit.moe.weights import Int4, PackedWeight
+from mixtralkit.moe.weights import PackedWeight
 from mixtralkit.ops.experts.triton_grouped import STREAMED, _spread, _weighted_sum, expert_sum_grouped
 from mixtralkit.ops.experts.triton_small import BLOCK_R, _add_parts, _choice_of, _start_counting
 from mixtralkit.ops.experts.triton_sorting import sort_rows
-from mixtralkit.ops.linear.triton import numbers_of
+from mixtralkit.ops.experts.triton_words import INT4, Operand, column_of, matrices_at, packed_dot, place_of, weights_of
 from mixtralkit.ops.runtime import multiprocessors, overlaps_launches
 
 ROWS = 32  # of a weight matrix that a program unpacks
-_INT4, _INT8, _FP8 = 0, 1, 2
-
-
-@dataclass(frozen=True)
-class _Operand:
-    """Packed matrices as the kernels take them.
-
-    Attributes:
-        data: words of 16 bits.
-        kind: of a word's weights: ``_INT4``, ``_INT8`` or ``_FP8``.
-        group: columns of a scale; 0 where an output's are one.
-        height: outputs of a scale; 0 where a matrix has one.
-    """
-
-    data: torch.Tensor
-    scales: torch.Tensor
-    zeros: torch.Tensor | None
-    columns: int
-    kind: int
-    group: int
-    height: int
-
-    @classmethod
-    def of(cls, packed: PackedWeight) -> _Operand:
-        data, scales, *zeros = packed.tensors
-        part = packed.weights.parts[1]
-        kind = _INT4 if isinstance(packed.weights, Int4) else _INT8 if data.dtype == torch.int8 else _FP8
-        group = part.columns or 0
-        group = 0 if group == 1 or group >= packed.columns else group
-        words, zero = data.view(torch.int16), zeros[0] if zeros else None
-        return cls(words, scales, zero, packed.columns, kind, group, part.rows or 0)
-
-    @property
-    def tensors(self) -> tuple[torch.Tensor | None, ...]:
-        return self.data, self.scales, self.zeros
-
-    @property
-    def word(self) -> int:
-        """Weights of a word."""
-        return 4 if self.kind == _INT4 else 2
-
-    def constants(self, columns: int) -> dict[str, int]:
-        """``columns`` of a tile, at most a group's, or two groups of 32."""
-        block = max(min(columns, self.group or columns), 64)
-        while self.columns % block:
-            block //= 2
-        asm = self.data.is_cuda or _compiles()
-        return {"KIND": self.kind, "GROUP": self.group, "HEIGHT": self.height, "BLOCK_K": block, "ASM": asm}
-
-
-def _compiles() -> bool:
-    """Whether kernels are compiled, not interpreted."""
-    return isinstance(_weights_of, triton.runtime.JITFunction)
 
 
 def expert_sum_packed(
@@ -96,13 +39,13 @@ def expert_sum_packed(
     """``experts.expert_sum`` of packed weights on a GPU; ``takes_packed`` says of which."""
     rows, top_k = slots_RK.shape
     slots = len(w2_SDF if storage_S is None else storage_S)
-    up, down = _Operand.of(w13_SGD), _Operand.of(w2_SDF)
+    up, down = Operand.of(w13_SGD), Operand.of(w2_SDF)
     x_RD, slots_RK, weights_RK = x_RD.contiguous(), slots_RK.contiguous(), weights_RK.contiguous()
     arranged_RD = _arranged(x_RD, up.word)
     out_RD = torch.empty_like(x_RD) if out_RD is None else out_RD
     rest = (residual_RD, out_RD)
     mean = (rows if likely_rows is None else likely_rows) * top_k / (likely_slots or slots)
-    settings = settings or default_settings(rows, mean, up.kind == _INT4)
+    settings = settings or default_settings(rows, mean, up.kind == INT4)
     if rows <= BLOCK_R:
         return _sum_small(arranged_RD, slots_RK, weights_RK, up, down, *rest, storage_S, slots, settings)
     if mean <= STREAMED:
@@ -203,7 +146,7 @@ def _arranged(x_RD: torch.Tensor, word: int) -> torch.Tensor:
     return out_RD
 
 
-def _unpacked(operand: _Operand, slots: int, storage_S, dtype: torch.dtype, stacked: int) -> torch.Tensor:
+def _unpacked(operand: Operand, slots: int, storage_S, dtype: torch.dtype, stacked: int) -> torch.Tensor:
     """Plain matrices of all slots, columns in the order of the format, and of w1 and w3 rows too."""
     _, rows, _ = operand.data.shape
     out_SOK = torch.empty(slots, rows, operand.columns, dtype=dtype, device=operand.data.device)
@@ -216,207 +159,13 @@ def _unpacked(operand: _Operand, slots: int, storage_S, dtype: torch.dtype, stac
 
 
 @triton.jit
-def _column_of(place, columns, WORD: tl.constexpr):
-    """The column that stands at a place: those of the words' first weights come first. See ``moe.weights.Int4``."""
-    word, which = place % (columns // WORD), place // (columns // WORD)
-    if WORD == 4:
-        return word // 16 * 64 + word % 16 + which * 16
-    else:
-        return word * WORD + which
-
-
-@triton.jit
-def _place_of(column, columns, WORD: tl.constexpr):
-    """Where a column stands."""
-    if WORD == 4:
-        return column // 64 * 16 + column % 16 + column % 64 // 16 * (columns // 4)
-    else:
-        return column // WORD + column % WORD * (columns // WORD)
-
-
-@triton.jit
 def _arrange(x_RD, out_RD, width, WORD: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     row, place = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    x = tl.load(x_RD + row * width + _column_of(place, width, WORD), place < width)
+    x = tl.load(x_RD + row * width + column_of(place, width, WORD), place < width)
     tl.store(out_RD + row * width + place, x, place < width)
-
-
-@triton.jit
-def _weights_of(words_OW, KIND: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """The four weights of every word less 8, or its two, as numbers of the rows' type, exact in any; a tuple.
-
-    In bfloat16, two weights of a register's two words at a time: a number below 128 is the last bits of 128's mantissa,
-    of int8 less 128 or 256 by its sign; the bits of e4m3 in the place of bfloat16's are 2^-120 of the number.
-    """
-    if KIND == 0:
-        if ASM and DTYPE.is_bf16():
-            a, b, c, d = tl.inline_asm_elementwise(
-                """{
-                .reg .b32 s, one, less;
-                mov.b32 one, 0x3f803f80;
-                mov.b32 less, 0xc308c308;
-                and.b32 s, $4, 0x000f000f;
-                or.b32 s, s, 0x43004300;
-                fma.rn.bf16x2 $0, s, one, less;
-                shr.u32 s, $4, 4;
-                and.b32 s, s, 0x000f000f;
-                or.b32 s, s, 0x43004300;
-                fma.rn.bf16x2 $1, s, one, less;
-                shr.u32 s, $4, 8;
-                and.b32 s, s, 0x000f000f;
-                or.b32 s, s, 0x43004300;
-                fma.rn.bf16x2 $2, s, one, less;
-                shr.u32 s, $4, 12;
-                and.b32 s, s, 0x000f000f;
-                or.b32 s, s, 0x43004300;
-                fma.rn.bf16x2 $3, s, one, less;
-                }""",
-                "=&r,=&r,=&r,=&r,r", [words_OW], is_pure=True, pack=2,
-                dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
-            )  # fmt: skip
-        else:
-            w_OW = words_OW.to(tl.int32)
-            a, b = ((w_OW & 15) - 8).to(DTYPE), ((w_OW >> 4 & 15) - 8).to(DTYPE)
-            c, d = ((w_OW >> 8 & 15) - 8).to(DTYPE), ((w_OW >> 12 & 15) - 8).to(DTYPE)
-        return a, b, c, d
-    elif KIND == 1:
-        if ASM and DTYPE.is_bf16():
-            a, b = tl.inline_asm_elementwise(
-                """{
-                .reg .b32 s, l, less;
-                mov.b32 less, 0xbf80bf80;
-                and.b32 l, $2, 0x007f007f;
-                or.b32 l, l, 0x43004300;
-                and.b32 s, $2, 0x00800080;
-                or.b32 s, s, 0x43004300;
-                fma.rn.bf16x2 $0, s, less, l;
-                shr.u32 s, $2, 8;
-                and.b32 l, s, 0x007f007f;
-                or.b32 l, l, 0x43004300;
-                and.b32 s, s, 0x00800080;
-                or.b32 s, s, 0x43004300;
-                fma.rn.bf16x2 $1, s, less, l;
-                }""",
-                "=&r,=&r,r", [words_OW], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
-            )  # fmt: skip
-        else:
-            w_OW = words_OW.to(tl.int32)
-            a, b = (w_OW << 24 >> 24).to(DTYPE), (w_OW >> 8).to(DTYPE)
-        return a, b
-    else:
-        if ASM and DTYPE.is_bf16():
-            a, b = tl.inline_asm_elementwise(
-                """{
-                .reg .b32 s, l, up, none;
-                mov.b32 up, 0x7b807b80;
-                mov.b32 none, 0x80008000;
-                shl.b32 s, $2, 8;
-                and.b32 s, s, 0x80008000;
-                shl.b32 l, $2, 4;
-                and.b32 l, l, 0x07f007f0;
-                or.b32 l, l, s;
-                fma.rn.bf16x2 $0, l, up, none;
-                and.b32 s, $2, 0x80008000;
-                shr.u32 l, $2, 4;
-                and.b32 l, l, 0x07f007f0;
-                or.b32 l, l, s;
-                fma.rn.bf16x2 $1, l, up, none;
-                }""",
-                "=&r,=&r,r", [words_OW], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
-            )  # fmt: skip
-        else:
-            w_OW = words_OW.to(tl.int32)
-            a = numbers_of((w_OW & 255).to(tl.uint8), DTYPE, False)
-            b = numbers_of((w_OW >> 8 & 255).to(tl.uint8), DTYPE, False)
-        return a, b
-
-
-@triton.jit
-def _packed_dot(
-    data_O, scale_O, zero_O, x_R, has_R, first, last, columns,
-    KIND: tl.constexpr, GROUP: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-    ASM: tl.constexpr,
-):  # fmt: skip
-    """float32 [O, R] of rows at ``x_R`` and packed weights at ``data_O``, over columns ``first`` … ``last`` - 1.
-
-    ``scale_O`` and ``zero_O`` are of each output's first group; ``zero_O`` None for none.
-    """
-    DTYPE: tl.constexpr = x_R.dtype.element_ty
-    WORD: tl.constexpr = 4 if KIND == 0 else 2
-    PAIR: tl.constexpr = KIND == 0 and GROUP == 32  # of groups in a tile, else one at most
-    sum_OR = tl.zeros([BLOCK_O, BLOCK_R], tl.float32)
-    at = first // GROUP if GROUP else 0
-    if GROUP:  # scales are asked for a step before they are multiplied: nothing else brings them early
-        next_O = tl.load(scale_O + at)
-        if PAIR:
-            next_more_O = tl.load(scale_O + at + 1)
-    if zero_O is not None:
-        next_zero_O = tl.load(zero_O + at)
-        if PAIR:
-            next_more_zero_O = tl.load(zero_O + at + 1)
-    for k in range(first, last, BLOCK_K):
-        at = tl.minimum(k + BLOCK_K, last - BLOCK_K) // GROUP if GROUP else 0
-        if GROUP:
-            now_O1 = next_O.to(tl.float32)[:, None]
-            next_O = tl.load(scale_O + at)
-            if PAIR:
-                more_O1 = next_more_O.to(tl.float32)[:, None]
-                next_more_O = tl.load(scale_O + at + 1)
-        word_W = k // WORD + tl.arange(0, BLOCK_K // WORD)
-        words_OW = tl.load(data_O[:, None] + word_W[None, :], eviction_policy="evict_first")
-        a_WR = tl.load(x_R[None, :] + word_W[:, None], has_R[None, :], 0.0)
-        b_WR = tl.load(x_R[None, :] + (columns // WORD + word_W)[:, None], has_R[None, :], 0.0)
-        if KIND == 0:
-            c_WR = tl.load(x_R[None, :] + (columns // 2 + word_W)[:, None], has_R[None, :], 0.0)
-            d_WR = tl.load(x_R[None, :] + (columns // 4 * 3 + word_W)[:, None], has_R[None, :], 0.0)
-            a_OW, b_OW, c_OW, d_OW = _weights_of(words_OW, KIND, DTYPE, ASM)
-            if zero_O is not None:
-                less_O1 = (next_zero_O.to(tl.float32) - 8.0).to(DTYPE)[:, None]
-                next_zero_O = tl.load(zero_O + at)
-                a_OW, b_OW = a_OW - less_O1, b_OW - less_O1
-                if PAIR:
-                    less_O1 = (next_more_zero_O.to(tl.float32) - 8.0).to(DTYPE)[:, None]
-                    next_more_zero_O = tl.load(zero_O + at + 1)
-                c_OW, d_OW = c_OW - less_O1, d_OW - less_O1
-            part_OR = tl.dot(a_OW, a_WR, input_precision="ieee")
-            part_OR = tl.dot(b_OW, b_WR, part_OR, input_precision="ieee")
-            if PAIR:
-                sum_OR += part_OR * now_O1
-                now_O1 = more_O1
-                part_OR = tl.dot(c_OW, c_WR, input_precision="ieee")
-            else:
-                part_OR = tl.dot(c_OW, c_WR, part_OR, input_precision="ieee")
-            part_OR = tl.dot(d_OW, d_WR, part_OR, input_precision="ieee")
-            sum_OR += part_OR * now_O1 if GROUP else part_OR
-        else:
-            a_OW, b_OW = _weights_of(words_OW, KIND, DTYPE, ASM)
-            if GROUP:
-                part_OR = tl.dot(a_OW, a_WR, input_precision="ieee")
-                sum_OR += tl.dot(b_OW, b_WR, part_OR, input_precision="ieee") * now_O1
-            else:
-                sum_OR = tl.dot(a_OW, a_WR, sum_OR, input_precision="ieee")
-                sum_OR = tl.dot(b_OW, b_WR, sum_OR, input_precision="ieee")
-    if GROUP == 0:
-        sum_OR *= tl.load(scale_O).to(tl.float32)[:, None]
-    return sum_OR
-
-
-@triton.jit
-def _at(
-    data, scales, zeros, matrix, row_O, outer, columns,
-    KIND: tl.constexpr, GROUP: tl.constexpr, HEIGHT: tl.constexpr,
-):  # fmt: skip
-    """Where rows of a matrix begin: its weights, scales and zero points. ``matrix`` [O] counts whole matrices."""
-    groups = columns // GROUP if GROUP else 1
-    if HEIGHT:
-        scale_O = (matrix * tl.cdiv(outer, HEIGHT) + row_O // HEIGHT) * groups
-    else:
-        scale_O = matrix + row_O * 0
-    data_O = data + (matrix * outer + row_O) * (columns // (4 if KIND == 0 else 2))
-    return data_O, scales + scale_O, scale_O if zeros is None else zeros + scale_O
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -442,8 +191,8 @@ def _up_packed(
     chose_R = choice_R >= 0
     if tl.max(choice_R, 0) >= 0:
         matrix_G = place * 2 + g_G // BLOCK_F
-        data_G, scale_G, zero_G = _at(data, scales, zeros, matrix_G, f_G, hidden, width, KIND, GROUP, HEIGHT)
-        sum_GR = _packed_dot(
+        data_G, scale_G, zero_G = matrices_at(data, scales, zeros, matrix_G, f_G, hidden, width, KIND, GROUP, HEIGHT)
+        sum_GR = packed_dot(
             data_G, scale_G, None if zeros is None else zero_G, x + tl.where(chose_R, row_R, 0) * width, chose_R,
             0, width, width, KIND, GROUP, 2 * BLOCK_F, BLOCK_R, BLOCK_K, ASM,
         )  # fmt: skip
@@ -451,7 +200,7 @@ def _up_packed(
         weight_R = tl.load(weights + choice_R, chose_R, 0.0)
         h_FR = gate_FR * tl.sigmoid(gate_FR) * up_FR * weight_R[None, :]
         f_F = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
-        stored_F = _place_of(f_F, hidden, TURN)
+        stored_F = place_of(f_F, hidden, TURN)
         places_FR = h + choice_R.to(tl.int64)[None, :] * hidden + stored_F[:, None]
         tl.store(places_FR, h_FR.to(h.dtype.element_ty), (f_F < hidden)[:, None] & chose_R[None, :])
 
@@ -476,8 +225,8 @@ def _down_packed(
         tl.extra.cuda.gdc_wait()
     if tl.max(choice_R, 0) >= 0:
         row_D = tl.where(inside_D, d_D, 0)
-        data_D, scale_D, zero_D = _at(data, scales, zeros, place, row_D, width, hidden, KIND, GROUP, HEIGHT)
-        sum_DR = _packed_dot(
+        data_D, scale_D, zero_D = matrices_at(data, scales, zeros, place, row_D, width, hidden, KIND, GROUP, HEIGHT)
+        sum_DR = packed_dot(
             data_D, scale_D, None if zeros is None else zero_D,
             h + tl.where(chose_R, choice_R, 0).to(tl.int64) * hidden, chose_R,
             part * span, tl.minimum(part * span + span, hidden), hidden, KIND, GROUP, BLOCK_D, BLOCK_R,
@@ -537,8 +286,8 @@ def _packed_tile(
     row_G = o + g_G % BLOCK_O
     row_G = tl.where(row_G < outer, row_G, 0)
     matrix_G = (slot * 2 + g_G // BLOCK_O) if SWIGLU else slot + g_G * 0
-    data_G, scale_G, zero_G = _at(data, scales, zeros, matrix_G, row_G, outer, inner, KIND, GROUP, HEIGHT)
-    sum_GR = _packed_dot(
+    data_G, scale_G, zero_G = matrices_at(data, scales, zeros, matrix_G, row_G, outer, inner, KIND, GROUP, HEIGHT)
+    sum_GR = packed_dot(
         data_G, scale_G, None if zeros is None else zero_G, x_PI + (first + r_R) * inner, r_R < rows, 0, inner, inner,
         KIND, GROUP, HIGH, ROWS, BLOCK_K, ASM,
     )  # fmt: skip
@@ -546,7 +295,7 @@ def _packed_tile(
         gate_OR, up_OR = tl.split(tl.permute(tl.reshape(sum_GR, (2, BLOCK_O, ROWS)), (1, 2, 0)))
         sum_GR = gate_OR * tl.sigmoid(gate_OR) * up_OR
     o_O = o + tl.arange(0, BLOCK_O)
-    stored_O = _place_of(o_O, outer, TURN)
+    stored_O = place_of(o_O, outer, TURN)
     places_RO = out_PO + (first + r_R)[:, None] * outer + stored_O[None, :]
     tl.store(places_RO, sum_GR.T.to(out_PO.dtype.element_ty), (r_R < rows)[:, None] & (o_O < outer)[None, :])
 
@@ -567,16 +316,16 @@ def _unpack(
     if storage is not None:
         place = tl.load(storage + slot)
     matrix_O = place * STACKED + matrix + read_O * 0
-    data_O, scale_O, zero_O = _at(data, scales, zeros, matrix_O, read_O, outer, columns, KIND, GROUP, HEIGHT)
-    stored_O = _place_of(read_O, outer, TURN)
+    data_O, scale_O, zero_O = matrices_at(data, scales, zeros, matrix_O, read_O, outer, columns, KIND, GROUP, HEIGHT)
+    stored_O = place_of(read_O, outer, TURN)
     out_O1 = (out_SOK + ((slot * STACKED + matrix) * outer + stored_O) * columns)[:, None]
     DTYPE: tl.constexpr = out_SOK.dtype.element_ty
     for k in range(0, columns, BLOCK_K):
         word_W = k // WORD + tl.arange(0, BLOCK_K // WORD)
         words_OW = tl.load(data_O[:, None] + word_W[None, :], inside_O1, 0)
-        weights = _weights_of(words_OW, KIND, DTYPE, ASM)
+        weights = weights_of(words_OW, KIND, DTYPE, ASM)
         for i in tl.static_range(WORD):
-            group = _column_of(k // WORD + columns // WORD * i, columns, WORD) // GROUP if GROUP else 0
+            group = column_of(k // WORD + columns // WORD * i, columns, WORD) // GROUP if GROUP else 0
             w_OW = weights[i].to(tl.float32)
             if zeros is not None:
                 w_OW -= tl.load(zero_O + group).to(tl.float32)[:, None] - 8.0

@@ -152,12 +152,12 @@ def _unpacked(packed: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
     out_OI = torch.empty(data_OI.shape, dtype=dtype, device=data_OI.device)
     (outputs, inputs), block = data_OI.shape, min(triton.next_power_of_2(data_OI.shape[1]), 4096)
     _unpack_kernel[(outputs, triton.cdiv(inputs, block))](
-        data_OI, scales_O, out_OI, inputs, data_OI.stride(0), BLOCK_I=block, ASM=_is_compiled(), num_warps=4
+        data_OI, scales_O, out_OI, inputs, data_OI.stride(0), BLOCK_I=block, ASM=is_compiled(), num_warps=4
     )
     return out_OI
 
 
-def _is_compiled() -> bool:
+def is_compiled() -> bool:
     """Whether kernels are compiled, not interpreted."""
     return isinstance(numbers_of, triton.runtime.JITFunction)
 
@@ -180,7 +180,7 @@ def _launch_vector(x_TI, w_OI, scales_O, norm, residual_TO, out_TO, settings: di
         BLOCK_O=settings["block_o"],
         BLOCK_I=triton.next_power_of_2(inputs),
         EARLY=bool(settings["early"]),
-        ASM=_is_compiled(),
+        ASM=is_compiled(),
         PDL=overlaps,
         num_warps=settings["num_warps"],
         **({"launch_pdl": True} if overlaps else {}),
@@ -217,7 +217,7 @@ def _launch_matrix(x_TI, w_OI, scales_O, residual_TO, out_TO, settings: dict[str
         COLUMNS=columns,
         WHOLE=inputs % columns == 0,
         EVICT="evict_first" if rows <= block_t else "",
-        ASM=_is_compiled(),
+        ASM=is_compiled(),
         PDL=overlaps,
         num_stages=settings["num_stages"],
         **options,

@@ -1,0 +1,261 @@
+"""Packed weights as kernels multiply them: words of 16 bits that become numbers in registers.
+
+**Order of columns.** A word holds four weights of four bits or two of eight, and is as wide as the numbers that they
+become, so what a thread reads is what it multiplies. A product takes the first weights of some words, then the second
+ones. So rows that they are multiplied with stand in that order too (``column_of``): all first weights' columns before
+all second ones'.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from mixtralkit.moe.weights import Int4, PackedWeight
+from mixtralkit.ops.linear.triton import is_compiled, numbers_of
+
+INT4, INT8, FP8 = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Operand:
+    """Packed matrices as the kernels take them.
+
+    Attributes:
+        data: words of 16 bits.
+        kind: of a word's weights: ``INT4``, ``INT8`` or ``FP8``.
+        group: columns of a scale; 0 where an output's are one.
+        height: outputs of a scale; 0 where a matrix has one.
+    """
+
+    data: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    columns: int
+    kind: int
+    group: int
+    height: int
+
+    @classmethod
+    def of(cls, packed: PackedWeight) -> Operand:
+        data, scales, *zeros = packed.tensors
+        part = packed.weights.parts[1]
+        kind = INT4 if isinstance(packed.weights, Int4) else INT8 if data.dtype == torch.int8 else FP8
+        group = part.columns or 0
+        group = 0 if group == 1 or group >= packed.columns else group
+        words, zero = data.view(torch.int16), zeros[0] if zeros else None
+        return cls(words, scales, zero, packed.columns, kind, group, part.rows or 0)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        return self.data, self.scales, self.zeros
+
+    @property
+    def word(self) -> int:
+        """Weights of a word."""
+        return 4 if self.kind == INT4 else 2
+
+    def constants(self, columns: int) -> dict[str, int]:
+        """``columns`` of a tile, at most a group's, or two groups of 32."""
+        block = max(min(columns, self.group or columns), 64)
+        while self.columns % block:
+            block //= 2
+        asm = self.data.is_cuda or is_compiled()
+        return {"KIND": self.kind, "GROUP": self.group, "HEIGHT": self.height, "BLOCK_K": block, "ASM": asm}
+
+
+@triton.jit
+def column_of(place, columns, WORD: tl.constexpr):
+    """The column that stands at a place: those of the words' first weights come first. See ``moe.weights.Int4``."""
+    word, which = place % (columns // WORD), place // (columns // WORD)
+    if WORD == 4:
+        return word // 16 * 64 + word % 16 + which * 16
+    else:
+        return word * WORD + which
+
+
+@triton.jit
+def place_of(column, columns, WORD: tl.constexpr):
+    """Where a column stands."""
+    if WORD == 4:
+        return column // 64 * 16 + column % 16 + column % 64 // 16 * (columns // 4)
+    else:
+        return column // WORD + column % WORD * (columns // WORD)
+
+
+@triton.jit
+def weights_of(words_OW, KIND: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """The four weights of every word less 8, or its two, as numbers of the rows' type, exact in any; a tuple.
+
+    In bfloat16, two weights of a register's two words at a time: a number below 128 is the last bits of 128's mantissa,
+    of int8 less 128 or 256 by its sign; the bits of e4m3 in the place of bfloat16's are 2^-120 of the number.
+    """
+    if KIND == 0:
+        if ASM and DTYPE.is_bf16():
+            a, b, c, d = tl.inline_asm_elementwise(
+                """{
+                .reg .b32 s, one, less;
+                mov.b32 one, 0x3f803f80;
+                mov.b32 less, 0xc308c308;
+                and.b32 s, $4, 0x000f000f;
+                or.b32 s, s, 0x43004300;
+                fma.rn.bf16x2 $0, s, one, less;
+                shr.u32 s, $4, 4;
+                and.b32 s, s, 0x000f000f;
+                or.b32 s, s, 0x43004300;
+                fma.rn.bf16x2 $1, s, one, less;
+                shr.u32 s, $4, 8;
+                and.b32 s, s, 0x000f000f;
+                or.b32 s, s, 0x43004300;
+                fma.rn.bf16x2 $2, s, one, less;
+                shr.u32 s, $4, 12;
+                and.b32 s, s, 0x000f000f;
+                or.b32 s, s, 0x43004300;
+                fma.rn.bf16x2 $3, s, one, less;
+                }""",
+                "=&r,=&r,=&r,=&r,r", [words_OW], is_pure=True, pack=2,
+                dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+            )  # fmt: skip
+        else:
+            w_OW = words_OW.to(tl.int32)
+            a, b = ((w_OW & 15) - 8).to(DTYPE), ((w_OW >> 4 & 15) - 8).to(DTYPE)
+            c, d = ((w_OW >> 8 & 15) - 8).to(DTYPE), ((w_OW >> 12 & 15) - 8).to(DTYPE)
+        return a, b, c, d
+    elif KIND == 1:
+        if ASM and DTYPE.is_bf16():
+            a, b = tl.inline_asm_elementwise(
+                """{
+                .reg .b32 s, l, less;
+                mov.b32 less, 0xbf80bf80;
+                and.b32 l, $2, 0x007f007f;
+                or.b32 l, l, 0x43004300;
+                and.b32 s, $2, 0x00800080;
+                or.b32 s, s, 0x43004300;
+                fma.rn.bf16x2 $0, s, less, l;
+                shr.u32 s, $2, 8;
+                and.b32 l, s, 0x007f007f;
+                or.b32 l, l, 0x43004300;
+                and.b32 s, s, 0x00800080;
+                or.b32 s, s, 0x43004300;
+                fma.rn.bf16x2 $1, s, less, l;
+                }""",
+                "=&r,=&r,r", [words_OW], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+            )  # fmt: skip
+        else:
+            w_OW = words_OW.to(tl.int32)
+            a, b = (w_OW << 24 >> 24).to(DTYPE), (w_OW >> 8).to(DTYPE)
+        return a, b
+    else:
+        if ASM and DTYPE.is_bf16():
+            a, b = tl.inline_asm_elementwise(
+                """{
+                .reg .b32 s, l, up, none;
+                mov.b32 up, 0x7b807b80;
+                mov.b32 none, 0x80008000;
+                shl.b32 s, $2, 8;
+                and.b32 s, s, 0x80008000;
+                shl.b32 l, $2, 4;
+                and.b32 l, l, 0x07f007f0;
+                or.b32 l, l, s;
+                fma.rn.bf16x2 $0, l, up, none;
+                and.b32 s, $2, 0x80008000;
+                shr.u32 l, $2, 4;
+                and.b32 l, l, 0x07f007f0;
+                or.b32 l, l, s;
+                fma.rn.bf16x2 $1, l, up, none;
+                }""",
+                "=&r,=&r,r", [words_OW], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+            )  # fmt: skip
+        else:
+            w_OW = words_OW.to(tl.int32)
+            a = numbers_of((w_OW & 255).to(tl.uint8), DTYPE, False)
+            b = numbers_of((w_OW >> 8 & 255).to(tl.uint8), DTYPE, False)
+        return a, b
+
+
+@triton.jit
+def packed_dot(
+    data_O, scale_O, zero_O, x_R, has_R, first, last, columns,
+    KIND: tl.constexpr, GROUP: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """float32 [O, R] of rows at ``x_R`` and packed weights at ``data_O``, over columns ``first`` … ``last`` - 1.
+
+    ``scale_O`` and ``zero_O`` are of each output's first group; ``zero_O`` None for none.
+    """
+    DTYPE: tl.constexpr = x_R.dtype.element_ty
+    WORD: tl.constexpr = 4 if KIND == 0 else 2
+    PAIR: tl.constexpr = KIND == 0 and GROUP == 32  # of groups in a tile, else one at most
+    sum_OR = tl.zeros([BLOCK_O, BLOCK_R], tl.float32)
+    at = first // GROUP if GROUP else 0
+    if GROUP:  # scales are asked for a step before they are multiplied: nothing else brings them early
+        next_O = tl.load(scale_O + at)
+        if PAIR:
+            next_more_O = tl.load(scale_O + at + 1)
+    if zero_O is not None:
+        next_zero_O = tl.load(zero_O + at)
+        if PAIR:
+            next_more_zero_O = tl.load(zero_O + at + 1)
+    for k in range(first, last, BLOCK_K):
+        at = tl.minimum(k + BLOCK_K, last - BLOCK_K) // GROUP if GROUP else 0
+        if GROUP:
+            now_O1 = next_O.to(tl.float32)[:, None]
+            next_O = tl.load(scale_O + at)
+            if PAIR:
+                more_O1 = next_more_O.to(tl.float32)[:, None]
+                next_more_O = tl.load(scale_O + at + 1)
+        word_W = k // WORD + tl.arange(0, BLOCK_K // WORD)
+        words_OW = tl.load(data_O[:, None] + word_W[None, :], eviction_policy="evict_first")
+        a_WR = tl.load(x_R[None, :] + word_W[:, None], has_R[None, :], 0.0)
+        b_WR = tl.load(x_R[None, :] + (columns // WORD + word_W)[:, None], has_R[None, :], 0.0)
+        if KIND == 0:
+            c_WR = tl.load(x_R[None, :] + (columns // 2 + word_W)[:, None], has_R[None, :], 0.0)
+            d_WR = tl.load(x_R[None, :] + (columns // 4 * 3 + word_W)[:, None], has_R[None, :], 0.0)
+            a_OW, b_OW, c_OW, d_OW = weights_of(words_OW, KIND, DTYPE, ASM)
+            if zero_O is not None:
+                less_O1 = (next_zero_O.to(tl.float32) - 8.0).to(DTYPE)[:, None]
+                next_zero_O = tl.load(zero_O + at)
+                a_OW, b_OW = a_OW - less_O1, b_OW - less_O1
+                if PAIR:
+                    less_O1 = (next_more_zero_O.to(tl.float32) - 8.0).to(DTYPE)[:, None]
+                    next_more_zero_O = tl.load(zero_O + at + 1)
+                c_OW, d_OW = c_OW - less_O1, d_OW - less_O1
+            part_OR = tl.dot(a_OW, a_WR, input_precision="ieee")
+            part_OR = tl.dot(b_OW, b_WR, part_OR, input_precision="ieee")
+            if PAIR:
+                sum_OR += part_OR * now_O1
+                now_O1 = more_O1
+                part_OR = tl.dot(c_OW, c_WR, input_precision="ieee")
+            else:
+                part_OR = tl.dot(c_OW, c_WR, part_OR, input_precision="ieee")
+            part_OR = tl.dot(d_OW, d_WR, part_OR, input_precision="ieee")
+            sum_OR += part_OR * now_O1 if GROUP else part_OR
+        else:
+            a_OW, b_OW = weights_of(words_OW, KIND, DTYPE, ASM)
+            if GROUP:
+                part_OR = tl.dot(a_OW, a_WR, input_precision="ieee")
+                sum_OR += tl.dot(b_OW, b_WR, part_OR, input_precision="ieee") * now_O1
+            else:
+                sum_OR = tl.dot(a_OW, a_WR, sum_OR, input_precision="ieee")
+                sum_OR = tl.dot(b_OW, b_WR, sum_OR, input_precision="ieee")
+    if GROUP == 0:
+        sum_OR *= tl.load(scale_O).to(tl.float32)[:, None]
+    return sum_OR
+
+
+@triton.jit
+def matrices_at(
+    data, scales, zeros, matrix, row_O, outer, columns,
+    KIND: tl.constexpr, GROUP: tl.constexpr, HEIGHT: tl.constexpr,
+):  # fmt: skip
+    """Where rows of a matrix begin: its weights, scales and zero points. ``matrix`` [O] counts whole matrices."""
+    groups = columns // GROUP if GROUP else 1
+    if HEIGHT:
+        scale_O = (matrix * tl.cdiv(outer, HEIGHT) + row_O // HEIGHT) * groups
+    else:
+        scale_O = matrix + row_O * 0
+    data_O = data + (matrix * outer + row_O) * (columns // (4 if KIND == 0 else 2))
+    return data_O, scales + scale_O, scale_O if zeros is None else zeros + scale_O
