@@ -20,10 +20,13 @@ class Unfinished:
         """``call`` tells calls that write the same bytes from others; None goes on with no other, nor is gone on with.
 
         Raises:
-            ValueError: another process writes there.
+            ValueError: another process writes there; something that no call has made is in the way.
         """
         self.path = folder / ".partial"
         self._call, self._done = self.path / "call", self.path / "done"
+        is_new = not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir()))
+        if self.path.is_symlink() or not (is_new or self._call.is_file()):
+            raise ValueError(f"{self.path}: is in the way, and no conversion's; move it elsewhere")
         key = "" if call is None else hashlib.sha256(call.encode()).hexdigest()
         found = None
         if self._call.is_file():
@@ -60,9 +63,8 @@ class Unfinished:
 
     def finish(self) -> list[Path]:
         """The files, all of them whole, to be moved away."""
-        self._done.unlink(missing_ok=True)
-        self._call.unlink()
-        return sorted(self.path.iterdir())
+        self.forget()
+        return sorted(set(self.path.iterdir()) - {self._call})
 
     def discard(self) -> None:
         """Takes all away."""

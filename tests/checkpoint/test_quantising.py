@@ -187,6 +187,35 @@ def test_a_stopped_conversion_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
     held.discard()
 
 
+@pytest.mark.parametrize("kind", ["file", "folder", "link"])
+def test_what_no_conversion_made_is_not_taken_away(tmp_path: Path, kind: str) -> None:
+    folder, kept = tmp_path / "target", tmp_path / "kept"
+    folder.mkdir(), kept.mkdir()
+    inside = {"file": folder / ".partial", "folder": folder / ".partial" / "mine", "link": kept / "mine"}[kind]
+    if kind == "folder":
+        inside.parent.mkdir()
+    elif kind == "link":
+        (folder / ".partial").symlink_to(kept)
+    inside.write_text("mine")
+    with pytest.raises(ValueError, match=r"target/\.partial: is in the way, and no conversion's"):
+        save_checkpoint(folder, CONFIG, random_tensors(CONFIG))
+    assert inside.read_text() == "mine"
+
+
+def test_a_conversion_stopped_while_its_files_are_moved_can_be_made_again(tmp_path: Path, monkeypatch) -> None:
+    tensors, finish = random_tensors(CONFIG), Unfinished.finish
+
+    def stops(self: Unfinished) -> list[Path]:
+        assert finish(self)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Unfinished, "finish", stops)
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(tmp_path, CONFIG, tensors)
+    assert len(save_checkpoint(tmp_path, CONFIG, tensors)) == len(list(tmp_path.iterdir())) > 1
+
+
 def test_formats_of_a_plan_are_rounded_written_and_read_each_by_itself(tmp_path: Path, monkeypatch) -> None:
     """Four formats in a layer, cut for two ranks one of which lacks some of them."""
     monkeypatch.setattr(quantising, "BLOCK_BYTES", 70_000)
