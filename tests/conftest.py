@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import signal
 import warnings
@@ -13,9 +14,12 @@ import torch
 
 from mixtralkit.cli import COMMANDS
 from mixtralkit.cli.run import run_tool
+from tests import interpreter
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined, so before any import of one
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    interpreter.hasten()
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background; processes of tests would inherit it
     with contextlib.suppress(ValueError):  # not in this thread
