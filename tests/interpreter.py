@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+import os
 from types import SimpleNamespace
 
 
+@functools.cache
 def hasten() -> None:
     """Triton's language is made the interpreter's once a launch, in one list of changes found at the first.
 
     Triton searches the language's modules in every launch and again in every call of a device function within it; of
-    types it makes a table whenever it is asked for one.
+    types it makes a table whenever it is asked for one. Nothing happens where kernels are compiled.
     """
+    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
+        return
     import triton.language as tl
     from triton.runtime import interpreter
 
