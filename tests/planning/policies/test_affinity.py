@@ -238,10 +238,10 @@ def test_replicas_and_placement_together_beat_one_after_the_other(case):
     experts, world = [(8, 4), (16, 4), (16, 8)][case % 3]
     weights = random_transitions(random, 6, experts, 0.2)
     weights /= weights.sum((1, 2), keepdims=True)
-    alone = affinity(weights, world, bound=False)
+    alone = affinity(weights, world, bound=0)
     slots = experts // world + 1
     after = with_replicas(weights, alone.holds_LWE, slots, may_move=False)
-    plan = affinity(weights, world, budget=Budget(slots_per_rank=slots), bound=False)
+    plan = affinity(weights, world, budget=Budget(slots_per_rank=slots), bound=0)
     joint = count_crossings(weights, plan.holds_LWE)
     assert plan.holds_LWE.sum(2).max() <= slots
     assert joint <= count_crossings(weights, after) + 1e-12 < count_crossings(weights, alone.holds_LWE)
@@ -298,7 +298,7 @@ def test_plans_of_several_budgets_share_one_placement(monkeypatch):
 
 def test_same_input_same_plan():
     weights = random_transitions(np.random.default_rng(0), 3, 12)
-    plans = [affinity(weights.copy(), 3, bound=False) for _ in range(2)]
+    plans = [affinity(weights.copy(), 3, bound=0) for _ in range(2)]
     assert not plans[0].meta["exact"]
     assert (plans[0].slots_LWS == plans[1].slots_LWS).all()
 
