@@ -10,6 +10,7 @@ import torch
 
 from mixtralkit.checkpoint.mapped import MappedLayers
 from mixtralkit.moe.weights import ExpertWeights
+from mixtralkit.ops.cpu.memory import ask_for_large_pages
 
 ALIGNED = 64  # bytes that a tensor in a block starts at a multiple of
 
@@ -51,6 +52,7 @@ class HostExperts:
             size += -(-part.nbytes // ALIGNED) * ALIGNED
         self._pinned = pinned and experts > 0
         self.blocks = torch.empty(experts, size, dtype=torch.uint8)
+        ask_for_large_pages((self.blocks,))  # before they are pinned, when pages are as they will stay
         if self._pinned:
             _pin(self.blocks)
         self.tensors = tuple(
