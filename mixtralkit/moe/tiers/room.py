@@ -28,29 +28,37 @@ def tier_setup(
     Layers for which the host has no room stay in ``reader``'s file.
 
     Raises:
-        ValueError: the budget has no room for a layer's experts, or the host none for all of them and they cannot stay.
+        ValueError: the budget has no room for a layer's experts, or the host none for all of them and they cannot stay;
+            experts of several formats do not fit.
     """
     options, plan = config.tiers, layout.plan
     held = {layer: len(layout.experts(layer)) for layer in range(layout.config.n_layers)}
     if context.device.type != "cuda" or (options.gpu_memory_gb is None and not plan.on_host_LE.any()):
         return None
-    expert_bytes = layout.weights.expert_bytes(layout.config.dim, layout.hidden[1] - layout.hidden[0], dtype.itemsize)
+    width = (layout.config.dim, layout.hidden[1] - layout.hidden[0], dtype.itemsize)
+    expert_bytes = layout.weights.expert_bytes(*width)
+    sizes = {
+        layer: sum(layout.formats_LE[layer][expert].expert_bytes(*width) for expert in layout.experts(layer))
+        for layer in held
+    }
     if options.gpu_memory_gb is None:
+        layout.check_one_format("a plan with experts in the host's memory")
         places = sum(
             not plan.on_host_LE[layer, expert] for layer in held for expert in layout.experts(layer)
         )  # fmt: skip
         setup = TierSetup(max(places, max(held.values()) + layout.config.num_experts_per_tok), options)
     else:
-        setup = _within(options.gpu_memory_gb, layout, config, dtype, expert_bytes)
-        if setup.places >= sum(held.values()):
+        setup = _within(options.gpu_memory_gb, layout, config, dtype, expert_bytes, sum(sizes.values()))
+        if setup is None:
             return None
-    sizes = {layer: count * expert_bytes for layer, count in held.items()}
     beyond = _beyond(sizes, options.host_memory_gb, context, reader)
     return replace(setup, mapped=MappedLayers(reader, layout, beyond, dtype)) if beyond else setup
 
 
-def _within(budget_gb: float, layout: RankLayout, config: EngineConfig, dtype: torch.dtype, size: int) -> TierSetup:
-    """As many places as a budget leaves beside all else."""
+def _within(
+    budget_gb: float, layout: RankLayout, config: EngineConfig, dtype: torch.dtype, size: int, wanted: int
+) -> TierSetup | None:
+    """As many places of ``size`` bytes as a budget leaves beside all else; None where all ``wanted`` bytes fit."""
     model, parallel = layout.config, layout.parallel
     room = Room(
         model.max_batch_size, model.max_seq_len, config.limits.prefill_budget, config.moe.symmetric_rows,
@@ -62,6 +70,11 @@ def _within(budget_gb: float, layout: RankLayout, config: EngineConfig, dtype: t
     in_pieces = not (found.unpacks or layout.weights.is_plain)
     piece_rows = PIECE_ROWS * slots // model.num_experts_per_tok if in_pieces else None
     left_gb = found.left
+    if wanted <= left_gb * 1e9:
+        return None
+    layout.check_one_format(
+        f"gpu_memory_gb ({budget_gb:g}), below the {budget_gb - left_gb + wanted / 1e9:.4g} of all,"
+    )
     places = int(max(left_gb, 0.0) * 1e9) // size
     least = slots + model.num_experts_per_tok
     if places < least:
