@@ -19,7 +19,7 @@ from mixtralkit.moe.store import ExpertStore
 from mixtralkit.moe.tiers import Costs, TierSetup
 from mixtralkit.moe.tiers.bus import PlainBus
 from mixtralkit.moe.tiers.cache import DECAY, PlaceCache
-from mixtralkit.moe.tiers.memory import Geometry, HostExperts, Move, in_pieces, silence
+from mixtralkit.moe.tiers.memory import Geometry, HostExperts, Move, in_pieces
 from mixtralkit.moe.tiers.warm import measure
 from tests.moe.tier_parts import CPU_COSTS, BrokenBus, RatedBus, SlowBus, layout_of, make_store, resident, rows_of
 
@@ -139,7 +139,7 @@ def test_parts_of_an_expert_are_copied_or_silent(weights: str | None) -> None:
     for mine, theirs in zip(places, host.tensors, strict=True):
         assert torch.equal(mine[2], theirs[5])
     PlainBus().copy(here.moves(1, there, 6))
-    PlainBus().clear(silence(kind, places, 0, first))
+    PlainBus().clear(here.silence(0, first))
     PlainBus().copy(here.moves(0, there, 6, first))
     moved = sum(move.nbytes for move in here.moves(0, there, 6, first))
     assert moved < 0.62 * store.expert_bytes
