@@ -176,7 +176,7 @@ def test_parts_of_an_expert_are_copied_or_silent(weights: str | None) -> None:
     for mine, theirs in zip(places, host.tensors, strict=True):
         assert torch.equal(mine[2], theirs[5])
     PlainBus().copy(here.moves(1, there, 6))
-    silence(kind, places, 0, first, hidden)
+    PlainBus().clear(silence(kind, places, 0, first))
     PlainBus().copy(here.moves(0, there, 6, first))
     moved = sum(move.nbytes for move in here.moves(0, there, 6, first))
     assert moved < 0.62 * store.expert_bytes

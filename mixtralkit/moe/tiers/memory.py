@@ -10,6 +10,7 @@ import torch
 
 from mixtralkit.checkpoint.mapped import MappedLayers
 from mixtralkit.moe.weights import ExpertWeights
+from mixtralkit.ops.cpu.memory import ask_for_large_pages
 
 ALIGNED = 64  # bytes that a tensor in a block starts at a multiple of
 
@@ -51,6 +52,7 @@ class HostExperts:
             size += -(-part.nbytes // ALIGNED) * ALIGNED
         self._pinned = pinned and experts > 0
         self.blocks = torch.empty(experts, size, dtype=torch.uint8)
+        ask_for_large_pages((self.blocks,))  # before they are pinned, when pages are as they will stay
         if self._pinned:
             _pin(self.blocks)
         self.tensors = tuple(
@@ -141,11 +143,24 @@ class Geometry:
         return self.weights.whole(self.hidden)
 
 
-def silence(weights: ExpertWeights, tensors: Sequence[torch.Tensor], place: int, last: int, hidden: int) -> None:
-    """Makes the first ``last`` of an expert's hidden columns zero: all that w1 and w3 have of them."""
+class Clearing(NamedTuple):
+    """A rectangle of bytes that become zero: as in ``Move``."""
+
+    target: int
+    width: int
+    height: int
+    target_pitch: int
+
+
+def silence(weights: ExpertWeights, tensors: Sequence[torch.Tensor], place: int, last: int) -> list[Clearing]:
+    """What makes the first ``last`` of an expert's hidden columns zero: all that w1 and w3 have of them."""
+    found = []
     for part, tensor in zip(weights.parts, tensors, strict=False):  # w13's come first
         if part.rows is not None:
-            tensor[place].unflatten(0, (2, -1))[:, : part.cut_rows((0, last))[1]].zero_()
+            own = tensor[place]
+            row, half = own.stride(0) * own.element_size(), len(own) // 2
+            found.append(Clearing(own.data_ptr(), part.cut_rows((0, last))[1] * row, 2, half * row))
+    return found
 
 
 def in_pieces(moves: Sequence[Move], most: int) -> list[Move]:
