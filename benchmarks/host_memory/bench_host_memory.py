@@ -33,7 +33,7 @@ from torch import nn
 
 from benchmarks.common.ceilings import Ceilings
 from benchmarks.common.machine import describe_run
-from benchmarks.host_memory.rates import Rates
+from benchmarks.host_memory.rates import Rates, rounded
 from benchmarks.model.check import GREEDY
 from benchmarks.model.source import RandomWords
 from mixtralkit.cli.run import command, run_tool
@@ -46,7 +46,7 @@ from mixtralkit.engine.requests import Request
 from mixtralkit.layout import RankLayout
 from mixtralkit.model.transformer import Transformer
 from mixtralkit.moe.router import Router, Routing
-from mixtralkit.moe.tiers import TierSetup, tier_setup
+from mixtralkit.moe.tiers import TierSetup, gpu_setup, tier_setup
 from mixtralkit.moe.tiers.warm import measure
 from mixtralkit.moe.weights import parse_weights
 from mixtralkit.ops.hidden import Hidden
@@ -249,7 +249,8 @@ class Bench:
             tiers=replace(self.options, gpu_memory_gb=budget), quantize=self.quantize,
             prefill_budget=max(2048, min(length, 2048)),
         )  # fmt: skip
-        setup = tier_setup(self._layout(batch, length), self.ranks, engine, self.dtype)
+        of = tier_setup if self.model is None else gpu_setup  # the host has the experts by then
+        setup = of(self._layout(batch, length), self.ranks, engine, self.dtype)
         return setup or TierSetup(self.config.n_layers * self.config.num_experts, self.options)
 
     def _use(self, setup: TierSetup, choices_SLK: np.ndarray | None, batch: int, length: int) -> Engine:
@@ -298,8 +299,8 @@ class Bench:
         timed_ms = 1e3 * np.diff(times[UNTIMED - 1 :])
         self.log.emit("decode", {
             "budget_gb": budget, "routing": name, "batch": batch, "context": context, "steps": steps,
-            "places": tiers.setup.places, "step_ms": round(float(timed_ms.mean()), 3),
-            "median_ms": round(float(np.median(timed_ms)), 3),
+            "places": tiers.setup.places, "step_ms": rounded(float(timed_ms.mean())),
+            "median_ms": rounded(float(np.median(timed_ms))),
             **self._bound(found, batch, context, steps, float(timed_ms.mean())),
             **{key: round(value / steps, 3) for key, value in found.items()}, **self._memory(),
             **({} if clock is None else {"host_ms": clock.per_step(steps)}),
@@ -326,7 +327,7 @@ class Bench:
             "missing_ms": missing_ms,
         }
         values |= {"of_bound": step_ms / bound_ms, "hit_rate": found["hits"] / max(found["hits"] + found["misses"], 1)}
-        return {key: round(value, 4) for key, value in values.items()}
+        return {key: rounded(value) for key, value in values.items()}
 
     def prompt(self, budget: float, length: int) -> None:
         """A prompt by itself, the third of three; and with all experts on the GPU, if it has the memory."""
@@ -338,7 +339,7 @@ class Bench:
         self.log.emit("prompt", {
             "budget_gb": budget, "tokens": length, "ms": round(1e3 * seconds, 2), "places": places,
             "resident_ms": round(1e3 * resident, 2), "bus_ms": round(1e3 * bus_s, 2),
-            "of_bound": round(seconds / max(resident, bus_s), 4), **found, **self._memory(),
+            "of_bound": rounded(seconds / max(resident, bus_s)), **found, **self._memory(),
         })  # fmt: skip
 
     def _prompt(self, setup: TierSetup, length: int) -> tuple[float, dict[str, int], int]:

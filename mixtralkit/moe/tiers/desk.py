@@ -41,7 +41,8 @@ class Desk:
         layers, choices, width = config.n_layers, rows * config.num_experts_per_tok, config.dim
         slots, cuda = tiers.shown_LS.shape[1], device.type == "cuda"
         self.tiers = tiers
-        self.always = tiers.guesses or tiers.is_sure(rows)
+        # what comes ahead takes places of layers that have run, so the host must know how far the step is
+        self.always = (tiers.guesses and bool(tiers.routers)) or tiers.is_sure(rows)
 
         def on_host(*shape: int, dtype: torch.dtype = torch.int64, fill: int = 0) -> torch.Tensor:
             return torch.full(shape, fill, dtype=dtype, pin_memory=cuda)

@@ -30,6 +30,15 @@ class Move(NamedTuple):
         return self.width * self.height
 
 
+class Clearing(NamedTuple):
+    """A rectangle of bytes that become zero: as in ``Move``."""
+
+    target: int
+    width: int
+    height: int
+    target_pitch: int
+
+
 Empty = Callable[[int, str], Sequence[torch.Tensor]]  # (experts, device): the format's tensors, ``ExpertStore._empty``
 
 
@@ -110,6 +119,15 @@ class Geometry:
         """What ``moves`` has left out."""
         return self._moves(place, other, slot, (0, first))
 
+    def silence(self, place: int, last: int) -> list[Clearing]:
+        """What makes the first ``last`` hidden columns of an expert here zero: all that w1 and w3 have of them."""
+        found = []
+        for part, (start, pitch, rows, row) in zip(self.weights.parts, self._of, strict=False):  # w13's come first
+            if part.rows is not None:
+                width = part.cut_rows((0, last))[1] * row
+                found.append(Clearing(start + place * pitch, width, 2, rows // 2 * row))
+        return found
+
     def _moves(self, place: int, other: Geometry, slot: int, columns: tuple[int, int] | None) -> list[Move]:
         if (other, columns) not in self._first_moves:
             self._first_moves[other, columns] = self._moves_of_first(other, columns)
@@ -141,26 +159,6 @@ class Geometry:
     @property
     def _whole(self) -> int:
         return self.weights.whole(self.hidden)
-
-
-class Clearing(NamedTuple):
-    """A rectangle of bytes that become zero: as in ``Move``."""
-
-    target: int
-    width: int
-    height: int
-    target_pitch: int
-
-
-def silence(weights: ExpertWeights, tensors: Sequence[torch.Tensor], place: int, last: int) -> list[Clearing]:
-    """What makes the first ``last`` of an expert's hidden columns zero: all that w1 and w3 have of them."""
-    found = []
-    for part, tensor in zip(weights.parts, tensors, strict=False):  # w13's come first
-        if part.rows is not None:
-            own = tensor[place]
-            row, half = own.stride(0) * own.element_size(), len(own) // 2
-            found.append(Clearing(own.data_ptr(), part.cut_rows((0, last))[1] * row, 2, half * row))
-    return found
 
 
 def in_pieces(moves: Sequence[Move], most: int) -> list[Move]:

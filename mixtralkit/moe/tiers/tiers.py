@@ -26,7 +26,7 @@ from mixtralkit.moe.experts import as_matrices
 from mixtralkit.moe.tiers.arrivals import Arrivals
 from mixtralkit.moe.tiers.bus import CudaBus, PlainBus, Ticket
 from mixtralkit.moe.tiers.cache import Key, PlaceCache
-from mixtralkit.moe.tiers.memory import Empty, Geometry, HostExperts, MappedExperts, Move, silence
+from mixtralkit.moe.tiers.memory import Empty, Geometry, HostExperts, MappedExperts, Move
 from mixtralkit.moe.tiers.setup import Answer, TierCounts, TierSetup
 from mixtralkit.moe.tiers.warm import fill, measure
 from mixtralkit.moe.weights import ExpertWeights
@@ -259,7 +259,7 @@ class Tiers:
     def _fetch_part(self, key: Key, place: int, first: int) -> Ticket:
         """Begins to bring all but the first hidden columns to a spare place."""
         if self._silent[place] < first:
-            self.bus.clear(silence(self.weights, self.pool, place, first))
+            self.bus.clear(self._places.silence(place, first))
         self._silent[place] = first
         self.counts.splits += 1
         self._told[key] = place
