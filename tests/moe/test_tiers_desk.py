@@ -84,7 +84,7 @@ def test_steps_that_run_beside_the_host(name: str) -> None:
 
 
 def test_a_layer_that_has_all_does_not_wait() -> None:
-    """The device has ended before the host looks."""
+    """The device has ended before the host looks; a row that only fills the shape asks for nothing."""
     store = make_store(replace(SPLIT, places=26))
     desk, rows, got = Desk(store.tiers, 1), rows_of(1, 0), []
     desk.open()
@@ -92,6 +92,14 @@ def test_a_layer_that_has_all_does_not_wait() -> None:
         Device(desk, lambda: got.extend(store.experts[layer](rows) for layer in store.layers)).join()
         desk.serve()
     assert store.tiers.counts.hits == 6
+    store = make_store(replace(SPLIT, places=10))
+    desk, nobody, found = Desk(store.tiers, 1), replace(rows, slots_RK=torch.tensor([[-1, -1]])), []
+    desk.open()
+    with store.tiers.at(desk):
+        Device(desk, lambda: found.extend(store.experts[layer](nobody) for layer in store.layers)).join()
+        desk.serve()
+    assert store.tiers.counts.hits == store.tiers.counts.misses == 0
+    assert all(torch.equal(y, rows.residual_RD) for y in found)
     for layer in store.layers:
         torch.testing.assert_close(got[layer], resident(store, layer, rows), rtol=2e-3, atol=2e-4)
 
