@@ -25,7 +25,6 @@ import numpy as np
 import torch
 
 from mixtralkit.moe.dispatch.base import RoutedRows
-from mixtralkit.moe.tiers.parts import only
 
 if TYPE_CHECKING:
     from mixtralkit.moe.tiers.tiers import Tiers
@@ -41,7 +40,8 @@ class Desk:
         layers, choices, width = config.n_layers, rows * config.num_experts_per_tok, config.dim
         slots, cuda = tiers.shown_LS.shape[1], device.type == "cuda"
         self.tiers = tiers
-        self.always = tiers.guesses or tiers.is_sure(rows)
+        # what comes ahead takes places of layers that have run, so the host must know how far the step is
+        self.always = (tiers.guesses and bool(tiers.routers)) or tiers.is_sure(rows)
 
         def on_host(*shape: int, dtype: torch.dtype = torch.int64, fill: int = 0) -> torch.Tensor:
             return torch.full(shape, fill, dtype=dtype, pin_memory=cuda)
@@ -123,21 +123,24 @@ class Desk:
     def _serve(self, layer: int) -> None:
         tiers = self.tiers
         waits = self._listen(layer)
-        slots_N = self.asked_LN[layer]
+        slots = self.asked_LN[layer].tolist()
         tiers.begin(layer)
-        rows_S = np.bincount(slots_N[slots_N >= 0], minlength=tiers.slots[layer])
+        rows_S = np.bincount([slot for slot in slots if slot >= 0], minlength=tiers.slots[layer])
         answer = tiers.ask(layer, rows_S)
         if not waits:
             assert not answer.late, "the step has run on without"
             assert not answer.cpu
             return
         if answer.cpu:
-            given = (self._x_ND.reshape(len(slots_N), -1), only(slots_N, answer.cpu), self._weights_N.view(-1, 1))
-            tiers.product_on_cpu(layer, *given, answer.first, self._cpu_ND)
+            on_cpu_N = np.array([slot if slot in answer.cpu else -1 for slot in slots])
+            given = (self._x_ND.reshape(len(slots), -1), on_cpu_N, self._weights_N.view(-1, 1), answer.first)
+            tiers.product_on_cpu(layer, *given, self._cpu_ND)
         tiers.look_ahead(layer, rows_S, self.guesses_N)
         tiers.end(answer)
-        unseen = [slot for slot in answer.here if tiers.shown_LS[layer, slot] < 0]  # come since the line was read
-        self._bring_to(layer, slots_N, [*answer.late, *unseen])
+        here_S, places_S = tiers.shown[layer].tolist(), tiers.places_of(layer).tolist()
+        late = [*answer.late, *(slot for slot in answer.here if here_S[slot] < 0)]  # or come since the line was read
+        self.late_places_P[: len(late)] = [places_S[slot] for slot in late]
+        self.late_N[:] = [late.index(slot) if slot in late else -1 for slot in slots]
         tiers.show()
         self.answers_L[layer] = 2 if answer.cpu else 1
 
@@ -152,11 +155,3 @@ class Desk:
         waits = self.told_L[layer] == 2
         self.told_L[layer] = 0
         return waits
-
-    def _bring_to(self, layer: int, slots_N: np.ndarray, late: list[int]) -> None:
-        """Tells where the layer's late experts are."""
-        places_S = self.tiers.places_of(layer)
-        number_S = np.full(len(places_S) + 1, -1)  # the last one is that of slot -1
-        for number, slot in enumerate(late):
-            number_S[slot], self.late_places_P[number] = number, places_S[slot]
-        self.late_N[:] = number_S[slots_N]

@@ -26,7 +26,7 @@ from mixtralkit.moe.experts import as_matrices
 from mixtralkit.moe.tiers.arrivals import Arrivals
 from mixtralkit.moe.tiers.bus import CudaBus, PlainBus, Ticket
 from mixtralkit.moe.tiers.cache import Key, PlaceCache
-from mixtralkit.moe.tiers.memory import Empty, Geometry, HostExperts, MappedExperts, Move, silence
+from mixtralkit.moe.tiers.memory import Empty, Geometry, HostExperts, MappedExperts, Move
 from mixtralkit.moe.tiers.setup import Answer, TierCounts, TierSetup
 from mixtralkit.moe.tiers.warm import fill, measure
 from mixtralkit.moe.weights import ExpertWeights
@@ -54,7 +54,8 @@ class Tiers:
         matrices: w13 and w2 of all places; ``pool`` are their parts.
         expert_bytes: of an expert in a place.
         places_LS: on the device, where an expert is.
-        shown_LS: the same in memory of the host that a running step reads, -1 where an expert is not on the device.
+        shown_LS: the same in memory of the host that a running step reads, -1 where an expert is not on the device;
+            ``shown`` is that memory.
         counts: since the start.
         routers: by layer, norm and weight of the next layer's router; none guesses nothing.
     """
@@ -130,9 +131,10 @@ class Tiers:
         self._in_use: frozenset[Key] = frozenset()
         self.places_LS = torch.zeros(config.n_layers, most, dtype=torch.int64, device=device)
         self.shown_LS = torch.full((config.n_layers, most), -1, pin_memory=device.type == "cuda")
+        self.shown = self.shown_LS.numpy()
         self._told = np.zeros((config.n_layers, most), np.int64)  # where experts are, as the host knows it
         self._told_here = np.zeros((config.n_layers, most), bool)  # and whether
-        self._is_untold, self._is_unshown = (np.zeros(config.n_layers, bool) for _ in range(2))
+        self._untold, self._unshown = set(), set()  # layers that have changed since
         self._guessed: torch.Tensor | None = None
         self._is_warm, self._lean = False, 1.0
         self.desk: Desk | None = None
@@ -259,7 +261,7 @@ class Tiers:
     def _fetch_part(self, key: Key, place: int, first: int) -> Ticket:
         """Begins to bring all but the first hidden columns to a spare place."""
         if self._silent[place] < first:
-            self.bus.clear(silence(self.weights, self.pool, place, first))
+            self.bus.clear(self._places.silence(place, first))
         self._silent[place] = first
         self.counts.splits += 1
         self._told[key] = place
@@ -397,23 +399,25 @@ class Tiers:
     def note(self, key: Key) -> None:
         """The expert is where the cache has it."""
         self._told[key], self._told_here[key] = self.cache.place_of[key], True
-        self._is_untold[key[0]] = self._is_unshown[key[0]] = True
+        self._untold.add(key[0])
+        self._unshown.add(key[0])
 
     def _forget(self, key: Key | None) -> None:
         if key is not None:
-            self._told_here[key], self._is_unshown[key[0]] = False, True
+            self._told_here[key] = False
+            self._unshown.add(key[0])
 
     def tell(self, layer: int) -> None:
         """The layer's places on the device, in stream order."""
-        if self._is_untold[layer]:
-            self._is_untold[layer] = False
+        if layer in self._untold:
+            self._untold.remove(layer)
             self.places_LS[layer] = self.upload(self._told[layer].copy())
 
     def show(self) -> None:
         """Where experts are, to a step that waits or is not yet running."""
-        shown_LS, changed = self.shown_LS.numpy(), np.flatnonzero(self._is_unshown)
-        shown_LS[changed] = np.where(self._told_here[changed], self._told[changed], -1)
-        self._is_unshown[:] = False
+        for layer in self._unshown:
+            self.shown[layer] = np.where(self._told_here[layer], self._told[layer], -1)
+        self._unshown.clear()
 
     def places_of(self, layer: int) -> np.ndarray:
         """int64 [S]: where each slot's expert is, if it is on the GPU; also what was brought for the rows at hand."""
