@@ -55,6 +55,7 @@ def url() -> Iterator[str]:
     paths = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     own = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
            "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0",
+           "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120", "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "120",
            "MIXTRALKIT_TEST": str(os.getpid())}  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, "-c", STARTED, str(port), str(CKPTS)], cwd=ROOT, env={**os.environ, **own}, text=True,
