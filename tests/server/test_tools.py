@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import random
 import re
-from dataclasses import replace
 
 import jsonschema
 import numpy as np
 import openai
 import pytest
+from msgspec.structs import replace
 
 from mixtralkit.distributed import RankContext
 from mixtralkit.engine.chat import render
