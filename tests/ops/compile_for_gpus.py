@@ -208,8 +208,6 @@ if __name__ == "__main__":
         for name in ("int8", "int4:32", "int4:128", "int4:64:zeros", "fp8:block") if is_hopper else ("int4", "fp8"):
             for count in (8, 64, 1024) if name in ("int4:128", "fp8") else (8, 64):
                 packed_experts(name, count)
-        sys.exit()
-    if sys.argv[2] == "linear":
         for name in ("int8", "fp8"):
             for count in (1, 8, 64, 256):
                 packed_linear(name, count)
