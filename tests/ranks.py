@@ -76,10 +76,11 @@ def run_ranks(
 
 def run_command(world_size: int, name: str, *words: object) -> list[Done]:
     """A command of ``mixtralkit`` on ranks as torchrun would start it, and how it ended on each."""
-    return run_ranks(_command, world_size, name, tuple(map(str, words)))
+    return run_ranks(command_of_rank, world_size, name, tuple(map(str, words)))
 
 
-def _command(context: RankContext, name: str, words: tuple[str, ...]) -> Done:
+def command_of_rank(context: RankContext, name: str, words: tuple[str, ...]) -> Done:
+    """This rank's part of ``run_command``."""
     from mixtralkit.cli import COMMANDS
     from mixtralkit.cli.run import run_tool
 
