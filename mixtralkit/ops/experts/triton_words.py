@@ -1,9 +1,9 @@
 """Packed weights as kernels multiply them: words of 16 bits that become numbers in registers.
 
 **Order of columns.** A word holds four weights of four bits or two of eight, and is as wide as the numbers that they
-become, so what a thread reads is what it multiplies. A product takes the first weights of some words, then the second
-ones. So rows that they are multiplied with stand in that order too (``column_of``): all first weights' columns before
-all second ones'.
+become, so what a thread reads is what it multiplies. Of sixteen words a product takes the first weights, then the
+second ones and so on. Sixteen words of ``Int4`` are 64 columns packed so that this is their order. Of eight bits they are
+32 columns: the even ones come first, and rows that they are multiplied with are arranged so too (``column_of``).
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ class Operand:
         return self.data, self.scales, self.zeros
 
     @property
-    def word(self) -> int:
-        """Weights of a word."""
-        return 4 if self.kind == INT4 else 2
+    def turned(self) -> bool:
+        """Whether rows are multiplied in an order that is not their columns'."""
+        return self.kind != INT4
 
     def constants(self, columns: int) -> dict[str, int]:
         """``columns`` of a tile, at most a group's, or two groups of 32."""
@@ -68,22 +68,15 @@ class Operand:
 
 
 @triton.jit
-def column_of(place, columns, WORD: tl.constexpr):
-    """The column that stands at a place: those of the words' first weights come first. See ``moe.weights.Int4``."""
-    word, which = place % (columns // WORD), place // (columns // WORD)
-    if WORD == 4:
-        return word // 16 * 64 + word % 16 + which * 16
-    else:
-        return word * WORD + which
+def column_of(place):
+    """The column of eight bits that stands at a place: of 32 the even ones come first."""
+    return place // 32 * 32 + place % 16 * 2 + place % 32 // 16
 
 
 @triton.jit
-def place_of(column, columns, WORD: tl.constexpr):
+def place_of(column, TURNED: tl.constexpr):
     """Where a column stands."""
-    if WORD == 4:
-        return column // 64 * 16 + column % 16 + column % 64 // 16 * (columns // 4)
-    else:
-        return column // WORD + column % WORD * (columns // WORD)
+    return column // 32 * 32 + column % 2 * 16 + column % 32 // 2 if TURNED else column
 
 
 @triton.jit
@@ -92,28 +85,28 @@ def weights_of(words_OW, KIND: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.conste
 
     In bfloat16, two weights of a register's two words at a time: a number below 128 is the last bits of 128's mantissa,
     of int8 less 128 or 256 by its sign; the bits of e4m3 in the place of bfloat16's are 2^-120 of the number.
+    128 twice, 0x43004300, is made of a register that ptxas knows nothing of: plainly told, it makes it anew for every word.
     """
     if KIND == 0:
         if ASM and DTYPE.is_bf16():
             a, b, c, d = tl.inline_asm_elementwise(
                 """{
-                .reg .b32 s, one, less;
+                .reg .b32 s, one, less, m;
+                mov.u32 m, %tid.x;
+                shr.u32 m, m, 31;
+                add.u32 m, m, 0x43004300;
                 mov.b32 one, 0x3f803f80;
                 mov.b32 less, 0xc308c308;
-                and.b32 s, $4, 0x000f000f;
-                or.b32 s, s, 0x43004300;
+                lop3.b32 s, $4, 0x000f000f, m, 0xea;
                 fma.rn.bf16x2 $0, s, one, less;
                 shr.u32 s, $4, 4;
-                and.b32 s, s, 0x000f000f;
-                or.b32 s, s, 0x43004300;
+                lop3.b32 s, s, 0x000f000f, m, 0xea;
                 fma.rn.bf16x2 $1, s, one, less;
                 shr.u32 s, $4, 8;
-                and.b32 s, s, 0x000f000f;
-                or.b32 s, s, 0x43004300;
+                lop3.b32 s, s, 0x000f000f, m, 0xea;
                 fma.rn.bf16x2 $2, s, one, less;
                 shr.u32 s, $4, 12;
-                and.b32 s, s, 0x000f000f;
-                or.b32 s, s, 0x43004300;
+                lop3.b32 s, s, 0x000f000f, m, 0xea;
                 fma.rn.bf16x2 $3, s, one, less;
                 }""",
                 "=&r,=&r,=&r,=&r,r", [words_OW], is_pure=True, pack=2,
@@ -128,18 +121,17 @@ def weights_of(words_OW, KIND: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.conste
         if ASM and DTYPE.is_bf16():
             a, b = tl.inline_asm_elementwise(
                 """{
-                .reg .b32 s, l, less;
+                .reg .b32 s, l, less, m;
+                mov.u32 m, %tid.x;
+                shr.u32 m, m, 31;
+                add.u32 m, m, 0x43004300;
                 mov.b32 less, 0xbf80bf80;
-                and.b32 l, $2, 0x007f007f;
-                or.b32 l, l, 0x43004300;
-                and.b32 s, $2, 0x00800080;
-                or.b32 s, s, 0x43004300;
+                lop3.b32 l, $2, 0x007f007f, m, 0xea;
+                lop3.b32 s, $2, 0x00800080, m, 0xea;
                 fma.rn.bf16x2 $0, s, less, l;
                 shr.u32 s, $2, 8;
-                and.b32 l, s, 0x007f007f;
-                or.b32 l, l, 0x43004300;
-                and.b32 s, s, 0x00800080;
-                or.b32 s, s, 0x43004300;
+                lop3.b32 l, s, 0x007f007f, m, 0xea;
+                lop3.b32 s, s, 0x00800080, m, 0xea;
                 fma.rn.bf16x2 $1, s, less, l;
                 }""",
                 "=&r,=&r,r", [words_OW], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
@@ -177,6 +169,23 @@ def weights_of(words_OW, KIND: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.conste
 
 
 @triton.jit
+def in_order(a_OW, b_OW):
+    """The first weights of sixteen words, then the second ones: [O, 2 · W]."""
+    UNITS: tl.constexpr = a_OW.shape[1] // 16
+    w_OUW2 = tl.reshape(tl.join(a_OW, b_OW), (a_OW.shape[0], UNITS, 16, 2))
+    return tl.reshape(tl.permute(w_OUW2, (0, 1, 3, 2)), (a_OW.shape[0], UNITS * 32))
+
+
+@triton.jit
+def in_order4(a_OW, b_OW, c_OW, d_OW):
+    """The first weights of sixteen words, then the second, third and fourth ones: [O, 4 · W], as columns stand."""
+    UNITS: tl.constexpr = a_OW.shape[1] // 16
+    w_OW22 = tl.join(tl.join(a_OW, c_OW), tl.join(b_OW, d_OW))
+    w_OU22W = tl.permute(tl.reshape(w_OW22, (a_OW.shape[0], UNITS, 16, 2, 2)), (0, 1, 3, 4, 2))
+    return tl.reshape(w_OU22W, (a_OW.shape[0], UNITS * 64))
+
+
+@triton.jit
 def packed_dot(
     data_O, scale_O, zero_O, x_R, has_R, first, last, columns,
     KIND: tl.constexpr, GROUP: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -207,14 +216,11 @@ def packed_dot(
             if PAIR:
                 more_O1 = next_more_O.to(tl.float32)[:, None]
                 next_more_O = tl.load(scale_O + at + 1)
-        word_W = k // WORD + tl.arange(0, BLOCK_K // WORD)
-        words_OW = tl.load(data_O[:, None] + word_W[None, :], eviction_policy="evict_first")
-        a_WR = tl.load(x_R[None, :] + word_W[:, None], has_R[None, :], 0.0)
-        b_WR = tl.load(x_R[None, :] + (columns // WORD + word_W)[:, None], has_R[None, :], 0.0)
+        words_OW = tl.load(data_O[:, None] + (k // WORD + tl.arange(0, BLOCK_K // WORD))[None, :],
+                           eviction_policy="evict_first")  # fmt: skip
+        parts = weights_of(words_OW, KIND, DTYPE, ASM)
         if KIND == 0:
-            c_WR = tl.load(x_R[None, :] + (columns // 2 + word_W)[:, None], has_R[None, :], 0.0)
-            d_WR = tl.load(x_R[None, :] + (columns // 4 * 3 + word_W)[:, None], has_R[None, :], 0.0)
-            a_OW, b_OW, c_OW, d_OW = weights_of(words_OW, KIND, DTYPE, ASM)
+            a_OW, b_OW, c_OW, d_OW = parts
             if zero_O is not None:
                 less_O1 = (next_zero_O.to(tl.float32) - 8.0).to(DTYPE)[:, None]
                 next_zero_O = tl.load(zero_O + at)
@@ -223,24 +229,22 @@ def packed_dot(
                     less_O1 = (next_more_zero_O.to(tl.float32) - 8.0).to(DTYPE)[:, None]
                     next_more_zero_O = tl.load(zero_O + at + 1)
                 c_OW, d_OW = c_OW - less_O1, d_OW - less_O1
-            part_OR = tl.dot(a_OW, a_WR, input_precision="ieee")
-            part_OR = tl.dot(b_OW, b_WR, part_OR, input_precision="ieee")
-            if PAIR:
-                sum_OR += part_OR * now_O1
-                now_O1 = more_O1
-                part_OR = tl.dot(c_OW, c_WR, input_precision="ieee")
-            else:
-                part_OR = tl.dot(c_OW, c_WR, part_OR, input_precision="ieee")
-            part_OR = tl.dot(d_OW, d_WR, part_OR, input_precision="ieee")
-            sum_OR += part_OR * now_O1 if GROUP else part_OR
+        if PAIR:
+            k_K = k + tl.arange(0, 32)
+            x_KR = tl.load(x_R[None, :] + k_K[:, None], has_R[None, :], 0.0)
+            more_KR = tl.load(x_R[None, :] + (32 + k_K)[:, None], has_R[None, :], 0.0)
+            sum_OR += tl.dot(in_order(a_OW, b_OW), x_KR, input_precision="ieee") * now_O1
+            sum_OR += tl.dot(in_order(c_OW, d_OW), more_KR, input_precision="ieee") * more_O1
         else:
-            a_OW, b_OW = weights_of(words_OW, KIND, DTYPE, ASM)
-            if GROUP:
-                part_OR = tl.dot(a_OW, a_WR, input_precision="ieee")
-                sum_OR += tl.dot(b_OW, b_WR, part_OR, input_precision="ieee") * now_O1
+            x_KR = tl.load(x_R[None, :] + (k + tl.arange(0, BLOCK_K))[:, None], has_R[None, :], 0.0)
+            if KIND == 0:
+                w_OK = in_order4(a_OW, b_OW, c_OW, d_OW)
             else:
-                sum_OR = tl.dot(a_OW, a_WR, sum_OR, input_precision="ieee")
-                sum_OR = tl.dot(b_OW, b_WR, sum_OR, input_precision="ieee")
+                w_OK = in_order(parts[0], parts[1])
+            if GROUP:
+                sum_OR += tl.dot(w_OK, x_KR, input_precision="ieee") * now_O1
+            else:
+                sum_OR += tl.dot(w_OK, x_KR, input_precision="ieee")
     if GROUP == 0:
         sum_OR *= tl.load(scale_O).to(tl.float32)[:, None]
     return sum_OR
