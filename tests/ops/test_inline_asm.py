@@ -38,7 +38,8 @@ def _lop3(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, what: torch.Tensor)
 
 
 DOES = {
-    "mov.b32": lambda a: a, "mov.u32": lambda a: a, "add.u32": lambda a, b: a + b, "lop3.b32": _lop3, "and.b32": lambda a, b: a & b, "or.b32": lambda a, b: a | b,
+    "mov.b32": lambda a: a, "mov.u32": lambda a: a, "add.u32": lambda a, b: a + b, "lop3.b32": _lop3,
+    "and.b32": lambda a, b: a & b, "or.b32": lambda a, b: a | b,
     "shr.u32": lambda a, count: a >> count, "shl.b32": lambda a, count: a << count & 0xFFFFFFFF,
     "prmt.b32": _prmt, "fma.rn.bf16x2": _fma,
 }  # fmt: skip

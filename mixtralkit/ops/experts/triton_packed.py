@@ -3,8 +3,8 @@
 By the number of rows: up to sixteen in two launches, as ``triton_small``; sorted rows whose weights are read once, as
 ``triton_grouped``'s streamed form; and for many rows an expert the layer's weights are unpacked first.
 
-Where ``triton_words`` multiplies in another order than the columns', ``_arrange`` copies a layer's rows into it, and what
-the first product gives is stored in it.
+Where ``triton_words`` multiplies in another order than the columns', ``_arrange`` copies a layer's rows into it, and
+what the first product gives is stored in it.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 **Order of columns.** A word holds four weights of four bits or two of eight, and is as wide as the numbers that they
 become, so what a thread reads is what it multiplies. Of sixteen words a product takes the first weights, then the
-second ones and so on. Sixteen words of ``Int4`` are 64 columns packed so that this is their order. Of eight bits they are
-32 columns: the even ones come first, and rows that they are multiplied with are arranged so too (``column_of``).
+second ones and so on. Sixteen words of ``Int4`` are 64 columns packed so that this is their order. Of eight bits they
+are 32 columns: the even ones come first, and rows that they are multiplied with are arranged so too (``column_of``).
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def weights_of(words_OW, KIND: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.conste
 
     In bfloat16, two weights of a register's two words at a time: a number below 128 is the last bits of 128's mantissa,
     of int8 less 128 or 256 by its sign; the bits of e4m3 in the place of bfloat16's are 2^-120 of the number.
-    128 twice, 0x43004300, is made of a register that ptxas knows nothing of: plainly told, it makes it anew for every word.
+    128 twice, 0x43004300, is made of a register that ptxas knows nothing of: else it makes it anew for every word.
     """
     if KIND == 0:
         if ASM and DTYPE.is_bf16():
