@@ -1,8 +1,8 @@
 """Rows through a rank's experts: the weighted sum of each row's choices, the heart of the layer.
 
 Four ways to the same sums. On a GPU, by the number of rows: reading as few bytes as possible (small batches), or
-products of sorted rows (large batches), for which rows of half precision become fp8 where the weights are. On a CPU compiled kernels. The reference elsewhere, for gradients, and for
-weights in formats without kernels there.
+products of sorted rows (large batches), for which rows of half precision become fp8 where the weights are. On a CPU
+compiled kernels. The reference elsewhere, for gradients, and for weights in formats without kernels there.
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ def grouped_product(
 
     Padding rows of ``out_PO`` are zero as far as they are written, if those of ``x_PI`` are: in the streamed form a
     block's quarters without a row are not. ``swiglu`` says that ``w_SOI`` is w1 above w3, to be combined. ``scales_P``
-    (float32) are of the rows where ``w_SOI`` is packed, and None else.
+    (float32) are the rows' where ``w_SOI`` is packed.
     """
     scales_SO, height = None, 0
     if isinstance(w_SOI, PackedWeight):
@@ -178,9 +178,11 @@ def grouped_product(
     overlap = stream and overlaps_launches(x_PI.device)
     programs = min(len(order.slot_B) * tiles, own["programs"] * multiprocessors(x_PI.device))
     _product[programs,](
-        *x_blocks, w, out, scales_P, scales_SO, order.slot_B, order.rows_B, order.span_B2, order.blocks, inner, outer, tiles,
+        *x_blocks, w, out, scales_P, scales_SO, order.slot_B, order.rows_B, order.span_B2, order.blocks, inner, outer,
+        tiles,
         STREAM=stream, QUARTERS=quarters, SWIGLU=swiglu, BLOCK_R=block_r, BLOCK_O=block_o, COLUMNS=columns,
-        BLOCK_K=block_k, GROUP=own["group"], HEIGHT=height, PRECISION="ieee" if x_PI.dtype == torch.float32 else "tf32", PDL=overlap,
+        BLOCK_K=block_k, GROUP=own["group"], HEIGHT=height, PDL=overlap,
+        PRECISION="ieee" if x_PI.dtype == torch.float32 else "tf32",
         num_warps=own["num_warps"], num_stages=stages, **({"launch_pdl": True} if overlap else {}),
     )  # fmt: skip
 

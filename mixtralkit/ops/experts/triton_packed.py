@@ -91,21 +91,23 @@ def _launch(x: torch.Tensor, settings: dict[str, int], part: str) -> dict[str, i
 
 def _sum_small(x_RD, slots_RK, weights_RK, up, down, residual_RD, out_RD, storage_S, slots: int, s) -> torch.Tensor:
     (rows, width), top_k, hidden, parts = x_RD.shape, slots_RK.shape[1], down.columns, s["parts"]
+    common = {"TOP_K": top_k, "BLOCK_R": 8 if rows <= 8 else BLOCK_R, "BY_CHOICE": rows == 1}
+    slots = top_k if rows == 1 else slots
     h_NF = x_RD.new_empty(rows * top_k, hidden)
     block_d = s["down_block_o"]
     arrived_B = torch.empty(triton.cdiv(width, block_d), dtype=torch.int32, device=x_RD.device)
     constants = up.constants(s["up_block_k"])
     _up_packed[(triton.cdiv(hidden, s["up_block_o"]), slots)](
         x_RD, slots_RK, weights_RK, *up.tensors, storage_S, h_NF, arrived_B, len(arrived_B), rows, width, hidden,
-        TURNED=down.turned, BLOCK_F=s["up_block_o"], COUNTERS=triton.next_power_of_2(len(arrived_B)), TOP_K=top_k,
-        BLOCK_R=BLOCK_R, **constants, **_launch(x_RD, s, "up"),
+        TURNED=down.turned, BLOCK_F=s["up_block_o"], COUNTERS=triton.next_power_of_2(len(arrived_B)), **common,
+        **constants, **_launch(x_RD, s, "up"),
     )  # fmt: skip
     constants = down.constants(s["down_block_k"])
     sums_NPD = torch.empty((rows * top_k, parts, width), dtype=torch.float32, device=x_RD.device)
     span = triton.cdiv(hidden, parts * constants["BLOCK_K"]) * constants["BLOCK_K"]
     _down_packed[(len(arrived_B), slots * parts)](
         h_NF, slots_RK, *down.tensors, storage_S, residual_RD, sums_NPD, arrived_B, out_RD, rows, width, hidden, span,
-        PARTS=parts, BLOCK_D=block_d, TOP_K=top_k, BLOCK_R=BLOCK_R, **constants, **_launch(x_RD, s, "down"),
+        PARTS=parts, BLOCK_D=block_d, **common, **constants, **_launch(x_RD, s, "down"),
     )  # fmt: skip
     return out_RD
 
@@ -173,20 +175,17 @@ def _arrange(x_RD, out_RD, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
 def _up_packed(
     x, slots, weights, data, scales, zeros, storage, h, arrived, counters, rows, width, hidden,
     TURNED: tl.constexpr, BLOCK_F: tl.constexpr, COUNTERS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    KIND: tl.constexpr, GROUP: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr,
-    PDL: tl.constexpr,
+    BY_CHOICE: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
+    ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """h of every row that chose one slot, for some f, as ``triton_small._up_some_rows``."""
-    slot = tl.program_id(1).to(tl.int64)
     row_R, g_G = tl.arange(0, BLOCK_R), tl.arange(0, 2 * BLOCK_F)
     f_G = tl.program_id(0) * BLOCK_F + g_G % BLOCK_F
     f_G = tl.where(f_G < hidden, f_G, 0)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    place = slot
-    if storage is not None:
-        place = tl.load(storage + slot)
+    slot, place = _slot_of(slots, storage, tl.program_id(1), BY_CHOICE)
     _start_counting(arrived, counters, COUNTERS)
     choice_R, _ = _choice_of(slots, slot, rows, BLOCK_R, TOP_K)
     chose_R = choice_R >= 0
@@ -209,16 +208,15 @@ def _up_packed(
 @triton.jit(do_not_specialize=["rows"])
 def _down_packed(
     h, slots, data, scales, zeros, storage, residual, sums, arrived, out, rows, width, hidden, span,
-    PARTS: tl.constexpr, BLOCK_D: tl.constexpr, TOP_K: tl.constexpr, BLOCK_R: tl.constexpr, KIND: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_D: tl.constexpr, TOP_K: tl.constexpr, BLOCK_R: tl.constexpr, BY_CHOICE: tl.constexpr,
+    KIND: tl.constexpr,
     GROUP: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One slot's part of out[d] of the rows that chose it, for some d, as ``triton_small._down_some_rows``."""
-    slot, part = (tl.program_id(1) // PARTS).to(tl.int64), tl.program_id(1) % PARTS
+    part = tl.program_id(1) % PARTS
     d_D = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside_D = d_D < width
-    place = slot
-    if storage is not None:
-        place = tl.load(storage + slot)
+    slot, place = _slot_of(slots, storage, tl.program_id(1) // PARTS, BY_CHOICE)
     choice_R, present_R = _choice_of(slots, slot, rows, BLOCK_R, TOP_K)
     chose_R = choice_R >= 0
     if PDL:
@@ -236,6 +234,18 @@ def _down_packed(
         places_DR = sums + (choice_R * PARTS + part)[None, :] * width + d_D[:, None]
         tl.store(places_DR, sum_DR, inside_D[:, None] & chose_R[None, :])
     _add_parts(sums, residual, arrived, out, present_R, rows, width, d_D, inside_D, PARTS, BLOCK_D, TOP_K, BLOCK_R)
+
+
+@triton.jit
+def _slot_of(slots, storage, program, BY_CHOICE: tl.constexpr):
+    """The slot of a program, of all or of one row's choices, and its place."""
+    slot = program.to(tl.int64)
+    if BY_CHOICE:
+        slot = tl.load(slots + program).to(tl.int64)
+    place = tl.maximum(slot, 0)
+    if storage is not None:
+        place = tl.load(storage + place)
+    return tl.where(slot < 0, -2, slot), place  # -1 is a choice that no slot here computes
 
 
 @triton.jit
@@ -309,6 +319,7 @@ def _unpack(
 ):  # fmt: skip
     """Some rows of one matrix as plain numbers."""
     WORD: tl.constexpr = 4 if KIND == 0 else 2
+    GROUPS: tl.constexpr = 2 if KIND == 0 and GROUP == 32 else 1  # of a tile
     slot, matrix = tl.program_id(2).to(tl.int64), tl.program_id(1)
     row_O = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     inside_O1 = (row_O < outer)[:, None]
@@ -324,10 +335,11 @@ def _unpack(
         word_W = k // WORD + tl.arange(0, BLOCK_K // WORD)
         words_OW = tl.load(data_O[:, None] + word_W[None, :], inside_O1, 0)
         weights = weights_of(words_OW, KIND, DTYPE, ASM)
-        column_K = k + tl.arange(0, BLOCK_K)
         w_OK = (in_order4(*weights) if KIND == 0 else tl.interleave(*weights)).to(tl.float32)
-        group_K = column_K // GROUP if GROUP else column_K * 0
+        w_OGK = tl.reshape(w_OK, (BLOCK_O, GROUPS, BLOCK_K // GROUPS))
+        group_G = (k // GROUP if GROUP else 0) + tl.arange(0, GROUPS)
         if zeros is not None:
-            w_OK -= tl.load(zero_O[:, None] + group_K[None, :]).to(tl.float32) - 8.0
-        w_OK *= tl.load(scale_O[:, None] + group_K[None, :]).to(tl.float32)
-        tl.store(out_O1 + column_K[None, :], w_OK.to(DTYPE), inside_O1)
+            w_OGK -= tl.load(zero_O[:, None] + group_G[None, :]).to(tl.float32)[:, :, None] - 8.0
+        w_OGK *= tl.load(scale_O[:, None] + group_G[None, :]).to(tl.float32)[:, :, None]
+        w_OK = tl.reshape(w_OGK, (BLOCK_O, BLOCK_K)).to(DTYPE)
+        tl.store(out_O1 + (k + tl.arange(0, BLOCK_K))[None, :], w_OK, inside_O1)
