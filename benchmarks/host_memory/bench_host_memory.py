@@ -1,17 +1,19 @@
 """Mixtral on a GPU that is held to a budget, its cold experts in host memory: what the machine can, then steps.
 
-    python -m benchmarks.host_memory.bench_host_memory --trace routing.npy --output host-memory.json
+    python -m benchmarks.host_memory.bench_host_memory --quantize int4:128 fp8 none --trace routing.npy \
+        --output host-memory.json
 
-First the rates of the machine: reading the GPU's memory, pinned copies, an expert's product on the CPU, and the last
-two at once. Then steps of one sequence at each budget, with choices drawn evenly and with those of ``--trace`` (int8
-[tokens, layers, K], as docs/traces.md reads them), in place of the random model's router. Its first half says which
-experts the budget keeps on the GPU, the second is run. Last, larger batches and prompts.
+For each format of the experts first the rates of the machine: reading the GPU's memory, pinned copies, an expert's
+product on the CPU, and the last two at once. Then steps of one sequence at each budget, with choices drawn evenly and
+with those of ``--trace`` (int8 [tokens, layers, K], as docs/traces.md reads them), in place of the random model's
+router. Its first half says which experts the budget keeps on the GPU, the second is run. Last, larger batches and
+prompts. What would begin after ``--within`` seconds is left out.
 
 ``bound_ms`` of a line is the larger of reading what is resident and a step needs, at the rate of the GPU's memory, and
 of missing bytes at the rate of pinned copies and the rate of the CPU's product, each measured alone, added.
 ``bound_together_ms`` takes the rates of both at once instead, which is what the machine can. A prompt's ``resident_ms``
-is its time with all experts on the GPU. All rates are of the same run. One line
-of JSON a measurement on stdout; docs/host-memory.md has the table.
+is its time with all experts on the GPU. All rates are of the same run. One line of JSON a measurement on stdout;
+``plot_host_memory`` makes docs/host-memory.md's tables and picture of them.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from torch import nn
 
 from benchmarks.common.ceilings import Ceilings
 from benchmarks.common.machine import describe_run
-from benchmarks.host_memory.rates import Rates
+from benchmarks.host_memory.rates import Rates, rounded
 from benchmarks.model.check import GREEDY
 from benchmarks.model.source import RandomWords
 from mixtralkit.cli.run import command, run_tool
@@ -44,7 +46,7 @@ from mixtralkit.engine.requests import Request
 from mixtralkit.layout import RankLayout
 from mixtralkit.model.transformer import Transformer
 from mixtralkit.moe.router import Router, Routing
-from mixtralkit.moe.tiers import TierSetup, tier_setup
+from mixtralkit.moe.tiers import TierSetup, gpu_setup, tier_setup
 from mixtralkit.moe.tiers.warm import measure
 from mixtralkit.moe.weights import parse_weights
 from mixtralkit.ops.hidden import Hidden
@@ -57,7 +59,7 @@ AHEAD = 4  # steps behind them, since the engine launches before it tells
 @command
 def bench_host_memory(
     model: Path = Path("mixtral-8x7b"),
-    quantize: str = "int4:128",
+    quantize: tuple[str, ...] = ("int4:128",),
     budgets: tuple[float, ...] = (24.0, 16.0, 12.0, 8.0),
     trace: Path | None = None,
     context: Count = 2048,
@@ -70,6 +72,8 @@ def bench_host_memory(
     places: int | None = None,
     dtype: Dtype | None = None,
     device: str | None = None,
+    seconds: float = 3.0,
+    within: float = 240.0,
     profile: bool = False,
     output: Path | None = None,
 ) -> None:
@@ -77,11 +81,11 @@ def bench_host_memory(
 
     Args:
         model: architecture, a params.json or the name of one in configs/models.
-        quantize: format of the experts; none is the model's dtype.
+        quantize: formats of the experts, one after the other; none is the model's dtype.
         budgets: 10^9 bytes of GPU memory for everything, the largest first.
         trace: choices to replay, int8 [tokens, layers, K] of this model's numbers; left out, only even ones.
         context: tokens in front of the steps of one sequence.
-        steps: timed steps.
+        steps: timed steps, at most.
         batches: sequences and their context, at the first budget.
         prompt: tokens of the prompt that is timed, at the first budget.
         misses: as the engine's option.
@@ -90,6 +94,8 @@ def bench_host_memory(
         places: experts that the GPU holds, instead of what a budget leaves; for machines without a GPU.
         dtype: left out, bfloat16 on a GPU and float32 on a CPU.
         device: cpu or cuda; left out, cuda where there is one.
+        seconds: no more steps are timed after so many seconds and 8 steps.
+        within: seconds after which no measurement begins.
         profile: say where the host's time of a step went.
         output: file that takes the lines of JSON.
     """
@@ -98,21 +104,49 @@ def bench_host_memory(
     config = ModelConfig.from_file(shipped("models", model))
     config = replace(config, n_layers=layers or config.n_layers)
     options = TierOptions(misses=misses, expert_cache=expert_cache)
-    bench = Bench(ranks, config, kind, None if quantize == "none" else quantize, options, output, profile)
-    bench.places = places
-    bench.emit("machine", describe_run(ranks) | {"model": model.stem, "quantize": quantize, "misses": misses})
-    bench.build(max(budgets))
     routings = {"even": even_routing(config, 2 * (steps + 2 * UNTIMED))}
     if trace is not None:
         routings["trace"] = read_routing(trace, config)
-    for budget in budgets:
-        for name, choices_SLK in routings.items():
-            bench.decode(budget, name, choices_SLK, 1, context, steps)
-    name, choices_SLK = next(reversed(routings.items()))
-    for batch in batches:
-        count, length = map(int, batch.split("x"))
-        bench.decode(budgets[0], name, choices_SLK, count, length, min(steps, 24))
-    bench.prompt(budgets[0], prompt)
+    log, ends = Log(output), time.perf_counter() + within
+    log.emit("machine", describe_run(ranks) | {"model": model.stem, "quantize": list(quantize), "misses": misses})
+    for name in quantize:
+        log.format = name
+        bench = Bench(ranks, config, kind, None if name == "none" else name, options, log, profile, seconds, places)
+        last, choices_SLK = next(reversed(routings.items()))
+        work = [(bench.decode, budget, *of, 1, context, steps) for budget in budgets for of in routings.items()]
+        for batch in batches:
+            count, length = map(int, batch.split("x"))
+            work.append((bench.decode, budgets[0], last, choices_SLK, count, length, min(steps, 24)))
+        work.append((bench.prompt, budgets[0], prompt))
+        for measure_it, budget, *given in [(bench.build, max(budgets)), *work]:
+            if time.perf_counter() > ends:
+                log.emit("left out", {"budget_gb": budget})
+                continue
+            try:
+                measure_it(budget, *given)
+            except ValueError as error:  # too small a budget for the format
+                log.emit("refused", {"budget_gb": budget, "why": str(error)})
+                if bench.model is None:
+                    break
+        bench.model = None
+        del bench, work, measure_it
+        gc.collect()
+
+
+@dataclass
+class Log:
+    """Lines of JSON, on stdout and in a file."""
+
+    output: Path | None
+    format: str | None = None
+
+    def emit(self, name: str, values: dict[str, Any]) -> None:
+        """A line of a measurement, which names the format that it is of."""
+        line = json.dumps({"measured": name, **({"quantize": self.format} if self.format else {}), **values})
+        print(line, flush=True)
+        if self.output is not None:
+            with self.output.open("w" if name == "machine" else "a", encoding="utf-8") as file:
+                file.write(line + "\n")
 
 
 def even_routing(config: ModelConfig, steps: int) -> np.ndarray:
@@ -160,20 +194,16 @@ class Bench:
     dtype: torch.dtype
     quantize: str | None
     options: TierOptions
-    output: Path | None
+    log: Log
     profile: bool
+    seconds: float
+    places: int | None
     model: Transformer | None = None
-    places: int | None = None
-
-    def emit(self, name: str, values: dict[str, Any]) -> None:
-        line = json.dumps({"measured": name, **values})
-        print(line, flush=True)
-        if self.output is not None:
-            with self.output.open("w" if name == "machine" else "a", encoding="utf-8") as file:
-                file.write(line + "\n")
 
     def build(self, budget: float) -> None:
         """A model of random weights, every expert the same, and the machine's rates."""
+        if self.ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
         started = time.perf_counter()
         setup = self._setup(budget, 1, 64)
         self.model = Transformer(self._layout(1, 64), self.ranks, self.dtype, tiers=setup)
@@ -186,7 +216,7 @@ class Bench:
         tiers.costs = measure(tiers)
         self.rates = Rates.measure(tiers, Ceilings.measure(self.ranks, self.dtype).read)
         seconds = {"memory_s": round(built - started, 1), "fill_and_measure_s": round(time.perf_counter() - built, 1)}
-        self.emit("rates", self.rates.rounded() | seconds | {"expert_mb": round(tiers.expert_bytes / 1e6, 4)})
+        self.log.emit("rates", self.rates.rounded() | seconds | {"expert_mb": round(tiers.expert_bytes / 1e6, 4)})
 
     def _fill_experts(self) -> None:
         (dim, hidden), device = self.model.store.tiers.columns, self.ranks.device
@@ -219,7 +249,8 @@ class Bench:
             tiers=replace(self.options, gpu_memory_gb=budget), quantize=self.quantize,
             prefill_budget=max(2048, min(length, 2048)),
         )  # fmt: skip
-        setup = tier_setup(self._layout(batch, length), self.ranks, engine, self.dtype)
+        of = tier_setup if self.model is None else gpu_setup  # the host has the experts by then
+        setup = of(self._layout(batch, length), self.ranks, engine, self.dtype)
         return setup or TierSetup(self.config.n_layers * self.config.num_experts, self.options)
 
     def _use(self, setup: TierSetup, choices_SLK: np.ndarray | None, batch: int, length: int) -> Engine:
@@ -251,23 +282,25 @@ class Bench:
         clock = Clock(tiers) if self.profile else None
         prompts = rng.integers(0, self.config.vocab_size, (batch, context)).tolist()
         requests = [Request(i, tuple(ids), UNTIMED + steps + AHEAD, GREEDY) for i, ids in enumerate(prompts)]
-        times, counted = [], []
+        times = []
         for _ in steps_of(engine, requests, batch):
             times.append(time.perf_counter())
-            if len(times) == UNTIMED and clock is not None:
-                clock.clear()
-            if len(times) in (UNTIMED, UNTIMED + steps):
-                counted.append(asdict(tiers.counts))
-            if len(times) == UNTIMED + steps:
+            if len(times) == UNTIMED:
+                before = asdict(tiers.counts)
+                if clock is not None:
+                    clock.clear()
+            timed = len(times) - UNTIMED
+            if timed == steps or (timed >= min(steps, 8) and times[-1] - times[UNTIMED - 1] > self.seconds):
                 break
-        found = {key: value - counted[0][key] for key, value in counted[1].items()}
+        steps = timed
+        found = {key: value - before[key] for key, value in asdict(tiers.counts).items()}
         for block, router in zip(model.layers, own, strict=True):
             block.feed_forward.gate = router
         timed_ms = 1e3 * np.diff(times[UNTIMED - 1 :])
-        self.emit("decode", {
-            "budget_gb": budget, "routing": name, "batch": batch, "context": context,
-            "places": tiers.setup.places, "step_ms": round(float(timed_ms.mean()), 3),
-            "median_ms": round(float(np.median(timed_ms)), 3),
+        self.log.emit("decode", {
+            "budget_gb": budget, "routing": name, "batch": batch, "context": context, "steps": steps,
+            "places": tiers.setup.places, "step_ms": rounded(float(timed_ms.mean())),
+            "median_ms": rounded(float(np.median(timed_ms))),
             **self._bound(found, batch, context, steps, float(timed_ms.mean())),
             **{key: round(value / steps, 3) for key, value in found.items()}, **self._memory(),
             **({} if clock is None else {"host_ms": clock.per_step(steps)}),
@@ -294,7 +327,7 @@ class Bench:
             "missing_ms": missing_ms,
         }
         values |= {"of_bound": step_ms / bound_ms, "hit_rate": found["hits"] / max(found["hits"] + found["misses"], 1)}
-        return {key: round(value, 4) for key, value in values.items()}
+        return {key: rounded(value) for key, value in values.items()}
 
     def prompt(self, budget: float, length: int) -> None:
         """A prompt by itself, the third of three; and with all experts on the GPU, if it has the memory."""
@@ -303,10 +336,10 @@ class Bench:
         resident = self._prompt(replace(setup, places=most), length)[0]
         seconds, found, places = self._prompt(setup, length)
         bus_s = found["fetched_bytes"] / self.rates.bus
-        self.emit("prompt", {
+        self.log.emit("prompt", {
             "budget_gb": budget, "tokens": length, "ms": round(1e3 * seconds, 2), "places": places,
             "resident_ms": round(1e3 * resident, 2), "bus_ms": round(1e3 * bus_s, 2),
-            "of_bound": round(seconds / max(resident, bus_s), 4), **found, **self._memory(),
+            "of_bound": rounded(seconds / max(resident, bus_s)), **found, **self._memory(),
         })  # fmt: skip
 
     def _prompt(self, setup: TierSetup, length: int) -> tuple[float, dict[str, int], int]:
@@ -352,7 +385,7 @@ def steps_of(engine: Engine, requests: list[Request], batch: int) -> Iterator[No
 class Clock:
     """Where the host's time of a step goes: in the tiers' calls."""
 
-    NAMES = ("begin", "tell", "wait_for", "ask", "product_on_cpu", "look_ahead")
+    NAMES = ("begin", "ask", "product_on_cpu", "look_ahead", "end", "show")
 
     def __init__(self, tiers: Any) -> None:
         self.seconds = dict.fromkeys(self.NAMES, 0.0)

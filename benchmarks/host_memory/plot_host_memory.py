@@ -1,12 +1,13 @@
-"""The picture and the table of docs/host-memory.md: what ``bench_host_memory`` measured, by budget, beside the bound.
+"""The picture and the tables of docs/host-memory.md: what ``bench_host_memory`` measured, beside the bound.
 
-python -m benchmarks.host_memory.plot_host_memory benchmarks/results/host-memory-h200.json docs/images/host-memory.png
+    python -m benchmarks.host_memory.plot_host_memory host-memory.json docs/images/host-memory.png \\
+        --page docs/host-memory.md --keep benchmarks/results/host-memory-h200.json --commit COMMIT
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,60 +16,122 @@ from mixtralkit.cli.run import command, run_tool
 Line = Mapping[str, Any]
 COLOURS = {"even": "#0072B2", "trace": "#D55E00"}  # of Okabe and Ito, which do not depend on telling red from green
 NAMES = {"even": "choices drawn evenly", "trace": "choices of a real trace"}
-HEADS = ("GB, choices", "experts on the GPU", "tokens/s", "step, ms", "bound, ms", "of bound", "hits", "misses a step")
+FORMATS = {"none": "bf16"}  # by their names in the options, those that have another
+BEGIN, END = "<!-- measured: made by plot_host_memory -->\n", "<!-- end of what was measured -->"
+BOUND = ("step, ms", "bound, ms", "of bound")
+RATES = ("experts", "MB each", "pinned copies, GB/s", "CPU, one row, GB/s", "both at once, GB/s")
+STEPS = ("GB, experts, choices", "on the GPU", "tokens/s", *BOUND, "hits", "misses a step")
+BATCHES = ("GB, experts, sequences", "on the GPU", "tokens/s", *BOUND, "hits", "misses a step", "fetched whole")
+PROMPTS = ("GB, experts, tokens", "on the GPU", "ms", "all on the GPU, ms", "on the bus, ms", "of the larger")
 
 
 @command
-def plot_host_memory(results: Path, picture: Path) -> None:
-    """Draws RESULTS to PICTURE and prints the table in Markdown.
+def plot_host_memory(
+    results: Path, picture: Path, page: Path | None = None, keep: Path | None = None, commit: str | None = None
+) -> None:
+    """Draws RESULTS to PICTURE and prints the tables in Markdown.
 
     Args:
         results: JSON with the lines of bench_host_memory as its runs, or the file of lines that it wrote.
         picture: .png
+        page: takes the tables in place of those it has.
+        keep: takes the lines as JSON of the project's results.
+        commit: what was measured, where the machine did not know it.
     """
-    lines = [line for line in read_lines(results) if line["measured"] == "decode" and line["batch"] == 1]
-    draw(lines, picture)
-    rows = [HEADS, ["---"] * len(HEADS), *map(cells, lines)]
-    print("\n".join(f"| {' | '.join(row)} |" for row in rows))
+    lines = read_lines(results)
+    if commit is not None:
+        lines[0]["commit"] = commit
+    draw([line for line in lines if line["measured"] == "decode" and line["batch"] == 1], picture)
+    tables = render(lines)
+    print(tables)
+    if page is not None:
+        text = page.read_text(encoding="utf-8")
+        before, rest = text.split(BEGIN)
+        page.write_text(before + BEGIN + tables + END + rest.split(END)[1], encoding="utf-8")
+    if keep is not None:
+        runs = ",\n".join(f"  {json.dumps(line)}" for line in lines)
+        keep.write_text(f'{{\n "benchmark": "host_memory",\n "runs": [\n{runs}\n ]\n}}\n', encoding="utf-8")
 
 
-def read_lines(path: Path) -> list[Line]:
-    """Measurements of a file, as committed or as the benchmark writes it."""
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Measurements of a file, as committed or as the benchmark writes it; each says of which format it is."""
     text = path.read_text(encoding="utf-8")
     try:
-        return json.loads(text)["runs"]
+        lines = json.loads(text)["runs"]
     except ValueError:
-        return [json.loads(line) for line in text.splitlines()]
+        lines = [json.loads(line) for line in text.splitlines()]
+    return [lines[0], *({"quantize": lines[0].get("quantize"), **line} for line in lines[1:])]
 
 
-def cells(line: Line) -> list[str]:
-    """A row of the table."""
+def render(lines: Sequence[Line]) -> str:
+    """All that the page says of them."""
+    machine = lines[0]
+    of = {kind: [line for line in lines if line["measured"] == kind] for kind in ("rates", "decode", "prompt")}
+    single, batches = ([line for line in of["decode"] if (line["batch"] > 1) == many] for many in (False, True))
+    said = f"{machine['gpu']}, {machine['cores']} cores, {machine['date']}, commit {machine['commit']}.\n"
+    tables = (
+        (RATES, map(rate_cells, of["rates"])), (STEPS, map(cells, single)), (BATCHES, map(cells, batches)),
+        (PROMPTS, map(prompt_cells, of["prompt"])),
+    )  # fmt: skip
+    return "\n".join([said, *(_table(heads, rows) for heads, rows in tables)])
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "".join(f"| {' | '.join(row)} |\n" for row in (heads, ["---"] * len(heads), *rows))
+
+
+def name_of(line: Line) -> str:
+    """The format of its experts."""
+    return FORMATS.get(line["quantize"], line["quantize"])
+
+
+def rate_cells(line: Line) -> list[str]:
+    cpu, both = line["cpu_gb_s"].get("1"), line.get("both_gb_s")
+    together = "" if both is None else f"{both[0]:.1f} + {both[1]:.1f}"
     return [
-        f"{line['budget_gb']:g}, {line['routing']}", str(line["places"]), f"{1e3 / line['step_ms']:.1f}",
-        f"{line['step_ms']:.1f}", f"{line['bound_ms']:.1f}", f"{line['of_bound']:.2f}", f"{line['hit_rate']:.1%}",
-        f"{line['misses']:.1f}",
+        name_of(line), f"{line['expert_mb']:.1f}", f"{line['bus_gb_s']:.1f}", "" if cpu is None else f"{cpu:.1f}",
+        together,
     ]  # fmt: skip
 
 
+def cells(line: Line) -> list[str]:
+    """A row of the table of steps, of one sequence or of several."""
+    last = line["routing"] if line["batch"] == 1 else f"{line['batch']} behind {line['context']:,} tokens"
+    more = [] if line["batch"] == 1 else [f"{line['fetches']:.1f}"]
+    return [
+        f"{line['budget_gb']:g}, {name_of(line)}, {last}", str(line["places"]),
+        f"{1e3 * line['batch'] / line['step_ms']:.1f}", f"{line['step_ms']:.1f}", f"{line['bound_ms']:.1f}",
+        f"{line['of_bound']:.2f}", f"{line['hit_rate']:.1%}", f"{line['misses']:.1f}", *more,
+    ]  # fmt: skip
+
+
+def prompt_cells(line: Line) -> list[str]:
+    forms = (("places", ""), ("ms", ".0f"), ("resident_ms", ".0f"), ("bus_ms", ".0f"), ("of_bound", ".2f"))
+    first = f"{line['budget_gb']:g}, {name_of(line)}, {line['tokens']:,}"
+    return [first, *(f"{line[key]:{form}}" if key in line else "" for key, form in forms)]
+
+
 def draw(lines: Sequence[Line], path: Path) -> None:
-    """Tokens a second against the budget, one sequence."""
+    """Tokens a second against the budget, one sequence; a panel for each format."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for routing, colour in COLOURS.items():
-        own = sorted((line for line in lines if line["routing"] == routing), key=lambda line: line["budget_gb"])
-        budgets = [line["budget_gb"] for line in own]
-        measured, bound = ([1e3 / line[key] for line in own] for key in ("step_ms", "bound_ms"))
-        marker = "o" if routing == "even" else "s"
-        axes.plot(budgets, measured, color=colour, marker=marker, label=f"{NAMES[routing]}, measured")
-        axes.plot(budgets, bound, color=colour, marker=marker, linestyle=":", fillstyle="none", label="… bound")
-    axes.set(
-        xlabel="memory of the GPU for everything, GB", ylabel="tokens/s, one sequence", ylim=(0, None),
-        xticks=sorted({line["budget_gb"] for line in lines}),
-    )  # fmt: skip
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    formats = list(dict.fromkeys(line["quantize"] for line in lines))
+    figure = Figure(figsize=(1.2 + 4.8 * len(formats), 4.2), layout="constrained")
+    for axes, kind in zip(figure.subplots(1, len(formats), squeeze=False)[0], formats, strict=True):
+        own = [line for line in lines if line["quantize"] == kind]
+        for routing, colour in COLOURS.items():
+            drawn = sorted((line for line in own if line["routing"] == routing), key=lambda line: line["budget_gb"])
+            budgets = [line["budget_gb"] for line in drawn]
+            measured, bound = ([1e3 / line[key] for line in drawn] for key in ("step_ms", "bound_ms"))
+            marker = "o" if routing == "even" else "s"
+            axes.plot(budgets, measured, color=colour, marker=marker, label=f"{NAMES[routing]}, measured")
+            axes.plot(budgets, bound, color=colour, marker=marker, linestyle=":", fillstyle="none", label="… bound")
+        axes.set(
+            title=f"experts in {name_of(own[0])}", xlabel="memory of the GPU for everything, GB",
+            ylabel="tokens/s, one sequence", ylim=(0, None), xticks=sorted({line["budget_gb"] for line in own}),
+        )  # fmt: skip
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
 

@@ -50,12 +50,17 @@ class Rates:
     def rounded(self) -> dict[str, object]:
         """For JSON, in GB/s."""
         found: dict[str, object] = {
-            "read_gb_s": round(self.read / 1e9, 1), "bus_gb_s": round(self.bus / 1e9, 2),
-            "cpu_gb_s": {str(rows): round(rate / 1e9, 2) for rows, rate in self.products},
+            "read_gb_s": rounded(self.read / 1e9), "bus_gb_s": rounded(self.bus / 1e9),
+            "cpu_gb_s": {str(rows): rounded(rate / 1e9) for rows, rate in self.products},
         }  # fmt: skip
         if self.both is not None:
-            found["both_gb_s"] = [round(rate / 1e9, 2) for rate in self.both]
+            found["both_gb_s"] = [rounded(rate / 1e9) for rate in self.both]
         return found
+
+
+def rounded(value: float) -> float:
+    """To five digits."""
+    return float(f"{value:.5g}")
 
 
 def _both(tiers: Tiers) -> tuple[float, float] | None:

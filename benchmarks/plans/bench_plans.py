@@ -112,7 +112,7 @@ def _policies(
         "everywhere": lambda: everywhere(*sizes),
     }
     if fit.num_experts % world_size == 0:
-        policies["affinity"] = lambda: affinity(fit.transitions_LEE(), world_size)
+        policies["affinity"] = lambda: affinity(fit.transitions_LEE(), world_size, bound=0)
     return policies
 
 

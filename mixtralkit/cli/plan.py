@@ -11,7 +11,7 @@ from typing import Literal
 from mixtralkit.cli.run import command
 from mixtralkit.config import ModelConfig, parse_dtype, shipped
 from mixtralkit.config.engine import Dtype, Quantize, QuantizeAttention
-from mixtralkit.config.options import Count, Natural, Options, Positive, Ranks, Share
+from mixtralkit.config.options import Count, Natural, NotNegative, Options, Positive, Ranks, Share
 from mixtralkit.moe.weights import parse_weights
 from mixtralkit.planning.cost import ModelShape
 from mixtralkit.planning.formats import save_plan
@@ -82,6 +82,7 @@ class PolicyOptions(Options):
         overflow: hot_cold: what becomes of rows over the capacity.
         cut_order: hot_cold: which rows these are; weight keeps the heaviest choices, arrival the first.
         load_cap: affinity: most load of a rank in a layer, as a multiple of the mean.
+        bound: affinity: how many times the usual seconds the bound on all placements may take; 0 leaves it out.
         num_groups: balanced: groups of experts that stay on one node each (hierarchical); global without it.
         shares: balanced: what is made even, loads as they are poured here, or in equal parts of replicas, as in SGLang.
         finetune_threshold: two_phase: total-variation distance above which a layer is corrected; Lina's rule without.
@@ -98,6 +99,7 @@ class PolicyOptions(Options):
     overflow: Literal["drop", "reroute"] = "drop"
     cut_order: Literal["weight", "arrival"] = "weight"
     load_cap: Positive | None = None
+    bound: NotNegative = 1.0
     num_groups: Count | None = None
     shares: Literal["poured", "equal"] = "poured"
     finetune_threshold: Share | None = None
@@ -138,7 +140,7 @@ def plan(
     for path in (output, plot):
         check_free(path, overwrite)
     given = _read(trace, request, policy)
-    given = replace(given, options=given.options | _options(policy, only))
+    given = replace(given, options=given.options | {"bound": only.bound} | _options(policy, only))
     started = time.perf_counter()
     execution = Execution(only.dispatcher, request.batch)
     made = auto_for(given, execution) if policy == "auto" else make_plan(policy, given)
@@ -214,7 +216,7 @@ def _held_out(policy: str, given: Given) -> dict[str, object]:
     """The policy on halves of the trace, one against the other; prints what is doubtful."""
     if given.trace is None or given.trace.num_tokens < 4 or given.world_size == 1:
         return {}
-    given = replace(given, options=given.options | {"bound": False})
+    given = replace(given, options=given.options | {"bound": 0})
     found = measure_held_out(
         lambda fit: make_plan(policy, replace(given, trace=fit, loads_LE=fit.loads_LE())), given.trace
     )
@@ -241,7 +243,7 @@ def _print_notes(plan: ExpertPlan) -> None:
         )
         for name, step_s in sorted(meta["candidates_step_s"].items(), key=lambda item: item[1]):
             print(f"  {step_s * 1e3:9.3f} ms  {name}")
-    elif plan.policy == "affinity":
+    elif plan.policy == "affinity" and meta["bound"]:
         print(
             f"{'exact' if meta['exact'] else 'not proven to be the best'}; no placement without replicas has fewer "
             f"than {meta['crossings_bound']:.3f} crossings a token ({meta['bound'].rpartition(': ')[2]})"

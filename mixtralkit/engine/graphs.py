@@ -54,7 +54,7 @@ class Graphs:
                 the same shapes on other memory, since a run leaves traces.
             may_capture: False calls the function where no graph is there yet.
         """
-        if not self.is_on or (key not in self._captured and not may_capture):
+        if not self.replays(key, may_capture):
             return Run(function())
         recapture_s = 0.0
         if key not in self._captured:
@@ -64,6 +64,10 @@ class Graphs:
         graph, result = self._captured[key]
         graph.replay()
         return Run(result, True, recapture_s)
+
+    def replays(self, key: Hashable, may_capture: bool = True) -> bool:
+        """Whether ``run`` would replay a graph, be it made for that."""
+        return self.is_on and (may_capture or key in self._captured)
 
     def forget(self) -> None:
         """Drops all graphs, since what they read has other addresses now. No graph may be running."""

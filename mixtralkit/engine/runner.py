@@ -15,10 +15,8 @@ sampled, so that rank 0's host reads all answers, a step later as well.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -42,13 +40,11 @@ from mixtralkit.engine.step_plan import Arrival, Rows, StepPlan
 from mixtralkit.model.attention import CachedAttention
 from mixtralkit.model.batch import ForwardBatch, Span
 from mixtralkit.model.kv_cache import KVCache
-from mixtralkit.model.tiered import Desk, run_tiered
 from mixtralkit.model.transformer import Transformer
 from mixtralkit.moe.layer import MoEReport, StepRows
+from mixtralkit.moe.tiers import Desk
 from mixtralkit.ops.counting import count_keys
 from mixtralkit.ops.hidden import Hidden
-
-T = TypeVar("T")
 
 
 class _Memory:
@@ -119,6 +115,7 @@ class Runner:
         """
         if self._relocations != self.model.store.relocations:  # what graphs read has other addresses now
             self._graphs.forget()
+            self._desks.clear()
             self._relocations = self.model.store.relocations
         tables = plan.tables[self._owner]
         self.cache.place([(slot, at + i, page) for slot, at, pages in tables for i, page in enumerate(pages)])
@@ -196,14 +193,34 @@ class Runner:
         return self._flight(plan, "graph" if run.replayed else "launched", run, batch, rows)
 
     def _run_decode(self, rows: int, kind: tuple[bool, ...], may_capture: bool) -> Run[_Answers]:
-        if self.model.decodes_in_pieces:
-            return self._decoded_in_pieces(rows, kind, may_capture)
+        if self.model.store.tiers is not None and self._graphs.replays((rows, *kind), may_capture):
+            return self._run_decode_at_desk(rows, kind)
         return self._graphs.run(
             (rows, *kind),
             lambda: self._decoded(self._own, rows, *kind),
             lambda: self._decoded(_Memory(rows, self.context.device), rows, *kind),
             may_capture,
         )
+
+    def _run_decode_at_desk(self, rows: int, kind: tuple[bool, ...]) -> Run[_Answers]:
+        """The same where the host answers for experts that are not on the GPU, while the graph runs."""
+        tiers = self.model.store.tiers
+        if rows not in self._desks:
+            self._desks[rows] = Desk(tiers, rows)
+
+        def decoded(of: _Memory, desk: Desk) -> _Answers:
+            with tiers.at(desk):
+                return self._decoded(of, rows, *kind)
+
+        self._desks[rows].open()
+        run = self._graphs.run(
+            (rows, *kind),
+            lambda: decoded(self._own, self._desks[rows]),
+            # rows without a sequence ask for no expert, so that nothing waits
+            lambda: decoded(_Memory(rows, self.context.device), Desk(tiers, rows)),
+        )
+        self._desks[rows].serve()
+        return run
 
     def _place(self, plan: StepPlan) -> None:
         """Gives each of this rank's sequences a row; where its last token is on the device, that moves there."""
@@ -237,30 +254,6 @@ class Runner:
     def _decoded(self, of: _Memory, rows: int, draws: bool, asks: bool, tops: bool, routed: bool) -> _Answers:
         batch = self._batch_of(of, rows, routed)
         return self._sampled(of, batch, *self.model.hidden(batch), draws, asks, tops, routed)
-
-    def _decoded_in_pieces(self, rows: int, kind: tuple[bool, ...], may_capture: bool) -> Run[_Answers]:
-        """The same where the host has a say in every layer; the last piece takes what is sampled."""
-        if rows not in self._desks:
-            params, device = self.model.params, self.context.device
-            most = max(self.model.store.tiers.slots.values())
-            given = (rows, params.num_experts_per_tok, params.dim, most, self.model.dtype, device)
-            self._desks[rows] = Desk(*given)
-            if self._graphs.is_on:  # so that kernels are compiled before they are captured
-                scratch = _Memory(rows, device)
-                run_tiered(self.model, self._batch_of(scratch, rows), Desk(*given), lambda _, piece: piece())
-        batch, ran = self._batch_of(self._own, rows), []
-
-        def run(key: tuple, piece: Callable[[], T], rehearse: Callable[[], object] = lambda: None) -> T:
-            ran.append(self._graphs.run((rows, *key), piece, rehearse, may_capture))
-            return ran[-1].value
-
-        hidden, reports = run_tiered(self.model, batch, self._desks[rows], run)
-        answers = run(
-            ("sampled", *kind),
-            lambda: self._sampled(self._own, batch, hidden, reports, *kind),
-            lambda: self._sampled(_Memory(rows, self.context.device), batch, hidden, reports, *kind),
-        )
-        return Run(answers, ran[-1].replayed, sum(one.recapture_s for one in ran))
 
     def _batch_of(self, of: _Memory, rows: int, observed: bool = False) -> ForwardBatch:
         batch = ForwardBatch.of_rows(of.tokens_B[:rows], of.positions_B[:rows], of.slots_B[:rows], rows)

@@ -169,16 +169,11 @@ class Transformer(nn.Module):
             if not weights.is_plain and self.context.device.type == "cuda":  # the reference asks the host
                 ours = ours and takes_packed(weights, self.params.dim, hidden[1] - hidden[0])
         trains = any(p.requires_grad for p in self.parameters())
-        ours = ours and (self.store.tiers is None or (decode and self.decodes_in_pieces))
+        if self.store.tiers is not None:  # of prompts, and where ranks wait for each other, the host decides in between
+            ours = ours and decode and self.context.world_size == 1 and self.layout.plan.cold_capacity_factor is None
         if not decode:
             ours = ours and self.context.world_size == 1 and only_the_device(self.dtype, self.params.head_dim)
         return ours and not trains and self.dispatchers.name(True, decode) in IN_GRAPHS
-
-    @property
-    def decodes_in_pieces(self) -> bool:
-        """Whether a decode step is ``tiered.run_tiered``."""
-        alone = self.context.world_size == 1 and self.layout.plan.cold_capacity_factor is None
-        return self.store.tiers is not None and alone
 
     def adopt(self, layer: int, plan: ExpertPlan) -> MoveReport:
         """Goes over to ``plan``, which differs from the running one in ``layer`` alone, between two steps.

@@ -79,7 +79,6 @@ def search(
         most_steps: steps that are timed at most; None times all that the half has.
     """
     halves = (None,) if given.trace is None else given.trace.split(0.5)
-    given = replace(given, options=given.options | {"bound": False})
     names = list(dict.fromkeys(name for of_run, _ in runs for name in of_run))
     parts = [given if fit is None else replace(given, trace=fit, loads_LE=fit.loads_LE()) for fit in halves]
     plans = {name: [make_plan(name, part) for part in parts] for name in names}

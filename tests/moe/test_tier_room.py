@@ -57,6 +57,18 @@ def test_what_fits_is_no_tier_and_a_plan_may_say_it() -> None:
     assert setup_of(None, plan=lambda plan: replace(plan, tier=tier)).places == 96
 
 
+def test_experts_of_several_formats_fit_or_are_refused() -> None:
+    """17 GB in int4 and 11 in int8, beside 4 of all else."""
+    mixed = (("int4:128",) * 6 + ("int8",) * 2,) * 32
+    said = r"needs all experts in one format, and the plan's precision has int4:128, int8"
+    assert setup_of(40.0, plan=lambda plan: replace(plan, precision=mixed)) is None
+    with pytest.raises(ValueError, match=rf"gpu_memory_gb \(24\), below the 3\d\.\d+ of all, {said}"):
+        setup_of(24.0, plan=lambda plan: replace(plan, precision=mixed))
+    tier = (("gpu",) * 3 + ("host",) * 5,) * 32
+    with pytest.raises(ValueError, match=rf"a plan with experts in the host's memory {said}"):
+        setup_of(None, plan=lambda plan: replace(plan, precision=mixed, tier=tier))
+
+
 def test_the_host_must_have_room_too(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         ValueError, match=r"host_memory_gb \(20\) must be at least 23\.25, .* or the checkpoint one that"

@@ -13,52 +13,15 @@ import torch
 
 from mixtralkit.config import TierOptions
 from mixtralkit.distributed import RankContext
-from mixtralkit.layout import RankLayout
 from mixtralkit.moe.dispatch.base import RoutedRows
 from mixtralkit.moe.experts import as_matrices, run_experts
 from mixtralkit.moe.store import ExpertStore
 from mixtralkit.moe.tiers import Costs, TierSetup
 from mixtralkit.moe.tiers.bus import PlainBus
 from mixtralkit.moe.tiers.cache import DECAY, PlaceCache
-from mixtralkit.moe.tiers.memory import Geometry, HostExperts, Move, in_pieces, silence
+from mixtralkit.moe.tiers.memory import Geometry, HostExperts, Move, in_pieces
 from mixtralkit.moe.tiers.warm import measure
-from mixtralkit.moe.weights import parse_weights
-from tests.configs import small_config
-
-CONFIG = small_config(dim=64, hidden_dim=256, n_layers=3)
-CPU_COSTS = Costs(1.0, ((1, 0.9), (2, 1.5), (4, 4.0)))
-
-
-def layout_of(weights: str | None = None) -> RankLayout:
-    return replace(RankLayout.single(CONFIG), weights=parse_weights(weights))
-
-
-def make_store(setup: TierSetup, weights: str | None = None, seed: int = 0) -> ExpertStore:
-    store = ExpertStore(layout_of(weights), RankContext(), torch.float32, tiers=setup)
-    generator = torch.Generator().manual_seed(seed)
-    for layer in store.layers:
-        (dim, hidden), tensors = store._columns, []
-        for shape in ((8, 2, hidden, dim), (8, 1, dim, hidden)):
-            w = torch.randn(shape, generator=generator) * 0.1
-            parts = (w,) if store.layout.weights.is_plain else store.layout.weights.quantize(w).tensors
-            tensors += [part.flatten(1, 2) for part in parts]
-        for mine, tensor in zip(store.experts[layer].tensors, tensors, strict=True):
-            mine.copy_(tensor)
-    return store
-
-
-def rows_of(count: int, seed: int, experts: int = 8) -> RoutedRows:
-    generator = torch.Generator().manual_seed(seed)
-    scores = torch.rand(count, experts, generator=generator)
-    return RoutedRows(
-        torch.randn(count, CONFIG.dim, generator=generator), scores.topk(2).indices,
-        torch.rand(count, 2, generator=generator), torch.randn(count, CONFIG.dim, generator=generator),
-    )  # fmt: skip
-
-
-def resident(store: ExpertStore, layer: int, rows: RoutedRows) -> torch.Tensor:
-    """What the rows give where all experts are in one memory."""
-    return run_experts(rows, *store.experts[layer].matrices)
+from tests.moe.tier_parts import CPU_COSTS, BrokenBus, RatedBus, SlowBus, layout_of, make_store, resident, rows_of
 
 
 class _Brute:
@@ -176,7 +139,7 @@ def test_parts_of_an_expert_are_copied_or_silent(weights: str | None) -> None:
     for mine, theirs in zip(places, host.tensors, strict=True):
         assert torch.equal(mine[2], theirs[5])
     PlainBus().copy(here.moves(1, there, 6))
-    silence(kind, places, 0, first, hidden)
+    PlainBus().clear(here.silence(0, first))
     PlainBus().copy(here.moves(0, there, 6, first))
     moved = sum(move.nbytes for move in here.moves(0, there, 6, first))
     assert moved < 0.62 * store.expert_bytes
@@ -242,54 +205,6 @@ def test_choices_of_other_ranks_bring_nothing() -> None:
 
 
 @pytest.mark.parametrize("weights", [None, "int8", "int4:64"])
-def test_split_experts_give_the_same_to_rounding(weights: str | None) -> None:
-    store = make_store(TierSetup(10, TierOptions(), Costs(1.0, ((1, 1.0),)), splits=True), weights)
-    for step in range(12):
-        for layer in store.layers:
-            rows = rows_of(1, 7 * step + layer)
-            y, wanted = store.experts[layer](rows), resident(store, layer, rows)
-            torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-5)
-    counts = store.tiers.counts
-    assert counts.splits == counts.products > 10
-    assert counts.misses == counts.splits + counts.expected
-    assert counts.fetched_bytes < counts.misses * store.expert_bytes
-
-
-class SlowBus(PlainBus):
-    """Urgent copies end at once; the others when somebody lets them."""
-
-    def __init__(self) -> None:
-        self.waiting: list[_Slow] = []
-        self.open = 0
-
-    def copy(self, moves, urgent: bool = True):
-        if urgent:
-            return super().copy(moves)
-        self.waiting.append(_Slow(self, list(moves)))
-        return self.waiting[-1]
-
-    def wait(self, ticket) -> None:
-        if isinstance(ticket, _Slow):
-            ticket.end()
-
-
-class _Slow:
-    def __init__(self, bus: SlowBus, moves: list[Move]) -> None:
-        self.bus, self.moves, self.asked, self.done = bus, moves, 0, False
-
-    def end(self) -> None:
-        if not self.done:
-            PlainBus.copy(self.bus, self.moves)
-            self.done = True
-
-    def query(self) -> bool:
-        self.asked += 1
-        if self.asked > 3:
-            self.end()
-        return self.done
-
-
-@pytest.mark.parametrize("weights", [None, "int8", "int4:64"])
 @pytest.mark.parametrize(("policy", "is_slow"), [("lru", False), ("frequency", True)])
 def test_split_experts_stay(weights: str | None, policy: str, is_slow: bool) -> None:
     """Rows that always want the same ones find them, whole, after a few steps; what is spare is never what is kept."""
@@ -309,8 +224,11 @@ def test_split_experts_stay(weights: str | None, policy: str, is_slow: bool) -> 
             torch.testing.assert_close(y, wanted, rtol=2e-3, atol=2e-4)
             assert not {*tiers.cache.place_of.values()} & {*tiers._spare}
             assert len({*tiers.cache.place_of.values(), *tiers._spare, *tiers.cache._free}) == 12
+    counts = tiers.counts
     assert sum(missed[:6]) > sum(missed[-6:])
-    assert tiers.counts.hits > 60
+    assert counts.hits > 60
+    assert counts.splits == counts.products > 10
+    assert counts.misses == counts.splits + counts.expected
     for key, place in tiers.cache.place_of.items():
         if key not in tiers._arriving and key not in dict(tiers._staying):
             assert all(
@@ -354,33 +272,6 @@ def test_prompts_fetch_the_next_layers_in_turn() -> None:
         assert fetched <= misses + 8 * (number == 1), "the first layers of a third one are there before it comes"
 
 
-class RatedBus(PlainBus):
-    """A bus that takes its time, by a clock of its own: what is urgent in front of what is not."""
-
-    def __init__(self, rate: float) -> None:
-        self.rate, self.now, self.free_at = rate, 0.0, [0.0, 0.0]  # when urgent copies are done, and the others
-
-    def copy(self, moves, urgent: bool = True):
-        moves = list(moves)
-        super().copy(moves)
-        start = max(self.now, self.free_at[0] if urgent else max(self.free_at))
-        end = start + sum(move.nbytes for move in moves) / self.rate
-        self.free_at[0 if urgent else 1] = end
-        return _Timed(self, end)
-
-    def wait(self, ticket) -> None:
-        self.now = max(self.now, getattr(ticket, "end", 0.0))
-
-
-class _Timed:
-    def __init__(self, bus: RatedBus, end: float) -> None:
-        self.bus, self.end = bus, end
-
-    def query(self) -> bool:
-        self.bus.now += 1e-3  # who asks for ever is answered some day
-        return self.bus.now >= self.end
-
-
 @pytest.mark.parametrize("policy", ["lru", "frequency"])
 @pytest.mark.parametrize(
     ("rows", "idle", "right"), [(1, 8.0, 0.5), (1, 0.1, 0.9), (2, 2.0, 0.0), (6, 1.0, 0.7), (64, 1.0, 0.0)]
@@ -414,17 +305,6 @@ def test_no_more_is_fetched_than_is_missed(policy: str, rows: int, idle: float, 
     assert not guessed_in_demand
     if right > 0.4 or rows == 64:
         assert counts.expected > 0.02 * counts.misses, "an idle bus is used"
-
-
-class BrokenBus(PlainBus):
-    def __init__(self, after: int) -> None:
-        self.left = after
-
-    def copy(self, moves, urgent: bool = True):
-        self.left -= 1
-        if self.left < 0:
-            raise RuntimeError("an expert could not be copied from host memory to the GPU (CUDA error 999)")
-        return super().copy(moves, urgent)
 
 
 def test_a_copy_that_fails_is_told_and_forgotten() -> None:

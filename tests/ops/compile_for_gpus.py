@@ -187,6 +187,24 @@ def exchange(stays: bool, rows: int = 16, ranks: int = 4, width: int = 4096) -> 
         fetch_sums(arrived.members_T, memory, x_TD, norm)
 
 
+def desk(rows: int, width: int = 4096, layers: int = 32, slots: int = 8) -> None:
+    from mixtralkit.ops.desk.triton import add_answers, ask_host, wait_for_host
+
+    choices = 2 * rows
+    numbers_N, weights_N = torch.zeros(choices, dtype=torch.int64), torch.empty(choices)
+    x_TD, places_LS = torch.empty(rows, width, dtype=BF16), torch.zeros(layers, slots, dtype=torch.int64)
+    flags_L, waits_2 = torch.zeros(layers, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    late_P, asked_LN = numbers_N[:slots], torch.zeros(layers, choices, dtype=torch.int64)
+    for guessed_N, always in ((None, False), (numbers_N, True)):
+        ask_host(
+            numbers_N, weights_N, x_TD, guessed_N, places_LS, numbers_N, places_LS[0], waits_2, asked_LN, numbers_N,
+            weights_N, x_TD, flags_L, waits_2, 0, always,
+        )  # fmt: skip
+    wait_for_host(waits_2, flags_L, numbers_N, late_P, numbers_N, late_P, waits_2, 0)
+    parts_ND = torch.empty(choices, width)
+    add_answers(parts_ND, parts_ND, parts_ND, waits_2, x_TD, x_TD)
+
+
 if __name__ == "__main__":
     prepare(int(sys.argv[1]))
     is_hopper = int(sys.argv[1]) >= 90  # of older GPUs a kernel each
@@ -209,6 +227,8 @@ if __name__ == "__main__":
         experts(count, stored=True)
     for count in (1, 8, 256, 16384) if is_hopper else (8, 256):
         rest(count)
+    for count in (1, 8, 64) if is_hopper else (8,):
+        desk(count)
     sampling(8)
     for count in (1, 256):
         attention(count)

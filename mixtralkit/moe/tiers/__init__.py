@@ -5,9 +5,10 @@
 """
 
 from mixtralkit.moe.tiers.costs import Costs
+from mixtralkit.moe.tiers.desk import Desk
 from mixtralkit.moe.tiers.experts import TieredExperts
-from mixtralkit.moe.tiers.room import tier_setup
+from mixtralkit.moe.tiers.room import gpu_setup, tier_setup
 from mixtralkit.moe.tiers.setup import TierCounts, TierSetup
 from mixtralkit.moe.tiers.tiers import Tiers
 
-__all__ = ["Costs", "TierCounts", "TierSetup", "TieredExperts", "Tiers", "tier_setup"]
+__all__ = ["Costs", "Desk", "TierCounts", "TierSetup", "TieredExperts", "Tiers", "gpu_setup", "tier_setup"]

@@ -94,9 +94,9 @@ class Arrivals:
             self._demand = None
         return self._demand is None
 
-    def done(self, layer: int) -> list[tuple[Key, Ticket]]:
-        """Experts of a layer that have come; they are on their way no more."""
-        own = [(key, one) for key, one in self._of.items() if key[0] == layer and not one.moves]
+    def done(self, layer: int | None = None) -> list[tuple[Key, Ticket]]:
+        """Experts that have come, of a layer or to stay; they are on their way no more."""
+        own = [(key, one) for key, one in self._of.items() if (one.stays or key[0] == layer) and not one.moves]
         found = {key: self._of.pop(key) for key, one in own if one.ticket.query()}
         self._came |= {key: one for key, one in found.items() if not one.stays}
         return [(key, one.ticket) for key, one in found.items()]

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from mixtralkit.moe.tiers.memory import Move
+from mixtralkit.moe.tiers.memory import Clearing, Move
 
 PIECE = 4 << 20  # bytes of a copy of what may be wanted: so long one that is wanted now waits at most
 
@@ -45,6 +45,12 @@ class PlainBus:
                 ctypes.memmove(target, source, move.width)
         return _Done()
 
+    def clear(self, places: Iterable[Clearing]) -> None:
+        """Makes bytes zero, in front of the urgent copies that are begun from now on."""
+        for one in places:
+            for row in range(one.height):
+                ctypes.memset(one.target + row * one.target_pitch, 0, one.width)
+
     def wait(self, ticket: Ticket) -> None:
         """What the GPU does from now on comes after the copies."""
 
@@ -80,6 +86,13 @@ class CudaBus:
             ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p
         )  # fmt: skip
         self._driver.cuMemcpy2DAsync_v2.argtypes = (ctypes.POINTER(_Copy2D), ctypes.c_void_p)
+        self._driver.cuMemsetD2D8Async.argtypes = (
+            ctypes.c_uint64, ctypes.c_size_t, ctypes.c_ubyte, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_void_p
+        )  # fmt: skip
+        held = torch.empty(2, 512, dtype=torch.uint8, device=device)  # its kernel is loaded before any other waits
+        torch.cuda.synchronize(device)
+        self.clear([Clearing(held.data_ptr(), 256, 2, 512)])
+        torch.cuda.synchronize(device)
 
     def copy(self, moves: Iterable[Move], urgent: bool = True) -> torch.cuda.Event:
         """See ``PlainBus.copy``."""
@@ -99,6 +112,14 @@ class CudaBus:
         event = torch.cuda.Event()
         event.record(stream)
         return event
+
+    def clear(self, places: Iterable[Clearing]) -> None:
+        """See ``PlainBus.clear``."""
+        handle = ctypes.c_void_p(self._urgent.cuda_stream)
+        for one in places:
+            given = (one.target, one.target_pitch, 0, one.width, one.height, handle)
+            if failed := self._driver.cuMemsetD2D8Async(*given):
+                raise RuntimeError(f"a place for an expert could not be cleared (CUDA error {failed})")
 
     def wait(self, ticket: torch.cuda.Event) -> None:
         """See ``PlainBus.wait``."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Iterable
 
 Key = tuple[int, int]  # layer, and the expert's slot there
@@ -24,14 +23,15 @@ class PlaceCache:
     def __init__(self, places: int, layers: int, policy: str = "lru") -> None:
         self.places, self.layers, self.policy = places, layers, policy
         self.place_of: dict[Key, int] = {}
+        self._of: list[dict[Key, None]] = [{} for _ in range(layers)]  # the same experts by layer
         self._free = list(range(places))[::-1]
         self._uses: dict[Key, tuple[float, int]] = {}  # a count and the step that it is of
         self._now = 0
-        self._shares: Counter[int] | None = None  # places of each layer
+        self._shares: dict[int, int] | None = None  # places of each layer
 
     def settle(self) -> None:
         """What every layer has now is its share."""
-        self._shares = Counter(layer for layer, _ in self.place_of)
+        self._shares = {layer: len(own) for layer, own in enumerate(self._of)}
 
     def next_step(self) -> None:
         self._now += 1
@@ -72,8 +72,8 @@ class PlaceCache:
             victim = self._victim(key, keep, layer, in_turn)
             if victim is None or self.likelihood(victim) > most:
                 return None
-            self._free.append(self.place_of.pop(victim))
-        self.place_of[key] = self._free.pop()
+            self._free.append(self._pop(victim))
+        self._put(key, self._free.pop())
         return self.place_of[key], victim
 
     def exchange(self, key: Key, place: int, keep: Collection[Key]) -> tuple[int, Key | None] | None:
@@ -87,28 +87,35 @@ class PlaceCache:
             victim = self._victim(key, keep, key[0])
             if victim is None or self.value(victim) >= self.value(key):
                 return None
-            self._free.append(self.place_of.pop(victim))
-        self.place_of[key] = place
+            self._free.append(self._pop(victim))
+        self._put(key, place)
         return self._free.pop(), victim
 
     def _victim(self, key: Key, keep: Collection[Key], layer: int, in_turn: bool = False) -> Key | None:
-        others = [other for other in self.place_of if other not in keep]
         if in_turn:
+            others = [other for other in self.place_of if other not in keep]
             return min(others, key=lambda k: (-((k[0] - layer) % self.layers), self.value(k), k), default=None)
-        others = self._over_share(key[0], others)
-        return min(others, key=lambda k: (self.value(k), -((k[0] - layer) % self.layers), k), default=None)
+        for layers in (self._over_share(key[0]), range(self.layers)):
+            others = [other for of in layers for other in self._of[of] if other not in keep]
+            if others:
+                return min(others, key=lambda k: (self.value(k), -((k[0] - layer) % self.layers), k))
+        return None
 
-    def _over_share(self, layer: int, others: list[Key]) -> list[Key]:
-        """Of experts that may go, those that go first when one of a layer comes."""
+    def _over_share(self, layer: int) -> Iterable[int]:
+        """Layers whose experts go first when one of a layer comes."""
         if self._shares is None:
-            return others
-        held = Counter(of for of, _ in self.place_of)
-        if held[layer] >= self._shares[layer]:
-            first = [other for other in others if other[0] == layer]
-        else:
-            first = [other for other in others if held[other[0]] > self._shares[other[0]]]
-        return first or others
+            return ()
+        if len(self._of[layer]) >= self._shares[layer]:
+            return (layer,)
+        return [of for of, share in self._shares.items() if len(self._of[of]) > share]
+
+    def _put(self, key: Key, place: int) -> None:
+        self.place_of[key], self._of[key[0]][key] = place, None
+
+    def _pop(self, key: Key) -> int:
+        del self._of[key[0]][key]
+        return self.place_of.pop(key)
 
     def drop(self, key: Key) -> None:
         """Its place is free."""
-        self._free.append(self.place_of.pop(key))
+        self._free.append(self._pop(key))

@@ -50,7 +50,10 @@ class Costs:
                 bus, bus_s = [*bus, one], fetched
         return cpu, bus
 
-    def cpu_share(self, missing: Mapping[int, int]) -> float:
-        """Of the width of every missing expert, what the CPU takes if both are to end together."""
-        cpu_s, bus_s = sum(map(self.cpu_s, missing.values())), self.fetch_s * len(missing)
+    def cpu_share(self, missing: Mapping[int, int], lean: float = 1.0) -> float:
+        """Of the width of every missing expert, what the CPU takes if both are to end together.
+
+        ``lean``: how many times as slow as measured the bus is, beside the CPU.
+        """
+        cpu_s, bus_s = sum(map(self.cpu_s, missing.values())), lean * self.fetch_s * len(missing)
         return 0.0 if cpu_s == float("inf") else bus_s / (bus_s + cpu_s)

@@ -10,6 +10,7 @@ import torch
 
 from mixtralkit.checkpoint.mapped import MappedLayers
 from mixtralkit.moe.weights import ExpertWeights
+from mixtralkit.ops.cpu.memory import ask_for_large_pages
 
 ALIGNED = 64  # bytes that a tensor in a block starts at a multiple of
 
@@ -27,6 +28,15 @@ class Move(NamedTuple):
     @property
     def nbytes(self) -> int:
         return self.width * self.height
+
+
+class Clearing(NamedTuple):
+    """A rectangle of bytes that become zero: as in ``Move``."""
+
+    target: int
+    width: int
+    height: int
+    target_pitch: int
 
 
 Empty = Callable[[int, str], Sequence[torch.Tensor]]  # (experts, device): the format's tensors, ``ExpertStore._empty``
@@ -51,6 +61,7 @@ class HostExperts:
             size += -(-part.nbytes // ALIGNED) * ALIGNED
         self._pinned = pinned and experts > 0
         self.blocks = torch.empty(experts, size, dtype=torch.uint8)
+        ask_for_large_pages((self.blocks,))  # before they are pinned, when pages are as they will stay
         if self._pinned:
             _pin(self.blocks)
         self.tensors = tuple(
@@ -108,6 +119,15 @@ class Geometry:
         """What ``moves`` has left out."""
         return self._moves(place, other, slot, (0, first))
 
+    def silence(self, place: int, last: int) -> list[Clearing]:
+        """What makes the first ``last`` hidden columns of an expert here zero: all that w1 and w3 have of them."""
+        found = []
+        for part, (start, pitch, rows, row) in zip(self.weights.parts, self._of, strict=False):  # w13's come first
+            if part.rows is not None:
+                width = part.cut_rows((0, last))[1] * row
+                found.append(Clearing(start + place * pitch, width, 2, rows // 2 * row))
+        return found
+
     def _moves(self, place: int, other: Geometry, slot: int, columns: tuple[int, int] | None) -> list[Move]:
         if (other, columns) not in self._first_moves:
             self._first_moves[other, columns] = self._moves_of_first(other, columns)
@@ -139,13 +159,6 @@ class Geometry:
     @property
     def _whole(self) -> int:
         return self.weights.whole(self.hidden)
-
-
-def silence(weights: ExpertWeights, tensors: Sequence[torch.Tensor], place: int, last: int, hidden: int) -> None:
-    """Makes the first ``last`` of an expert's hidden columns zero: all that w1 and w3 have of them."""
-    for part, tensor in zip(weights.parts, tensors, strict=False):  # w13's come first
-        if part.rows is not None:
-            tensor[place].unflatten(0, (2, -1))[:, : part.cut_rows((0, last))[1]].zero_()
 
 
 def in_pieces(moves: Sequence[Move], most: int) -> list[Move]:

@@ -23,35 +23,50 @@ def tier_setup(
     layout: RankLayout, context: RankContext, config: EngineConfig, dtype: torch.dtype,
     reader: CheckpointReader | None = None,
 ) -> TierSetup | None:  # fmt: skip
-    """Of the options, or of the plan's tiers where no budget is given; None where all experts are on the device.
-
-    Layers for which the host has no room stay in ``reader``'s file.
+    """``gpu_setup``; layers for which the host has no room stay in ``reader``'s file.
 
     Raises:
-        ValueError: the budget has no room for a layer's experts, or the host none for all of them and they cannot stay.
+        ValueError: as there, or the host has no room for all experts and they cannot stay.
     """
-    options, plan = config.tiers, layout.plan
-    held = {layer: len(layout.experts(layer)) for layer in range(layout.config.n_layers)}
-    if context.device.type != "cuda" or (options.gpu_memory_gb is None and not plan.on_host_LE.any()):
+    setup = gpu_setup(layout, context, config, dtype)
+    if setup is None:
         return None
-    expert_bytes = layout.weights.expert_bytes(layout.config.dim, layout.hidden[1] - layout.hidden[0], dtype.itemsize)
-    if options.gpu_memory_gb is None:
-        places = sum(
-            not plan.on_host_LE[layer, expert] for layer in held for expert in layout.experts(layer)
-        )  # fmt: skip
-        setup = TierSetup(max(places, max(held.values()) + layout.config.num_experts_per_tok), options)
-    else:
-        setup = _within(options.gpu_memory_gb, layout, config, dtype, expert_bytes)
-        if setup.places >= sum(held.values()):
-            return None
-    sizes = {layer: count * expert_bytes for layer, count in held.items()}
-    beyond = _beyond(sizes, options.host_memory_gb, context, reader)
+    beyond = _beyond(_sizes(layout, dtype), config.tiers.host_memory_gb, context, reader)
     return replace(setup, mapped=MappedLayers(reader, layout, beyond, dtype)) if beyond else setup
 
 
-def _within(budget_gb: float, layout: RankLayout, config: EngineConfig, dtype: torch.dtype, size: int) -> TierSetup:
-    """As many places as a budget leaves beside all else."""
-    model, parallel = layout.config, layout.parallel
+def gpu_setup(
+    layout: RankLayout, context: RankContext, config: EngineConfig, dtype: torch.dtype
+) -> TierSetup | None:  # fmt: skip
+    """Of the options, or of the plan's tiers where no budget is given; None where all experts are on the device.
+
+    Raises:
+        ValueError: the budget has no room for a layer's experts, or not for all of several formats.
+    """
+    options, plan = config.tiers, layout.plan
+    if context.device.type != "cuda" or (options.gpu_memory_gb is None and not plan.on_host_LE.any()):
+        return None
+    if options.gpu_memory_gb is not None:
+        return _within(options.gpu_memory_gb, layout, config, dtype)
+    layout.check_one_format("a plan with experts in the host's memory")
+    held = [layout.experts(layer) for layer in range(layout.config.n_layers)]
+    places = sum(not plan.on_host_LE[layer, expert] for layer, own in enumerate(held) for expert in own)
+    return TierSetup(max(places, max(map(len, held)) + layout.config.num_experts_per_tok), options)
+
+
+def _sizes(layout: RankLayout, dtype: torch.dtype) -> dict[int, int]:
+    """Bytes of each layer's experts."""
+    width = (layout.config.dim, layout.hidden[1] - layout.hidden[0], dtype.itemsize)
+    return {
+        layer: sum(layout.formats_LE[layer][expert].expert_bytes(*width) for expert in layout.experts(layer))
+        for layer in range(layout.config.n_layers)
+    }
+
+
+def _within(budget_gb: float, layout: RankLayout, config: EngineConfig, dtype: torch.dtype) -> TierSetup | None:
+    """As many places as a budget leaves beside all else; None where all experts fit."""
+    model, parallel, wanted = layout.config, layout.parallel, sum(_sizes(layout, dtype).values())
+    size = layout.weights.expert_bytes(model.dim, layout.hidden[1] - layout.hidden[0], dtype.itemsize)
     room = Room(
         model.max_batch_size, model.max_seq_len, config.limits.prefill_budget, config.moe.symmetric_rows,
         dtype.itemsize, 0.0, config.cache.page_size, config.cache.cache_tokens, layout.weights,
@@ -62,6 +77,11 @@ def _within(budget_gb: float, layout: RankLayout, config: EngineConfig, dtype: t
     in_pieces = not (found.unpacks or layout.weights.is_plain)
     piece_rows = PIECE_ROWS * slots // model.num_experts_per_tok if in_pieces else None
     left_gb = found.left
+    if wanted <= left_gb * 1e9:
+        return None
+    layout.check_one_format(
+        f"gpu_memory_gb ({budget_gb:g}), below the {budget_gb - left_gb + wanted / 1e9:.4g} of all,"
+    )
     places = int(max(left_gb, 0.0) * 1e9) // size
     least = slots + model.num_experts_per_tok
     if places < least:

@@ -13,7 +13,9 @@ place that this layer does not use may be written at once.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import contextlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,7 +26,7 @@ from mixtralkit.moe.experts import as_matrices
 from mixtralkit.moe.tiers.arrivals import Arrivals
 from mixtralkit.moe.tiers.bus import CudaBus, PlainBus, Ticket
 from mixtralkit.moe.tiers.cache import Key, PlaceCache
-from mixtralkit.moe.tiers.memory import Empty, Geometry, HostExperts, MappedExperts, Move, silence
+from mixtralkit.moe.tiers.memory import Empty, Geometry, HostExperts, MappedExperts, Move
 from mixtralkit.moe.tiers.setup import Answer, TierCounts, TierSetup
 from mixtralkit.moe.tiers.warm import fill, measure
 from mixtralkit.moe.weights import ExpertWeights
@@ -32,11 +34,15 @@ from mixtralkit.ops.experts import expert_sum
 from mixtralkit.ops.gate import gate
 from mixtralkit.ops.hidden import Hidden, Norm
 
+if TYPE_CHECKING:
+    from mixtralkit.moe.tiers.desk import Desk
+
 SURE_ROWS = 8  # of an expert in the mean: rows that touch all of a layer so often are sure to touch all of the next
 LAYERS_AHEAD = 2  # that are fetched for such rows
 MOST_GUESSED_ROWS = 16  # rows for which the next layer's router is asked
 MOST_SPLIT_ROWS = 16  # choices up to which an expert is split between CPU and bus
 MOST_STAYING = 4  # split experts whose first columns are on their way: more would take places before the bus has time
+LEANING, MOST_LEANING = 1.02, 2.0  # how the CPU's share of a split expert follows who was late, and how far it may go
 SPLIT_COLUMNS = 64  # a split is at a multiple of so many hidden columns, and of the format's unit
 
 
@@ -47,7 +53,9 @@ class Tiers:
         hosts: by layer.
         matrices: w13 and w2 of all places; ``pool`` are their parts.
         expert_bytes: of an expert in a place.
-        places_LS, here_LS: on the device, where an expert is and whether.
+        places_LS: on the device, where an expert is.
+        shown_LS: the same in memory of the host that a running step reads, -1 where an expert is not on the device;
+            ``shown`` is that memory.
         counts: since the start.
         routers: by layer, norm and weight of the next layer's router; none guesses nothing.
     """
@@ -121,14 +129,15 @@ class Tiers:
         self._staying: list[tuple[Key, list[Move]]] = []  # what brings their first columns once these rows are done
         self._sure, self._was_sure = False, False
         self._in_use: frozenset[Key] = frozenset()
-        self.places_LS, self.here_LS = (
-            torch.zeros(config.n_layers, most, dtype=dtype, device=device) for dtype in (torch.int64, torch.bool)
-        )
-        self._told = np.zeros((config.n_layers, most), np.int64)  # the same on the host
-        self._told_here = np.zeros((config.n_layers, most), bool)
-        self._is_dirty = np.zeros(config.n_layers, bool)
+        self.places_LS = torch.zeros(config.n_layers, most, dtype=torch.int64, device=device)
+        self.shown_LS = torch.full((config.n_layers, most), -1, pin_memory=device.type == "cuda")
+        self.shown = self.shown_LS.numpy()
+        self._told = np.zeros((config.n_layers, most), np.int64)  # where experts are, as the host knows it
+        self._told_here = np.zeros((config.n_layers, most), bool)  # and whether
+        self._untold, self._unshown = set(), set()  # layers that have changed since
         self._guessed: torch.Tensor | None = None
-        self._is_warm = False
+        self._is_warm, self._lean = False, 1.0
+        self.desk: Desk | None = None
 
     # products
 
@@ -171,15 +180,23 @@ class Tiers:
 
     # decisions
 
-    def begin(self, layer: int) -> None:
-        """A layer's turn: what has come by now counts as here."""
+    def warm_up(self) -> None:
+        """Once, before the first step: the first experts come, and the machine is measured."""
         if not self._is_warm:
             self._is_warm = True
             fill(self)
             self.costs = self.costs or measure(self)
+
+    def begin(self, layer: int) -> None:
+        """A layer's turn: what has come by now counts as here."""
+        self.warm_up()
         if layer == self.layers[0]:
             self.cache.next_step()
             self._was_sure, self._sure = self._sure, False
+        self.take_in(layer)
+
+    def take_in(self, layer: int | None = None) -> None:
+        """Counts as here what has come: guesses for the layer, and what stays."""
         for key, ticket in self._arriving.done(layer):
             self.bus.wait(ticket)
             self.note(key)
@@ -226,7 +243,7 @@ class Tiers:
         if not few or not self.splits or not self.costs.product_s:
             return [], 0
         hidden, unit = self.columns[1], max(SPLIT_COLUMNS, self.weights.unit, self.weights.height or 1)
-        first = round(self.costs.cpu_share(missing) * hidden / unit) * unit
+        first = round(self.costs.cpu_share(missing, self._lean) * hidden / unit) * unit
         return (list(missing), first) if 0 < first < hidden else ([], 0)
 
     def _fetch(self, key: Key) -> Ticket:
@@ -243,9 +260,9 @@ class Tiers:
 
     def _fetch_part(self, key: Key, place: int, first: int) -> Ticket:
         """Begins to bring all but the first hidden columns to a spare place."""
-        if self._silent[place] != first:
-            silence(self.weights, self.pool, place, first, self.columns[1])
-            self._silent[place] = first
+        if self._silent[place] < first:
+            self.bus.clear(self._places.silence(place, first))
+        self._silent[place] = first
         self.counts.splits += 1
         self._told[key] = place
         return self._copy(self._places.moves(place, self._source(key[0]), key[1], first), True)
@@ -287,7 +304,15 @@ class Tiers:
         self._guessed = None
         if layer in self.routers and hidden.x_TD is not None and 0 < len(hidden) <= MOST_GUESSED_ROWS and self.guesses:
             norm, weight = self.routers[layer]
-            self._guessed = gate(hidden.x_TD, weight, self.layout.config.num_experts_per_tok, norm).experts_TK
+            self._guessed = gate(hidden.x_TD, weight, self.top_k, norm).experts_TK
+
+    @property
+    def top_k(self) -> int:
+        return self.layout.config.num_experts_per_tok
+
+    def is_sure(self, rows: float) -> bool:
+        """Whether so many rows of a layer are sure to touch all of its experts."""
+        return rows * self.top_k >= SURE_ROWS * max(self.slots.values())
 
     @property
     def guesses(self) -> bool:
@@ -306,7 +331,7 @@ class Tiers:
             return
         for one in split:
             self._keep(*one)
-        if len(rows_S) and rows_S.sum() >= SURE_ROWS * len(rows_S) and rows_S.all():
+        if len(rows_S) and self.is_sure(rows_S.sum() / self.top_k) and rows_S.all():
             self._sure = True
             at = self.layers.index(layer)
             for distance in range(1, min(LAYERS_AHEAD, len(self.layers) - 1) + 1):
@@ -374,18 +399,25 @@ class Tiers:
     def note(self, key: Key) -> None:
         """The expert is where the cache has it."""
         self._told[key], self._told_here[key] = self.cache.place_of[key], True
-        self._is_dirty[key[0]] = True
+        self._untold.add(key[0])
+        self._unshown.add(key[0])
 
     def _forget(self, key: Key | None) -> None:
         if key is not None:
-            self._told_here[key], self._is_dirty[key[0]] = False, True
+            self._told_here[key] = False
+            self._unshown.add(key[0])
 
     def tell(self, layer: int) -> None:
-        """The layer's tables on the device, in stream order."""
-        if self._is_dirty[layer]:
-            self._is_dirty[layer] = False
+        """The layer's places on the device, in stream order."""
+        if layer in self._untold:
+            self._untold.remove(layer)
             self.places_LS[layer] = self.upload(self._told[layer].copy())
-            self.here_LS[layer] = self.upload(self._told_here[layer].copy())
+
+    def show(self) -> None:
+        """Where experts are, to a step that waits or is not yet running."""
+        for layer in self._unshown:
+            self.shown[layer] = np.where(self._told_here[layer], self._told[layer], -1)
+        self._unshown.clear()
 
     def places_of(self, layer: int) -> np.ndarray:
         """int64 [S]: where each slot's expert is, if it is on the GPU; also what was brought for the rows at hand."""
@@ -402,6 +434,17 @@ class Tiers:
         tensor = tensor.pin_memory() if self.context.device.type == "cuda" else tensor
         return tensor.to(self.context.device, non_blocking=True)
 
+    def end(self, answer: Answer) -> None:
+        """The host waits for the copies. CPU and bus end together when the later one has done less the next time."""
+        waited = False
+        for ticket in answer.tickets:
+            while not ticket.query():
+                waited = True
+                self.pump()
+        if answer.first is not None:
+            lean = self._lean * (LEANING if waited else 1 / LEANING)
+            self._lean = min(max(lean, 1 / MOST_LEANING), MOST_LEANING)
+
     def on_host(self, values: torch.Tensor) -> np.ndarray:
         """Waits for the device, and begins pieces of what is guessed meanwhile."""
         if values.device.type == "cpu":
@@ -409,13 +452,18 @@ class Tiers:
         held = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
         done = torch.cuda.Event()
         done.record()
-        self.wait_for(done)
-        return held.numpy()
-
-    def wait_for(self, done: torch.cuda.Event) -> None:
-        """Host waits for the device."""
         while not done.query():
             self.pump()
+        return held.numpy()
+
+    @contextlib.contextmanager
+    def at(self, desk: Desk | None) -> Iterator[None]:
+        """What is launched meanwhile asks the host at ``desk``; None has the host decide before it launches."""
+        self.desk = desk
+        try:
+            yield
+        finally:
+            self.desk = None
 
 
 def _has_product(weights: ExpertWeights) -> bool:

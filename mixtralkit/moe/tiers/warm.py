@@ -56,6 +56,8 @@ def measure(tiers: Tiers) -> Costs:
         return Costs(0.0)
     place = tiers.setup.places - 1
     before = [part[place].clone() for part in tiers.pool]
+    if tiers.context.device.type == "cuda":
+        torch.cuda.synchronize(tiers.context.device)  # the bus does not wait for what the GPU has still to read
     fetch_s = min(_seconds(bring_and_wait, tiers, (layer, i % slots), place) for i in range(4))
     for part, values in zip(tiers.pool, before, strict=True):
         part[place] = values

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ def affinity(
     budget: Budget | None = None,
     loads_LE: np.ndarray | None = None,
     load_cap: float | None = None,
-    bound: bool = True,
+    bound: float = 1.0,
 ) -> ExpertPlan:
     """E/W experts on each rank, so that tokens seldom change node, and within a node seldom change rank.
 
@@ -41,7 +41,7 @@ def affinity(
         transitions_LEE: [L-1, E, E] weight of tokens from expert a of a layer to expert b of the next, any scale.
         loads_LE: rows of each expert; needed with ``load_cap``.
         load_cap: most load of any rank in any layer, as a multiple of the even share; None sets no limit.
-        bound: whether ``meta`` has the bound, which can take longer than the plan.
+        bound: how many times the usual seconds the bound in ``meta`` may take; 0 leaves it out.
 
     Raises:
         ValueError: for sizes that do not divide, weights that are no numbers of at least 0, a budget too small, or a
@@ -56,7 +56,11 @@ def affinity(
         raise ValueError(f"ranks_per_node ({ranks_per_node}) must divide world_size ({world_size})")
     (budget or Budget()).require(num_experts // world_size, num_layers, "affinity's equal ranks")
     caps = None if load_cap is None else _Caps(loads_LE, num_layers, num_experts, world_size, load_cap)
-    ranks_LE, exact = _place(weights, num_layers, world_size // per_node, per_node, caps)
+    sizes = world_size // per_node, per_node
+    if caps is None:
+        ranks_LE, exact = _placed(weights.tobytes(), weights.shape, *sizes)
+    else:
+        ranks_LE, exact = _place(weights, *sizes, caps)
     holds_LWE = ranks_LE[:, None] == np.arange(world_size)[:, None]
     slots = (budget or Budget()).slots(num_layers, num_experts, world_size)
     if slots > num_experts // world_size:
@@ -68,11 +72,7 @@ def affinity(
         policy="affinity",
         meta={
             "exact": exact,
-            "crossings_bound": _bound(weights, world_size, ranks_LE, exact and per_node == world_size)
-            if bound
-            else None,
-            "bound": "of placements without replicas: "
-            + ("exact" if exact and per_node == world_size else kind_of_bound(max(num_layers - 1, 1), num_experts)),
+            **_bound(weights, world_size, ranks_LE, exact and per_node == world_size, bound),
             "load_cap": load_cap,
         },
     )
@@ -147,11 +147,14 @@ def _least_exact_peak(shares: tuple[float, ...], size: int) -> float:
     )
 
 
-def _place(
-    weights: np.ndarray, num_layers: int, nodes: int, per_node: int, caps: _Caps | None
-) -> tuple[np.ndarray, bool]:
+@lru_cache(maxsize=2)  # ``auto`` tries several numbers of replicas on both halves of a trace
+def _placed(weights: bytes, shape: tuple[int, int, int], nodes: int, per_node: int) -> tuple[np.ndarray, bool]:
+    return _place(np.frombuffer(weights).reshape(shape), nodes, per_node, None)
+
+
+def _place(weights: np.ndarray, nodes: int, per_node: int, caps: _Caps | None) -> tuple[np.ndarray, bool]:
     """Rank of each expert [L, E], and whether each of the two levels was solved exactly."""
-    num_experts = weights.shape[1]
+    num_layers, num_experts = len(weights) + 1, weights.shape[1]
     all_LE = np.tile(np.arange(num_experts), (num_layers, 1))
     node_LE, exact = _split(weights, all_LE, nodes, per_node, caps)
     ranks_LE = np.empty_like(node_LE)
@@ -175,13 +178,16 @@ def _split(
     return search(weights_JNN, num_layers, parts, shares_LN, fits), False
 
 
-def _bound(weights: np.ndarray, world_size: int, ranks_LE: np.ndarray, exact: bool) -> float:
-    """Fewest crossings per token that any placement can have."""
-    each = weights / np.maximum(weights.sum((1, 2), keepdims=True), 1e-300)
-    if exact or world_size in (1, weights.shape[1]):
-        return float((each * (ranks_LE[:-1, :, None] != ranks_LE[1:, None, :])).sum())
-    stay = float((each * (ranks_LE[:-1, :, None] == ranks_LE[1:, None, :])).sum())
-    return max(0.0, float(each.sum()) - upper_bound(each, world_size, stay))
+def _bound(weights: np.ndarray, world_size: int, ranks_LE: np.ndarray, exact: bool, work: float) -> dict[str, Any]:
+    """Fewest crossings per token that any placement can have, and how that is known."""
+    if not work:
+        return {"crossings_bound": None, "bound": None}
+    stay = float((weights * (ranks_LE[:-1, :, None] == ranks_LE[1:, None, :])).sum())
+    whole, kind = float(weights.sum()), "exact"
+    if not exact:
+        kind = kind_of_bound(max(len(weights), 1), weights.shape[1], work)
+        stay = upper_bound(weights, world_size, stay, work)
+    return {"crossings_bound": max(0.0, whole - stay), "bound": f"of placements without replicas: {kind}"}
 
 
 def _checked_transitions(transitions_LEE: Any) -> np.ndarray:

@@ -11,93 +11,132 @@ are a chain, asking the first of neighbours only asks it of all (a chordal patte
 what a bound of each pair by itself lacks.
 
 Triangles are added at a price: of three items, two pairs that share a label make the third share it, so that
-X_ab + X_ac - X_bc is at most 1. They close most of the gap that eigenvalues leave.
+X_ab + X_ac - X_bc is at most 1. They close most of the gap that eigenvalues leave. Of the millions there are only those
+that were broken most are kept, until their price is 0. A price rises by what its triangle is broken by, over the number
+of triangles that lower the same entries: as fast as can be without overshooting.
 
-Alternating directions (ADMM) bring both relaxations together. Any multipliers, and any prices of at least 0, give a
-valid bound: with Λ on the second copy, the most of <W - Λ, X> under the eigenvalues plus the most of <Λ, X> under the
-entries; the best seen is returned.
+Alternating directions (ADMM, over-relaxed) bring both relaxations together. Any multipliers, and any prices of at least
+0, give a valid bound: with Λ on the second copy, the most of <W - Λ, X> under the eigenvalues plus the most of <Λ, X>
+under the entries; the best seen is returned.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-_WORK = 2e9  # of all eigenvalue problems: layers · (2n)^3 · steps
-_MOST_STEPS = 500
-_FIRST, _PACE = 40, 0.02  # step from which triangles are priced, and how fast
-_EASY, _MOST_TRIANGLES = (
-    32,
-    64,
-)  # items of a layer: beyond the first triangles are priced seldom, beyond the second never
-_GOOD = 0.981  # of what known labels leave: then they are within 2% of the bound
-_EVERY = 10  # steps from one bound to the next
+_WORK, _MOST_STEPS = 5e9, 500  # of all eigenvalue problems: layers · (2n)^3 · steps; and steps of small ones
+_GOOD, _STALLS = 0.019, 0.005  # of what is left out: so near to known labels, or so little gained by _LATELY bounds
+_EVERY, _LATELY = 10, 5  # steps from one bound to the next
+_PENALTY, _RELAX = 2.0, 1.5
+_FIRST, _SEARCH = 5, 5  # step from which there are triangles, and steps until more are looked for
+_ADDED, _BROKEN, _PACE = 8, 0.02, 4.0  # triangles more for each item, broken by so much; pace of their prices
+_CHUNK = 1 << 24  # entries of one array of triangles
 
 
-def kind_of_bound(pairs: int, n: int) -> str:
+def kind_of_bound(pairs: int, n: int, work: float = 1.0) -> str:
     """What ``upper_bound`` relaxes for so many pairs of layers and items of a layer."""
-    if _steps(pairs, n) < _EVERY:
+    if _steps(pairs, n, work) < _EVERY:
         return "largest entries of rows and columns"
-    return "eigenvalues, entries and triangles of the chain" if n <= _MOST_TRIANGLES else "eigenvalues and entries"
+    return "a semidefinite relaxation of the chain, with triangles"
 
 
-def _steps(pairs: int, n: int) -> int:
-    return int(min(_WORK / (pairs * (2 * n) ** 3), _MOST_STEPS))
+def _steps(pairs: int, n: int, work: float) -> int:
+    return int(min(_WORK / (pairs * (2 * n) ** 3), _MOST_STEPS) * work)
 
 
-def upper_bound(weights_JNN: np.ndarray, parts: int, found: float | None = None) -> float:
+def upper_bound(weights_JNN: np.ndarray, parts: int, found: float | None = None, work: float = 1.0) -> float:
     """Most weight between items of one label that any labels can have; load caps only lower it.
 
     Args:
-        found: that of labels that are known; the bound is good enough within 2% of what they leave.
+        found: that of labels that are known; the bound is good enough within 2% / ``work`` of what they leave.
+        work: how many times the usual number of steps, which take seconds.
     """
     pairs, n, _ = weights_JNN.shape
-    size = n // parts
-    whole = float(weights_JNN.sum())
-    if pairs == 0 or parts == 1:
+    size, whole = n // parts, float(weights_JNN.sum())
+    if whole == 0 or parts == 1:
         return whole
-    steps = _steps(pairs, n)
+    steps = _steps(pairs, n, work)
     if steps < _EVERY:  # too large: the largest entries of each row, or column
         sides = [np.partition(weights_JNN, n - size, axis=axis) for axis in (2, 1)]
         return float(np.minimum(sides[0][:, :, n - size :].sum((1, 2)), sides[1][:, n - size :].sum((1, 2))).sum())
     scale = float(weights_JNN.mean()) * 4
-    gain = np.zeros((pairs, 2 * n, 2 * n))
-    gain[:, :n, n:] = weights_JNN / (2 * scale)
-    gain[:, n:, :n] = gain[:, :n, n:].swapaxes(1, 2)
-    basis = _complement(n)
-    even = np.full((2 * n, 2 * n), size / n)
+    plain = np.zeros((pairs, 2 * n, 2 * n))
+    plain[:, :n, n:] = weights_JNN / (2 * scale)
+    plain[:, n:, :n] = plain[:, :n, n:].swapaxes(1, 2)
+    basis, even = _complement(n), np.full((2 * n, 2 * n), size / n)
     second = np.tile(even, (pairs, 1, 1))
-    dual = np.zeros_like(second)
-    best, penalty = np.inf, 1.0
-    plain, prices, offset = gain, None, 0.0
-    pause = 1 if n <= _EASY else 4
+    dual, gain, triangles = np.zeros_like(second), plain, _Triangles(second.shape)
+    left: list[float] = []  # what no labels keep, by the best bound so far
+    penalty, lately = _PENALTY, max(int(_LATELY * work), 1)
     for step in range(steps):
         first = _with_eigenvalues(second - dual + gain / penalty, basis, even, size, parts)
-        before, second = second, _with_entries(first + dual, n)
-        dual += first - second
+        mixed, before = _RELAX * first + (1 - _RELAX) * second, second
+        second = _with_entries(mixed + dual, n)
+        dual += mixed - second
         if step % _EVERY == _EVERY - 1 or step == steps - 1:
-            best = min(best, offset + _bound(gain, penalty * dual, basis, even, size, parts, n))
-            if found is not None and whole - best * scale >= _GOOD * (whole - found):
+            now = triangles.prices_K.sum() + _bound(gain, penalty * dual, basis, even, size, parts, n)
+            left.append(max([whole - now * scale, *left[-1:]]))
+            stalls = len(left) > lately and left[-1] - left[-1 - lately] < _STALLS * abs(left[-1])
+            if stalls or (found is not None and left[-1] >= (1 - _GOOD / work) * (whole - found)):
                 break
             apart, moved = np.linalg.norm(first - second), np.linalg.norm(second - before) * penalty
             change = 1.3 if apart > 5 * moved else 1 / 1.3 if moved > 5 * apart else 1.0
             penalty, dual = penalty * change, dual / change
-        if step >= _FIRST and step % pause == 0 and n <= _MOST_TRIANGLES:
-            prices = _priced(prices, first, _PACE * penalty * pause)
-            gain = plain - prices.sum(3, dtype=np.float64) + prices.sum(1, dtype=np.float64) / 2
-            gain, offset = (gain + gain.swapaxes(1, 2)) / 2, float(prices.sum(dtype=np.float64)) / 2
-    return best * scale
+        if step >= _FIRST:
+            if step % _SEARCH == 0:
+                triangles.search(second)
+            gain = plain - triangles.priced(second, penalty)
+    return whole - left[-1]
 
 
-def _priced(prices: np.ndarray | None, matrix: np.ndarray, pace: float) -> np.ndarray:
-    """Prices [pairs, a, b, c] of "b and c share a label with a, so they share one": X_ab + X_ac - X_bc is at most 1."""
-    near = matrix.astype(np.float32)
-    over = near[:, :, :, None] + near[:, :, None, :]
-    over -= near[:, None]
-    over -= 1
-    over *= pace
-    if prices is not None:
-        over += prices
-    return np.maximum(over, 0, out=over)
+class _Triangles:
+    """X_ab + X_ac - X_bc is at most 1, for some a, b and c of a matrix, at a price.
+
+    entries_3K: numbers of the three entries in [pairs, 2n, 2n], above the diagonal.
+    prices_K: at least 0.
+    """
+
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        self.shape = shape
+        self.entries_3K, self.prices_K, self.pace_K = np.zeros((3, 0), np.int64), np.zeros(0), np.zeros(0)
+
+    def search(self, matrix: np.ndarray) -> None:
+        """Drops those without a price and takes in the ones that ``matrix`` breaks most."""
+        paid_K = self.prices_K > 0
+        old_3K, new_3K = self.entries_3K[:, paid_K], np.concatenate(list(self._broken(matrix)), 1)
+        # two entries name a triangle: the third has the items that these do not share
+        names_K, new_names_K = (x[:2].min(0) * matrix.size + x[:2].max(0) for x in (old_3K, new_3K))
+        new_3K = new_3K[:, ~np.isin(new_names_K, names_K)]
+        self.entries_3K = np.concatenate([old_3K, new_3K], 1)
+        self.prices_K = np.concatenate([self.prices_K[paid_K], np.zeros(new_3K.shape[1])])
+        share_K = np.bincount(self.entries_3K.ravel(), minlength=matrix.size)[self.entries_3K].sum(0)
+        self.pace_K = _PACE / np.maximum(share_K, 1)
+
+    def _broken(self, matrix: np.ndarray):
+        pairs, both, _ = self.shape
+        for pair, near in enumerate(matrix.astype(np.float32)):
+            for centres in np.array_split(np.arange(both), -(-(both**3) // _CHUNK)):
+                over = near[centres, :, None] + near[centres, None]
+                over -= near
+                a, b, c = np.unravel_index(np.flatnonzero(over > 1 + _BROKEN), over.shape)
+                # those within a layer that the next pair has as well are left to it
+                kept = (b < c) & ((pair == pairs - 1) | (np.minimum(centres[a], b) < both // 2))
+                a, b, c = a[kept], b[kept], c[kept]
+                most = _ADDED * len(centres)
+                if len(a) > most:
+                    worst = np.argpartition(-over[a, b, c], most)[:most]
+                    a, b, c = a[worst], b[worst], c[worst]
+                a = centres[a]
+                ends = [(a, b), (a, c), (b, c)]
+                yield np.array([(pair * both + np.minimum(x, y)) * both + np.maximum(x, y) for x, y in ends])
+
+    def priced(self, matrix: np.ndarray, penalty: float) -> np.ndarray:
+        """Raises the prices of those that are broken, lowers the others', and gives what entries cost at them."""
+        ab, ac, bc = matrix.ravel()[self.entries_3K]
+        self.prices_K = np.maximum(0, self.prices_K + penalty * self.pace_K * (ab + ac - bc - 1))
+        each = np.concatenate([self.prices_K, self.prices_K, -self.prices_K]) / 2
+        cost = np.bincount(self.entries_3K.ravel(), each, matrix.size).reshape(self.shape)
+        return cost + cost.swapaxes(1, 2)
 
 
 def _complement(n: int) -> np.ndarray:

@@ -123,13 +123,13 @@ def _two_phase(given: Given, count: int | None, finetune_threshold: float | None
     return two_phase(profile, given.world_size, batch, given.trace.top_k, finetune_threshold, given.budget)
 
 
-def _affinity(given: Given, count: int | None, load_cap: float | None = None, bound: bool = True) -> ExpertPlan:
+def _affinity(given: Given, count: int | None, load_cap: float | None = None, bound: float = 0) -> ExpertPlan:
     given, transitions = given.with_extra(count), given.tokens("affinity").transitions_LEE()
     loads, world = given.loads_LE, given.world_size
     return affinity(transitions, world, given.ranks_per_node, given.budget, loads, load_cap, bound)
 
 
-def _even_affinity(given: Given, count: int | None, bound: bool = True) -> ExpertPlan:
+def _even_affinity(given: Given, count: int | None, bound: float = 0) -> ExpertPlan:
     return _affinity(given, count, _EVEN_CAP * least_cap(given.loads_LE, given.world_size), bound)
 
 

@@ -60,6 +60,18 @@ def test_foreign_formats_hold_the_same_plan(trace, tmp_path, format, name):
     assert (read.holds_LWE == load_plan(own).holds_LWE).all()
 
 
+@pytest.mark.parametrize("experts", [8, 12])
+def test_affinity_prints_its_bound_or_leaves_it_out(tmp_path, capsys, experts):
+    trace = tmp_path / "trace.npz"
+    RoutingProcess.random(3, experts, affinity=1.0, seed=1).trace(300, sequence_length=50, seed=2).save(trace)
+    for bound in (0.2, 0):
+        plan_experts(trace, "affinity", output=tmp_path / "plan.json", overwrite=True, bound=bound)
+        printed = capsys.readouterr().out
+        assert ("no placement without replicas has fewer than" in printed) == bool(bound)
+        kind = "(exact)" if experts == 8 else "(a semidefinite relaxation of the chain, with triangles)"
+        assert (kind in printed) == bool(bound)
+
+
 def test_loads_of_sglang_and_a_picture(tmp_path, capsys):
     torch.save({"logical_count": torch.randint(1, 99, (5, 4, 8))}, tmp_path / "loads.pt")
     plan_experts(tmp_path / "loads.pt", "balanced", output=tmp_path / "plan.json", plot=tmp_path / "plan.png")

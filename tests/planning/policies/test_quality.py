@@ -67,11 +67,11 @@ def test_loads_are_what_the_layer_pours():
 
 def test_small_traces_are_doubted():
     trace = RoutingProcess.random(6, 8, concentration=np.inf, affinity=0.0, seed=1).trace(60, seed=2)
-    found = measure_held_out(lambda fit: affinity(fit.transitions_LEE(), 4, bound=False), trace)
+    found = measure_held_out(lambda fit: affinity(fit.transitions_LEE(), 4, bound=0), trace)
     assert found.fitted["crossings_per_token"] < found.held_out["crossings_per_token"]
     assert any("crossings_per_token" in doubt and "record more tokens" in doubt for doubt in found.doubts())
     real = RoutingProcess.random(6, 8, affinity=1.0, seed=1).trace(4000, sequence_length=40, seed=2)
-    sure = measure_held_out(lambda fit: affinity(fit.transitions_LEE(), 4, bound=False), real)
+    sure = measure_held_out(lambda fit: affinity(fit.transitions_LEE(), 4, bound=0), real)
     assert not any("crossings_per_token" in doubt for doubt in sure.doubts())
 
 
