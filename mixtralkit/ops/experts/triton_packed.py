@@ -319,7 +319,7 @@ def _unpack(
 ):  # fmt: skip
     """Some rows of one matrix as plain numbers."""
     WORD: tl.constexpr = 4 if KIND == 0 else 2
-    GROUPS: tl.constexpr = 2 if KIND == 0 and GROUP == 32 else 1  # of a tile
+    GROUPS: tl.constexpr = BLOCK_K // GROUP if GROUP else 1
     slot, matrix = tl.program_id(2).to(tl.int64), tl.program_id(1)
     row_O = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     inside_O1 = (row_O < outer)[:, None]

@@ -59,8 +59,8 @@ class Operand:
         return self.kind != INT4
 
     def constants(self, columns: int) -> dict[str, int]:
-        """``columns`` of a tile, at most a group's, or two groups of 32."""
-        block = max(min(columns, self.group or columns), 64)
+        """``columns`` of a tile, at most those of four groups."""
+        block = max(min(columns, 4 * self.group or columns), self.group, 64)
         while self.columns % block:
             block //= 2
         asm = self.data.is_cuda or is_compiled()
@@ -193,61 +193,80 @@ def packed_dot(
 ):  # fmt: skip
     """float32 [O, R] of rows at ``x_R`` and packed weights at ``data_O``, over columns ``first`` … ``last`` - 1.
 
-    ``scale_O`` and ``zero_O`` are of each output's first group; ``zero_O`` None for none.
+    ``scale_O`` and ``zero_O`` are of each output's first group; ``zero_O`` None for none. A tile has up to four groups.
     """
     DTYPE: tl.constexpr = x_R.dtype.element_ty
     WORD: tl.constexpr = 4 if KIND == 0 else 2
-    PAIR: tl.constexpr = KIND == 0 and GROUP == 32  # of groups in a tile, else one at most
+    GROUPS: tl.constexpr = BLOCK_K // GROUP if GROUP else 1
     sum_OR = tl.zeros([BLOCK_O, BLOCK_R], tl.float32)
-    at = first // GROUP if GROUP else 0
+    group_1G = tl.arange(0, GROUPS)[None, :]
     if GROUP:  # scales are asked for a step before they are multiplied: nothing else brings them early
-        next_O = tl.load(scale_O + at)
-        if PAIR:
-            next_more_O = tl.load(scale_O + at + 1)
-    if zero_O is not None:
-        next_zero_O = tl.load(zero_O + at)
-        if PAIR:
-            next_more_zero_O = tl.load(zero_O + at + 1)
+        next_OG = tl.load(scale_O[:, None] + first // GROUP + group_1G)
+        if zero_O is not None:
+            next_zero_OG = tl.load(zero_O[:, None] + first // GROUP + group_1G)
     for k in range(first, last, BLOCK_K):
-        at = tl.minimum(k + BLOCK_K, last - BLOCK_K) // GROUP if GROUP else 0
+        word_W = k // WORD + tl.arange(0, BLOCK_K // WORD)
+        words_OW = tl.load(data_O[:, None] + word_W[None, :], eviction_policy="evict_first")
         if GROUP:
-            now_O1 = next_O.to(tl.float32)[:, None]
-            next_O = tl.load(scale_O + at)
-            if PAIR:
-                more_O1 = next_more_O.to(tl.float32)[:, None]
-                next_more_O = tl.load(scale_O + at + 1)
-        words_OW = tl.load(data_O[:, None] + (k // WORD + tl.arange(0, BLOCK_K // WORD))[None, :],
-                           eviction_policy="evict_first")  # fmt: skip
-        parts = weights_of(words_OW, KIND, DTYPE, ASM)
-        if KIND == 0:
-            a_OW, b_OW, c_OW, d_OW = parts
+            at = tl.minimum(k + BLOCK_K, last - BLOCK_K) // GROUP
+            now_OG, zero_OG = next_OG.to(tl.float32), None
+            next_OG = tl.load(scale_O[:, None] + at + group_1G)
             if zero_O is not None:
-                less_O1 = (next_zero_O.to(tl.float32) - 8.0).to(DTYPE)[:, None]
-                next_zero_O = tl.load(zero_O + at)
-                a_OW, b_OW = a_OW - less_O1, b_OW - less_O1
-                if PAIR:
-                    less_O1 = (next_more_zero_O.to(tl.float32) - 8.0).to(DTYPE)[:, None]
-                    next_more_zero_O = tl.load(zero_O + at + 1)
-                c_OW, d_OW = c_OW - less_O1, d_OW - less_O1
-        if PAIR:
-            k_K = k + tl.arange(0, 32)
-            x_KR = tl.load(x_R[None, :] + k_K[:, None], has_R[None, :], 0.0)
-            more_KR = tl.load(x_R[None, :] + (32 + k_K)[:, None], has_R[None, :], 0.0)
-            sum_OR += tl.dot(in_order(a_OW, b_OW), x_KR, input_precision="ieee") * now_O1
-            sum_OR += tl.dot(in_order(c_OW, d_OW), more_KR, input_precision="ieee") * more_O1
+                zero_OG = next_zero_OG.to(tl.float32)
+                next_zero_OG = tl.load(zero_O[:, None] + at + group_1G)
+            sum_OR = _add_groups(sum_OR, words_OW, now_OG, zero_OG, x_R + k, has_R, KIND, GROUPS, BLOCK_K, ASM)
         else:
-            x_KR = tl.load(x_R[None, :] + (k + tl.arange(0, BLOCK_K))[:, None], has_R[None, :], 0.0)
-            if KIND == 0:
-                w_OK = in_order4(a_OW, b_OW, c_OW, d_OW)
-            else:
-                w_OK = in_order(parts[0], parts[1])
-            if GROUP:
-                sum_OR += tl.dot(w_OK, x_KR, input_precision="ieee") * now_O1
-            else:
-                sum_OR += tl.dot(w_OK, x_KR, input_precision="ieee")
+            x_KR = tl.load((x_R + k)[None, :] + tl.arange(0, BLOCK_K)[:, None], has_R[None, :], 0.0)
+            sum_OR += tl.dot(_numbers(words_OW, KIND, DTYPE, ASM), x_KR, input_precision="ieee")
     if GROUP == 0:
         sum_OR *= tl.load(scale_O).to(tl.float32)[:, None]
     return sum_OR
+
+
+@triton.jit
+def _numbers(words_OW, KIND: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """Weights as they are multiplied."""
+    parts = weights_of(words_OW, KIND, DTYPE, ASM)
+    return in_order4(*parts) if KIND == 0 else in_order(*parts)
+
+
+@triton.jit
+def _halves(x_OW):
+    x_OHW = tl.reshape(x_OW, (x_OW.shape[0], 2, x_OW.shape[1] // 2))
+    return tl.split(tl.permute(x_OHW, (0, 2, 1)))
+
+
+@triton.jit
+def _add_groups(
+    sum_OR, words_OW, scale_OG, zero_OG, x_R, has_R,
+    KIND: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """``sum_OR`` and what some groups of columns at ``x_R`` add to it, each times its scale."""
+    if GROUPS == 1:
+        w_OK = _numbers(words_OW, KIND, x_R.dtype.element_ty, ASM)
+        return _add_group(sum_OR, w_OK, scale_OG, zero_OG, x_R, has_R)
+    elif COLUMNS == 64 and KIND == 0:  # two groups of 32, half of each word
+        a_OW, b_OW, c_OW, d_OW = weights_of(words_OW, KIND, x_R.dtype.element_ty, ASM)
+        scales, zeros = _halves(scale_OG), (None, None) if zero_OG is None else _halves(zero_OG)
+        sum_OR = _add_group(sum_OR, in_order(a_OW, b_OW), scales[0], zeros[0], x_R, has_R)
+        return _add_group(sum_OR, in_order(c_OW, d_OW), scales[1], zeros[1], x_R + 32, has_R)
+    else:
+        words, scales = _halves(words_OW), _halves(scale_OG)
+        zeros = (None, None) if zero_OG is None else _halves(zero_OG)
+        for i in tl.static_range(2):
+            at_R = x_R + i * (COLUMNS // 2)
+            sum_OR = _add_groups(
+                sum_OR, words[i], scales[i], zeros[i], at_R, has_R, KIND, GROUPS // 2, COLUMNS // 2, ASM
+            )
+        return sum_OR
+
+
+@triton.jit
+def _add_group(sum_OR, w_OK, scale_O1, zero_O1, x_R, has_R):
+    x_KR = tl.load(x_R[None, :] + tl.arange(0, w_OK.shape[1])[:, None], has_R[None, :], 0.0)
+    if zero_O1 is not None:
+        w_OK -= (tl.reshape(zero_O1, (w_OK.shape[0],)) - 8.0).to(w_OK.dtype)[:, None]
+    return sum_OR + tl.dot(w_OK, x_KR, input_precision="ieee") * tl.reshape(scale_O1, (w_OK.shape[0],))[:, None]
 
 
 @triton.jit
