@@ -73,8 +73,9 @@ def default_settings(rows: int, mean: float, halves: bool) -> dict[str, int]:
     """
     more = {"parts": 1, "block_r": 32 if mean <= 24 else 64 if mean <= 48 else 128, "programs": 2}
     if rows <= BLOCK_R:
-        up = (32, 128, 4, 5) if halves or rows == 1 else (32, 128, 2, 4)
-        down, more["parts"] = (128 if halves and rows > 1 else 64, 128, 4, 4), 4 if halves or rows == 1 else 2
+        stages = 3 if halves else 4
+        up, down = (32, 256, 4, stages), (64, 256, 4, stages)
+        more["parts"] = 7 if halves and rows == 1 else 2
     elif more["block_r"] == 32:
         up, down = ((64, 128, 4, 3), (128, 128, 4, 3)) if halves else ((32, 128, 4, 4), (128, 128, 8, 3))
     else:
@@ -332,7 +333,7 @@ def _unpack(
     out_O1 = (out_SOK + ((slot * STACKED + matrix) * outer + read_O) * columns)[:, None]
     DTYPE: tl.constexpr = out_SOK.dtype.element_ty
     for k in range(0, columns, BLOCK_K):
-        word_W = k // WORD + tl.arange(0, BLOCK_K // WORD)
+        word_W = tl.multiple_of(k // WORD, 16) + tl.arange(0, BLOCK_K // WORD)
         words_OW = tl.load(data_O[:, None] + word_W[None, :], inside_O1, 0)
         weights = weights_of(words_OW, KIND, DTYPE, ASM)
         w_OK = (in_order4(*weights) if KIND == 0 else tl.interleave(*weights)).to(tl.float32)

@@ -205,7 +205,7 @@ def packed_dot(
         if zero_O is not None:
             next_zero_OG = tl.load(zero_O[:, None] + first // GROUP + group_1G)
     for k in range(first, last, BLOCK_K):
-        word_W = k // WORD + tl.arange(0, BLOCK_K // WORD)
+        word_W = tl.multiple_of(k // WORD, 16) + tl.arange(0, BLOCK_K // WORD)
         words_OW = tl.load(data_O[:, None] + word_W[None, :], eviction_policy="evict_first")
         if GROUP:
             at = tl.minimum(k + BLOCK_K, last - BLOCK_K) // GROUP
@@ -280,5 +280,6 @@ def matrices_at(
         scale_O = (matrix * tl.cdiv(outer, HEIGHT) + row_O // HEIGHT) * groups
     else:
         scale_O = matrix + row_O * 0
-    data_O = data + (matrix * outer + row_O) * (columns // (4 if KIND == 0 else 2))
+    words = tl.multiple_of(columns // (4 if KIND == 0 else 2), 16)  # or they would be copied in pieces of 8 bytes
+    data_O = data + (matrix * outer + row_O) * words
     return data_O, scales + scale_O, scale_O if zeros is None else zeros + scale_O
