@@ -78,10 +78,12 @@ def test_a_trace_must_fit(tmp_path: Path) -> None:
 
 def test_picture_and_page_of_written_and_of_kept_lines(tmp_path: Path, capsys) -> None:
     """The lines of the benchmark, and the JSON that is kept of them, give the same tables."""
-    lines = [{"measured": "machine", "date": "2026-12-01", "commit": None, "cores": 16, "gpu": "a GPU"}]
+    machine = {"measured": "machine", "date": "2026-12-01", "commit": None, "cores": 16, "gpu": "a GPU"}
+    lines = []
     steps = {"budget_gb": 24.0, "places": 215, "step_ms": 20.0, "bound_ms": 10.0, "of_bound": 2.0, "hit_rate": 0.75}
     steps |= {"context": 2048, "misses": 10.25, "fetches": 0.5}
     for kind in ("int4:128", "none"):
+        lines.append({**machine, "quantize": [kind]})
         lines.append({"measured": "rates", "bus_gb_s": 50.0, "cpu_gb_s": {"1": 60.0}, "expert_mb": 90.8})
         lines += [{"measured": "decode", "routing": r, "batch": 1, **steps} for r in ("even", "trace")]
         lines.append({"measured": "decode", "routing": "trace", "batch": 8, **steps})
@@ -92,13 +94,14 @@ def test_picture_and_page_of_written_and_of_kept_lines(tmp_path: Path, capsys) -
     written, kept, page = tmp_path / "lines.json", tmp_path / "kept.json", tmp_path / "page.md"
     written.write_text("\n".join(map(json.dumps, lines)))
     page.write_text(f"before {plot.BEGIN}old{plot.END} after")
-    plot.plot_host_memory(written, tmp_path / "a" / "picture.png", page, kept, "abc123")
+    plot.plot_host_memory(written, tmp_path / "a" / "picture.png", page, kept, ("abc123", "def456"))
     assert (tmp_path / "a" / "picture.png").read_bytes()[1:4] == b"PNG"
     tables = plot.render(plot.read_lines(kept))
     assert page.read_text() == f"before {plot.BEGIN}{tables}{plot.END} after"
     assert capsys.readouterr().out.strip() == tables.strip()
     for row in (
-        "a GPU, 16 cores, 2026-12-01, commit abc123.", "| int4:128 | 90.8 | 50.0 | 60.0 |  |",
+        "Experts in int4:128: a GPU, 16 cores, 2026-12-01, commit abc123; "
+        "experts in bf16: a GPU, 16 cores, 2026-12-01, commit def456.", "| int4:128 | 90.8 | 50.0 | 60.0 |  |",
         "| 24, bf16, trace | 215 | 50.0 | 20.0 | 10.0 | 2.00 | 75.0% | 10.2 |",
         "| 24, bf16, 8 behind 2,048 tokens | 215 | 400.0 | 20.0 | 10.0 | 2.00 | 75.0% | 10.2 | 0.5 |",
         "| 24, int4:128, 2,048 | 9 | 244 |  | 80 |  |",

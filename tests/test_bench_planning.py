@@ -114,6 +114,7 @@ def test_files_that_are_not_pair_weights(changes, words, tmp_path):
         (("sizes",), r"what \('sizes'\) must be one of poured, size, affinity, replicas, auto"),
         (("poured", (), 0), r"matrices \(0\) must be at least 1"),
         (("poured", (), 1, -1), r"first \(-1\) must be at least 0"),
+        (("affinity", (), 1, 0, 1.0, 0.0), r"bound \(0\.0\) must be above 0"),
     ],
 )
 def test_what_is_refused(arguments, words):

@@ -271,7 +271,8 @@ class Bench:
 
     def decode(self, budget: float, name: str, choices_SLK: np.ndarray, batch: int, context: int, steps: int) -> None:
         """Steps of a batch behind a context of random tokens."""
-        length = context + UNTIMED + steps + AHEAD + 2
+        tokens = UNTIMED + steps + AHEAD + batch  # whose prompt came first is so far ahead; none may end in between
+        length = context + tokens + 2
         engine = self._use(self._setup(budget, batch, length), choices_SLK, batch, length)
         model, own = self.model, [block.feed_forward.gate for block in self.model.layers]
         half = choices_SLK[len(choices_SLK) // 2 :]
@@ -281,7 +282,7 @@ class Bench:
         tiers, rng = model.store.tiers, np.random.default_rng(1)
         clock = Clock(tiers) if self.profile else None
         prompts = rng.integers(0, self.config.vocab_size, (batch, context)).tolist()
-        requests = [Request(i, tuple(ids), UNTIMED + steps + AHEAD, GREEDY) for i, ids in enumerate(prompts)]
+        requests = [Request(i, tuple(ids), tokens, GREEDY) for i, ids in enumerate(prompts)]
         times = []
         for _ in steps_of(engine, requests, batch):
             times.append(time.perf_counter())
@@ -385,7 +386,7 @@ def steps_of(engine: Engine, requests: list[Request], batch: int) -> Iterator[No
 class Clock:
     """Where the host's time of a step goes: in the tiers' calls."""
 
-    NAMES = ("begin", "ask", "product_on_cpu", "look_ahead", "end", "show")
+    NAMES = ("begin", "ask", "product_on_cpu", "look_ahead", "show", "send")
 
     def __init__(self, tiers: Any) -> None:
         self.seconds = dict.fromkeys(self.NAMES, 0.0)

@@ -27,20 +27,21 @@ PROMPTS = ("GB, experts, tokens", "on the GPU", "ms", "all on the GPU, ms", "on 
 
 @command
 def plot_host_memory(
-    results: Path, picture: Path, page: Path | None = None, keep: Path | None = None, commit: str | None = None
+    results: Path, picture: Path, page: Path | None = None, keep: Path | None = None, commit: tuple[str, ...] = ()
 ) -> None:
     """Draws RESULTS to PICTURE and prints the tables in Markdown.
 
     Args:
-        results: JSON with the lines of bench_host_memory as its runs, or the file of lines that it wrote.
+        results: JSON with the lines of bench_host_memory as its runs, or the file of lines that it wrote, or several of
+            these one behind the other.
         picture: .png
         page: takes the tables in place of those it has.
         keep: takes the lines as JSON of the project's results.
-        commit: what was measured, where the machine did not know it.
+        commit: what was measured, for each of these, where the machine did not know it.
     """
     lines = read_lines(results)
-    if commit is not None:
-        lines[0]["commit"] = commit
+    for machine, of in zip((line for line in lines if line["measured"] == "machine"), commit, strict=False):
+        machine["commit"] = of
     draw([line for line in lines if line["measured"] == "decode" and line["batch"] == 1], picture)
     tables = render(lines)
     print(tables)
@@ -54,43 +55,47 @@ def plot_host_memory(
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Measurements of a file, as committed or as the benchmark writes it; each says of which format it is."""
+    """Measurements of a file, as committed or as the benchmark writes it."""
     text = path.read_text(encoding="utf-8")
     try:
         lines = json.loads(text)["runs"]
     except ValueError:
         lines = [json.loads(line) for line in text.splitlines()]
-    return [lines[0], *({"quantize": lines[0].get("quantize"), **line} for line in lines[1:])]
+    return lines
 
 
 def render(lines: Sequence[Line]) -> str:
     """All that the page says of them."""
-    machine = lines[0]
-    of = {kind: [line for line in lines if line["measured"] == kind] for kind in ("rates", "decode", "prompt")}
+    of = {
+        kind: [line for line in lines if line["measured"] == kind] for kind in ("machine", "rates", "decode", "prompt")
+    }
     single, batches = ([line for line in of["decode"] if (line["batch"] > 1) == many] for many in (False, True))
-    said = f"{machine['gpu']}, {machine['cores']} cores, {machine['date']}, commit {machine['commit']}.\n"
+    said = "; ".join(
+        f"experts in {', '.join(map(name_of, each['quantize']))}: "
+        f"{each['gpu']}, {each['cores']} cores, {each['date']}, commit {each['commit']}" for each in of["machine"]
+    )  # fmt: skip
     tables = (
         (RATES, map(rate_cells, of["rates"])), (STEPS, map(cells, single)), (BATCHES, map(cells, batches)),
         (PROMPTS, map(prompt_cells, of["prompt"])),
     )  # fmt: skip
-    return "\n".join([said, *(_table(heads, rows) for heads, rows in tables)])
+    return "\n".join([f"{said[0].upper()}{said[1:]}.\n", *(_table(heads, rows) for heads, rows in tables)])
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in (heads, ["---"] * len(heads), *rows))
 
 
-def name_of(line: Line) -> str:
-    """The format of its experts."""
-    return FORMATS.get(line["quantize"], line["quantize"])
+def name_of(name: str) -> str:
+    """A format of experts, as the page calls it."""
+    return FORMATS.get(name, name)
 
 
 def rate_cells(line: Line) -> list[str]:
     cpu, both = line["cpu_gb_s"].get("1"), line.get("both_gb_s")
     together = "" if both is None else f"{both[0]:.1f} + {both[1]:.1f}"
     return [
-        name_of(line), f"{line['expert_mb']:.1f}", f"{line['bus_gb_s']:.1f}", "" if cpu is None else f"{cpu:.1f}",
-        together,
+        name_of(line["quantize"]), f"{line['expert_mb']:.1f}", f"{line['bus_gb_s']:.1f}",
+        "" if cpu is None else f"{cpu:.1f}", together,
     ]  # fmt: skip
 
 
@@ -99,7 +104,7 @@ def cells(line: Line) -> list[str]:
     last = line["routing"] if line["batch"] == 1 else f"{line['batch']} behind {line['context']:,} tokens"
     more = [] if line["batch"] == 1 else [f"{line['fetches']:.1f}"]
     return [
-        f"{line['budget_gb']:g}, {name_of(line)}, {last}", str(line["places"]),
+        f"{line['budget_gb']:g}, {name_of(line['quantize'])}, {last}", str(line["places"]),
         f"{1e3 * line['batch'] / line['step_ms']:.1f}", f"{line['step_ms']:.1f}", f"{line['bound_ms']:.1f}",
         f"{line['of_bound']:.2f}", f"{line['hit_rate']:.1%}", f"{line['misses']:.1f}", *more,
     ]  # fmt: skip
@@ -107,7 +112,7 @@ def cells(line: Line) -> list[str]:
 
 def prompt_cells(line: Line) -> list[str]:
     forms = (("places", ""), ("ms", ".0f"), ("resident_ms", ".0f"), ("bus_ms", ".0f"), ("of_bound", ".2f"))
-    first = f"{line['budget_gb']:g}, {name_of(line)}, {line['tokens']:,}"
+    first = f"{line['budget_gb']:g}, {name_of(line['quantize'])}, {line['tokens']:,}"
     return [first, *(f"{line[key]:{form}}" if key in line else "" for key, form in forms)]
 
 
@@ -127,7 +132,7 @@ def draw(lines: Sequence[Line], path: Path) -> None:
             axes.plot(budgets, measured, color=colour, marker=marker, label=f"{NAMES[routing]}, measured")
             axes.plot(budgets, bound, color=colour, marker=marker, linestyle=":", fillstyle="none", label="… bound")
         axes.set(
-            title=f"experts in {name_of(own[0])}", xlabel="memory of the GPU for everything, GB",
+            title=f"experts in {name_of(kind)}", xlabel="memory of the GPU for everything, GB",
             ylabel="tokens/s, one sequence", ylim=(0, None), xticks=sorted({line["budget_gb"] for line in own}),
         )  # fmt: skip
         axes.grid(alpha=0.3)

@@ -52,6 +52,7 @@ def bench_planning(
     matrices: int = 100,
     first: int = 0,
     anneal_s: float = 60.0,
+    bound: float = 1.0,
     published: Path | None = None,
     num_experts: int | None = None,
     world_size: int = 4,
@@ -64,6 +65,7 @@ def bench_planning(
         matrices: of poured, random cases.
         first: of poured, number of the first case, by which it is drawn.
         anneal_s: of affinity, CPU seconds of annealing.
+        bound: of affinity, how many times the usual steps its bound may take.
         published: of size, the file eplb.py as DeepSeek publishes it, which is timed as well.
         num_experts: of the model of the traces.
         world_size: ranks that the traces are planned for.
@@ -73,15 +75,16 @@ def bench_planning(
             raise ValueError(f"{name} ({value}) must be at least {least}")
     kinds = {
         "poured": lambda: _poured(range(first, first + matrices)), "size": lambda: _sizes(published),
-        "affinity": lambda: _affinity(pairs or drawn_pairs(), anneal_s), "replicas": lambda: _replicas(pairs),
+        "affinity": lambda: _affinity(pairs or drawn_pairs(), anneal_s, bound), "replicas": lambda: _replicas(pairs),
         "auto": _auto,
     }  # fmt: skip
     if what not in kinds:
         raise ValueError(f"what ({what!r}) must be one of {', '.join(kinds)}")
     if not files and what == "replicas":
         raise ValueError(f"files (none) must name pair weights for {what}")
-    if anneal_s <= 0:
-        raise ValueError(f"anneal_s ({anneal_s}) must be above 0")
+    for name, value in (("anneal_s", anneal_s), ("bound", bound)):
+        if value <= 0:
+            raise ValueError(f"{name} ({value}) must be above 0")
     is_trace = lambda path: path.suffix == ".npy"  # noqa: E731
     pairs = [Pairs.of_trace(x, num_experts, world_size) if is_trace(x) else Pairs.load(x) for x in files]
     load = [os.getloadavg()[0]]
@@ -281,14 +284,14 @@ def drawn_pairs() -> list[Pairs]:
     return found
 
 
-def _affinity(files: Sequence[Pairs], anneal_s: float) -> list[dict[str, object]]:
+def _affinity(files: Sequence[Pairs], anneal_s: float, bound: float) -> list[dict[str, object]]:
     found = []
     for pairs in files:
         weights, world = pairs.weights_LEE, pairs.world
         started = time.process_time()
         plan = affinity(weights, world, bound=0)
         search_s, started = time.process_time() - started, time.process_time()
-        meta = affinity(weights, world).meta  # of the same placement, which is kept
+        meta = affinity(weights, world, bound=bound).meta  # of the same placement, which is kept
         bound_s = time.process_time() - started
         annealed_LE, proposals = anneal(weights, world, anneal_s)
         one_hot = np.arange(world)[:, None]

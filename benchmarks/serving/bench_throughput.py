@@ -8,6 +8,7 @@ Builds the model once. Prints one line of JSON a measurement, with the fields of
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import random
@@ -179,6 +180,8 @@ class Bench:
         longest = self.engine.model.params.max_seq_len - 2
         self.run(self.requests(self.prompts([longest, longest // 2, longest // 2]), [2, 2, 2]))
         self.engine.forget_prefixes()
+        gc.collect()
+        gc.freeze()  # as a server does when it is ready
 
     def single(self, prompt_len: int, new_tokens: int) -> None:
         """One sequence, alone."""

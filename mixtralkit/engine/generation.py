@@ -262,9 +262,8 @@ class Engine:
         return self._drained(run)
 
     def _drained(self, run: Run) -> list[StreamEvent]:
-        events = []
-        while run.events:
-            events.append(run.events.popleft())
+        take, come = run.events.popleft, len(run.events)  # another thread may bring more
+        events = [take() for _ in range(come)]
         if not events and run.error is not None:
             raise run.error
         return events
@@ -386,13 +385,15 @@ class Engine:
         """Gives each event to its run; those that ended an answer."""
         for key, event in events:
             run = self._run_of[key]
+            if event.finish_reason is None:
+                run.events.append(event)
+                continue
             if event.cause is not None:
                 run.error = event.cause
             else:
                 run.events.append(event)
-            if event.finish_reason is not None:
-                del self._run_of[key]
-                yield run, key, event.cause
+            del self._run_of[key]
+            yield run, key, event.cause
 
 
 def check_prefill_budget(prefill_budget: int) -> None:

@@ -152,6 +152,8 @@ class Leader:
 
     def _accept(self, sampled: list[Sequence], values: Values, message: Message) -> None:
         """Gives sequences their next tokens, and frees the places of those that end with them."""
+        if self._all_go_on(sampled, values, message):
+            return
         run = took = None
         tops = values.tops or [()] * len(sampled)
         for sequence, token, logprob, top in zip(sampled, values.tokens, values.logprobs, tops, strict=False):
@@ -182,6 +184,26 @@ class Leader:
             took.tops.append(top[: answer.request.top_logprobs] if top else top)
             if answer.ended:
                 self._leave(sequence)
+
+    def _all_go_on(self, sampled: list[Sequence], values: Values, message: Message) -> bool:
+        """Takes a step's tokens where none of them ends or bounds an answer of the only run, as in most steps."""
+        if values.tops or not sampled:
+            return False
+        run = sampled[0].run
+        for sequence, token, logprob in zip(sampled, values.tokens, values.logprobs, strict=False):
+            answer = sequence.answer
+            is_last = token in answer.ends or len(answer.tokens) + 1 >= answer.limit
+            if is_last or answer.ended or sequence.run is not run or sequence.mask is not None or not isfinite(logprob):
+                return False
+        for sequence, token in zip(sampled, values.tokens, strict=False):
+            sequence.answer.tokens.append(token)
+        took, count = self._took_of(run, message), len(sampled)
+        self._generated += count
+        took.keys += [sequence.key for sequence in sampled]
+        took.tokens += values.tokens[:count]
+        took.logprobs += values.logprobs[:count]
+        took.tops += [()] * count
+        return True
 
     def _end(self, sequence: Sequence, reason: str, news: News, error: str | None = None) -> None:
         """Ends an answer for another reason than its tokens."""
@@ -290,7 +312,7 @@ class Leader:
         """Ends what is left of a run that is to stop, when the tokens in flight have come."""
         if run.stops:
             for sequence in list(run.sequences.values()):
-                sequence.stops = True
+                self.scheduler.stop(sequence)
                 if not sequence.unread:
                     self._end(sequence, "interrupted", news)
 

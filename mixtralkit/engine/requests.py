@@ -209,7 +209,7 @@ class StopFilter:
 
 @dataclass(eq=False)
 class Progress:
-    """How far a request has come, in tokens alone: what deciding needs."""
+    """How far a request has come, in tokens alone: what deciding needs. ``ends`` are the ids that end it."""
 
     request: Request
     limit: int
@@ -220,9 +220,9 @@ class Progress:
     ended: bool = False
 
     def __post_init__(self) -> None:
-        self._ends = frozenset(self.request.stop_token_ids)
+        self.ends = frozenset(self.request.stop_token_ids)
         if not self.request.ignore_eos:
-            self._ends |= self.tokenizer.end_ids
+            self.ends |= self.tokenizer.end_ids
 
     @property
     def length(self) -> int:
@@ -242,11 +242,11 @@ class Progress:
         request = self.request
         if not request.asks:
             return None
-        return Asked(request.sampling, request.prompt, tuple(self.tokens), request.min_tokens, tuple(self._ends))
+        return Asked(request.sampling, request.prompt, tuple(self.tokens), request.min_tokens, tuple(self.ends))
 
     def take(self, token: int) -> None:
         """The next token, which may be the last."""
-        if token in self._ends:
+        if token in self.ends:
             self.ended = True
             return
         self.tokens.append(token)
@@ -276,26 +276,30 @@ class Answer(Progress):
 
     def accept(self, token: int, logprob: float, top: Top = ()) -> StreamEvent | None:
         """Takes the next token; the event is None when it completes no text and ends nothing."""
-        if token in self._ends:
+        if token in self.ends:
             return self.finish("stop", end=Token(token, logprob, "", top))
+        request = self.request
         self.tokens.append(token)
         self.logprobs.append(logprob)
-        if self.request.top_logprobs:
+        if request.top_logprobs:
             self.top_logprobs.append(top)
         if self._loses_space is None and token < self.tokenizer.n_words and self.tokenizer.piece_bytes[token]:
             self._loses_space = self.tokenizer.drops_first_space and self.tokenizer.begins_with_space(token)
-        text = self._stream.push(token)
+        delta = text = self._stream.push(token)
         self._texts.append(text)
-        delta = self._shown(self._stops.push(text) if self.request.stop else text)
-        if self._stops.stopped:
-            return self.finish("stop", delta)
+        if request.stop or not self._certain:
+            delta = self._shown(self._stops.push(text))
+            if self._stops.stopped:
+                return self.finish("stop", delta)
+        else:
+            self._certain += len(text)
         if len(self.tokens) >= self.limit:
             return self.finish("length", delta)
         if not delta:
             return None
         self.deltas.append(delta)
-        told = self._newly_told() if self.request.logprobs else ()
-        return StreamEvent(self.request.id, delta, tokens=told, routed_experts=self._new_experts())
+        told = self._newly_told() if request.logprobs else ()
+        return StreamEvent(request.id, delta, None, None, told, None, self._new_experts() if self.experts else None)
 
     def end(self, reason: str, error: str | None = None, cause: Exception | None = None) -> StreamEvent:
         """The last event, also where making the text is what failed."""

@@ -28,14 +28,24 @@ from mixtralkit.engine.graphs import Graphs, Run
 from mixtralkit.engine.requests import MOST_TOP_LOGPROBS
 from mixtralkit.engine.sampler import (
     SlotRules,
+    draw_key,
     gather_vocabulary,
     logprobs_of,
     sample_each,
     sample_likeliest,
     settings_of,
-    uniform,
+    uniforms,
 )
-from mixtralkit.engine.shapes import MOST_IN_GRAPH, Prompts, Shape, all_shapes, bucket_sizes, sampled_of, shape_of
+from mixtralkit.engine.shapes import (
+    MOST_IN_GRAPH,
+    Prompts,
+    Shape,
+    all_shapes,
+    bucket_sizes,
+    fill_rows,
+    sampled_of,
+    shape_of,
+)
 from mixtralkit.engine.step_plan import Arrival, Rows, StepPlan
 from mixtralkit.model.attention import CachedAttention
 from mixtralkit.model.batch import ForwardBatch, Span
@@ -45,6 +55,8 @@ from mixtralkit.moe.layer import MoEReport, StepRows
 from mixtralkit.moe.tiers import Desk
 from mixtralkit.ops.counting import count_keys
 from mixtralkit.ops.hidden import Hidden
+
+_NUMPY = {torch.int64: np.int64, torch.float32: np.float32}  # many times faster than torch with lists
 
 
 class _Memory:
@@ -98,7 +110,9 @@ class Runner:
         self._desks: dict[int, Desk] = {}  # by rows
         self._relocations = model.store.relocations
         self._in: dict[int, Arrival] = {}  # by slot
-        self._rows, self._filled = Rows(), 0
+        self._draw_keys_S = np.zeros(cache.slots, np.uint64)
+        self._slots_B = self._positions_B = np.zeros(0, np.int64)  # of the newest decode step's rows
+        self._filled = 0  # rows that it was made up to
         self._rules: SlotRules | None = None  # from the first request on that asks
         layers, experts = model.params.n_layers, model.params.num_experts
         self._first_key_L11 = torch.arange(layers, device=self.context.device)[:, None, None] * experts
@@ -119,14 +133,15 @@ class Runner:
             self._relocations = self.model.store.relocations
         tables = plan.tables[self._owner]
         self.cache.place([(slot, at + i, page) for slot, at, pages in tables for i, page in enumerate(pages)])
-        self._in.update({new.slot: new for new in plan.arrivals if new.owner == self._owner})
-        self._heed(plan)
+        mine = [new for new in plan.arrivals if new.owner == self._owner]
+        for new in mine:
+            self._in[new.slot], self._draw_keys_S[new.slot] = new, draw_key(*new.drawn_by)
+        self._heed(plan, mine)
         run = self._mixed if plan.has_chunks else self._decode
         return run(plan, observed, may_capture)
 
-    def _heed(self, plan: StepPlan) -> None:
+    def _heed(self, plan: StepPlan, mine: list[Arrival]) -> None:
         """What sequences ask of their logits goes to their slots."""
-        mine = [new for new in plan.arrivals if new.owner == self._owner]
         if self._rules is None and (plan.asks or any(new.asked is not None for new in mine)):
             self._rules = SlotRules(self.cache.slots, self.model.params.vocab_size, self.context.device)
         if self._rules is None:
@@ -182,13 +197,14 @@ class Runner:
         if plan.rows is not None:
             self._place(plan)
         else:
-            self._rows.positions = [position + 1 for position in self._rows.positions]
+            self._positions_B = self._positions_B + 1
         own, rows, batch = self._own, self._filled, None
-        if plan.draws and self._rows.slots:
-            self._draw(self._rows.slots, self._rows.positions)
+        if plan.draws:
+            self._draw(self._slots_B, self._positions_B)
         if observed:
             kept = (own.tokens_B[:rows], own.positions_B[:rows], own.slots_B[:rows])
-            batch = ForwardBatch(*(x.clone() for x in kept), self._spans([1] * len(self._rows.slots), self._rows))
+            firsts = (self._slots_B.tolist(), self._positions_B.tolist())
+            batch = ForwardBatch(*(x.clone() for x in kept), self._spans([1] * len(self._slots_B), *firsts))
         run = self._run_decode(rows, (plan.draws, plan.asks, bool(plan.tops), plan.routed), may_capture)
         return self._flight(plan, "graph" if run.replayed else "launched", run, batch, rows)
 
@@ -226,17 +242,18 @@ class Runner:
         """Gives each of this rank's sequences a row; where its last token is on the device, that moves there."""
         mine, most, own = plan.rows[self._owner], max(len(of.slots) for of in plan.rows), self._own
         rows = next(size for size in self._sizes if size >= most)
-        fill = [0] * (rows - len(mine.slots))
-        columns = [mine.sources + [-1] * len(fill), mine.tokens + fill, mine.positions + fill,
-                   mine.slots + [-1] * len(fill)]  # fmt: skip
-        sources_B, tokens_B, positions_B, slots_B = self._upload(columns, torch.int64)
+        columns_4B = np.zeros((4, rows), np.int64)
+        columns_4B[::3] = -1
+        columns_4B[:, : len(mine.slots)] = mine.sources, mine.tokens, mine.positions, mine.slots
+        _, _, self._positions_B, self._slots_B = columns_4B[:, : len(mine.slots)]
+        sources_B, tokens_B, positions_B, slots_B = self._upload(columns_4B, torch.int64)
         own.tokens_B[:rows] = self._first_tokens(sources_B, tokens_B)
         own.positions_B[:rows] = positions_B
         own.slots_B[:rows] = slots_B
         own.advance_B[:rows] = slots_B >= 0
         if plan.draws:
-            self._set([self._in[slot] for slot in mine.slots], len(fill))
-        self._rows, self._filled = mine, rows
+            self._set([self._in[slot] for slot in mine.slots], rows - len(mine.slots))
+        self._filled = rows
 
     def _first_tokens(self, sources_B: torch.Tensor, tokens_B: torch.Tensor) -> torch.Tensor:
         """The last step's answers from its rows ``sources_B``; where these are -1, ``tokens_B``."""
@@ -246,10 +263,10 @@ class Runner:
         settings = [values + [0] * fill for values in settings_of([row.sampling for row in rows])]
         self._own.settings_4B[:, : len(rows) + fill] = self._upload(settings, torch.float32)
 
-    def _draw(self, slots: list[int], positions: list[int]) -> None:
+    def _draw(self, slots_N: np.ndarray, positions_N: np.ndarray) -> None:
         """Numbers that decide what each row draws behind its position."""
-        keys = [(*self._in[slot].drawn_by, position + 1) for slot, position in zip(slots, positions, strict=True)]
-        self._own.uniforms_B[: len(keys)].copy_(self._upload([uniform(*key) for key in keys], torch.float32))
+        drawn_N = uniforms(self._draw_keys_S[slots_N], positions_N + 1)
+        self._own.uniforms_B[: len(drawn_N)].copy_(self._upload(drawn_N, torch.float32))
 
     def _decoded(self, of: _Memory, rows: int, draws: bool, asks: bool, tops: bool, routed: bool) -> _Answers:
         batch = self._batch_of(of, rows, routed)
@@ -277,12 +294,11 @@ class Runner:
             return self._mixed_in_graph(plan, shape, may_capture)
         mine, chunks, own = plan.rows[self._owner], plan.chunks[self._owner], self._own
         lengths = [1] * len(mine.slots) + [len(chunk.ids) for chunk in chunks]
-        firsts = Rows(mine.slots + [c.slot for c in chunks], [], [], mine.positions + [c.start for c in chunks])
-        spans = self._spans(lengths, firsts)
-        tokens = mine.tokens + [token for chunk in chunks for token in chunk.ids]
-        positions = [p for span in spans for p in range(span.position, span.end)]
-        slots = [span.slot for span in spans for _ in range(span.start, span.stop)]
-        tokens_T, positions_T, slots_T = self._upload([tokens, positions, slots], torch.int64)
+        firsts = (mine.slots + [c.slot for c in chunks], mine.positions + [c.start for c in chunks])
+        spans = self._spans(lengths, *firsts)
+        rows_3T = np.empty((3, sum(lengths)), np.int64)
+        fill_rows(rows_3T, mine, chunks)
+        tokens_T, positions_T, slots_T = self._upload(rows_3T, torch.int64)
         self._continue(tokens_T, mine)
         of_chunks = list(zip(chunks, spans[len(mine.slots) :], strict=True))
         sampled = [(s.slot, s.stop - 1, s.position) for s in spans[: len(mine.slots)]]
@@ -295,7 +311,7 @@ class Runner:
         batch = self.model.attend_to(batch, self.cache)
         if plan.draws and sampled:
             self._set([self._in[slot] for slot, _, _ in sampled])
-            self._draw([slot for slot, _, _ in sampled], [position for _, _, position in sampled])
+            self._draw(*np.array(sampled)[:, ::2].T)
         part_NV, reports, counts_LE = self._through(batch, rows_N)
         part_BV, part_MV = part_NV[: len(sampled)], part_NV[len(sampled) :]
         asking = None
@@ -332,7 +348,7 @@ class Runner:
         self._continue(prompts.tokens_T, mine)
         if plan.draws and drawn:
             self._set([self._in[slot] for slot, _ in drawn], shape.sampled - len(drawn))
-            self._draw([slot for slot, _ in drawn], [position for _, position in drawn])
+            self._draw(*np.array(drawn).T)
         run = self._run_prompts(shape, plan.draws, may_capture)
         return self._flight(plan, "mixed", run, None, shape.rows + shape.tokens)
 
@@ -375,10 +391,10 @@ class Runner:
             held = slice(len(mine.slots))
             tokens_T[held] = self._first_tokens(self._upload(mine.sources, torch.int64), tokens_T[held])
 
-    def _spans(self, lengths: list[int], firsts: Rows) -> tuple[Span, ...]:
-        """Of sequences one after the other; ``firsts`` are the slots and first positions."""
+    def _spans(self, lengths: list[int], slots: list[int], positions: list[int]) -> tuple[Span, ...]:
+        """Of sequences one after the other, each from its first position."""
         spans, start = [], 0
-        for length, slot, position in zip(lengths, firsts.slots, firsts.positions, strict=True):
+        for length, slot, position in zip(lengths, slots, positions, strict=True):
             spans.append(Span(slot, position, start, start + length, self._in[slot].number))
             start += length
         return tuple(spans)
@@ -449,10 +465,11 @@ class Runner:
             run.recapture_s,
         )  # fmt: skip
 
-    def _upload(self, values: Many, dtype: torch.dtype) -> torch.Tensor:
+    def _upload(self, values: Many | np.ndarray, dtype: torch.dtype) -> torch.Tensor:
         """On the device when it gets there; from pinned memory, which torch keeps until then."""
-        pinned = self.context.device.type == "cuda"
-        return torch.tensor(values, dtype=dtype, pin_memory=pinned).to(self.context.device, non_blocking=True)
+        made = torch.from_numpy(np.asarray(values, _NUMPY[dtype]))
+        made = made.pin_memory() if self.context.device.type == "cuda" else made
+        return made.to(self.context.device, non_blocking=True)
 
     def _to_host(self, x: torch.Tensor) -> torch.Tensor:
         """A copy in memory that the device writes when it gets there."""

@@ -85,10 +85,25 @@ class SamplingOptions(Options):
                 raise ValueError(f"logit_bias names token {id}; ids are below {vocab_size}")
 
 
+def draw_key(seed: int, request_id: int) -> int:
+    """What, with a position, decides a draw: 64 bits, unlike those of any other pair."""
+    return int.from_bytes(hashlib.blake2b(f"{seed},{request_id}".encode(), digest_size=8).digest(), "little")
+
+
+def uniforms(keys_N: np.ndarray, positions_N: np.ndarray) -> np.ndarray:
+    """Numbers in [0, 1) that only ``draw_key`` (uint64) and position decide: float32 [N], 24 bits each.
+
+    The splitmix64 generator: the key is its first state, the position counts its steps.
+    """
+    x_N = keys_N + (positions_N.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    x_N = (x_N ^ (x_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x_N = (x_N ^ (x_N >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((x_N ^ (x_N >> np.uint64(31))) >> np.uint64(40)).astype(np.float32) / np.float32(2**24)
+
+
 def uniform(seed: int, request_id: int, position: int) -> float:
-    """A number in [0, 1) that only its three arguments decide (24 bits, exact in float32)."""
-    digest = hashlib.blake2b(f"{seed},{request_id},{position}".encode(), digest_size=3).digest()
-    return int.from_bytes(digest, "little") / 2**24
+    """``uniforms`` of one row."""
+    return float(uniforms(np.array([draw_key(seed, request_id)], np.uint64), np.array([position]))[0])
 
 
 def sample(

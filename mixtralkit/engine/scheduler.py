@@ -39,8 +39,10 @@ class Sequence:
         unread: a token of it was sampled in the newest step, in ``row``, which is in flight.
         prefilling: less is computed than all but its last token.
         scored: prompt tokens whose log-probabilities were asked for in a launched step.
-        stops: it gets no more steps.
+        stops: it gets no more steps (``Scheduler.stop``).
         mask: bits of the tokens that may come next, where a grammar says so. Then no step can run ahead of its tokens.
+        until: while less is computed, it goes on by a token without a look at anything else.
+        most_pages: that its longest answer takes.
     """
 
     key: int
@@ -60,6 +62,8 @@ class Sequence:
     stops: bool = False
     grammar: Grammar | None = None
     mask: bytes | None = None
+    until: int = 0
+    most_pages: int = 0
 
     @property
     def longest(self) -> int:
@@ -130,7 +134,10 @@ class Scheduler:
         self._ended_steps = 0
         self._last: list[list[Sequence]] | None = None  # rows of the newest step, where it was a decode step
         self._newest: list[list[Sequence]] = [[] for _ in self.owners]
+        # of the newest step's rows: which slots are whose, what they want, whether grammars bound some
+        self._slots: list[list[tuple[int, Sequence]]] = []
         self._wanted: dict[str, bool | int] = {}
+        self._bound = self._many_begin = False
 
     @property
     def running(self) -> list[Sequence]:
@@ -149,6 +156,10 @@ class Scheduler:
         """Queues a sequence that fits the pool (``longest``)."""
         self.waiting.append(sequence)
 
+    def stop(self, sequence: Sequence) -> None:
+        """It gets no more steps."""
+        sequence.stops, sequence.until = True, 0
+
     def leave(self, sequence: Sequence) -> None:
         """Takes out a sequence that has ended, wherever it is; its slot is free at once, its pages behind the step that
         is in flight."""
@@ -161,6 +172,7 @@ class Scheduler:
         """The oldest step in flight has ended: nothing reads what was given up while it was the newest."""
         self._ended_steps += 1
         if not self.in_flight:
+            self._last = None  # its tokens are known, and given with the next rows
             for own in self._newest:
                 for sequence in own:
                     sequence.unread = False
@@ -182,30 +194,44 @@ class Scheduler:
     def plan(self) -> Planned | None:
         """The next step; None where there is nothing to compute before more is known."""
         made = _Making(self.step + 1, len(self.owners))
-        # while many wait for their first token, chunks are large, as prompts need for their speed; requests that come
-        # one by one keep those that decode waiting no longer than they must
-        running = self.running
-        prefilling = sum(s.prefilling for s in running)
-        begin, decoding = len(self.waiting) + prefilling, len(running) - prefilling
-        most = self.prefill_budget if begin * MANY_BEGIN >= decoding else self.mixed_budget
         for owner in self.owners:
             made.is_short[owner.number] = self._decodes(owner, made)
+        most = self._most_tokens(made)
         budgets = [max(1, min(most, self.prefill_budget - len(own))) for own in made.decodes]
-        for owner in self.owners:
-            for sequence in owner.running:
-                if sequence.prefilling and not sequence.stops and budgets[owner.number] > 0:
+        for owner, prefilling in zip(self.owners, made.prefilling, strict=True):
+            for sequence in prefilling:
+                if sequence.slot >= 0 and not sequence.stops and budgets[owner.number] > 0:
                     budgets[owner.number] -= self._chunk(sequence, made, budgets[owner.number])
         self._admit(made, budgets)
+        self._many_begin &= any(made.chunks)
         if not any(made.decodes) and not any(made.chunks):
             assert not any(made.tables)
             return None
         self.step += 1
         return self._planned(made)
 
+    def _most_tokens(self, made: _Making) -> int:
+        """Prompt tokens that a rank may run in this step.
+
+        Once many wait for their first token chunks are large, as prompts need for their speed, until all of them have
+        it. Requests that come one by one keep those that decode waiting no longer than they must.
+        """
+        places = sum(len(owner.slots) for owner in self.owners)
+        begin = min(len(self.waiting), places) + sum(map(len, made.prefilling))
+        if begin * MANY_BEGIN >= sum(map(len, made.decodes)):
+            self._many_begin = True
+        return self.prefill_budget if self._many_begin else self.mixed_budget
+
     def _decodes(self, owner: _Owner, made: _Making) -> bool:
         """Every sequence that has its prompt in the cache goes on by one token; whether pages were short."""
-        is_short = False
+        is_short, decodes = False, made.decodes[owner.number]
         for sequence in list(owner.running):
+            if sequence.computed < sequence.until:
+                sequence.computed += 1
+                decodes.append(sequence)
+                continue
+            if sequence.slot >= 0 and sequence.prefilling:
+                made.prefilling[owner.number].append(sequence)
             if sequence.slot < 0 or sequence.prefilling or not sequence.goes_on:
                 continue
             if sequence.unread and sequence.mask is not None:
@@ -215,10 +241,10 @@ class Scheduler:
                     is_short = True
                     continue
                 self._extend(owner, sequence, 1, made)
-            made.decodes[owner.number].append(sequence)
-            made.slots[owner.number].append((sequence.slot, sequence))
+            decodes.append(sequence)
             sequence.computed += 1
-            sequence.seen = sequence.computed
+            if sequence.mask is None and not sequence.stops:
+                sequence.until = min(len(sequence.pages) * self.page_size, sequence.longest - 1)
         return is_short
 
     def _make_room(self, owner: _Owner, sequence: Sequence) -> bool:
@@ -241,7 +267,8 @@ class Scheduler:
         """Takes a sequence's slot and pages; it waits for others, and is computed again from its tokens."""
         self.preemptions += 1
         self._give_back(sequence)
-        sequence.computed, sequence.prefilling = 0, True
+        sequence.seen = max(sequence.seen, sequence.computed)
+        sequence.computed, sequence.until, sequence.prefilling = 0, 0, True
         keys = [s.key for s in self.waiting]
         self.waiting.insert(bisect.bisect(keys, sequence.key), sequence)
 
@@ -284,7 +311,7 @@ class Scheduler:
             known = owner.pool.match(answer.ids(0, answer.length))
         taken = sum(owner.pool.is_free(page.page) for page in known)
         left = owner.pool.free - taken - (self._pages_of(answer.length) - len(known))
-        growing = sum(len(s.pages) < self._pages_of(s.longest) for s in owner.running)
+        growing = sum(len(s.pages) < s.most_pages for s in owner.running)
         return None if left < growing else (left, known)
 
     def _begin(self, owner: _Owner, sequence: Sequence, known: list[KnownPage], made: _Making) -> None:
@@ -292,6 +319,7 @@ class Scheduler:
         owner.pool.hold([page.page for page in known])
         sequence.owner, sequence.slot = owner.number, heapq.heappop(owner.slots)
         sequence.pages, sequence.known = [], list(known)
+        sequence.most_pages = self._pages_of(sequence.longest)
         sequence.computed = len(known) * self.page_size
         sequence.scored = max(sequence.scored, 1)
         if not answer.tokens:
@@ -325,7 +353,7 @@ class Scheduler:
             Chunk(sequence.slot, start, ids, is_sampled, skipped, targets, max(0, min(stop, sequence.seen) - start))
         )
         sequence.seen = max(sequence.seen, stop)
-        made.slots[owner].append((sequence.slot, sequence))
+        made.chunked[owner].append(sequence)
         if is_sampled:
             made.finishing[owner].append(sequence)
         elif stop == answer.length:
@@ -367,34 +395,42 @@ class Scheduler:
         return -(-tokens // self.page_size)
 
     def _planned(self, made: _Making) -> Planned:
-        sampled = [[*own, *more] for own, more in zip(made.decodes, made.finishing, strict=True)]
         is_decode = not any(made.chunks)
-        rows = None if is_decode and self._last == made.decodes else [list(_rows(own)) for own in made.decodes]
-        for own in sampled:
-            for row, sequence in enumerate(own):
-                sequence.row = row
-        if rows is not None:
-            self._wanted = self._wants(made, sampled)
+        if is_decode and self._last == made.decodes:  # the same sequences, each in the same row
+            rows, sampled = None, self._last
+        else:
+            rows = [Rows(*_rows(own)) for own in made.decodes]
+            sampled = self._in_rows(made)
         plan = StepPlan(
-            self.step, rows and [Rows(*columns) for columns in rows], made.chunks, made.arrivals, made.tables,
-            masks=[[(s.slot, s.mask) for s in own if s.mask is not None] for own in sampled], **self._wanted,
+            self.step, rows, made.chunks, made.arrivals, made.tables,
+            masks=[[(s.slot, s.mask) for s in own if s.mask is not None] for own in sampled] if self._bound else [],
+            **self._wanted,
         )  # fmt: skip
         routed = [
             list(_routed(*own)) if plan.routed else []
-            for own in zip(made.decodes, made.slots, made.chunks, strict=True)
+            for own in zip(made.decodes, self._slots, made.chunks, strict=True)
         ]
         self._last = sampled if is_decode else None
+        return Planned(plan, sampled, made.scored, made.ending, self._slots, made.cached, routed)
+
+    def _in_rows(self, made: _Making) -> list[list[Sequence]]:
+        """Gives the sampled sequences of a step, which it returns, their rows; keeps what holds for these."""
+        sampled = [[*own, *more] for own, more in zip(made.decodes, made.finishing, strict=True)]
         for own in self._newest:
             for sequence in own:
                 sequence.unread = False
         for own in sampled:
-            for sequence in own:
-                sequence.unread = True
+            for row, sequence in enumerate(own):
+                sequence.row, sequence.unread = row, True
         self._newest = sampled
-        return Planned(plan, sampled, made.scored, made.ending, made.slots, made.cached, routed)
+        ran = [[*own, *more] for own, more in zip(made.decodes, made.chunked, strict=True)]
+        self._slots = [[(sequence.slot, sequence) for sequence in own] for own in ran]
+        self._wanted = self._wants(made, sampled, ran)
+        self._bound = any(s.mask is not None for own in sampled for s in own)
+        return sampled
 
     @staticmethod
-    def _wants(made: _Making, sampled: list[list[Sequence]]) -> dict[str, bool | int]:
+    def _wants(made: _Making, sampled: list[list[Sequence]], ran: list[list[Sequence]]) -> dict[str, bool | int]:
         """What a step has to give besides tokens; the same for the same rows."""
         running = [s.answer.request for own in sampled for s in own]
         told = [*running, *(s.answer.request for own in made.scored for s, _ in own)]
@@ -402,7 +438,7 @@ class Scheduler:
             "draws": any(r.sampling.temperature > 0 for r in running),
             "tops": max((r.top_logprobs for r in told), default=0),
             "asks": any(r.asks for r in running),
-            "routed": any(s.answer.request.routed_experts for own in made.slots for _, s in own),
+            "routed": any(s.answer.request.routed_experts for own in ran for s in own),
         }
 
 
@@ -415,7 +451,8 @@ class _Making:
         def lists() -> list[list]:
             return [[] for _ in range(owners)]
 
-        self.decodes, self.finishing, self.chunks, self.scored, self.tables, self.slots = (lists() for _ in range(6))
+        self.decodes, self.finishing, self.chunks, self.chunked = (lists() for _ in range(4))
+        self.prefilling, self.scored, self.tables = (lists() for _ in range(3))
         self.is_short = [False] * owners
         self.arrivals: list[Arrival] = []
         self.ending: list[Sequence] = []

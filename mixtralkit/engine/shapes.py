@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from mixtralkit.engine.step_plan import Chunk, Rows
@@ -51,21 +52,34 @@ class Prompts:
         self.spans_S4 = self.spans_S4.view(-1, 4)
         self.slots_T.fill_(-1)
 
-    def columns(self, mine: Rows, chunks: Sequence[Chunk]) -> list[int]:
-        """What goes into ``packed`` for these rows and chunks."""
+    def columns(self, mine: Rows, chunks: Sequence[Chunk]) -> np.ndarray:
+        """int64, what goes into ``packed`` for these rows and chunks."""
         shape = self.shape
-        fill = [0] * (shape.rows - len(mine.slots))
-        rest = [0] * (shape.tokens - sum(len(chunk.ids) for chunk in chunks))
-        tokens = mine.tokens + fill + [token for chunk in chunks for token in chunk.ids] + rest
-        positions = mine.positions + fill + [c.start + i for c in chunks for i in range(len(c.ids))] + rest
-        slots = mine.slots + [-1] * len(fill) + [c.slot for c in chunks for _ in c.ids] + [-1] * len(rest)
-        spans, sampled, start = [], list(range(len(mine.slots))), 0
+        packed = np.zeros(len(self.packed), np.int64)
+        length, spans = shape.rows + shape.tokens, 4 * shape.spans
+        rows_3T = packed[: 3 * length].reshape(3, -1)
+        rows_3T[2] = -1
+        fill_rows(rows_3T[:, : len(mine.slots)], mine, ())
+        fill_rows(rows_3T[:, shape.rows :], Rows(), chunks)
+        told, sampled, start = [], list(range(len(mine.slots))), 0
         for chunk in chunks:
-            spans += [chunk.slot, chunk.start, len(chunk.ids), start]
+            told += [chunk.slot, chunk.start, len(chunk.ids), start]
             start += len(chunk.ids)
             sampled += [shape.rows + start - 1] if chunk.is_sampled else []
-        spans += [0] * (4 * shape.spans - len(spans))
-        return tokens + positions + slots + spans + sampled + [0] * (shape.sampled - len(sampled))
+        packed[3 * length : 3 * length + len(told)] = told
+        packed[3 * length + spans : 3 * length + spans + len(sampled)] = sampled
+        return packed
+
+
+def fill_rows(rows_3T: np.ndarray, mine: Rows, chunks: Sequence[Chunk]) -> None:
+    """Writes the tokens, positions and slots of the rows that decode, and of the chunks behind them."""
+    end = len(mine.slots)
+    rows_3T[:, :end] = mine.tokens, mine.positions, mine.slots
+    for chunk in chunks:
+        start, end = end, end + len(chunk.ids)
+        rows_3T[0, start:end] = chunk.ids
+        rows_3T[1, start:end] = np.arange(chunk.start, chunk.start + len(chunk.ids))
+        rows_3T[2, start:end] = chunk.slot
 
 
 def sampled_of(mine: Rows, chunks: Sequence[Chunk]) -> list[tuple[int, int]]:

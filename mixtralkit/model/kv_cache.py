@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from mixtralkit.config import CacheOptions
@@ -81,7 +82,8 @@ class KVCache:
         """
         if entries:
             device = self.tables_SM.device
-            uploaded = torch.tensor(entries, dtype=torch.int64, pin_memory=device.type == "cuda")
+            entries_N3 = torch.from_numpy(np.array(entries, np.int64))
+            uploaded = entries_N3.pin_memory() if device.type == "cuda" else entries_N3
             slots_N, indices_N, pages_N = uploaded.to(device, non_blocking=True).unbind(1)
             self.tables_SM[slots_N, indices_N] = pages_N.int()
 

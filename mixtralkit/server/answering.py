@@ -16,7 +16,7 @@ from mixtralkit.server.asking import Asked
 from mixtralkit.server.errors import ApiError
 from mixtralkit.server.logprobs import Shapes, Told
 from mixtralkit.server.protocol import AnyRequest, ChatRequest, CompletionRequest, NamedTool
-from mixtralkit.server.tools import ToolCalls
+from mixtralkit.server.tool_calls import ToolCalls
 
 
 class Writer:
@@ -218,10 +218,9 @@ class ChatWriter(Writer):
         if text or (told and self.body.logprobs):
             yield self._delta(index, {"content": text}, told, None)
         if calls:
-            numbered = [{"index": i, **call} for i, call in enumerate(calls)]
-            yield self._delta(index, {"tool_calls": numbered}, (), None)
+            yield self._delta(index, {"tool_calls": calls}, (), None)
         if event.finish_reason:
-            yield self._delta(index, {}, (), self._called if calls else event.finish_reason)
+            yield self._delta(index, {}, (), self._reason(index, event.finish_reason))
 
     def choice(self, index: int, completion: Completion) -> dict[str, Any]:
         c = completion
@@ -230,12 +229,17 @@ class ChatWriter(Writer):
         message, reason = {"role": "assistant", "content": c.text, "refusal": None}, c.finish_reason
         if self._calls is not None:
             tokens = tuple(Token(each.id, each.logprob, each.text) for each in told)
-            text, calls = self._calls[index].push(StreamEvent(c.id, c.text, c.finish_reason, c, tokens))
-            if calls:
+            text, _ = self._calls[index].push(StreamEvent(c.id, c.text, c.finish_reason, c, tokens))
+            if calls := self._calls[index].calls:
                 message |= {"content": text or None, "tool_calls": calls}
-                reason = self._called
+            reason = self._reason(index, reason)
         logprobs = self._shapes.chat(told) if self.body.logprobs else None
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
+
+    def _reason(self, index: int, reason: str) -> str:
+        """Why an answer ended, as chat tells it: also one cut amid a call ended by its length."""
+        has_called = self._calls is not None and self._calls[index].calls
+        return self._called if has_called and reason == "stop" else reason
 
     def _delta(self, index: int, delta: dict[str, Any], told: Sequence[Told], reason: str | None) -> dict[str, Any]:
         logprobs = self._shapes.chat(told) if self.body.logprobs and told else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -51,6 +52,7 @@ def serve_other(options: ServerOptions, load: Load) -> None:
 
     watch = RankWatch.start(engine.context, options.rank_timeout_s, _leave, rows)
     engine.warm_up()
+    _keep_what_is_there()
     for _ in engine.serve(None):
         pass
     if watch is not None:
@@ -85,6 +87,7 @@ async def _serve(name: str, options: ServerOptions, load: Load, listener: socket
 
         service.thread.at_end = end
         engine.warm_up()
+        _keep_what_is_there()
         _say(f"{name} is ready")
         return engine
 
@@ -145,3 +148,9 @@ def _leave(sentence: str) -> None:
 
 def _say(sentence: str) -> None:
     print(sentence, file=sys.stderr, flush=True)
+
+
+def _keep_what_is_there() -> None:
+    """Python's collector never looks again at what loading has made, which takes it as long as several steps."""
+    gc.collect()
+    gc.freeze()

@@ -256,14 +256,20 @@ def test_a_beginning_that_is_being_computed_is_waited_for_and_shared(tokenizer):
     assert [s.answer.cached_tokens for s in second.cached] == [20, 20, 20]
 
 
-def test_prompts_have_the_whole_budget_until_few_begin_beside_many(tokenizer):
+def test_prompts_have_the_whole_budget_while_many_begin(tokenizer):
+    """The last prompts of many once had the small budget, though those beside them had waited for the others' too."""
     scheduler = Scheduler(1, 10, 100, 4, 20, 5)
-    for sequence in waiting(tokenizer, [(5 + i,) for i in range(9)] + [(7,) * 30], limit=9):
+    for sequence in waiting(tokenizer, [(5 + i,) for i in range(8)] + [(7,) * 30], limit=9):
         scheduler.add(sequence)
-    plans = [scheduler.plan().plan for _ in range(6)]
-    # one of ten still begins: no more than 5 tokens a step keep the nine waiting
-    assert [sum(len(chunk.ids) for chunk in plan.chunks[0]) for plan in plans] == [20, 5, 5, 5, 4, 0]
-    assert [len(plan.rows[0].slots) for plan in plans] == [0, 9, 9, 9, 9, 10]
+    plans = [scheduler.plan().plan for _ in range(4)]
+    assert [sum(len(chunk.ids) for chunk in plan.chunks[0]) for plan in plans] == [20, 12, 6, 0]
+    assert [len(plan.rows[0].slots) for plan in plans] == [0, 8, 8, 9]
+    # one begins beside nine, which wait for 5 tokens a step; another has no slot yet and counts for nothing
+    for sequence in waiting(tokenizer, [(8,) * 12, (9,) * 12], limit=9):
+        sequence.key += 9
+        scheduler.add(sequence)
+    plans = [scheduler.plan().plan for _ in range(4)]
+    assert [sum(len(chunk.ids) for chunk in plan.chunks[0]) for plan in plans] == [5, 5, 2, 0]
     scheduler = Scheduler(1, 10, 100, 4, 20, 5)
     for sequence in waiting(tokenizer, [(5,) * 20, (6,) * 20, (7,) * 30], limit=9):
         scheduler.add(sequence)

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import jsonschema
 import numpy as np
+import openai
 import pytest
 
 from mixtralkit.distributed import RankContext
@@ -18,7 +19,8 @@ from mixtralkit.engine.grammar import Grammars
 from mixtralkit.engine.requests import Completion, StreamEvent, Token
 from mixtralkit.engine.tokenizer import TextStream, Tokenizer
 from mixtralkit.server.protocol import Tool
-from mixtralkit.server.tools import ToolCalls, call_grammar, read_calls
+from mixtralkit.server.tool_calls import ToolCalls
+from mixtralkit.server.tools import call_grammar
 from tests.engine.parts import engine_config, make_model
 from tests.engine.side_files import trained
 from tests.engine.test_side_files import CONTROLS
@@ -53,6 +55,16 @@ class Says(Slots):
         return replace(event, finish_reason="stop", completion=whole)
 
 
+def join(calls: list[dict], delta: dict) -> None:
+    """Adds a part of a call, whose first part tells what it is and later ones more arguments."""
+    if delta["index"] == len(calls):
+        assert set(delta) == {"index", "id", "type", "function"}
+        calls.append(delta)
+    else:
+        assert (delta["index"], set(delta)) == (len(calls) - 1, {"index", "function"})
+        calls[-1]["function"]["arguments"] += delta["function"]["arguments"]
+
+
 def said(text: str, **asked: object) -> tuple[dict, dict]:
     """The message of a whole answer, and the one that a stream's deltas make; with its finish reason each."""
     engine = Says(text)
@@ -69,7 +81,8 @@ def said(text: str, **asked: object) -> tuple[dict, dict]:
         if line.startswith("data: {"):
             (part,) = json.loads(line[6:])["choices"]
             streamed["content"] += part["delta"].get("content") or ""
-            streamed["tool_calls"] += part["delta"].get("tool_calls", [])
+            for delta in part["delta"].get("tool_calls", []):
+                join(streamed["tool_calls"], delta)
             streamed["reason"] = part["finish_reason"]
     return {**choice["message"], "reason": choice["finish_reason"]}, streamed
 
@@ -106,10 +119,82 @@ def test_what_is_no_call_is_text(text):
     assert (streamed["content"], streamed["tool_calls"], streamed["reason"]) == (text, [], "stop")
 
 
+def read(pieces: list[str], reason: str = "stop", many: bool = True) -> tuple[str, list[dict], list[list[dict]]]:
+    """Text, calls and each push's deltas of an answer that comes in these pieces; ``[TOOL_CALLS]`` is text in it."""
+    calls, text, deltas = ToolCalls(Slots().tokenizer, many), "", []
+    for i, piece in enumerate(pieces):
+        event = StreamEvent(0, piece, reason if i == len(pieces) - 1 else None, tokens=(Token(5, -1.0, piece),))
+        said, new = calls.push(event)
+        text += said
+        deltas.append(new)
+    return text, calls.calls, deltas
+
+
+ANSWERS = [
+    'Look: [TOOL_CALLS] [{"name": "a", "arguments": {"x": "}]\\"", "y": [1, {"z": null}]}}, {"name": "b"}] and done',
+    '[TOOL_CALLS]{"id": "abcDEF123", "arguments": {"x": 1}, "name": "a"}{"name": "b", "parameters": {}}',
+    '[TOOL_CALLS] [{"name": "a", "arguments": "{\\"x\\": 1}"}, {"name": 7}]',
+    '<tool_call>\n{"name": "a", "arguments": {"x": "</tool_call>"}}\n</tool_call> <tool_call>{"name": "b"}</tool_call>',
+    '<tool_call>{"name": "a", "arguments": {}, "id": "abcDEF123"}</tool_call> ok <tool_call>{"arguments": {}}',
+    "a <tool_call> is a mark, [TOOL_CALLS] too, <tool_call>{} [TOOL_CALLS][] <tool_",
+    '<tool_call>{"name": "a", "arguments": {"x": 1}} junk',
+    '<tool_call>{"name": "a", "arguments": [1, 2], "more": {}}</tool_call>',
+    '<tool_call><tool_call>{"name": "a"}</tool_call>',
+    '<tool_call>{"note": "' + 5000 * "x" + '", "name": "a"}</tool_call>',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+@pytest.mark.parametrize("many", [True, False])
+def test_pieces_of_any_size_say_the_same(answer, many):
+    text, calls, _ = read([answer], many=many)
+    for size in (1, 2, 3, 7):
+        parts, again, deltas = read([answer[i : i + size] for i in range(0, len(answer), size)], many=many)
+        joined: list[dict] = []
+        for delta in (delta for push in deltas for delta in push):
+            join(joined, delta)
+        assert parts == text
+        assert [call["function"] for call in joined] == [call["function"] for call in again]
+        assert [call["function"] for call in again] == [call["function"] for call in calls]
+
+
+def test_what_answers_say():
+    found = [read([answer])[:2] for answer in ANSWERS]
+    assert [(text, [tuple(call["function"].values()) for call in calls]) for text, calls in found] == [
+        ("Look:  and done", [("a", '{"x": "}]\\"", "y": [1, {"z": null}]}'), ("b", "{}")]),
+        ("", [("a", '{"x": 1}'), ("b", "{}")]),
+        (' {"name": 7}]', [("a", '{"x": 1}')]),
+        ("", [("a", '{"x": "</tool_call>"}'), ("b", "{}")]),
+        (' ok <tool_call>{"arguments": {}}', [("a", "{}")]),
+        (ANSWERS[5], []),
+        (" junk", [("a", '{"x": 1}')]),
+        ("", [("a", "[1, 2]")]),
+        ("<tool_call>", [("a", "{}")]),
+        (ANSWERS[9], []),
+    ]
+
+
+def test_arguments_come_as_they_are_said():
+    head, arguments = '<tool_call>{"name": "a", "arguments": ', '{"city": "Rome", "days": 3}'
+    text, calls, deltas = read([*head, *arguments, "}", "</tool_call>"])
+    assert (text, calls[0]["function"]["arguments"]) == ("", arguments)
+    told = [push[0]["function"]["arguments"] for push in deltas if push]
+    assert told == list(arguments)
+    assert deltas[: len(head)] == [[]] * len(head), "nothing before it can only be a call"
+
+
+def test_an_answer_that_is_cut_amid_a_call():
+    head = 'So <tool_call>{"name": "a", "arguments": '
+    assert read([*head, '{"city": "Ro'], "length")[:2][0] == "So "
+    assert read([*head, '{"city": "Ro'], "length")[1][0]["function"]["arguments"] == '{"city": "Ro'
+    assert read([*head], "length")[:2] == (head, [])
+    whole, streamed = said('<tool_call>{"name": "a", "arguments": {"x": 1')
+    assert whole["tool_calls"][0]["function"] == streamed["tool_calls"][0]["function"]
+
+
 def test_no_calls_where_none_are_wanted():
     text = '<tool_call>{"name": "a"}</tool_call>'
     assert said(text, tool_choice="none")[0]["content"] == text
-    assert read_calls("nothing") == []
 
 
 def test_the_template_shows_tools_calls_and_results():
@@ -152,7 +237,7 @@ CITY = {
 TWO = [
     {"type": "function", "function": {"name": "weather", "parameters": CITY, "strict": True}},
     {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {},
-                                                                    "additionalProperties": False}}},
+                                                                    "additionalProperties": False}, "strict": True}},
 ]  # fmt: skip
 
 
@@ -234,13 +319,26 @@ def test_a_model_that_never_heard_of_tools_calls_them(tmp_path, choice):
     async def ask(service, client):
         whole = await client.post("/v1/chat/completions", json=asked)
         parts = await client.post("/v1/chat/completions", json={**asked, "stream": True})
-        return whole, parts.text
+        official = openai.AsyncOpenAI(base_url="http://test/v1", api_key="none", http_client=client)
+        seen: dict[str, str] = {}
+        async with official.chat.completions.stream(model="double", **asked) as stream:
+            async for event in stream:
+                if event.type == "tool_calls.function.arguments.delta":
+                    seen[event.name] = seen.get(event.name, "") + event.arguments_delta
+            return whole, parts.text, seen, await stream.get_final_completion()
 
-    whole, lines = run(ask, engine)
+    whole, lines, seen, final = run(ask, engine)
     (said,) = whole.json()["choices"]
+    kept = [(call.function.name, call.function.arguments) for call in final.choices[0].message.tool_calls]
+    assert kept == [(call["function"]["name"], call["function"]["arguments"]) for call in said["message"]["tool_calls"]]
+    assert all(seen[name].endswith(arguments) for name, arguments in kept)
     assert said["finish_reason"] == ("tool_calls" if choice == "required" else "stop")
     functions = [call["function"] for call in said["message"]["tool_calls"]]
     assert {function["name"] for function in functions} <= ({"now", "weather"} if choice == "required" else {"now"})
     deltas = [json.loads(line[6:])["choices"][0]["delta"] for line in lines.splitlines() if line.startswith("data: {")]
-    assert [call["function"] for delta in deltas for call in delta.get("tool_calls", [])] == functions
+    calls: list[dict] = []
+    for delta in deltas:
+        for call in delta.get("tool_calls", []):
+            join(calls, call)
+    assert [call["function"] for call in calls] == functions
     assert "".join(delta.get("content") or "" for delta in deltas) == ""

@@ -11,9 +11,9 @@ are a chain, asking the first of neighbours only asks it of all (a chordal patte
 what a bound of each pair by itself lacks.
 
 Triangles are added at a price: of three items, two pairs that share a label make the third share it, so that
-X_ab + X_ac - X_bc is at most 1. They close most of the gap that eigenvalues leave. Of the millions there are only those
-that were broken most are kept, until their price is 0. A price rises by what its triangle is broken by, over the number
-of triangles that lower the same entries: as fast as can be without overshooting.
+X_ab + X_ac - X_bc is at most 1. They close most of the gap that eigenvalues leave. Those broken most are taken in, of
+millions, and stay until their price is 0. A price rises by what its triangle is broken by, over the
+number of triangles with the same entries: as fast as can be without overshooting.
 
 Alternating directions (ADMM, over-relaxed) bring both relaxations together. Any multipliers, and any prices of at least
 0, give a valid bound: with Λ on the second copy, the most of <W - Λ, X> under the eigenvalues plus the most of <Λ, X>
