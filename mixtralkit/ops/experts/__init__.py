@@ -13,7 +13,7 @@ from mixtralkit.moe.weights import ExpertWeights, Fp8, PackedWeight
 from mixtralkit.ops.experts.reference import expert_sum_reference, swiglu_grouped
 from mixtralkit.ops.runtime import runs_cpu, runs_triton
 
-__all__ = ["SMALL_BATCH", "expert_sum", "swiglu_grouped", "takes_packed"]
+__all__ = ["SMALL_BATCH", "expert_sum", "swiglu_grouped", "takes_fp8", "takes_packed"]
 
 SMALL_BATCH = (
     16  # rows of one block of the matrix units: below, every touched expert is read once and nothing is sorted
@@ -55,15 +55,16 @@ def expert_sum(
 
         return expert_sum_cpu(*arguments)
     if isinstance(w13_SGD, PackedWeight):
-        if not (runs_triton(x_RD) and takes_packed(w13_SGD.weights, w13_SGD.columns, w2_SDF.columns)):
-            return expert_sum_reference(*arguments)
-        if x_RD.shape[0] > SMALL_BATCH and takes_fp8(x_RD, w13_SGD.weights, w13_SGD.columns, w2_SDF.columns):
+        format_and_columns = (w13_SGD.weights, w13_SGD.columns, w2_SDF.columns)
+        if runs_triton(x_RD) and x_RD.shape[0] > SMALL_BATCH and takes_fp8(x_RD, *format_and_columns):
             from mixtralkit.ops.experts.triton_grouped import expert_sum_grouped
 
             return expert_sum_grouped(*arguments, likely_rows=likely_rows, likely_slots=likely_slots)
-        from mixtralkit.ops.experts.triton_packed import expert_sum_packed
+        if runs_triton(x_RD) and takes_packed(*format_and_columns):
+            from mixtralkit.ops.experts.triton_packed import expert_sum_packed
 
-        return expert_sum_packed(*arguments, likely_rows=likely_rows, likely_slots=likely_slots)
+            return expert_sum_packed(*arguments, likely_rows=likely_rows, likely_slots=likely_slots)
+        return expert_sum_reference(*arguments)
     triton = runs_triton(x_RD, w13_SGD, w2_SDF)
     if triton and x_RD.shape[0] <= SMALL_BATCH:
         from mixtralkit.ops.experts.triton_small import expert_sum_small
