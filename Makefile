@@ -10,7 +10,7 @@ demo: $(VENV)/ready
 	$(BIN)/torchrun --standalone --nproc_per_node=2 tools/example.py -m ./ckpts -t ckpts/tokenizer.model
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -n 2 $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(TESTS)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -6,16 +6,18 @@ import contextlib
 import os
 import signal
 import warnings
-from typing import NamedTuple
 
 import pytest
 import torch
 
 from mixtralkit.cli import COMMANDS
 from mixtralkit.cli.run import run_tool
+from tests import interpreter
+from tests.ranks import Done
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined, so before any import of one
+interpreter.hasten()
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background; processes of tests would inherit it
     with contextlib.suppress(ValueError):  # not in this thread
@@ -27,14 +29,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
-
-
-class Done(NamedTuple):
-    """How a command ended."""
-
-    returncode: int
-    stdout: str
-    stderr: str
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import multiprocessing as mp
 import os
 import pickle
@@ -11,23 +13,34 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 
 from mixtralkit.distributed import RankContext
+from tests import interpreter
 
+interpreter.hasten()  # here, so that ranks are born with it
 _PROCESSES = mp.get_context("forkserver")
 # what ranks would import each for themselves, a second of a core and more; torch.testing wants the second in its first
 # comparison
 _PRELOADED = ["fairscale.nn.model_parallel", "torch.distributed.tensor", "hypothesis", "pytest", "tests.ranks"]
-_PRELOADED += ["mixtralkit.mixtral", "mixtralkit.training.loop"]
+_PRELOADED += ["mixtralkit.mixtral", "mixtralkit.training.loop", "mixtralkit.cli.evaluate"]
 _PROCESSES.set_forkserver_preload(_PRELOADED)
 
 
 class RankError(AssertionError):
     """A rank raised, died or outlasted the limit; the text holds what it said."""
+
+
+class Done(NamedTuple):
+    """How a command ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
 
 
 Join = Callable[[int, int, str], RankContext]  # (rank, world size, path of the store)
@@ -59,6 +72,28 @@ def run_ranks(
                 process.kill()
                 process.join(10)  # a device that hangs may keep even a killed process
                 connection.close()
+
+
+def run_command(world_size: int, name: str, *words: object) -> list[Done]:
+    """A command of ``mixtralkit`` on ranks as torchrun would start it, and how it ended on each."""
+    return run_ranks(command_of_rank, world_size, name, tuple(map(str, words)))
+
+
+def command_of_rank(context: RankContext, name: str, words: tuple[str, ...]) -> Done:
+    """This rank's part of ``run_command``."""
+    from mixtralkit.cli import COMMANDS
+    from mixtralkit.cli.run import run_tool
+
+    rank, world_size = str(context.rank), str(context.world_size)
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world_size, LOCAL_WORLD_SIZE=world_size)
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    leave = mock.patch.object(os, "_exit", side_effect=SystemExit)
+    with leave as left, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            run_tool(COMMANDS, None, {"m": "model", "t": "tokenizer"}, [name, *words], "mixtralkit")
+        except SystemExit as end:
+            code = left.call_args.args[0] if left.called else end.code
+    return Done(code, out.getvalue(), err.getvalue())
 
 
 def _start(function, join: Join, rank: int, world_size: int, store: str, args: tuple) -> tuple[Any, Connection]:

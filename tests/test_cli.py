@@ -218,6 +218,18 @@ def test_help_needs_no_torch():
     assert re.search("prepare-text +Writes OUTPUT/train", done.stdout)
 
 
+def test_every_tool_is_a_command():
+    """As started by its path, one after the other in one process, which imports torch once."""
+    program = "import runpy, sys\nfor sys.argv in [[path, '--help'] for path in sys.argv[1:]]:\n"
+    program += "    runpy.run_path(sys.argv[0], run_name='__main__')"
+    tools = sorted((ROOT / "tools").glob("*.py"))
+    command = [sys.executable, "-c", program, *map(str, tools)]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for tool in tools:
+        assert f"usage: {tool.name}" in done.stdout
+
+
 @dataclass(frozen=True)
 class Shared(Options):
     """What several commands take.

@@ -133,9 +133,9 @@ def test_two_ranks_print_what_one_prints_and_flags_are_accepted(folder):
     assert (both.returncode, both.stdout) == (0, alone.stdout), both.stderr
 
 
-def test_errors_are_one_sentence_on_any_ranks(folder, tmp_path):
+def test_errors_are_one_sentence_on_any_ranks(folder, tmp_path, command_line):
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{broken\n')
-    alone = run(1, "-m", folder, "--prompts", tmp_path / "p.jsonl")
+    alone = command_line("generate", "-m", folder, "--prompts", tmp_path / "p.jsonl")
     sentence = f"error: {tmp_path}/p.jsonl, line 2: not JSON"
     assert alone.returncode == 1
     assert alone.stderr.startswith(sentence)
@@ -147,8 +147,8 @@ def test_errors_are_one_sentence_on_any_ranks(folder, tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_full_disk_is_one_sentence(folder):
-    done = run(1, "-m", folder, "--max_gen_len", 3, "--output", "/dev/full")
+def test_a_full_disk_is_one_sentence(folder, command_line):
+    done = command_line("generate", "-m", folder, "--max_gen_len", 3, "--output", "/dev/full")
     assert done.returncode == 1
     assert done.stderr == (
         "error: /dev/full: result 0 could not be written (No space left on device); 0 results are kept\n"
@@ -205,7 +205,7 @@ def test_ctrl_c_at_any_moment_is_one_sentence_and_loses_nothing(folder, tmp_path
     assert not list(tmp_path.glob("*.unfinished"))
     kept = output.read_text().split("\n")[:-1] if output.exists() else []
     assert all(map(json.loads, kept))
-    assert run(1, *arguments).returncode == 0
+    generate(model=folder, prompts=prompts, output=output, max_gen_len=40)
     assert output.read_text().split("\n")[: len(kept)] == kept
     assert [line["id"] for line in read_lines(output)] == [f"p{i}" for i in range(60)]
 

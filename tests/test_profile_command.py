@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +13,7 @@ from mixtralkit.planning.popularity import PathPopularity
 from mixtralkit.planning.synthetic import RoutingProcess
 from mixtralkit.planning.trace import RoutingTrace
 from tests.engine.parts import engine_config, make_checkpoint
-
-ROOT = Path(__file__).resolve().parent.parent
-TOOL = ROOT / "tools" / "profile_experts.py"
+from tests.ranks import run_command
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +28,10 @@ def test_on_two_ranks_as_on_one(folder, tmp_path, capsys):
     one, two, plot = tmp_path / "one.npz", tmp_path / "two.npz", tmp_path / "loads.png"
     tool.profile(folder / "prompts.jsonl", one, model=folder, plot=plot, max_gen_len=5)
     lines = capsys.readouterr().out.splitlines()
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", TOOL]
-    options = ["-m", folder, "--prompts", folder / "prompts.jsonl", "--output", two, "--max_gen_len", 5]
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [str(word) for word in (*start, *options, "--attention", "dp")]
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stderr
+    words = ("-m", folder, "--prompts", folder / "prompts.jsonl", "--output", two, "--max_gen_len", 5)
+    done, other = run_command(2, "profile", *words, "--attention", "dp", "--device", "cpu")
+    assert done.returncode == other.returncode == 0, done.stderr
+    assert other.stdout == ""
     a, b = RoutingTrace.load(one), RoutingTrace.load(two)
     for name in ("experts", "sequence", "position"):
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name))

@@ -28,12 +28,11 @@ from mixtralkit.planning.synthetic import RoutingProcess
 from tests.engine.parts import engine_config, make_checkpoint, make_model, make_tokenizer
 from tests.moe.layers import random_plan
 from tests.planning.machines import machine
-from tests.ranks import run_ranks
-from tests.test_example_command import run
+from tests.ranks import run_command, run_ranks
 
 CKPTS = Path(__file__).resolve().parent.parent.parent / "ckpts"
 PROMPTS = ["In the beginning", "def read(path):\n", "NAME\n       tar -", "The function returns", "Moses"]
-NEW_TOKENS = 16
+NEW_TOKENS = 11
 # Shadows are cheap in this model's eyes, so that the policy takes some.
 EAGER = {"net_bandwidth": 1e13, "gpu_throughput": 1e9}
 
@@ -337,14 +336,16 @@ def test_one_rank_has_nothing_to_move(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_says_what_became_of_its_plans(tmp_path):
+def test_the_command_says_what_became_of_its_plans(tmp_path, command_line):
     make_checkpoint(tmp_path, engine_config(max_seq_len=256))
-    options = ("-m", tmp_path, "--max_gen_len", 20, "--temperature", 0, "--attention", "dp")
-    managed = run(2, *options, "--update_step", 4, "--policy", "balanced", "--slots_per_rank", 5)
-    assert managed.returncode == 0, managed.stderr
+    options = ("generate", "-m", tmp_path, "--max_gen_len", 20, "--temperature", 0, "--attention", "dp")
+    options += ("--device", "cpu")
+    managed, other = run_command(2, *options, "--update_step", 4, "--policy", "balanced", "--slots_per_rank", 5)
+    assert managed.returncode == other.returncode == 0, managed.stderr
     assert "plans: " in managed.stderr
-    assert managed.stdout == run(1, *options).stdout
-    wrong = run(1, *options, "--update_step", 4, "--policy", "best")
+    assert managed.stdout == command_line(*options).stdout
+    assert other.stdout == ""
+    wrong = command_line(*options, "--update_step", 4, "--policy", "best")
     assert wrong.returncode == 1
     assert "policy ('best') must be one of contiguous, hot_cold" in wrong.stderr
 

@@ -56,7 +56,7 @@ class AddressGraphs:
 def _requests(count: int) -> list[Request]:
     """More than run at a time, of different lengths, so that requests come in all the time."""
     greedy = SamplingOptions(temperature=0)
-    return [Request(i, tuple(range(5, 8 + 2 * i)), 20 + 7 * (i % 4), greedy) for i in range(count)]
+    return [Request(i, tuple(range(5, 8 + 2 * i)), 12 + 5 * (i % 4), greedy) for i in range(count)]
 
 
 def _with_graphs(context: RankContext, folder: Path, attention: str, policy: AnyPlan | None, follows: bool = True):
@@ -83,7 +83,7 @@ def _with_graphs(context: RankContext, folder: Path, attention: str, policy: Any
                 launched(flight)
 
             engine.plan_manager.launched = noted
-        answers = [completion.tokens for completion in engine.complete(_requests(13))]
+        answers = [completion.tokens for completion in engine.complete(_requests(11))]
     return answers, engine.plan_manager and engine.plan_manager.statistics, "".join(kinds)
 
 

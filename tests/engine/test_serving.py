@@ -109,12 +109,12 @@ def test_answers_are_those_of_each_request_alone(tokenizer, slots, pages, budget
 
 def _over_ranks(context: RankContext, folder: Path, attention: str, experts: str, pages: int) -> tuple:
     """The same by ``serve`` on rank 0 with others that follow, by a run from an iterator, and by two open runs."""
-    tokenizer, requests = Tokenizer(folder / "tokenizer.model"), many_requests(16)
+    tokenizer, requests = Tokenizer(folder / "tokenizer.model"), many_requests(10)
     engine = Engine(small(context, attention, experts, 4, pages), tokenizer, 24, mixed_budget=9)
-    live = served(engine, Script.at_random(requests, 3, 30) if context.is_first else None)
+    live = served(engine, Script.at_random(requests, 3, 20) if context.is_first else None)
     asked = iter(requests)
     lazy = {done.id: told(done) for done in (e.completion for e in engine.run(asked)) if done is not None}
-    runs = [engine.run(requests[:8]), engine.run(requests[8:])]
+    runs = [engine.run(requests[:5]), engine.run(requests[5:])]
     both: dict[int, tuple] = {}
     while runs:  # an event of each in turn
         for run in list(runs):
@@ -131,7 +131,7 @@ def _over_ranks(context: RankContext, folder: Path, attention: str, experts: str
     ("world_size", "attention", "experts"), [(2, "dp", "ep"), (2, "tp", "tp"), (4, "dp", "tp"), (4, "tp", "ep")]
 )
 def test_several_ranks_give_the_same(folder, tokenizer, world_size, attention, experts):
-    wanted = {id: told(one) for id, one in alone(tokenizer, many_requests(16)).items()}
+    wanted = {id: told(one) for id, one in alone(tokenizer, many_requests(10)).items()}
     answers = run_ranks(_over_ranks, world_size, folder, attention, experts, 5)
     for rank, (live, lazy, both, _) in enumerate(answers):
         assert live == ({} if rank else wanted)

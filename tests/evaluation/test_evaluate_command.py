@@ -15,6 +15,7 @@ import pytest
 from mixtralkit.cli.evaluate import evaluate
 from mixtralkit.planning.trace import RoutingTrace
 from tests.engine.parts import engine_config, make_checkpoint
+from tests.ranks import run_command
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "evaluate.py"
@@ -139,21 +140,21 @@ def test_compare_prints_and_writes_the_differences(folder, prompts, whole, tmp_p
     assert {d["difference"] for d in differences if d["metric"] != "contains"} == {0.0}
 
 
-def test_a_capacity_drops_rows_and_makes_another_run(folder, prompts, tmp_path):
+def test_a_capacity_drops_rows_and_makes_another_run(folder, prompts, tmp_path, command_line):
     """Under dp and ep a cold expert's rows over its capacity are dropped, which the layers report and scores show."""
-    arguments = ("-m", folder, "--prompts", prompts, "--max_gen_len", 4, "--attention", "dp")
-    cut = start(2, *arguments, "--output", tmp_path / "run", "--cold_capacity_factor", 0.25)
-    code, _, err = finished(cut)
-    assert code == 0, err
+    arguments = ("evaluate", "-m", folder, "--prompts", prompts, "--output", tmp_path / "run", "--max_gen_len", 4)
+    arguments += ("--attention", "dp", "--device", "cpu")
+    cut, other = run_command(2, *arguments, "--cold_capacity_factor", 0.25)
+    assert (cut.returncode, other.returncode) == (0, 0), cut.stderr
     header, *rows = [
-        line.split() for line in err.splitlines() if line.startswith("layer") or line[:5].strip().isdigit()
+        line.split() for line in cut.stderr.splitlines() if line.startswith("layer") or line[:5].strip().isdigit()
     ]
     dropped = header.index("dropped")
     assert sum(int(row[dropped].replace(",", "")) for row in rows) > 0
-    code, _, err = finished(start(2, *arguments, "--output", tmp_path / "run"))
-    assert code != 0
-    assert "error: " in err
-    assert "holds a run of another setting: " in err
+    again = command_line(*arguments)
+    assert again.returncode == 1
+    assert again.stderr.startswith("error: ")
+    assert "holds a run of another setting: " in again.stderr
 
 
 @pytest.mark.parametrize(

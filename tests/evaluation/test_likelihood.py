@@ -17,7 +17,7 @@ from tests.ranks import run_ranks
 END_SCALE = 3.0  # some likeliest tokens are the end token
 
 
-def some_pairs(count: int = 40, seed: int = 0) -> list[tuple[list[int], list[int]]]:
+def some_pairs(count: int = 24, seed: int = 0) -> list[tuple[list[int], list[int]]]:
     """Contexts that several continuations share; random continuations, and the model's own, right and spoilt."""
     rng, mixtral = random.Random(seed), make_mixtral(RankContext(), end_scale=END_SCALE)
     pairs = []

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from mixtralkit.engine.chat import encode_chat
 from mixtralkit.engine.tokenizer import Tokenizer
 from mixtralkit.evaluation import likelihood
 from mixtralkit.planning.plan import everywhere
-from tests.ranks import run_ranks
+from tests.ranks import Done, command_of_rank, run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 CKPTS, TASKS = ROOT / "ckpts", Path(__file__).resolve().parent / "tasks"
@@ -285,24 +285,38 @@ def test_automatic_batches_and_the_command_line_s_numbers(model):
     assert [adapter._batch(*values) for values in given] == [8, 12, 16, 3]
 
 
+def _only_given_tasks(setattr: Any) -> None:
+    """The harness's own tasks are thousands of files, which its command would read first: fourteen seconds."""
+    from lm_eval.tasks import TaskManager
+
+    setattr(TaskManager, "__init__", functools.partialmethod(TaskManager.__init__, include_defaults=False))
+
+
+def _harness_of_rank(context, folder: str, words: tuple[str, ...]) -> Done:
+    _quiet(os.environ.__setitem__, f"{folder}/{context.rank}")
+    os.chdir(ROOT)
+    _only_given_tasks(setattr)
+    return command_of_rank(context, "lm-eval", words)
+
+
 @pytest.mark.slow
 def test_the_command_runs_the_harness_on_two_ranks_and_prints_once(alone, tmp_path):
-    line = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-        "-m", "mixtralkit", "lm-eval", "--model", "mixtralkit",
-        "--model_args", f"ckpt_dir=ckpts,experts=ep,attention=dp,max_length={WINDOW}", "--batch_size", "4",
-        "--include_path", str(TASKS), "--tasks", NAMES[0], "--output_path", str(tmp_path),
-    ]  # fmt: skip
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(line, env=environ, cwd=ROOT, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stderr
+    words = (
+        "--model", "mixtralkit", "--model_args", f"ckpt_dir=ckpts,experts=ep,attention=dp,max_length={WINDOW}",
+        "--batch_size", "4", "--device", "cpu", "--include_path", str(TASKS), "--tasks", NAMES[0],
+        "--output_path", str(tmp_path / "out"),
+    )  # fmt: skip
+    done, other = run_ranks(_harness_of_rank, 2, str(tmp_path), words)
+    assert done.returncode == other.returncode == 0, done.stderr
     (row,) = re.findall(r"mixtralkit_choice.*\|acc +\|.*?\|(0\.\d+)\|", done.stdout)
     assert float(row) == pytest.approx(alone["metrics"][NAMES[0]]["acc,none"], abs=1e-4)
-    assert len(list(tmp_path.rglob("results_*.json"))) == 1
+    assert other.stdout == ""
+    assert len(list((tmp_path / "out").rglob("results_*.json"))) == 1
 
 
 def test_the_command_says_what_is_wrong_in_one_sentence(command_line, monkeypatch):
     monkeypatch.setattr(sys, "argv", sys.argv)
+    _only_given_tasks(monkeypatch.setattr)
     line = ["--model", "mixtralkit", "--model_args", "ckpt_dir=nowhere", "--tasks", NAMES[0]]
     done = command_line("lm-eval", *line, "--include_path", TASKS)
     assert done.returncode == 1

@@ -29,8 +29,7 @@ from mixtralkit.planning.policies.two_phase import check_estimate
 from mixtralkit.planning.popularity import PathPopularity, extend_paths
 from mixtralkit.planning.trace import RoutingTrace
 from tests.moe.layers import Whole, random_plan, stack
-from tests.ranks import run_ranks
-from tests.test_example_command import run
+from tests.ranks import run_command, run_ranks
 
 LAYERS, EXPERTS = 4, 8
 WHOLES = [Whole(seed=seed, skew={(3 * seed) % 8: 3.0}) for seed in range(LAYERS)]
@@ -389,13 +388,14 @@ def test_greedy_text_of_the_shipped_model_stays(shipped, world_size):
 
 def test_the_command_shows_its_statistics(shipped):
     _, profile = shipped
-    ways = ("-m", CKPTS, "--dtype", "float32", "--exchange", "exact", "--max_gen_len", 3, "--moe_report")
-    done = run(2, *ways, "--dynamic", "two_phase", "--popularity", profile, "--finetune_threshold", 0.3)
-    assert done.returncode == 0, done.stderr
+    ways = ("generate", "-m", CKPTS, "--device", "cpu", "--dtype", "float32", "--exchange", "exact")
+    ways += ("--max_gen_len", 3, "--moe_report", "--dynamic", "two_phase", "--popularity", profile)
+    done, other = run_command(2, *ways, "--finetune_threshold", 0.3)
+    assert done.returncode == other.returncode == 0, done.stderr
     assert "estimates         right   corrections   bytes_ahead     hidden_ms     waited_ms" in done.stderr
 
 
-def test_the_command_wants_a_profile():
-    done = run(1, "-m", CKPTS, "--dynamic", "two_phase")
+def test_the_command_wants_a_profile(command_line):
+    done = command_line("generate", "-m", CKPTS, "--dynamic", "two_phase")
     assert done.returncode != 0
     assert done.stderr.strip().startswith("error: popularity must name a profile with dynamic 'two_phase'")

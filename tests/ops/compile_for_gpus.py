@@ -215,8 +215,6 @@ if __name__ == "__main__":
         if int(sys.argv[1]) >= 89:  # rows in fp8 too
             for name, count in (("fp8", 64), ("fp8:tensor", 4096)):
                 packed_experts(name, count, operands=True)
-        sys.exit()
-    if sys.argv[2] == "linear":
         for name in ("int8", "fp8"):
             for count in (1, 8, 64, 256):
                 packed_linear(name, count)

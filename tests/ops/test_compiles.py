@@ -13,9 +13,8 @@ import pytest
 @pytest.mark.parametrize(
     ("capability", "experts", "kernels"),
     [
-        *((90, "plain", 50), (90, "packed", 30), (90, "linear", 9)),
-        *((80, "plain", 20), (80, "packed", 10), (80, "linear", 9)),
-        *((89, "packed", 10), (89, "linear", 9)),
+        *((90, "plain", 50), (90, "packed", 40)),
+        *((80, "plain", 20), (80, "packed", 20), (89, "packed", 20)),
     ],
 )
 def test_kernels_compile(capability, experts, kernels, tmp_path):

@@ -1,13 +1,9 @@
-"""tools/simulate.py and tools/measure_hardware.py, started as a user starts them."""
+"""The commands simulate and measure, with the words that a user types."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,15 +13,7 @@ from mixtralkit.cli.simulate import simulate
 from mixtralkit.planning.hardware import Hardware
 from mixtralkit.planning.plan import ExpertPlan, everywhere
 from mixtralkit.planning.simulate import sample_routing
-
-ROOT = Path(__file__).parents[2]
-
-
-def _run(*words: object, timeout_s: float = 60) -> subprocess.CompletedProcess:
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *map(str, words)], capture_output=True, text=True, timeout=timeout_s, env=environ
-    )
+from tests.ranks import run_command
 
 
 def test_plans_side_by_side(tmp_path, command_line):
@@ -108,13 +96,13 @@ def test_memory_without_end_holds_every_expert(tmp_path):
 
 @pytest.mark.slow
 def test_a_measured_machine_can_be_read(tmp_path):
-    done = _run(
-        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "tools" / "measure_hardware.py",
-        "tiny", "--device", "cpu", "--dim", 64, "--hidden", 64, "--message_mb", 0.1, "--output", tmp_path / "tiny.json",
-        "--fused",
-        timeout_s=120,
+    done, other = run_command(
+        2, "measure", "tiny", "--device", "cpu", "--dim", 64, "--hidden", 64, "--message_mb", 0.1,
+        "--output", tmp_path / "tiny.json", "--fused",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == other.returncode == 0, done.stderr
+    assert done.stdout.endswith("tiny.json: written\n")
+    assert other.stdout == ""
     measured = Hardware.load(tmp_path / "tiny.json")
     assert measured.inside.members == 2
     assert measured.data_bytes == 4
