@@ -8,9 +8,21 @@ from statistics import mean
 
 import pytest
 
+from benchmarks.model.source import RandomWords
+from benchmarks.serving.bench_host import bench_host
 from benchmarks.serving.bench_throughput import CASES, bench_throughput
-from benchmarks.serving.load import Load, Record, poisson_starts, random_prompts, serve_fields, throughput_fields
-from mixtralkit.engine.requests import Request
+from benchmarks.serving.load import (
+    Coming,
+    Load,
+    Record,
+    poisson_starts,
+    random_prompts,
+    serve_fields,
+    throughput_fields,
+)
+from benchmarks.serving.simulate_steps import simulate_steps, steps_of
+from mixtralkit.engine.requests import Progress, Request
+from mixtralkit.engine.scheduler import Scheduler, Sequence
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -51,6 +63,13 @@ def test_arrivals_come_when_they_are_due_and_never_again(monkeypatch):
     assert load.poll(False) is None
 
 
+def test_some_come_at_once_and_others_one_by_one():
+    coming = Coming([Request(i, (3,), 1) for i in range(5)], 3)
+    came = [coming.poll(False) for _ in range(12)]
+    ids = [None if some is None else [request.id for request in some] for some in came]
+    assert ids == [[0, 1, 2], [], [], [3], [], [], [], [4], [], [], [], None]
+
+
 def test_prompts_are_random_and_the_same_again():
     assert random_prompts([3, 5], 50, 1) == random_prompts([3, 5], 50, 1) != random_prompts([3, 5], 50, 2)
 
@@ -74,3 +93,26 @@ def test_a_whole_run_of_a_small_model(tmp_path):
     with pytest.raises(ValueError, match=r"cases \(none\) must be some of single, fixed"):
         bench_throughput(random_weights=True, cases="none")
     assert set(CASES) == {"single", "fixed", "mixed", "uniform", "poisson", "prefix"}
+
+
+def test_the_host_s_part_of_steps(tmp_path):
+    output = tmp_path / "host.json"
+    bench_host(sequences=3, steps=40, prompt_len=20, vocab_size=64, page_size=16, output=output)
+    lines = {line["measurement"]: line for line in map(json.loads, output.read_text().splitlines())}
+    assert set(lines) == {"served", "served, drawn", "served, prompts arrive", "list", "list, drawn"}
+    assert all(line["turns"] > 20 for name, line in lines.items() if name != "served, prompts arrive")
+    assert lines["served, prompts arrive"]["turns"] == 3, "one for each that comes, but for the first turns"
+
+
+def test_simulated_steps_give_every_token(capsys):
+    simulate_steps(mixed_budget="768", sequences=2)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["case"] for line in lines] == ["fixed", "equal", "uniform", "uniform, as they come"]
+    assert [line["steps"] for line in lines[:2]] == [256, 562]
+    words, scheduler = RandomWords(100), Scheduler(1, 2, 40, 16, 30, 9, prefix_reuse=False)
+    sequences = [Sequence(i, Progress(Request(i, (3,) * 20, 7), 7, words), i) for i in range(5)]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    slow = [ms for planned, ms in steps_of(scheduler) if planned.plan.has_chunks]
+    assert [len(sequence.answer.tokens) for sequence in sequences] == [7] * 5
+    assert min(slow) > 18.5, "nearly every expert is read"

@@ -114,7 +114,9 @@ def bench_throughput(
     if "fixed" in wanted:
         bench.fixed(sequences, prompt_len, new_tokens)
     if "mixed" in wanted:
-        bench.mixed(max(1, sequences - 8), min(mixed_budget, most - 8))
+        chunk = min(mixed_budget, most - 8)
+        for size in (*(size for size in (256, 512) if size < chunk), chunk):
+            bench.mixed(max(1, sequences - 8), size)
     if "uniform" in wanted or "poisson" in wanted:
         rate = bench.uniform(requests, shortest, longest, sequences)
         if "poisson" in wanted:
@@ -150,10 +152,13 @@ class Bench:
         self.drawn += 1
         return random_prompts(lengths, self.vocab_size, 1000 * self.seed + self.drawn)
 
-    def run(self, requests: list[Request], starts: list[float] | None = None) -> Record | None:
+    def run(
+        self, requests: list[Request], starts: list[float] | None = None, at_once: int | None = None
+    ) -> Record | None:
         if self.engine.context.is_first:
-            return run(self.engine, requests, starts)
-        for _ in self.engine.run(requests) if starts is None else self.engine.serve(None):
+            return run(self.engine, requests, starts, at_once)
+        is_list = starts is None and at_once is None
+        for _ in self.engine.run(requests) if is_list else self.engine.serve(None):
             pass
         return None
 
@@ -205,7 +210,7 @@ class Bench:
     def mixed(self, count: int, chunk: int) -> None:
         """A step of decodes and a chunk of a prompt, against the two one after the other."""
         prompts = self.prompts([32] * count + [chunk] * 8)
-        together = self.run(self.requests(prompts, [64] * count + [1] * 8))
+        together = self.run(self.requests(prompts, [64] * count + [1] * 8), at_once=count)
         chunks = [self.run(self.requests(self.prompts([chunk]), [1])) for _ in range(4)]
         if together is None:
             return

@@ -56,6 +56,23 @@ class Load:
         return self.requests[first : self.given]
 
 
+class Coming:
+    """The first requests come at once, the others one by one, in every fourth turn."""
+
+    def __init__(self, requests: list[Request], at_once: int) -> None:
+        self._requests, self._at_once, self._polls = requests, at_once, 0
+
+    def poll(self, wait: bool) -> list[Request] | None:
+        """As ``Arrivals.poll``."""
+        self._polls += 1
+        if self._polls == 1:
+            return self._requests[: self._at_once]
+        if self._polls % 4:
+            return []
+        late = self._at_once + self._polls // 4 - 1
+        return self._requests[late : late + 1] or None
+
+
 @dataclass
 class Record:
     """What a load gave: times of every request's tokens, from its coming (s), and the number of running sequences at
@@ -83,14 +100,21 @@ class Record:
         return sum(map(len, self.tokens_s.values())) / self.duration_s
 
 
-def run(engine: Engine, requests: list[Request], starts: list[float] | None = None) -> Record:
-    """Serves the requests, which come at ``starts``, or runs them as one list; every token must have a text."""
+def run(
+    engine: Engine, requests: list[Request], starts: list[float] | None = None, at_once: int | None = None
+) -> Record:
+    """Serves the requests, which come at ``starts``, or so many ``at_once`` and then one by one (``Coming``), or runs
+    them as one list; every token must have a text."""
     load, record = Load(requests, starts or [0.0] * len(requests)), Record(requests)
     record.tokens_s = {request.id: [] for request in requests}
     came = {request.id: start for request, start in zip(requests, load.starts, strict=True)}
     load.began = time.perf_counter()
     with watched(record):
-        for events in ([event] for event in engine.run(requests)) if starts is None else engine.serve(load):
+        if at_once is not None:
+            steps = engine.serve(Coming(requests, at_once))
+        else:
+            steps = ([event] for event in engine.run(requests)) if starts is None else engine.serve(load)
+        for events in steps:
             now = time.perf_counter() - load.began
             for event in events:
                 if event.error is not None:

@@ -24,8 +24,21 @@ from mixtralkit.engine.requests import Progress, Request
 from mixtralkit.engine.scheduler import Planned, Scheduler, Sequence
 
 PAGE = 128
-EXPERTS_MS = ((64, 21.1), (256, 23.7), (1024, 45.0), (4096, 150.1), (16384, 581.1))  # all layers, by rows
-OTHERS_MS = ((64, 1.9), (256, 2.4), (16384, 83.0))  # projections, router, norms, sampling and what lies between steps
+EXPERTS_MS = (
+    (1, 5.2),
+    (8, 18.5),
+    (64, 21.1),
+    (256, 23.7),
+    (1024, 45.0),
+    (4096, 150.1),
+    (16384, 581.1),
+)  # all layers, by rows
+OTHERS_MS = (
+    (1, 1.2),
+    (64, 1.9),
+    (256, 2.4),
+    (16384, 83.0),
+)  # projections, router, norms, sampling and what lies between steps
 KEY_MS = 3.13e-5  # a key that a decoding row reads: 256 rows take 31.2 ms with 640 keys each, 32.8 with 843
 PAIR_MS = 1.72e-6  # a pair of tokens in a prompt
 WORDS = RandomWords(32_000)

@@ -94,6 +94,15 @@ class ToolCall(Strict):
     function: CalledFunction
 
 
+class SentFunction(CalledFunction):
+    parsed_arguments: Any = None  # this and two more the official package's stream helper adds to what it got
+
+
+class SentCall(ToolCall):
+    function: SentFunction
+    index: int | None = None
+
+
 class SystemMessage(Strict):
     role: Literal["system", "developer"]
     content: Content
@@ -107,8 +116,9 @@ class UserMessage(Strict):
 class AssistantMessage(Strict):
     role: Literal["assistant"]
     content: Content | None = None
-    tool_calls: Annotated[list[ToolCall], Field(min_length=1)] | None = None
+    tool_calls: Annotated[list[SentCall], Field(min_length=1)] | None = None
     # the official package sends these back as it got them
+    parsed: Any = None
     refusal: None = None
     annotations: None = None
     audio: None = None

@@ -158,7 +158,8 @@ def test_reference_of_packed_weights(name, monkeypatch):
     assert_near(linear(x_TI, packed, norm, residual_TO), found.double(), 1e-3)  # compiled kernels round x to 16 bits
     out = torch.empty(3, 40, dtype=torch.float16)
     assert linear(x_TI.half(), packed, None, residual_TO.half(), out) is out
-    assert_near(out, expected(x_TI.half(), packed.float(), None, residual_TO.half()), TOLERANCE[torch.float16])
+    tolerance = 0.015 if name.startswith("int4") else TOLERANCE[torch.float16]  # beside 4 bits to 8
+    assert_near(out, expected(x_TI.half(), packed.float(), None, residual_TO.half()), tolerance)
 
 
 def test_reference_keeps_gradients():

@@ -6,11 +6,11 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import httpx
+from msgspec.structs import replace
 
 from mixtralkit.config import ParallelConfig, ServerOptions
 from mixtralkit.distributed import RankContext

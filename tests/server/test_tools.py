@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import random
 import re
-from dataclasses import replace
 
 import jsonschema
 import numpy as np
 import openai
 import pytest
+from msgspec.structs import replace
 
 from mixtralkit.distributed import RankContext
 from mixtralkit.engine.chat import render
@@ -325,7 +325,14 @@ def test_a_model_that_never_heard_of_tools_calls_them(tmp_path, choice):
             async for event in stream:
                 if event.type == "tool_calls.function.arguments.delta":
                     seen[event.name] = seen.get(event.name, "") + event.arguments_delta
-            return whole, parts.text, seen, await stream.get_final_completion()
+            final = await stream.get_final_completion()
+        message = final.choices[0].message
+        results = [{"role": "tool", "tool_call_id": call.id, "content": "31"} for call in message.tool_calls]
+        dialog = [*asked["messages"], message, *results]
+        await official.chat.completions.create(
+            model="double", messages=dialog, tools=TWO, tool_choice="none", max_tokens=1
+        )
+        return whole, parts.text, seen, final
 
     whole, lines, seen, final = run(ask, engine)
     (said,) = whole.json()["choices"]

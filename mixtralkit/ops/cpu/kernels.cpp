@@ -29,10 +29,10 @@ namespace {
 
 constexpr long CHUNK = 1024;        // columns: 4 rows of weights and 3 of x in float32 fit the first cache
 constexpr long PART = CHUNK + 16;   // floats from row to row there, not in the same set of the cache
-constexpr long FEW = 24;            // rows up to which converting in registers beats converting into the first cache
-constexpr long BLOCK = 48;          // rows of x whose chunk stays in the second cache
+constexpr long FEW = 16;            // rows up to which converting in registers beats converting into the first cache
+constexpr long BLOCK = 64;          // rows of x whose chunk stays in the second cache
 constexpr long AHEAD = 512;           // bytes from what is read to what is asked for
-constexpr long OUTPUTS = 32;        // of one piece of work
+constexpr long OUTPUTS = 128;       // of one piece of work at most: between pieces nothing has been asked for
 
 long padded(long k) { return (k + 15) / 16 * 16 + (k >= CHUNK ? 16 : 0); }
 
@@ -116,7 +116,6 @@ constexpr int MOST = 6;  // rows of a tile of 4 outputs, as many as there are re
 #else
 constexpr int MOST = 3;
 #endif
-constexpr int WIDEST = std::max(MOST, 4);  // rows of a tile of 2 outputs: beside weights that become float32 in registers
 
 template <int MR, bool FIRST, class T>
 inline void tile_of(int count, const T* w, long ldw, const float* const* x, long k0, long n, float* const* out, long turn,
@@ -148,22 +147,20 @@ void tile_of(int rows, int count, const T* w, long ldw, const float* const* x, l
     }
 }
 
-// Rows of the tile that starts at m: as even as tiles of up to `most` can be.
-inline int tile_rows(long rows, long m, int most) { long left = rows - m, tiles = (left + most - 1) / most; return (int)((left + tiles - 1) / tiles); }
-
 template <class T>
 void few(const T* w, long ldw, long outputs, long K, const float* const* x, long rows, float* const* out) {
     float* at[FEW];
+    const int most = rows <= 4 ? std::max(MOST, 4) : MOST;  // four rows take tiles of 2 outputs, which read the weights once
     for (long o = 0; o < outputs; o += 4) {
         int count = (int)std::min(4L, outputs - o);
         for (long m = 0; m < rows; m++) std::fill_n(at[m] = out[m] + o, count, 0.f);
         for (long k = 0; k < K; k += CHUNK) {
             const T* from = w + o * ldw + k;
             long n = std::min(CHUNK, K - k);
-            int step = tile_rows(rows, 0, WIDEST);
+            int step = tile_rows(rows, 0, most);
             long turn = (K - k) * (long)sizeof(T) - AHEAD, jump = (4 * ldw - K) * (long)sizeof(T);  // to the next outputs
             tile_of<true>(step, count, from, ldw, x, k, n, at, turn, jump);
-            for (long m = step; m < rows; m += step) tile_of<false>(step = tile_rows(rows, m, WIDEST), count, from, ldw, x + m, k, n, at + m);
+            for (long m = step; m < rows; m += step) tile_of<false>(step = tile_rows(rows, m, most), count, from, ldw, x + m, k, n, at + m);
         }
     }
 }
@@ -233,33 +230,41 @@ void product(const mk_weight& w, long slot, long first, long outputs, long K, lo
     product_packed(packed, first, outputs, columns(w, last), narrow, rows, out);
 }
 
-// Rows in float32, padded with zeros to what weights of K columns may want, and in 16 bits where those want that.
+// Rows in float32, padded with zeros to what weights of K columns may want, and in 16 bits where those want that, or in 8
+// beside INT4 in runs of half precision.
 struct Rows {
     long count, K, whole, group;
+    bool eight;
+    int times;
     Floats data, scales;
     std::unique_ptr<int16_t[]> numbers;
     std::vector<const float*> at;
     std::vector<Narrow> narrow_at;
 
-    Rows(long count, long K, const mk_weight& w)
+    Rows(long count, long K, const mk_weight& w, int type)
         : count(count), K(K), whole(columns(w, K)), group(w.type == INT4 ? w.group : X_GROUP),
+          eight(HAS_EIGHT && w.type == INT4 && type != F32), times(w.zeros ? 1 : 8),
           data(floats(count * padded(whole))), at(count), narrow_at(count) {
         for (long m = 0; m < count; m++) at[m] = data.get() + m * padded(whole);
         if (!is_packed(w)) return;
         numbers.reset(new int16_t[count * whole]);
-        scales = floats(2 * count * (whole / group));
+        scales = floats(2 * count * (whole / std::min(group, X_GROUP)));
     }
     float* row(long m) { return (float*)at[m]; }
     void finish(long m) {
         std::fill(row(m) + K, row(m) + padded(whole), 0.f);
         if (!numbers) return;
-        long groups = whole / group;
+        long groups = whole / std::min(group, X_GROUP);
         int16_t* to = numbers.get() + m * whole;
-        float* scale = scales.get() + 2 * m * groups;
-        narrow(row(m), K, whole, group, to, scale, scale + groups);
-        narrow_at[m] = {to, scale, scale + groups};
+        float *scale = scales.get() + 2 * m * groups, *sum = scale + groups;
+        narrow_at[m] = {to, eight ? (int8_t*)to : nullptr, scale, sum};
+        if (eight) narrow8(row(m), K, whole, times, (int8_t*)to, scale);
+        else narrow(row(m), K, whole, group, to, scale, sum);
     }
 };
+
+// Outputs of a piece of work, so that every thread gets several.
+long piece_of(long outputs, int threads) { return outputs / OUTPUTS >= 8 * threads ? OUTPUTS : OUTPUTS / 4; }
 
 // y += residual, rounded and written to outputs `first` … of row m.
 void write(float* y, long m, long first, long n, const mk_rows& residual, const mk_rows& out) {
@@ -278,8 +283,8 @@ extern "C" {
 // out [M, O] = norm(x) [M, K] · wᵀ [+ residual [M, O]].
 void mk_linear(int threads, long M, long K, long O, const mk_rows* x, const mk_norm* norm, const mk_weight* w,
                const mk_rows* residual, const mk_rows* out) {
-    Rows rows(M, K, *w);
-    long pieces = (O + OUTPUTS - 1) / OUTPUTS;
+    Rows rows(M, K, *w, x->type);
+    long size = piece_of(O, threads), pieces = (O + size - 1) / size;
 #pragma omp parallel num_threads(threads)
     {
         Floats sums = floats(M * OUTPUTS);
@@ -292,7 +297,7 @@ void mk_linear(int threads, long M, long K, long O, const mk_rows* x, const mk_n
         }
 #pragma omp for schedule(dynamic)
         for (long piece = 0; piece < pieces; piece++) {
-            long first = piece * OUTPUTS, n = std::min(OUTPUTS, O - first);
+            long first = piece * size, n = std::min(size, O - first);
             product(*w, 0, first, n, K, K, rows.at.data(), rows.narrow_at.data(), M, at.data());
             for (long m = 0; m < M; m++) write(at[m], m, first, n, *residual, *out);
         }
@@ -302,7 +307,7 @@ void mk_linear(int threads, long M, long K, long O, const mk_rows* x, const mk_n
 // normed [M, K] = norm(x), logits [M, E] = normed · wᵀ in float32, experts [M, top] the largest and weights their softmax.
 void mk_gate(int threads, long M, long K, long E, long top, const mk_rows* x, const mk_norm* norm, const mk_weight* w,
              const mk_rows* normed, float* logits, int64_t* experts, float* weights) {
-    Rows rows(M, K, *w);
+    Rows rows(M, K, *w, x->type);
 #pragma omp parallel for num_threads(std::min<long>(threads, M)) if (M > 1)
     for (long m = 0; m < M; m++) {
         read_normed(*x, *norm, m, K, rows.row(m));
@@ -336,10 +341,11 @@ void mk_expert_sum(int threads, long R, long D, long F, long last, long S, long 
         if (slots[i] >= 0) place[i] = next[slots[i]]++;
     for (long s = 0; s < S; s++)
         if (start[s + 1] > start[s]) touched.push_back(s), most = std::max(most, start[s + 1] - start[s]);
-    Rows rows(R, D, *w13), hidden(N, last, *w2);  // hidden is silu(w1 · x) * (w3 · x) of every choice
+    Rows rows(R, D, *w13, x->type), hidden(N, last, *w2, x->type);  // hidden is silu(w1 · x) * (w3 · x) of every choice
     std::vector<const float*> x_at(N);
     std::vector<Narrow> narrow_at(N);
-    long pieces = (last + OUTPUTS - 1) / OUTPUTS, pieces2 = (D + OUTPUTS - 1) / OUTPUTS, experts = (long)touched.size();
+    long experts = (long)touched.size(), size = piece_of(experts * last, threads), size2 = piece_of(D, threads);
+    long pieces = (last + size - 1) / size, pieces2 = (D + size2 - 1) / size2;
 #pragma omp parallel num_threads(threads)
     {
         Floats sums = floats(std::max(2 * most, N) * OUTPUTS);
@@ -355,7 +361,7 @@ void mk_expert_sum(int threads, long R, long D, long F, long last, long S, long 
             if (place[i] >= 0) x_at[place[i]] = rows.at[i / K], narrow_at[place[i]] = rows.narrow_at[i / K];
 #pragma omp for schedule(dynamic)
         for (long work = 0; work < experts * pieces; work++) {
-            long s = touched[work / pieces], first = work % pieces * OUTPUTS, n = std::min(OUTPUTS, last - first);
+            long s = touched[work / pieces], first = work % pieces * size, n = std::min(size, last - first);
             long i0 = start[s], count = start[s + 1] - i0;
             product(*w13, s, first, n, D, D, &x_at[i0], &narrow_at[i0], count, &at[0]);
             product(*w13, s, F + first, n, D, D, &x_at[i0], &narrow_at[i0], count, &at[count]);
@@ -372,7 +378,7 @@ void mk_expert_sum(int threads, long R, long D, long F, long last, long S, long 
         float y[OUTPUTS];
 #pragma omp for schedule(dynamic)
         for (long piece = 0; piece < pieces2; piece++) {
-            long first = piece * OUTPUTS, n = std::min(OUTPUTS, D - first);
+            long first = piece * size2, n = std::min(size2, D - first);
             for (long s : touched) {
                 long i0 = start[s], count = start[s + 1] - i0;
                 product(*w2, s, first, n, F, last, &hidden.at[i0], &hidden.narrow_at[i0], count, &at[i0]);

@@ -26,7 +26,8 @@ def linear_cpu(
     """norm(x) · wᵀ [+ residual], summed in float32, rounded once: [T, O]. The norm, if any, rounds as ``rms_norm``.
 
     A row's result depends on nothing but the row and the weights: not on other rows, not on the number of threads.
-    Beside packed weights x is rounded to 16 bits for each group of columns (``quantised.h``).
+    Beside packed weights x is rounded for each group of columns: to 8 bits where weights have 4 and x has 16, or else
+    to 16 (``quantised.h``).
     """
     if out is None:
         out = x_TI.new_empty(x_TI.shape[0], w_OI.shape[0], dtype=out_dtype)

@@ -13,9 +13,18 @@
 #include "vectors.h"
 
 constexpr long X_GROUP = 64;          // x of one scale beside INT8
+#if defined(__AVX2__) && defined(__F16C__)
+#define MK_HAS_EIGHT
+constexpr bool HAS_EIGHT = true;
+#else
+constexpr bool HAS_EIGHT = false;
+#endif
 constexpr long NARROW_CHUNK = 2048;   // columns: weights and 4 rows of x in 16 bits fit the first cache
 constexpr long NARROW_ROWS = 64;      // of which a chunk fits the second
 constexpr long NARROW_OUTPUTS = 4;    // whose chunk of weights stays in the first cache while rows take turns
+
+// Rows of the tile that starts at m: as even as tiles of up to `most` can be.
+static inline int tile_rows(long rows, long m, int most) { long left = rows - m, tiles = (left + most - 1) / most; return (int)((left + tiles - 1) / tiles); }
 
 struct Packed {
     const char* data;
@@ -26,9 +35,10 @@ struct Packed {
     long columns;          // of an output, of which a product may take the first ones
 };
 
-// A row of x in 16 bits: K numbers, and for each group the scale and scale · Σ numbers.
+// A row of x in 16 bits: K numbers, and for each group the scale and scale · Σ numbers. Or in 8: what `narrow8` writes.
 struct Narrow {
     const int16_t* x;
+    const int8_t* x8;  // null in 16 bits
     const float *scale, *sum;
 };
 
@@ -44,6 +54,28 @@ static inline void narrow(const float* x, long count, long K, long group, int16_
         std::fill(to + end, to + k + group, (int16_t)0);
         *scale = most / 32767.f;
         *sum = *scale * total;
+    }
+}
+
+// The same in 8 bits: of 64 columns a scale and 96 bytes. `chunk8` makes sixteen sums of them, in turns of the first and of the
+// second 32 columns; of each, two neighbours are in the first 32 bytes, two in the next, and in the last ones is the sum
+// of these four, `times` over.
+static inline void narrow8(const float* x, long count, long K, int times, int8_t* to, float* scale) {
+    for (long k = 0; k < K; k += 64, to += 96) {
+        float part[64] = {}, most = 0;
+        int8_t numbers[64];
+        if (k < count) memcpy(part, x + k, std::min(64L, count - k) * 4);
+        vfloat high{};
+        for (int i = 0; i < 64; i += VW) { vfloat v = load(part + i); v = v < 0.f ? -v : v; high = v > high ? v : high; }
+        for (int i = 0; i < VW; i++) most = std::max(most, high[i]);
+        float by = most > 0 ? 127.f / most : 0.f;
+        *scale++ = most / 127.f;
+        for (int i = 0; i < 64; i++) numbers[i] = (int8_t)(int)(part[i] * by + (part[i] < 0 ? -.5f : .5f));
+        for (int i = 0; i < 16; i++) {
+            const int8_t* from = numbers + i % 2 * 32 + i / 8 * 8 + i % 8 / 2 * 2;
+            int16_t sum = (int16_t)((from[0] + from[1] + from[16] + from[17]) * times);
+            memcpy(to + 2 * i, from, 2), memcpy(to + 32 + 2 * i, from + 16, 2), memcpy(to + 64 + 2 * i, &sum, 2);
+        }
     }
 }
 
@@ -117,6 +149,7 @@ static inline void scales_of(const Packed& w, long o, long g0, long count, const
         const uint8_t* zeros = w.zeros ? w.zeros + (o + r) * (w.columns / GROUP) + g0 : nullptr;
         vfloat less[MR] = {};
         long g = 0;
+        for (long ahead = 0; ahead < count; ahead += 32) __builtin_prefetch(scales + NR * (w.columns / GROUP) + ahead);
         for (; g + VW <= count; g += VW) {
             vfloat s = load(scales + g), z = splat(8.f);
             if (zeros) z = __builtin_convertvector(__builtin_convertvector(load_as<vubyte>(zeros + g), vint), vfloat);
@@ -174,13 +207,91 @@ static inline void chunk(const Packed& w, long o, long k0, long n, const Narrow*
     }
 }
 
+#if defined(MK_HAS_EIGHT)
+// Scales of a chunk of up to NARROW_OUTPUTS outputs as whole numbers, of which the largest of an output is 32767, and zero points.
+template <int GROUP> struct Scales {
+    static constexpr int MOST = GROUP ? NARROW_CHUNK / GROUP : 16;
+    alignas(32) int16_t by[NARROW_OUTPUTS][MOST], zero[NARROW_OUTPUTS][MOST];
+    float step[NARROW_OUTPUTS];
+
+    void read(const Packed& w, long o, long outputs, long k0, long n) {
+        long row = w.columns / GROUP, count = n / GROUP, at = o * row + k0 / GROUP;
+        for (long r = 0; r < outputs; r++, at += row) {
+            const char* from = w.scales + 2 * at;
+            char copy[2 * MOST];
+            for (int i = 0; i < 2 * MOST; i += 64) __builtin_prefetch(from + NARROW_OUTPUTS * row * 2 + i);
+            if (count < MOST) from = (char*)memcpy(memset(copy, 0, sizeof copy), from, 2 * count);
+            __m256i high{}, size = _mm256_set1_epi16(0x7fff);
+            for (int g = 0; g < MOST; g += 16) high = _mm256_max_epu16(high, _mm256_and_si256(load_as<__m256i>(from + 2 * g), size));
+            __m128i most = _mm_max_epu16(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+            most = ~_mm_minpos_epu16(~most);
+            float largest = _mm_cvtss_f32(_mm_cvtph_ps(most)), times = largest > 0 ? 32767.f / largest : 0.f;
+            step[r] = largest / 32767.f;
+            auto whole = [=](int g) { return _mm256_cvtps_epi32(_mm256_cvtph_ps(load_as<__m128i>(from + 2 * g)) * times); };
+            for (int g = 0; g < MOST; g += 16) {
+                __m256i both = _mm256_permute4x64_epi64(_mm256_packs_epi32(whole(g), whole(g + 8)), 0xd8);
+                memcpy(by[r] + g, &both, sizeof both);
+            }
+            for (long g = 0; w.zeros && g < count; g++) zero[r][g] = w.zeros[at + g];
+        }
+    }
+    // Those of the two halves of 64 columns in turns.
+    static __m256i of(const int16_t* numbers, long u) {
+        if constexpr (GROUP == 32) return _mm256_set1_epi32(load_as<int32_t>(numbers + 2 * u));
+        else return _mm256_set1_epi16(numbers[u * 64 / GROUP]);
+    }
+};
+
+// `chunk` for x in 8 bits beside INT4: sixteen sums of four products in 16 bits, then scaled and added in pairs.
+template <int GROUP, bool ZEROS, int MR, int NR>
+static inline void chunk8(const Packed& w, const Scales<GROUP>& s, long o, long k0, long n, const Narrow* x, float* const* out, long at) {
+    const char* p = w.data + o * w.ld + k0 / 2;
+    const __m256i low = _mm256_set1_epi8(15);
+    const __m256i turns = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15));
+    vfloat8 acc[MR][NR] = {};
+    for (long u = 0; u < n / 64; u++)
+        for (int r = 0; r < NR; r++) {
+            const char* from = p + r * w.ld + 32 * u;
+            __builtin_prefetch(from + NR * w.ld);
+            __m256i bits = _mm256_shuffle_epi8(load_as<__m256i>(from), turns), by = s.of(s.by[at + r], u);
+            __m256i first = _mm256_and_si256(bits, low), second = _mm256_and_si256(_mm256_srli_epi16(bits, 4), low);
+            for (int m = 0; m < MR; m++) {
+                const int8_t* xs = x[m].x8 + (k0 / 64 + u) * 96;
+                __m256i words = _mm256_maddubs_epi16(first, load_as<__m256i>(xs)), off = load_as<__m256i>(xs + 64);
+                words = _mm256_add_epi16(words, _mm256_maddubs_epi16(second, load_as<__m256i>(xs + 32)));
+                if constexpr (ZEROS) off = _mm256_mullo_epi16(off, s.of(s.zero[at + r], u));
+                words = _mm256_sub_epi16(words, off);
+                acc[m][r] = fma8((vint8w)_mm256_madd_epi16(words, by), x[m].scale[k0 / 64 + u], acc[m][r]);
+            }
+        }
+    for (int m = 0; m < MR; m++) {
+        float sums[NR] = {};
+        add_sums<NR>(acc[m], sums);
+        for (int r = 0; r < NR; r++) out[m][at + r] += sums[r] * s.step[at + r];
+    }
+}
+#else
+template <int GROUP> struct Scales { void read(const Packed&, long, long, long, long) {} };
+#endif
+
+template <int GROUP, int MR, int NR>
+static inline void either(const Packed& w, const Scales<GROUP>& scales, long o, long k0, long n, const Narrow* x, float* const* out, long at) {
+#if defined(MK_HAS_EIGHT)
+    if constexpr (GROUP > 0) {
+        if (x->x8 && w.zeros) return chunk8<GROUP, true, MR, NR>(w, scales, o, k0, n, x, out, at);
+        if (x->x8) return chunk8<GROUP, false, MR, NR>(w, scales, o, k0, n, x, out, at);
+    }
+#endif
+    chunk<GROUP, MR, NR>(w, o, k0, n, x, out, at);
+}
+
 // The same for any number of outputs and up to four rows.
 template <int GROUP, int MR>
-static void chunk_of(const Packed& w, long o, long outputs, long k0, long n, const Narrow* x, float* const* out) {
-    constexpr int NR = MR > 2 ? 2 : 4;  // so many sums stay in registers
+static void chunk_of(const Packed& w, const Scales<GROUP>& scales, long o, long outputs, long k0, long n, const Narrow* x, float* const* out) {
+    constexpr int NR = 4;
     long at = 0;
-    for (; at + NR <= outputs; at += NR) chunk<GROUP, MR, NR>(w, o + at, k0, n, x, out, at);
-    for (; at < outputs; at++) chunk<GROUP, MR, 1>(w, o + at, k0, n, x, out, at);
+    for (; at + NR <= outputs; at += NR) either<GROUP, MR, NR>(w, scales, o + at, k0, n, x, out, at);
+    for (; at < outputs; at++) either<GROUP, MR, 1>(w, scales, o + at, k0, n, x, out, at);
 }
 
 // out[m][0 … outputs) = x_m · w_o for outputs `first` …. Blocks of rows, whose chunk of x stays in the second cache; weights
@@ -194,14 +305,15 @@ static void product_packed(const Packed& w, long first, long outputs, long K, co
             long count = std::min(NARROW_OUTPUTS, outputs - o);
             for (long k = 0; k < K; k += NARROW_CHUNK) {
                 long n = std::min(NARROW_CHUNK, K - k);
+                Scales<GROUP> scales;
+                if constexpr (GROUP > 0) if (x->x8) scales.read(w, first + o, count, k, n);
                 for (long m = m0, step; m < m1; m += step) {
-                    float* at[4];
-                    step = std::min(4L, m1 - m);
+                    float* at[3];
+                    step = tile_rows(m1, m, 3);
                     for (int i = 0; i < step; i++) at[i] = out[m + i] + o;
-                    if (step == 1) chunk_of<GROUP, 1>(w, first + o, count, k, n, x + m, at);
-                    else if (step == 2) chunk_of<GROUP, 2>(w, first + o, count, k, n, x + m, at);
-                    else if (step == 3) chunk_of<GROUP, 3>(w, first + o, count, k, n, x + m, at);
-                    else chunk_of<GROUP, 4>(w, first + o, count, k, n, x + m, at);
+                    if (step == 1) chunk_of<GROUP, 1>(w, scales, first + o, count, k, n, x + m, at);
+                    else if (step == 2) chunk_of<GROUP, 2>(w, scales, first + o, count, k, n, x + m, at);
+                    else chunk_of<GROUP, 3>(w, scales, first + o, count, k, n, x + m, at);
                 }
             }
         }
