@@ -3,6 +3,7 @@
     python -m benchmarks.model.bench_quantised --output benchmarks/results/quantised.json
     python -m benchmarks.model.bench_quantised --plans bits.json --output …    # formats of a plan
     python -m benchmarks.model.bench_quantised --attention int8 fp8 --output …    # of attention and output
+    python -m benchmarks.model.bench_quantised --fp8_rows --output …    # rows rounded too, as GPUs multiply fp8
 
 A line a format on stderr and in the file, as soon as it is known; all else stays in float32, so that nothing but the
 format of the experts, or of attention and output, differs. ``bits`` are those of a rounded weight, with all that
@@ -16,8 +17,10 @@ import json
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from tqdm import tqdm
 
@@ -34,6 +37,8 @@ from mixtralkit.evaluation.work import AnswerOptions, make_works
 from mixtralkit.layout import is_projection, matrix_formats
 from mixtralkit.mixtral import Mixtral, open_source
 from mixtralkit.moe.weights import FORMATS, PLAIN, ExpertWeights, parse_weights
+from mixtralkit.ops import experts
+from mixtralkit.ops.experts import expert_sum_reference
 from mixtralkit.planning.plan import ExpertPlan, contiguous
 
 PLAIN_BYTES = 2  # of a bfloat16
@@ -47,6 +52,7 @@ class Formats:
     weights: ExpertWeights = PLAIN
     attention: ExpertWeights = PLAIN
     plan: ExpertPlan | None = None
+    rounds_rows: bool = False  # of the experts
 
     @property
     def options(self) -> dict[str, str]:
@@ -61,6 +67,7 @@ def bench_quantised(
     formats: tuple[str, ...] = (),
     plans: tuple[Path, ...] = (),
     attention: tuple[str, ...] = (),
+    fp8_rows: bool = False,
     every: Count = 1,
     max_batch_size: int = 16,
     output: Path | None = None,
@@ -73,7 +80,8 @@ def bench_quantised(
         formats: names of formats; none is the checkpoint's own numbers. Left out, all, where there are neither plans
             nor attention.
         plans: plans with a precision for each expert, scored after the formats.
-        attention: formats of attention and output, int8 or fp8, beside experts as they are; scored last.
+        attention: formats of attention and output, int8 or fp8, beside experts as they are; scored after those.
+        fp8_rows: scores fp8 with rows rounded too, as GPUs multiply more than a few; last.
         every: of the questions, each of that many is asked; texts are all scored.
         max_batch_size: sequences at a time.
         output: file that takes the result as JSON.
@@ -85,12 +93,14 @@ def bench_quantised(
     records = [record for place, record in enumerate(whole) if record.is_text or place % every == 0]
     options = AnswerOptions()
     works = make_works(records, prompts, source[1], options)
-    if not (formats or plans or attention):
+    if not (formats or plans or attention or fp8_rows):
         formats = ("none", *(name for name in FORMATS if name not in ALIASES))
     cases = [(name, Formats(weights=parse_weights(None if name == "none" else name))) for name in formats]
     cases += [(path.stem, Formats(plan=ExpertPlan.load(path))) for path in plans]
     for name in attention:
         cases.append((f"attention {name}", Formats(attention=parse_weights(name, "quantize_attention"))))
+    for name in ("fp8:channel", "fp8:tensor") if fp8_rows else ():
+        cases.append((f"{name}, rows too", Formats(parse_weights(name), rounds_rows=True)))
     for name, case in cases:
         config = EngineConfig.of(
             model=model, max_seq_len=max(work.longest for work in works), dtype="float32", device="cpu",
@@ -102,6 +112,7 @@ def bench_quantised(
             tempfile.TemporaryDirectory() as folder,
             Results(context, records, Path(folder) / "run", facts) as results,
             tqdm(total=len(works), desc=name, leave=False) as bar,
+            patch.object(experts, "expert_sum_reference", partial(expert_sum_reference, rounds_rows=case.rounds_rows)),
         ):
             run(mixtral, works, options, results, bar)
             measures = results.finish()

@@ -39,7 +39,7 @@ def make_app(service: Service) -> FastAPI:
     """The application; the service is started by whoever runs it."""
     app = FastAPI(title="MixtralKit", version=__version__, docs_url=None, redoc_url=None, responses=_ERRORS)
     app.add_exception_handler(ApiError, lambda _, error: error.response())
-    app.add_exception_handler(RequestValidationError, lambda _, error: of_validation(error.errors()).response())
+    app.add_exception_handler(RequestValidationError, _of_validation)
     app.add_exception_handler(HTTPException, _of_starlette)
     app.add_exception_handler(Exception, lambda _, error: ApiError(500, f"the request failed: {error}").response())
     app.add_exception_handler(ClientLeft, lambda *_: Response(status_code=499))  # nobody reads it
@@ -195,6 +195,10 @@ def _card(service: Service) -> dict[str, Any]:
     length = 0 if service.asking is None else service.asking.max_seq_len
     more = {"object": "model", "created": _CREATED, "owned_by": "mixtralkit", "max_model_len": length}
     return {"id": service.name, **more}
+
+
+def _of_validation(request: Request, error: RequestValidationError) -> Response:
+    return of_validation(error.errors(), request.headers.get("content-type", "")).response()
 
 
 def _of_starlette(_: Request, error: HTTPException) -> Response:

@@ -61,12 +61,17 @@ def bad(message: str, param: str | None = None, code: str | None = None) -> ApiE
     return ApiError(400, message, param, code)
 
 
-def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
-    """400 that names the first field that is wrong; where it may be one of several things, what each of them wants."""
+def of_validation(errors: Sequence[Mapping[str, Any]], content_type: str) -> ApiError:
+    """400 that names the first field that is wrong; where it may be one of several things, what each of them wants.
+
+    A body whose ``content_type`` is not JSON was not read as such.
+    """
     places = [_place(error) for error in errors]
     kind, alike = errors[0]["type"], [i for i, place in enumerate(places) if place[:1] == places[0][:1]]
     if kind == "json_invalid":
         return bad(f"the body is not JSON: {errors[0]['ctx']['error']}", code="invalid_json")
+    if tuple(errors[0]["loc"]) == ("body",) and "json" not in content_type and kind != "missing":
+        return bad("the body is taken as JSON only with the header Content-Type: application/json", "body")
     name = ".".join(_common([places[i] for i in alike])) or "body"
     if len(alike) == 1 and kind == "extra_forbidden":
         return bad(f"unknown field {name!r}; what is not supported is refused", name, "unknown_field")

@@ -154,8 +154,8 @@ def _answers(context, folder, ways):
 def _answers_within(context, folder, attention, experts, max_batch_size, prefill_budget):
     model = make_model(context, engine_config(max_batch_size=max_batch_size), attention, experts)
     engine = Engine(model, Tokenizer(folder / "tokenizer.model"), prefill_budget)
-    requests = some_requests(5, GREEDY, prompt_logprobs=True) + [
-        Request(5 + r.id, r.prompt, r.max_gen_len, WARM) for r in some_requests(5, WARM)
+    requests = some_requests(4, GREEDY, 24, prompt_logprobs=True) + [
+        Request(4 + r.id, r.prompt, r.max_gen_len, WARM) for r in some_requests(4, WARM, 24)
     ]
     completions = engine.complete(requests)
     return [(c.tokens, c.finish_reason, c.logprobs, c.prompt_logprobs) for c in completions]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mixtralkit.moe.weights import FORMATS, PackedWeight
-from mixtralkit.ops.experts import expert_sum, expert_sum_reference
+from mixtralkit.ops.experts import SMALL_BATCH, expert_sum, expert_sum_reference
 
 pytestmark = pytest.mark.gpu
 SLOTS, WIDTH, HIDDEN = 8, 1024, 1792
@@ -30,7 +30,10 @@ def test_layers_of_any_number_of_rows(name):
         weights_RK = torch.rand(rows, 2, device="cuda", generator=generator)
         expected = expert_sum_reference(x_RD.float(), slots_RK, weights_RK, *(m.float() for m in packed))
         found = expert_sum(x_RD, slots_RK, weights_RK, *packed)
-        assert (found.float() - expected).norm() <= 1e-2 * expected.norm(), rows
+        in_fp8 = (
+            name in ("fp8", "fp8:channel", "fp8:tensor") and rows > SMALL_BATCH
+        )  # rows too, of three bits after the first
+        assert (found.float() - expected).norm() <= (6e-2 if in_fp8 else 1e-2) * expected.norm(), rows
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             again = expert_sum(x_RD, slots_RK, weights_RK, *packed)

@@ -88,8 +88,11 @@ def experts(rows: int, slots: int = 8, width: int = 4096, hidden: int = 14336, s
     launch(x_RD, *chosen, *weights, x_RD, storage_S=torch.arange(slots) if stored else None)
 
 
-def packed_experts(name: str, rows: int, slots: int = 8, width: int = 4096, hidden: int = 14336) -> None:
+def packed_experts(
+    name: str, rows: int, slots: int = 8, width: int = 4096, hidden: int = 14336, operands: bool = False
+) -> None:
     from mixtralkit.moe.weights import FORMATS, PackedWeight
+    from mixtralkit.ops.experts.triton_grouped import expert_sum_grouped
     from mixtralkit.ops.experts.triton_packed import expert_sum_packed
 
     weights, matrices = FORMATS[name], []
@@ -100,7 +103,8 @@ def packed_experts(name: str, rows: int, slots: int = 8, width: int = 4096, hidd
         ]
         matrices.append(PackedWeight(weights, columns, tuple(parts), stacked))
     x_RD, chosen = torch.empty(rows, width, dtype=BF16), (torch.zeros(rows, 2, dtype=torch.int64), torch.zeros(rows, 2))
-    expert_sum_packed(x_RD, *chosen, *matrices, x_RD)
+    launch = expert_sum_grouped if operands else expert_sum_packed
+    launch(x_RD, *chosen, *matrices, x_RD)
 
 
 def rest(rows: int, width: int = 4096) -> None:
@@ -208,6 +212,9 @@ if __name__ == "__main__":
         for name in ("int8", "int4:32", "int4:128", "int4:64:zeros", "fp8:block") if is_hopper else ("int4", "fp8"):
             for count in (8, 64, 1024) if name in ("int4:128", "fp8") else (8, 64):
                 packed_experts(name, count)
+        if int(sys.argv[1]) >= 89:  # rows in fp8 too
+            for name, count in (("fp8", 64), ("fp8:tensor", 4096)):
+                packed_experts(name, count, operands=True)
         for name in ("int8", "fp8"):
             for count in (1, 8, 64, 256):
                 packed_linear(name, count)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mixtralkit.moe.weights import Fp8, PackedWeight
 from mixtralkit.ops import experts
 from mixtralkit.ops.experts.reference import expert_sum_reference
 from tests.ops.test_experts_small import in_storage
@@ -228,3 +229,51 @@ def test_default_settings_in_a_graph(rows, slots, top_k, hidden):
     graph.replay()
     assert _error(got_RD, expert_sum_reference(*(t.float() for t in inputs[:1]), *inputs[1:3],
                   *(t.float() for t in inputs[3:])), inputs[-1]) < TOLERANCE[torch.bfloat16]  # fmt: skip
+
+
+def _round_rows(x_PI, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
+    data, scales_P1 = Fp8("channel").quantize(x_PI).tensors
+    return data, scales_P1[:, 0]
+
+
+@pytest.mark.parametrize("scale", ["channel", "tensor"])
+@pytest.mark.parametrize(("rows", "settings"), [(9, (1, 32)), (60, (1, 64)), (60, (0, 64))])
+def test_rows_and_weights_in_fp8(scale, rows, settings, monkeypatch):
+    """As the sums of the same numbers: rows and hidden values in e4m3 with a scale each.
+
+    They are rounded outside: the interpreter's numbers in e4m3 are not a GPU's.
+    """
+    monkeypatch.setattr(triton_grouped, "_rounded", _round_rows)
+    x_RD, slots_RK, weights_RK, w13_SGD, w2_SDF, residual_RD = _inputs(rows, 3, 2, 128, 192, torch.float16)
+    x_RD *= torch.logspace(-3, 1, rows, device=DEVICE)[:, None].half()
+    up, down = Fp8(scale).quantize(w13_SGD.unflatten(1, (2, -1))), Fp8(scale).quantize(w2_SDF)
+    w13, w2 = PackedWeight(up.weights, 128, tuple(t.flatten(1, 2) for t in up.tensors), stacked=2), down
+    storage_S = torch.tensor([2, 0, 1], device=DEVICE)
+    found = expert_sum_grouped(
+        x_RD, slots_RK, weights_RK, w13, w2, residual_RD, storage_S=storage_S, settings=_settings(*settings)
+    )
+    expected = expert_sum_reference(
+        x_RD.float(), slots_RK, weights_RK, w13, w2, residual_RD.float(), storage_S=storage_S, rounds_rows=True
+    )
+    exact = expert_sum_reference(x_RD.float(), slots_RK, weights_RK, w13, w2, residual_RD.float(), storage_S=storage_S)
+    assert _error(found, expected, residual_RD) < 1e-2 < _error(exact, expected, residual_RD)
+
+
+def test_rows_become_fp8_as_the_format_says():
+    x_RD, slots_RK, *_ = _inputs(60, 3, 2, 200, 192, torch.float16)
+    x_RD[3] = 0.0
+    order = triton_sorting.sort_rows(slots_RK, 3, 64)
+    x_PD = triton_grouped._spread_rows(x_RD, order, 2, 4)
+    found = PackedWeight(Fp8("channel"), 200, triton_grouped._rounded(x_PD, order, 4, False))
+    expected = Fp8("channel").quantize(x_RD)
+    for row, choice in (slots_RK >= 0).nonzero().tolist():
+        place = order.place_N.view(-1, 2)[row, choice]
+        scale = found.tensors[1][place]
+        torch.testing.assert_close(scale, expected.tensors[1][row, 0], rtol=1e-6, atol=0.0)
+        found_D, expected_D = found.tensors[0][place].float(), expected.tensors[0][row].float()
+        if DEVICE == "cuda":
+            assert (found_D == expected_D).float().mean() > 0.95  # else the other number beside it
+            torch.testing.assert_close(found_D, expected_D, rtol=0.13, atol=2**-9)
+        else:  # the interpreter cuts off, by a step of three bits at most, or loses what it carries into the exponent
+            near_D = (found_D - expected_D).abs() <= 2**-3 * expected_D.abs() + 2**-9
+            assert near_D.float().mean() > 0.9

@@ -32,8 +32,14 @@ def _prmt(a: torch.Tensor, b: torch.Tensor, which: torch.Tensor) -> torch.Tensor
     return sum(bytes_8[place] << 8 * i for i, place in enumerate(places))
 
 
+def _lop3(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, what: torch.Tensor) -> torch.Tensor:
+    assert int(what) == 0xEA, "of 0xf0, 0xcc and 0xaa it is (a & b) | c"
+    return a & b | c
+
+
 DOES = {
-    "mov.b32": lambda a: a, "and.b32": lambda a, b: a & b, "or.b32": lambda a, b: a | b,
+    "mov.b32": lambda a: a, "mov.u32": lambda a: a, "add.u32": lambda a, b: a + b, "lop3.b32": _lop3,
+    "and.b32": lambda a, b: a & b, "or.b32": lambda a, b: a | b,
     "shr.u32": lambda a, count: a >> count, "shl.b32": lambda a, count: a << count & 0xFFFFFFFF,
     "prmt.b32": _prmt, "fma.rn.bf16x2": _fma,
 }  # fmt: skip
@@ -41,7 +47,7 @@ DOES = {
 
 def run_asm(text: str, outputs: int, word: torch.Tensor) -> torch.Tensor:
     """The numbers of the output registers, two each, [2 · outputs, N]; as PTX's manual describes the instructions."""
-    registers = {f"${outputs}": word}
+    registers = {f"${outputs}": word, "%tid.x": torch.tensor(1023)}
     for line in text.strip(" {}\n").split(";"):
         name, *operands = re.split(r"[ ,]+", line.strip())
         if not name or name == ".reg":

@@ -158,6 +158,18 @@ def test_half_a_surrogate_pair_is_a_character():
     assert (answer.status_code, answer.json()["choices"][0]["text"]) == (200, "?a")
 
 
+@pytest.mark.parametrize("headers", [{}, {"content-type": "application/x-www-form-urlencoded"}])
+def test_a_body_that_does_not_say_that_it_is_json(headers):
+    """As curl -d sends it; the answer once was about dictionaries."""
+
+    async def ask(service, client):
+        return await client.post(COMPLETIONS, content=b'{"prompt": "a"}', headers=headers)
+
+    answer = run(ask)
+    assert answer.status_code == 400
+    assert "with the header Content-Type: application/json" in answer.json()["error"]["message"]
+
+
 def test_deep_json_is_refused():
     status, _ = refused(COMPLETIONS, '{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}")
     assert status == 400

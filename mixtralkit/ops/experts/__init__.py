@@ -1,19 +1,19 @@
 """Rows through a rank's experts: the weighted sum of each row's choices, the heart of the layer.
 
 Four ways to the same sums. On a GPU, by the number of rows: reading as few bytes as possible (small batches), or
-products of sorted rows (large batches). On a CPU compiled kernels. The reference elsewhere, for gradients, and for
-weights in formats without kernels there.
+products of sorted rows (large batches), for which rows of half precision become fp8 where the weights are. On a CPU
+compiled kernels. The reference elsewhere, for gradients, and for weights in formats without kernels there.
 """
 
 from __future__ import annotations
 
 import torch
 
-from mixtralkit.moe.weights import ExpertWeights, PackedWeight
+from mixtralkit.moe.weights import ExpertWeights, Fp8, PackedWeight
 from mixtralkit.ops.experts.reference import expert_sum_reference, swiglu_grouped
 from mixtralkit.ops.runtime import runs_cpu, runs_triton
 
-__all__ = ["SMALL_BATCH", "expert_sum", "swiglu_grouped", "takes_packed"]
+__all__ = ["SMALL_BATCH", "expert_sum", "swiglu_grouped", "takes_fp8", "takes_packed"]
 
 SMALL_BATCH = (
     16  # rows of one block of the matrix units: below, every touched expert is read once and nothing is sorted
@@ -55,11 +55,16 @@ def expert_sum(
 
         return expert_sum_cpu(*arguments)
     if isinstance(w13_SGD, PackedWeight):
-        if not (runs_triton(x_RD) and takes_packed(w13_SGD.weights, w13_SGD.columns, w2_SDF.columns)):
-            return expert_sum_reference(*arguments)
-        from mixtralkit.ops.experts.triton_packed import expert_sum_packed
+        format_and_columns = (w13_SGD.weights, w13_SGD.columns, w2_SDF.columns)
+        if runs_triton(x_RD) and x_RD.shape[0] > SMALL_BATCH and takes_fp8(x_RD, *format_and_columns):
+            from mixtralkit.ops.experts.triton_grouped import expert_sum_grouped
 
-        return expert_sum_packed(*arguments, likely_rows=likely_rows, likely_slots=likely_slots)
+            return expert_sum_grouped(*arguments, likely_rows=likely_rows, likely_slots=likely_slots)
+        if runs_triton(x_RD) and takes_packed(*format_and_columns):
+            from mixtralkit.ops.experts.triton_packed import expert_sum_packed
+
+            return expert_sum_packed(*arguments, likely_rows=likely_rows, likely_slots=likely_slots)
+        return expert_sum_reference(*arguments)
     triton = runs_triton(x_RD, w13_SGD, w2_SDF)
     if triton and x_RD.shape[0] <= SMALL_BATCH:
         from mixtralkit.ops.experts.triton_small import expert_sum_small
@@ -75,3 +80,9 @@ def expert_sum(
 def takes_packed(weights: ExpertWeights, *columns: int) -> bool:
     """Whether a GPU has kernels for matrices of so many columns in a format: whole units of them."""
     return all(count % max(weights.unit, 64) == 0 for count in columns)
+
+
+def takes_fp8(x_RD: torch.Tensor, weights: ExpertWeights, *columns: int) -> bool:
+    """Whether a GPU multiplies such rows and weights in fp8: half precision, one scale an output or matrix, Ada on."""
+    fits = isinstance(weights, Fp8) and weights.scale != "block" and all(count % 16 == 0 for count in columns)
+    return fits and x_RD.dtype != torch.float32 and torch.cuda.get_device_capability(x_RD.device) >= (8, 9)

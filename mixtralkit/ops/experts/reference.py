@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from mixtralkit.moe.weights import PackedWeight
+from mixtralkit.moe.weights import Fp8, PackedWeight
 from mixtralkit.ops.counting import count_keys
 from mixtralkit.ops.linear.reference import multiply
 
@@ -19,8 +19,11 @@ def expert_sum_reference(
     residual_RD: torch.Tensor | None = None,
     out_RD: torch.Tensor | None = None,
     storage_S: torch.Tensor | None = None,
+    rounds_rows: bool = False,
 ) -> torch.Tensor:
     """The reference of ``expert_sum``, with gradients.
+
+    ``rounds_rows``: to fp8 in front of either product, as a GPU that multiplies such weights in fp8.
 
     Choices are brought together by slot, ``(r0,s1)(r0,s0)(r1,s1) → (r0,s0)(r0,s1)(r1,s1)``, multiplied as groups,
     and gathered back by the inverse order, so that no atomic addition makes the result vary from run to run.
@@ -38,7 +41,7 @@ def expert_sum_reference(
         x_ND = x_RD[order_N // top_k]
         if x_ND.requires_grad:  # what grouped_mm gives back for rows after its last group is whatever memory held
             x_ND = x_ND.masked_fill((keys_N[order_N] == slots)[:, None], 0.0)
-        y_ND = swiglu_grouped(x_ND, counts_S, w13_SGD, w2_SDF, storage_S)
+        y_ND = swiglu_grouped(x_ND, counts_S, w13_SGD, w2_SDF, storage_S, rounds_rows)
         gathered_RKD = y_ND[place_RK].float().masked_fill(~here_RK[..., None], 0.0)
         sum_RD = (gathered_RKD * weights_RK[..., None]).sum(1)
     if residual_RD is not None:
@@ -52,6 +55,7 @@ def swiglu_grouped(
     w13_SGD: torch.Tensor | PackedWeight,
     w2_SDF: torch.Tensor | PackedWeight,
     storage_S: torch.Tensor | None = None,
+    rounds_rows: bool = False,
 ) -> torch.Tensor:
     """Each group of rows through its expert; rows after the last group come back undefined.
 
@@ -64,8 +68,13 @@ def swiglu_grouped(
     aligned = not packed and w13_SGD.shape[2] % 8 == w2_SDF.shape[2] % 8 == 0  # grouped_mm: rows of whole 16 bytes
     product = _grouped_mm if x_ND.is_cuda and x_ND.dtype == torch.bfloat16 and aligned else _looped_mm
     counts = counts_S.cumsum(0, dtype=torch.int32) if product is _grouped_mm else counts_S.tolist()  # host sync
-    gate_NF, up_NF = product(x_ND, w13_SGD, counts, storage_S).chunk(2, dim=-1)
-    return product(F.silu(gate_NF) * up_NF, w2_SDF, counts, storage_S)
+    rounded = _in_fp8 if rounds_rows else lambda x_NI: x_NI
+    gate_NF, up_NF = product(rounded(x_ND), w13_SGD, counts, storage_S).chunk(2, dim=-1)
+    return product(rounded(F.silu(gate_NF) * up_NF), w2_SDF, counts, storage_S)
+
+
+def _in_fp8(x_NI: torch.Tensor) -> torch.Tensor:
+    return Fp8("channel").quantize(x_NI).float().type_as(x_NI)
 
 
 def _grouped_mm(

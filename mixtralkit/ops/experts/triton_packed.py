@@ -3,8 +3,8 @@
 By the number of rows: up to sixteen in two launches, as ``triton_small``; sorted rows whose weights are read once, as
 ``triton_grouped``'s streamed form; and for many rows an expert the layer's weights are unpacked first.
 
-``_arrange`` copies a layer's rows into the order in which ``triton_words`` multiplies, and what the first product gives
-is stored in it.
+Where ``triton_words`` multiplies in another order than the columns', ``_arrange`` copies a layer's rows into it, and
+what the first product gives is stored in it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,17 @@ from mixtralkit.moe.weights import PackedWeight
 from mixtralkit.ops.experts.triton_grouped import STREAMED, _spread, _weighted_sum, expert_sum_grouped
 from mixtralkit.ops.experts.triton_small import BLOCK_R, _add_parts, _choice_of, _start_counting
 from mixtralkit.ops.experts.triton_sorting import sort_rows
-from mixtralkit.ops.experts.triton_words import INT4, Operand, column_of, matrices_at, packed_dot, place_of, weights_of
+from mixtralkit.ops.experts.triton_words import (
+    INT4,
+    Operand,
+    ask_for,
+    column_of,
+    in_order4,
+    matrices_at,
+    packed_dot,
+    place_of,
+    weights_of,
+)
 from mixtralkit.ops.runtime import multiprocessors, overlaps_launches
 
 ROWS = 32  # of a weight matrix that a program unpacks
@@ -41,35 +51,38 @@ def expert_sum_packed(
     slots = len(w2_SDF if storage_S is None else storage_S)
     up, down = Operand.of(w13_SGD), Operand.of(w2_SDF)
     x_RD, slots_RK, weights_RK = x_RD.contiguous(), slots_RK.contiguous(), weights_RK.contiguous()
-    arranged_RD = _arranged(x_RD, up.word)
     out_RD = torch.empty_like(x_RD) if out_RD is None else out_RD
     rest = (residual_RD, out_RD)
     mean = (rows if likely_rows is None else likely_rows) * top_k / (likely_slots or slots)
     settings = settings or default_settings(rows, mean, up.kind == INT4)
+    if mean > STREAMED:
+        plain = [_unpacked(operand, slots, storage_S, x_RD.dtype, stacked) for operand, stacked in ((up, 2), (down, 1))]
+        more = {"likely_rows": likely_rows, "likely_slots": likely_slots}
+        return expert_sum_grouped(x_RD, slots_RK, weights_RK, *plain, *rest, **more)
+    if up.turned:
+        x_RD = _arranged(x_RD)
     if rows <= BLOCK_R:
-        return _sum_small(arranged_RD, slots_RK, weights_RK, up, down, *rest, storage_S, slots, settings)
-    if mean <= STREAMED:
-        return _sum_streamed(arranged_RD, slots_RK, weights_RK, up, down, *rest, storage_S, slots, settings)
-    plain = [_unpacked(operand, slots, storage_S, x_RD.dtype, stacked) for operand, stacked in ((up, 2), (down, 1))]
-    return expert_sum_grouped(
-        arranged_RD, slots_RK, weights_RK, *plain, *rest, likely_rows=likely_rows, likely_slots=likely_slots
-    )
+        return _sum_small(x_RD, slots_RK, weights_RK, up, down, *rest, storage_S, slots, settings)
+    return _sum_streamed(x_RD, slots_RK, weights_RK, up, down, *rest, storage_S, slots, settings)
 
 
 def default_settings(rows: int, mean: float, halves: bool) -> dict[str, int]:
     """What was fastest on an H200 for Mixtral-8x7B, whole.
 
-    Outputs and columns of a tile, warps and stages of either product; ``parts`` programs that share the columns of w2
-    in a small batch; ``block_r`` rows and programs a multiprocessor of the streamed form, for ``mean`` rows an expert.
+    Outputs and columns of a tile, warps and stages of either product. In a small batch ``parts`` programs share the
+    columns of w2, and each asks for ``ahead`` lines of its outputs while h is not there yet. The streamed form has
+    ``block_r`` rows and ``programs`` a multiprocessor, for ``mean`` rows an expert.
     """
-    more = {"parts": 1, "block_r": 32 if mean <= 24 else 64 if mean <= 48 else 128, "programs": 2}
+    more = {"parts": 1, "ahead": 8, "block_r": 32 if mean <= 24 else 64 if mean <= 48 else 128, "programs": 2}
     if rows <= BLOCK_R:
-        up = (32, 128, 4, 5) if halves or rows == 1 else (32, 128, 2, 4)
-        down, more["parts"] = (128 if halves and rows > 1 else 64, 128, 4, 4), 4 if halves or rows == 1 else 2
+        stages = 3 if halves else 4
+        up, down = (32, 256, 4, stages), (64, 256, 4, stages)
+        more["parts"] = 7 if halves and rows == 1 else 2
     elif more["block_r"] == 32:
-        up, down = ((64, 128, 4, 3), (128, 128, 4, 3)) if halves else ((32, 128, 4, 4), (128, 128, 8, 3))
+        up, down = ((64, 128, 4, 3), (128, 128, 4, 3)) if halves else ((32, 256, 4, 4), (128, 128, 8, 3))
+        more["programs"] = 3 if halves else 2
     else:
-        up, down = (32, 128, 4, 3) if halves else (64, 128, 8, 3), (64, 128, 4, 4)
+        up, down = ((32, 128, 4, 3), (64, 128, 4, 3)) if halves else ((64, 128, 8, 3), (64, 128, 4, 4))
     names, parts = ("block_o", "block_k", "num_warps", "num_stages"), {"up": up, "down": down}.items()
     return {f"{part}_{name}": v for part, values in parts for name, v in zip(names, values, strict=True)} | more
 
@@ -77,26 +90,30 @@ def default_settings(rows: int, mean: float, halves: bool) -> dict[str, int]:
 def _launch(x: torch.Tensor, settings: dict[str, int], part: str) -> dict[str, int | bool]:
     overlaps = overlaps_launches(x.device)
     more = {"PDL": overlaps, "num_warps": settings[f"{part}_num_warps"], "num_stages": settings[f"{part}_num_stages"]}
+    if settings["programs"] == 3:  # of four warps, and registers for all three
+        more["maxnreg"] = 168
     return more | ({"launch_pdl": True} if overlaps else {})
 
 
 def _sum_small(x_RD, slots_RK, weights_RK, up, down, residual_RD, out_RD, storage_S, slots: int, s) -> torch.Tensor:
     (rows, width), top_k, hidden, parts = x_RD.shape, slots_RK.shape[1], down.columns, s["parts"]
+    common = {"TOP_K": top_k, "BLOCK_R": 8 if rows <= 8 else BLOCK_R, "BY_CHOICE": rows == 1}
+    slots = top_k if rows == 1 else slots
     h_NF = x_RD.new_empty(rows * top_k, hidden)
     block_d = s["down_block_o"]
     arrived_B = torch.empty(triton.cdiv(width, block_d), dtype=torch.int32, device=x_RD.device)
     constants = up.constants(s["up_block_k"])
     _up_packed[(triton.cdiv(hidden, s["up_block_o"]), slots)](
         x_RD, slots_RK, weights_RK, *up.tensors, storage_S, h_NF, arrived_B, len(arrived_B), rows, width, hidden,
-        TURN=down.word, BLOCK_F=s["up_block_o"], COUNTERS=triton.next_power_of_2(len(arrived_B)), TOP_K=top_k,
-        BLOCK_R=BLOCK_R, **constants, **_launch(x_RD, s, "up"),
+        TURNED=down.turned, BLOCK_F=s["up_block_o"], COUNTERS=triton.next_power_of_2(len(arrived_B)), **common,
+        **constants, **_launch(x_RD, s, "up"),
     )  # fmt: skip
     constants = down.constants(s["down_block_k"])
     sums_NPD = torch.empty((rows * top_k, parts, width), dtype=torch.float32, device=x_RD.device)
     span = triton.cdiv(hidden, parts * constants["BLOCK_K"]) * constants["BLOCK_K"]
     _down_packed[(len(arrived_B), slots * parts)](
         h_NF, slots_RK, *down.tensors, storage_S, residual_RD, sums_NPD, arrived_B, out_RD, rows, width, hidden, span,
-        PARTS=parts, BLOCK_D=block_d, TOP_K=top_k, BLOCK_R=BLOCK_R, **constants, **_launch(x_RD, s, "down"),
+        PARTS=parts, BLOCK_D=block_d, AHEAD=s["ahead"], **common, **constants, **_launch(x_RD, s, "down"),
     )  # fmt: skip
     return out_RD
 
@@ -118,7 +135,7 @@ def _sum_streamed(x_RD, slots_RK, weights_RK, up, down, residual_RD, out_RD, sto
         programs = min(len(order.slot_B) * tiles, s["programs"] * multiprocessors(x_RD.device))
         _product_packed[programs,](
             rows_PI, *operand.tensors, out_PO, order.slot_B, order.rows_B, order.blocks, operand.columns, outer, tiles,
-            SWIGLU=part == "up", TURN=down.word if part == "up" else 1, BLOCK_R=order.block_r, BLOCK_O=block_o,
+            SWIGLU=part == "up", TURNED=part == "up" and down.turned, BLOCK_R=order.block_r, BLOCK_O=block_o,
             **operand.constants(s[f"{part}_block_k"]), **_launch(x_RD, s, part),
         )  # fmt: skip
     residual_RD = None if residual_RD is None else residual_RD.contiguous()
@@ -129,63 +146,52 @@ def _sum_streamed(x_RD, slots_RK, weights_RK, up, down, residual_RD, out_RD, sto
     return out_RD
 
 
-def _arranged(x_RD: torch.Tensor, word: int) -> torch.Tensor:
-    """Rows in the order in which weights are multiplied, of which a word holds so many."""
+def _arranged(x_RD: torch.Tensor) -> torch.Tensor:
+    """Rows in the order in which weights of eight bits are multiplied."""
     (rows, width), overlap = x_RD.shape, overlaps_launches(x_RD.device)
     out_RD, block = torch.empty_like(x_RD), min(triton.next_power_of_2(width), 1024)
-    _arrange[(rows, triton.cdiv(width, block))](
-        x_RD,
-        out_RD,
-        width,
-        WORD=word,
-        BLOCK=block,
-        PDL=overlap,
-        num_warps=4,
-        **({"launch_pdl": True} if overlap else {}),
-    )
+    more = {"launch_pdl": True} if overlap else {}
+    _arrange[rows, triton.cdiv(width, block)](x_RD, out_RD, width, BLOCK=block, PDL=overlap, num_warps=4, **more)
     return out_RD
 
 
 def _unpacked(operand: Operand, slots: int, storage_S, dtype: torch.dtype, stacked: int) -> torch.Tensor:
-    """Plain matrices of all slots, columns in the order of the format, and of w1 and w3 rows too."""
+    """Plain matrices of all slots."""
     _, rows, _ = operand.data.shape
     out_SOK = torch.empty(slots, rows, operand.columns, dtype=dtype, device=operand.data.device)
     constants = operand.constants(128)
     _unpack[(triton.cdiv(rows // stacked, ROWS), stacked, slots)](
         *operand.tensors, storage_S, out_SOK, rows // stacked, operand.columns,
-        TURN=operand.word if stacked == 2 else 1, STACKED=stacked, BLOCK_O=ROWS, **constants, num_warps=4,
+        STACKED=stacked, BLOCK_O=ROWS, **constants, num_warps=4,
     )  # fmt: skip
     return out_SOK
 
 
 @triton.jit
-def _arrange(x_RD, out_RD, width, WORD: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _arrange(x_RD, out_RD, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
     row, place = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    x = tl.load(x_RD + row * width + column_of(place, width, WORD), place < width)
+    x = tl.load(x_RD + row * width + column_of(place), place < width)
     tl.store(out_RD + row * width + place, x, place < width)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _up_packed(
     x, slots, weights, data, scales, zeros, storage, h, arrived, counters, rows, width, hidden,
-    TURN: tl.constexpr, BLOCK_F: tl.constexpr, COUNTERS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    KIND: tl.constexpr, GROUP: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr,
-    PDL: tl.constexpr,
+    TURNED: tl.constexpr, BLOCK_F: tl.constexpr, COUNTERS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    BY_CHOICE: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
+    ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """h of every row that chose one slot, for some f, as ``triton_small._up_some_rows``."""
-    slot = tl.program_id(1).to(tl.int64)
     row_R, g_G = tl.arange(0, BLOCK_R), tl.arange(0, 2 * BLOCK_F)
     f_G = tl.program_id(0) * BLOCK_F + g_G % BLOCK_F
     f_G = tl.where(f_G < hidden, f_G, 0)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    place = slot
-    if storage is not None:
-        place = tl.load(storage + slot)
+    slot, place = _slot_of(slots, storage, tl.program_id(1), BY_CHOICE)
     _start_counting(arrived, counters, COUNTERS)
     choice_R, _ = _choice_of(slots, slot, rows, BLOCK_R, TOP_K)
     chose_R = choice_R >= 0
@@ -200,7 +206,7 @@ def _up_packed(
         weight_R = tl.load(weights + choice_R, chose_R, 0.0)
         h_FR = gate_FR * tl.sigmoid(gate_FR) * up_FR * weight_R[None, :]
         f_F = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
-        stored_F = place_of(f_F, hidden, TURN)
+        stored_F = place_of(f_F, TURNED)
         places_FR = h + choice_R.to(tl.int64)[None, :] * hidden + stored_F[:, None]
         tl.store(places_FR, h_FR.to(h.dtype.element_ty), (f_F < hidden)[:, None] & chose_R[None, :])
 
@@ -208,24 +214,26 @@ def _up_packed(
 @triton.jit(do_not_specialize=["rows"])
 def _down_packed(
     h, slots, data, scales, zeros, storage, residual, sums, arrived, out, rows, width, hidden, span,
-    PARTS: tl.constexpr, BLOCK_D: tl.constexpr, TOP_K: tl.constexpr, BLOCK_R: tl.constexpr, KIND: tl.constexpr,
-    GROUP: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_D: tl.constexpr, TOP_K: tl.constexpr, BLOCK_R: tl.constexpr, BY_CHOICE: tl.constexpr,
+    AHEAD: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
+    ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One slot's part of out[d] of the rows that chose it, for some d, as ``triton_small._down_some_rows``."""
-    slot, part = (tl.program_id(1) // PARTS).to(tl.int64), tl.program_id(1) % PARTS
+    WORD: tl.constexpr = 4 if KIND == 0 else 2
+    part = tl.program_id(1) % PARTS
     d_D = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside_D = d_D < width
-    place = slot
-    if storage is not None:
-        place = tl.load(storage + slot)
+    slot, place = _slot_of(slots, storage, tl.program_id(1) // PARTS, BY_CHOICE)
     choice_R, present_R = _choice_of(slots, slot, rows, BLOCK_R, TOP_K)
-    chose_R = choice_R >= 0
+    chose_R, chosen = choice_R >= 0, tl.max(choice_R, 0) >= 0
+    row_D = tl.where(inside_D, d_D, 0)
+    data_D, scale_D, zero_D = matrices_at(data, scales, zeros, place, row_D, width, hidden, KIND, GROUP, HEIGHT)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
+        if AHEAD and chosen:
+            ask_for(data_D, part * span // WORD, hidden // WORD - 1, AHEAD)
         tl.extra.cuda.gdc_wait()
-    if tl.max(choice_R, 0) >= 0:
-        row_D = tl.where(inside_D, d_D, 0)
-        data_D, scale_D, zero_D = matrices_at(data, scales, zeros, place, row_D, width, hidden, KIND, GROUP, HEIGHT)
+    if chosen:
         sum_DR = packed_dot(
             data_D, scale_D, None if zeros is None else zero_D,
             h + tl.where(chose_R, choice_R, 0).to(tl.int64) * hidden, chose_R,
@@ -238,15 +246,27 @@ def _down_packed(
 
 
 @triton.jit
+def _slot_of(slots, storage, program, BY_CHOICE: tl.constexpr):
+    """The slot of a program, of all or of one row's choices, and its place."""
+    slot = program.to(tl.int64)
+    if BY_CHOICE:
+        slot = tl.load(slots + program).to(tl.int64)
+    place = tl.maximum(slot, 0)
+    if storage is not None:
+        place = tl.load(storage + place)
+    return tl.where(slot < 0, -2, slot), place  # -1 is a choice that no slot here computes
+
+
+@triton.jit
 def _product_packed(
     x_PI, data, scales, zeros, out_PO, slot_B, rows_B, blocks, inner, outer, tiles,
-    SWIGLU: tl.constexpr, TURN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, KIND: tl.constexpr,
+    SWIGLU: tl.constexpr, TURNED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, KIND: tl.constexpr,
     GROUP: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Every sorted row times the weights of its slot: blocks of rows × blocks of weight rows, tile after tile.
 
-    Of a block's rows as many quarters are multiplied as there are. Outputs are stored in the order in which weights are
-    multiplied of which a word holds ``TURN``.
+    Of a block's rows as many quarters are multiplied as there are. ``TURNED`` stores outputs in the order in
+    which weights of eight bits are multiplied.
     """
     QUARTER: tl.constexpr = max(BLOCK_R // 4, 16)
     HALF: tl.constexpr = max(BLOCK_R // 2, 16)
@@ -260,24 +280,24 @@ def _product_packed(
         if rows <= QUARTER:
             _packed_tile(
                 x_PI, data, scales, zeros, out_PO, slot, first, rows, o, inner, outer,
-                SWIGLU, TURN, QUARTER, BLOCK_O, KIND, GROUP, HEIGHT, BLOCK_K, ASM,
+                SWIGLU, TURNED, QUARTER, BLOCK_O, KIND, GROUP, HEIGHT, BLOCK_K, ASM,
             )  # fmt: skip
         elif rows <= HALF:
             _packed_tile(
                 x_PI, data, scales, zeros, out_PO, slot, first, rows, o, inner, outer,
-                SWIGLU, TURN, HALF, BLOCK_O, KIND, GROUP, HEIGHT, BLOCK_K, ASM,
+                SWIGLU, TURNED, HALF, BLOCK_O, KIND, GROUP, HEIGHT, BLOCK_K, ASM,
             )  # fmt: skip
         else:
             _packed_tile(
                 x_PI, data, scales, zeros, out_PO, slot, first, rows, o, inner, outer,
-                SWIGLU, TURN, BLOCK_R, BLOCK_O, KIND, GROUP, HEIGHT, BLOCK_K, ASM,
+                SWIGLU, TURNED, BLOCK_R, BLOCK_O, KIND, GROUP, HEIGHT, BLOCK_K, ASM,
             )  # fmt: skip
 
 
 @triton.jit
 def _packed_tile(
     x_PI, data, scales, zeros, out_PO, slot, first, rows, o, inner, outer,
-    SWIGLU: tl.constexpr, TURN: tl.constexpr, ROWS: tl.constexpr, BLOCK_O: tl.constexpr, KIND: tl.constexpr,
+    SWIGLU: tl.constexpr, TURNED: tl.constexpr, ROWS: tl.constexpr, BLOCK_O: tl.constexpr, KIND: tl.constexpr,
     GROUP: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """out[first : first + rows, o : o + BLOCK_O], the weights on the M side, w1 above w3 in one tile."""
@@ -295,7 +315,7 @@ def _packed_tile(
         gate_OR, up_OR = tl.split(tl.permute(tl.reshape(sum_GR, (2, BLOCK_O, ROWS)), (1, 2, 0)))
         sum_GR = gate_OR * tl.sigmoid(gate_OR) * up_OR
     o_O = o + tl.arange(0, BLOCK_O)
-    stored_O = place_of(o_O, outer, TURN)
+    stored_O = place_of(o_O, TURNED)
     places_RO = out_PO + (first + r_R)[:, None] * outer + stored_O[None, :]
     tl.store(places_RO, sum_GR.T.to(out_PO.dtype.element_ty), (r_R < rows)[:, None] & (o_O < outer)[None, :])
 
@@ -303,11 +323,12 @@ def _packed_tile(
 @triton.jit
 def _unpack(
     data, scales, zeros, storage, out_SOK, outer, columns,
-    TURN: tl.constexpr, STACKED: tl.constexpr, BLOCK_O: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr,
+    STACKED: tl.constexpr, BLOCK_O: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr,
     HEIGHT: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Some rows of one matrix as plain numbers; ``TURN`` puts rows where they stand as columns of the next."""
+    """Some rows of one matrix as plain numbers."""
     WORD: tl.constexpr = 4 if KIND == 0 else 2
+    GROUPS: tl.constexpr = BLOCK_K // GROUP if GROUP else 1
     slot, matrix = tl.program_id(2).to(tl.int64), tl.program_id(1)
     row_O = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     inside_O1 = (row_O < outer)[:, None]
@@ -317,17 +338,17 @@ def _unpack(
         place = tl.load(storage + slot)
     matrix_O = place * STACKED + matrix + read_O * 0
     data_O, scale_O, zero_O = matrices_at(data, scales, zeros, matrix_O, read_O, outer, columns, KIND, GROUP, HEIGHT)
-    stored_O = place_of(read_O, outer, TURN)
-    out_O1 = (out_SOK + ((slot * STACKED + matrix) * outer + stored_O) * columns)[:, None]
+    out_O1 = (out_SOK + ((slot * STACKED + matrix) * outer + read_O) * columns)[:, None]
     DTYPE: tl.constexpr = out_SOK.dtype.element_ty
     for k in range(0, columns, BLOCK_K):
-        word_W = k // WORD + tl.arange(0, BLOCK_K // WORD)
+        word_W = tl.multiple_of(k // WORD, 16) + tl.arange(0, BLOCK_K // WORD)
         words_OW = tl.load(data_O[:, None] + word_W[None, :], inside_O1, 0)
         weights = weights_of(words_OW, KIND, DTYPE, ASM)
-        for i in tl.static_range(WORD):
-            group = column_of(k // WORD + columns // WORD * i, columns, WORD) // GROUP if GROUP else 0
-            w_OW = weights[i].to(tl.float32)
-            if zeros is not None:
-                w_OW -= tl.load(zero_O + group).to(tl.float32)[:, None] - 8.0
-            w_OW *= tl.load(scale_O + group).to(tl.float32)[:, None]
-            tl.store(out_O1 + (columns // WORD * i + word_W)[None, :], w_OW.to(DTYPE), inside_O1)
+        w_OK = (in_order4(*weights) if KIND == 0 else tl.interleave(*weights)).to(tl.float32)
+        w_OGK = tl.reshape(w_OK, (BLOCK_O, GROUPS, BLOCK_K // GROUPS))
+        group_G = (k // GROUP if GROUP else 0) + tl.arange(0, GROUPS)
+        if zeros is not None:
+            w_OGK -= tl.load(zero_O[:, None] + group_G[None, :]).to(tl.float32)[:, :, None] - 8.0
+        w_OGK *= tl.load(scale_O[:, None] + group_G[None, :]).to(tl.float32)[:, :, None]
+        w_OK = tl.reshape(w_OGK, (BLOCK_O, BLOCK_K)).to(DTYPE)
+        tl.store(out_O1 + (k + tl.arange(0, BLOCK_K))[None, :], w_OK, inside_O1)

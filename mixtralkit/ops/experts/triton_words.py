@@ -1,9 +1,9 @@
 """Packed weights as kernels multiply them: words of 16 bits that become numbers in registers.
 
 **Order of columns.** A word holds four weights of four bits or two of eight, and is as wide as the numbers that they
-become, so what a thread reads is what it multiplies. A product takes the first weights of some words, then the second
-ones. So rows that they are multiplied with stand in that order too (``column_of``): all first weights' columns before
-all second ones'.
+become, so what a thread reads is what it multiplies. Of sixteen words a product takes the first weights, then the
+second ones and so on. Sixteen words of ``Int4`` are 64 columns packed so that this is their order. Of eight bits they
+are 32 columns: the even ones come first, and rows that they are multiplied with are arranged so too (``column_of``).
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ class Operand:
         return self.data, self.scales, self.zeros
 
     @property
-    def word(self) -> int:
-        """Weights of a word."""
-        return 4 if self.kind == INT4 else 2
+    def turned(self) -> bool:
+        """Whether rows are multiplied in an order that is not their columns'."""
+        return self.kind != INT4
 
     def constants(self, columns: int) -> dict[str, int]:
-        """``columns`` of a tile, at most a group's, or two groups of 32."""
-        block = max(min(columns, self.group or columns), 64)
+        """``columns`` of a tile, at most those of four groups."""
+        block = max(min(columns, 4 * self.group or columns), self.group, 64)
         while self.columns % block:
             block //= 2
         asm = self.data.is_cuda or is_compiled()
@@ -68,22 +68,15 @@ class Operand:
 
 
 @triton.jit
-def column_of(place, columns, WORD: tl.constexpr):
-    """The column that stands at a place: those of the words' first weights come first. See ``moe.weights.Int4``."""
-    word, which = place % (columns // WORD), place // (columns // WORD)
-    if WORD == 4:
-        return word // 16 * 64 + word % 16 + which * 16
-    else:
-        return word * WORD + which
+def column_of(place):
+    """The column of eight bits that stands at a place: of 32 the even ones come first."""
+    return place // 32 * 32 + place % 16 * 2 + place % 32 // 16
 
 
 @triton.jit
-def place_of(column, columns, WORD: tl.constexpr):
+def place_of(column, TURNED: tl.constexpr):
     """Where a column stands."""
-    if WORD == 4:
-        return column // 64 * 16 + column % 16 + column % 64 // 16 * (columns // 4)
-    else:
-        return column // WORD + column % WORD * (columns // WORD)
+    return column // 32 * 32 + column % 2 * 16 + column % 32 // 2 if TURNED else column
 
 
 @triton.jit
@@ -92,28 +85,28 @@ def weights_of(words_OW, KIND: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.conste
 
     In bfloat16, two weights of a register's two words at a time: a number below 128 is the last bits of 128's mantissa,
     of int8 less 128 or 256 by its sign; the bits of e4m3 in the place of bfloat16's are 2^-120 of the number.
+    128 twice, 0x43004300, is made of a register that ptxas knows nothing of: else it makes it anew for every word.
     """
     if KIND == 0:
         if ASM and DTYPE.is_bf16():
             a, b, c, d = tl.inline_asm_elementwise(
                 """{
-                .reg .b32 s, one, less;
+                .reg .b32 s, one, less, m;
+                mov.u32 m, %tid.x;
+                shr.u32 m, m, 31;
+                add.u32 m, m, 0x43004300;
                 mov.b32 one, 0x3f803f80;
                 mov.b32 less, 0xc308c308;
-                and.b32 s, $4, 0x000f000f;
-                or.b32 s, s, 0x43004300;
+                lop3.b32 s, $4, 0x000f000f, m, 0xea;
                 fma.rn.bf16x2 $0, s, one, less;
                 shr.u32 s, $4, 4;
-                and.b32 s, s, 0x000f000f;
-                or.b32 s, s, 0x43004300;
+                lop3.b32 s, s, 0x000f000f, m, 0xea;
                 fma.rn.bf16x2 $1, s, one, less;
                 shr.u32 s, $4, 8;
-                and.b32 s, s, 0x000f000f;
-                or.b32 s, s, 0x43004300;
+                lop3.b32 s, s, 0x000f000f, m, 0xea;
                 fma.rn.bf16x2 $2, s, one, less;
                 shr.u32 s, $4, 12;
-                and.b32 s, s, 0x000f000f;
-                or.b32 s, s, 0x43004300;
+                lop3.b32 s, s, 0x000f000f, m, 0xea;
                 fma.rn.bf16x2 $3, s, one, less;
                 }""",
                 "=&r,=&r,=&r,=&r,r", [words_OW], is_pure=True, pack=2,
@@ -128,18 +121,17 @@ def weights_of(words_OW, KIND: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.conste
         if ASM and DTYPE.is_bf16():
             a, b = tl.inline_asm_elementwise(
                 """{
-                .reg .b32 s, l, less;
+                .reg .b32 s, l, less, m;
+                mov.u32 m, %tid.x;
+                shr.u32 m, m, 31;
+                add.u32 m, m, 0x43004300;
                 mov.b32 less, 0xbf80bf80;
-                and.b32 l, $2, 0x007f007f;
-                or.b32 l, l, 0x43004300;
-                and.b32 s, $2, 0x00800080;
-                or.b32 s, s, 0x43004300;
+                lop3.b32 l, $2, 0x007f007f, m, 0xea;
+                lop3.b32 s, $2, 0x00800080, m, 0xea;
                 fma.rn.bf16x2 $0, s, less, l;
                 shr.u32 s, $2, 8;
-                and.b32 l, s, 0x007f007f;
-                or.b32 l, l, 0x43004300;
-                and.b32 s, s, 0x00800080;
-                or.b32 s, s, 0x43004300;
+                lop3.b32 l, s, 0x007f007f, m, 0xea;
+                lop3.b32 s, s, 0x00800080, m, 0xea;
                 fma.rn.bf16x2 $1, s, less, l;
                 }""",
                 "=&r,=&r,r", [words_OW], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
@@ -177,6 +169,23 @@ def weights_of(words_OW, KIND: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.conste
 
 
 @triton.jit
+def in_order(a_OW, b_OW):
+    """The first weights of sixteen words, then the second ones: [O, 2 · W]."""
+    UNITS: tl.constexpr = a_OW.shape[1] // 16
+    w_OUW2 = tl.reshape(tl.join(a_OW, b_OW), (a_OW.shape[0], UNITS, 16, 2))
+    return tl.reshape(tl.permute(w_OUW2, (0, 1, 3, 2)), (a_OW.shape[0], UNITS * 32))
+
+
+@triton.jit
+def in_order4(a_OW, b_OW, c_OW, d_OW):
+    """The first weights of sixteen words, then the second, third and fourth ones: [O, 4 · W], as columns stand."""
+    UNITS: tl.constexpr = a_OW.shape[1] // 16
+    w_OW22 = tl.join(tl.join(a_OW, c_OW), tl.join(b_OW, d_OW))
+    w_OU22W = tl.permute(tl.reshape(w_OW22, (a_OW.shape[0], UNITS, 16, 2, 2)), (0, 1, 3, 4, 2))
+    return tl.reshape(w_OU22W, (a_OW.shape[0], UNITS * 64))
+
+
+@triton.jit
 def packed_dot(
     data_O, scale_O, zero_O, x_R, has_R, first, last, columns,
     KIND: tl.constexpr, GROUP: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -184,66 +193,89 @@ def packed_dot(
 ):  # fmt: skip
     """float32 [O, R] of rows at ``x_R`` and packed weights at ``data_O``, over columns ``first`` … ``last`` - 1.
 
-    ``scale_O`` and ``zero_O`` are of each output's first group; ``zero_O`` None for none.
+    ``scale_O`` and ``zero_O`` are of each output's first group; ``zero_O`` None for none. A tile has up to four groups.
     """
     DTYPE: tl.constexpr = x_R.dtype.element_ty
     WORD: tl.constexpr = 4 if KIND == 0 else 2
-    PAIR: tl.constexpr = KIND == 0 and GROUP == 32  # of groups in a tile, else one at most
+    GROUPS: tl.constexpr = BLOCK_K // GROUP if GROUP else 1
     sum_OR = tl.zeros([BLOCK_O, BLOCK_R], tl.float32)
-    at = first // GROUP if GROUP else 0
+    group_1G = tl.arange(0, GROUPS)[None, :]
     if GROUP:  # scales are asked for a step before they are multiplied: nothing else brings them early
-        next_O = tl.load(scale_O + at)
-        if PAIR:
-            next_more_O = tl.load(scale_O + at + 1)
-    if zero_O is not None:
-        next_zero_O = tl.load(zero_O + at)
-        if PAIR:
-            next_more_zero_O = tl.load(zero_O + at + 1)
+        next_OG = tl.load(scale_O[:, None] + first // GROUP + group_1G)
+        if zero_O is not None:
+            next_zero_OG = tl.load(zero_O[:, None] + first // GROUP + group_1G)
     for k in range(first, last, BLOCK_K):
-        at = tl.minimum(k + BLOCK_K, last - BLOCK_K) // GROUP if GROUP else 0
-        if GROUP:
-            now_O1 = next_O.to(tl.float32)[:, None]
-            next_O = tl.load(scale_O + at)
-            if PAIR:
-                more_O1 = next_more_O.to(tl.float32)[:, None]
-                next_more_O = tl.load(scale_O + at + 1)
-        word_W = k // WORD + tl.arange(0, BLOCK_K // WORD)
+        word_W = tl.multiple_of(k // WORD, 16) + tl.arange(0, BLOCK_K // WORD)
         words_OW = tl.load(data_O[:, None] + word_W[None, :], eviction_policy="evict_first")
-        a_WR = tl.load(x_R[None, :] + word_W[:, None], has_R[None, :], 0.0)
-        b_WR = tl.load(x_R[None, :] + (columns // WORD + word_W)[:, None], has_R[None, :], 0.0)
-        if KIND == 0:
-            c_WR = tl.load(x_R[None, :] + (columns // 2 + word_W)[:, None], has_R[None, :], 0.0)
-            d_WR = tl.load(x_R[None, :] + (columns // 4 * 3 + word_W)[:, None], has_R[None, :], 0.0)
-            a_OW, b_OW, c_OW, d_OW = weights_of(words_OW, KIND, DTYPE, ASM)
+        if GROUP:
+            at = tl.minimum(k + BLOCK_K, last - BLOCK_K) // GROUP
+            now_OG, zero_OG = next_OG.to(tl.float32), None
+            next_OG = tl.load(scale_O[:, None] + at + group_1G)
             if zero_O is not None:
-                less_O1 = (next_zero_O.to(tl.float32) - 8.0).to(DTYPE)[:, None]
-                next_zero_O = tl.load(zero_O + at)
-                a_OW, b_OW = a_OW - less_O1, b_OW - less_O1
-                if PAIR:
-                    less_O1 = (next_more_zero_O.to(tl.float32) - 8.0).to(DTYPE)[:, None]
-                    next_more_zero_O = tl.load(zero_O + at + 1)
-                c_OW, d_OW = c_OW - less_O1, d_OW - less_O1
-            part_OR = tl.dot(a_OW, a_WR, input_precision="ieee")
-            part_OR = tl.dot(b_OW, b_WR, part_OR, input_precision="ieee")
-            if PAIR:
-                sum_OR += part_OR * now_O1
-                now_O1 = more_O1
-                part_OR = tl.dot(c_OW, c_WR, input_precision="ieee")
-            else:
-                part_OR = tl.dot(c_OW, c_WR, part_OR, input_precision="ieee")
-            part_OR = tl.dot(d_OW, d_WR, part_OR, input_precision="ieee")
-            sum_OR += part_OR * now_O1 if GROUP else part_OR
+                zero_OG = next_zero_OG.to(tl.float32)
+                next_zero_OG = tl.load(zero_O[:, None] + at + group_1G)
+            sum_OR = _add_groups(sum_OR, words_OW, now_OG, zero_OG, x_R + k, has_R, KIND, GROUPS, BLOCK_K, ASM)
         else:
-            a_OW, b_OW = weights_of(words_OW, KIND, DTYPE, ASM)
-            if GROUP:
-                part_OR = tl.dot(a_OW, a_WR, input_precision="ieee")
-                sum_OR += tl.dot(b_OW, b_WR, part_OR, input_precision="ieee") * now_O1
-            else:
-                sum_OR = tl.dot(a_OW, a_WR, sum_OR, input_precision="ieee")
-                sum_OR = tl.dot(b_OW, b_WR, sum_OR, input_precision="ieee")
+            x_KR = tl.load((x_R + k)[None, :] + tl.arange(0, BLOCK_K)[:, None], has_R[None, :], 0.0)
+            sum_OR += tl.dot(_numbers(words_OW, KIND, DTYPE, ASM), x_KR, input_precision="ieee")
     if GROUP == 0:
         sum_OR *= tl.load(scale_O).to(tl.float32)[:, None]
     return sum_OR
+
+
+@triton.jit
+def _numbers(words_OW, KIND: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """Weights as they are multiplied."""
+    parts = weights_of(words_OW, KIND, DTYPE, ASM)
+    return in_order4(*parts) if KIND == 0 else in_order(*parts)
+
+
+@triton.jit
+def _halves(x_OW):
+    x_OHW = tl.reshape(x_OW, (x_OW.shape[0], 2, x_OW.shape[1] // 2))
+    return tl.split(tl.permute(x_OHW, (0, 2, 1)))
+
+
+@triton.jit
+def _add_groups(
+    sum_OR, words_OW, scale_OG, zero_OG, x_R, has_R,
+    KIND: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """``sum_OR`` and what some groups of columns at ``x_R`` add to it, each times its scale."""
+    if GROUPS == 1:
+        w_OK = _numbers(words_OW, KIND, x_R.dtype.element_ty, ASM)
+        return _add_group(sum_OR, w_OK, scale_OG, zero_OG, x_R, has_R)
+    elif COLUMNS == 64 and KIND == 0:  # two groups of 32, half of each word
+        a_OW, b_OW, c_OW, d_OW = weights_of(words_OW, KIND, x_R.dtype.element_ty, ASM)
+        scales, zeros = _halves(scale_OG), (None, None) if zero_OG is None else _halves(zero_OG)
+        sum_OR = _add_group(sum_OR, in_order(a_OW, b_OW), scales[0], zeros[0], x_R, has_R)
+        return _add_group(sum_OR, in_order(c_OW, d_OW), scales[1], zeros[1], x_R + 32, has_R)
+    else:
+        words, scales = _halves(words_OW), _halves(scale_OG)
+        zeros = (None, None) if zero_OG is None else _halves(zero_OG)
+        for i in tl.static_range(2):
+            at_R = x_R + i * (COLUMNS // 2)
+            sum_OR = _add_groups(
+                sum_OR, words[i], scales[i], zeros[i], at_R, has_R, KIND, GROUPS // 2, COLUMNS // 2, ASM
+            )
+        return sum_OR
+
+
+@triton.jit
+def _add_group(sum_OR, w_OK, scale_O1, zero_O1, x_R, has_R):
+    x_KR = tl.load(x_R[None, :] + tl.arange(0, w_OK.shape[1])[:, None], has_R[None, :], 0.0)
+    if zero_O1 is not None:
+        w_OK -= (tl.reshape(zero_O1, (w_OK.shape[0],)) - 8.0).to(w_OK.dtype)[:, None]
+    return sum_OR + tl.dot(w_OK, x_KR, input_precision="ieee") * tl.reshape(scale_O1, (w_OK.shape[0],))[:, None]
+
+
+@triton.jit
+def ask_for(words_O, first, last, LINES: tl.constexpr):
+    """Has the L2 cache fetch ``LINES`` of 128 bytes of each output from word ``first`` on, none behind ``last``."""
+    at_OL = words_O[:, None] + tl.minimum(first + tl.arange(0, LINES) * 64, last)[None, :]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at_OL.to(tl.int64)], tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit
@@ -257,5 +289,6 @@ def matrices_at(
         scale_O = (matrix * tl.cdiv(outer, HEIGHT) + row_O // HEIGHT) * groups
     else:
         scale_O = matrix + row_O * 0
-    data_O = data + (matrix * outer + row_O) * (columns // (4 if KIND == 0 else 2))
+    words = tl.multiple_of(columns // (4 if KIND == 0 else 2), 16)  # or they would be copied in pieces of 8 bytes
+    data_O = data + (matrix * outer + row_O) * words
     return data_O, scales + scale_O, scale_O if zeros is None else zeros + scale_O
