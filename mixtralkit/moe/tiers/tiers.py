@@ -209,7 +209,7 @@ class Tiers:
         Args:
             rows_S: how many rows name each slot.
         """
-        needed = {(layer, slot): rows for slot, rows in enumerate(rows_S.tolist()) if rows}
+        needed = {(layer, slot): int(rows_S[slot]) for slot in np.flatnonzero(rows_S).tolist()}
         self._in_use, self._split = frozenset(needed), []
         self.cache.use(needed)
         while self._staying:
