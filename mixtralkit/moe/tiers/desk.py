@@ -138,9 +138,9 @@ class Desk:
 
     def _serve(self, layer: int) -> None:
         tiers = self.tiers
-        tiers.begin(layer)
         waits = self._listen(layer)
         slots = self.asked_LN[layer].tolist()
+        tiers.begin(layer)
         rows_S = np.bincount([slot for slot in slots if slot >= 0], minlength=tiers.slots[layer])
         answer = tiers.ask(layer, rows_S)
         if not waits:
@@ -151,6 +151,7 @@ class Desk:
             on_cpu_N = np.array([slot if slot in answer.cpu else -1 for slot in slots])
             given = (self._x_ND.reshape(len(slots), -1), on_cpu_N, self._weights_N.view(-1, 1), answer.first)
             tiers.product_on_cpu(layer, *given, self._cpu_ND)
+        tiers.balance(answer)
         if self.always:
             tiers.look_ahead(layer, rows_S, self.guesses_N)
         here_S, places_S = tiers.shown[layer].tolist(), tiers.places_of(layer).tolist()
@@ -158,7 +159,6 @@ class Desk:
         self.late_places_P[: len(late)] = [places_S[slot] for slot in late]
         self.late_N[:] = [late.index(slot) if slot in late else -1 for slot in slots]
         tiers.show()
-        tiers.balance(answer)
         self._answer(layer, bool(answer.cpu))
         if not self.always:
             tiers.look_ahead(layer, rows_S)
