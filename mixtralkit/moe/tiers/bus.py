@@ -10,7 +10,7 @@ import torch
 
 from mixtralkit.moe.tiers.memory import Clearing, Move
 
-PIECE = 2 << 20  # bytes of a copy of what may be wanted: so long one that is wanted now waits at most
+PIECE = 4 << 20  # bytes of a copy of what may be wanted: so long one that is wanted now waits at most
 
 
 class Ticket(Protocol):
@@ -81,7 +81,6 @@ class CudaBus:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._urgent, self._ahead = (torch.cuda.Stream(device, priority=priority) for priority in (-1, 0))
-        self._rectangle = _Copy2D(srcMemoryType=_HOST, dstMemoryType=_DEVICE)
         self._driver = ctypes.CDLL("libcuda.so.1")
         self._driver.cuMemcpyHtoDAsync_v2.argtypes = (
             ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p
@@ -103,10 +102,11 @@ class CudaBus:
             if move.height == 1:
                 failed = self._driver.cuMemcpyHtoDAsync_v2(move.target, move.source, move.width, handle)
             else:
-                of = self._rectangle  # one for all, since the driver has read it when it returns
-                of.srcHost, of.srcPitch, of.dstDevice = move.source, move.source_pitch, move.target
-                of.dstPitch, of.WidthInBytes, of.Height = move.target_pitch, move.width, move.height
-                failed = self._driver.cuMemcpy2DAsync_v2(ctypes.byref(of), handle)
+                rectangle = _Copy2D(
+                    srcMemoryType=_HOST, srcHost=move.source, srcPitch=move.source_pitch, dstMemoryType=_DEVICE,
+                    dstDevice=move.target, dstPitch=move.target_pitch, WidthInBytes=move.width, Height=move.height,
+                )  # fmt: skip
+                failed = self._driver.cuMemcpy2DAsync_v2(ctypes.byref(rectangle), handle)
             if failed:
                 raise RuntimeError(f"an expert could not be copied from host memory to the GPU (CUDA error {failed})")
         event = torch.cuda.Event()
