@@ -386,7 +386,7 @@ def steps_of(engine: Engine, requests: list[Request], batch: int) -> Iterator[No
 class Clock:
     """Where the host's time of a step goes: in the tiers' calls."""
 
-    NAMES = ("begin", "ask", "product_on_cpu", "look_ahead", "show", "send")
+    NAMES = ("begin", "ask", "product_on_cpu", "look_ahead", "end", "show")
 
     def __init__(self, tiers: Any) -> None:
         self.seconds = dict.fromkeys(self.NAMES, 0.0)

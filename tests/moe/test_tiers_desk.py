@@ -71,7 +71,7 @@ def test_steps_that_run_beside_the_host(name: str) -> None:
             thread.join()
         assert len(got) == 3
         assert not desk.told_L.any()
-        assert not desk._heard_L.any()
+        assert not desk.answers_L.any()
         for layer in store.layers:
             torch.testing.assert_close(got[layer], resident(store, layer, rows[layer]), rtol=2e-3, atol=2e-4)
         assert all(int(tiers.shown_LS[key]) in (place, -1) for key, place in tiers.cache.place_of.items())

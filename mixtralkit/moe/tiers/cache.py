@@ -79,13 +79,12 @@ class PlaceCache:
     def exchange(self, key: Key, place: int, keep: Collection[Key]) -> tuple[int, Key | None] | None:
         """An expert stays in a place that nobody has; the place given for it, and who had that, as ``take`` says.
 
-        None where all others of its layer are worth as much.
+        None where all others are worth as much.
         """
         assert key not in self.place_of
         victim = None
         if not self._free:
-            others = [other for other in self._of[key[0]] if other not in keep]
-            victim = min(others, key=lambda other: (self.value(other), other), default=None)
+            victim = self._victim(key, keep, key[0])
             if victim is None or self.value(victim) >= self.value(key):
                 return None
             self._free.append(self._pop(victim))

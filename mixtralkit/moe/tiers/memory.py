@@ -162,15 +162,15 @@ class Geometry:
 
 
 def in_pieces(moves: Sequence[Move], most: int) -> list[Move]:
-    """The same bytes in moves of at most so many."""
+    """The same bytes in moves of at most so many, or of a row."""
     found = []
     for move in moves:
-        step = max(1, most // move.width)
-        for row in range(0, move.height, step):
-            target, source = move.target + row * move.target_pitch, move.source + row * move.source_pitch
-            if move.width <= most:
+        if move.height > 1 or move.width <= most:
+            step = max(1, most // move.width)
+            for row in range(0, move.height, step):
+                target, source = move.target + row * move.target_pitch, move.source + row * move.source_pitch
                 found.append(move._replace(target=target, source=source, height=min(step, move.height - row)))
-                continue
-            for start in range(0, move.width, most):
-                found.append(Move(target + start, source + start, min(most, move.width - start)))
+            continue
+        for start in range(0, move.width, most):
+            found.append(Move(move.target + start, move.source + start, min(most, move.width - start)))
     return found

@@ -54,8 +54,8 @@ class Tiers:
         matrices: w13 and w2 of all places; ``pool`` are their parts.
         expert_bytes: of an expert in a place.
         places_LS: on the device, where an expert is.
-        shown_LS: the same as a running step reads it, -1 where an expert is not on the device; ``shown`` is what the
-            host has written there, or is about to.
+        shown_LS: the same in memory of the host that a running step reads, -1 where an expert is not on the device;
+            ``shown`` is that memory.
         counts: since the start.
         routers: by layer, norm and weight of the next layer's router; none guesses nothing.
     """
@@ -130,15 +130,13 @@ class Tiers:
         self._sure, self._was_sure = False, False
         self._in_use: frozenset[Key] = frozenset()
         self.places_LS = torch.zeros(config.n_layers, most, dtype=torch.int64, device=device)
-        self.shown_LS = torch.full((config.n_layers, most), -1, device=device)
-        self._shown = torch.full((config.n_layers, most), -1, pin_memory=device.type == "cuda")
-        self.shown = self._shown.numpy()
+        self.shown_LS = torch.full((config.n_layers, most), -1, pin_memory=device.type == "cuda")
+        self.shown = self.shown_LS.numpy()
         self._told = np.zeros((config.n_layers, most), np.int64)  # where experts are, as the host knows it
         self._told_here = np.zeros((config.n_layers, most), bool)  # and whether
         self._untold, self._unshown = set(), set()  # layers that have changed since
         self._guessed: torch.Tensor | None = None
         self._is_warm, self._lean = False, 1.0
-        self._sent: Ticket | None = None
         self.desk: Desk | None = None
 
     # products
@@ -244,14 +242,9 @@ class Tiers:
         few = 0 < len(missing) <= len(self._spare) and choices <= MOST_SPLIT_ROWS
         if not few or not self.splits or not self.costs.product_s:
             return [], 0
-        hidden, unit = self.columns[1], self._split_unit
+        hidden, unit = self.columns[1], max(SPLIT_COLUMNS, self.weights.unit, self.weights.height or 1)
         first = round(self.costs.cpu_share(missing, self._lean) * hidden / unit) * unit
         return (list(missing), first) if 0 < first < hidden else ([], 0)
-
-    @property
-    def _split_unit(self) -> int:
-        """An expert is split at a multiple of so many hidden columns."""
-        return max(SPLIT_COLUMNS, self.weights.unit, self.weights.height or 1)
 
     def _fetch(self, key: Key) -> Ticket:
         """Begins to bring an expert that rows are waiting for."""
@@ -360,9 +353,7 @@ class Tiers:
         self._forget(found[1])
         self._spare[self._spare.index(place)] = found[0]
         del self._silent[place]
-        likely = min(first + 4 * self._split_unit, self.columns[1])  # cleared now, when nobody waits for it
-        self.bus.clear(self._places.silence(found[0], likely))
-        self._silent[found[0]] = likely
+        self._silent[found[0]] = 0
         self._staying.append((key, self._places.rest(place, self._source(key[0]), key[1], first)))
 
     def _bring_all(self, layer: int, following: int, distance: int) -> None:
@@ -426,19 +417,7 @@ class Tiers:
         """Where experts are, to a step that waits or is not yet running."""
         for layer in self._unshown:
             self.shown[layer] = np.where(self._told_here[layer], self._told[layer], -1)
-        if self._unshown:
-            self.send([Move(self.shown_LS.data_ptr(), self._shown.data_ptr(), self._shown.nbytes)])
         self._unshown.clear()
-
-    def send(self, moves: list[Move]) -> None:
-        """Begins copies that rows wait for, behind all others of these."""
-        self._sent = self.bus.copy(moves)
-        self._arriving.demand(self._sent)
-
-    def wait_for_table(self) -> None:
-        """What the GPU does from now on comes after all that was sent."""
-        if self._sent is not None:
-            self.bus.wait(self._sent)
 
     def places_of(self, layer: int) -> np.ndarray:
         """int64 [S]: where each slot's expert is, if it is on the GPU; also what was brought for the rows at hand."""
@@ -455,11 +434,15 @@ class Tiers:
         tensor = tensor.pin_memory() if self.context.device.type == "cuda" else tensor
         return tensor.to(self.context.device, non_blocking=True)
 
-    def balance(self, answer: Answer) -> None:
-        """The CPU has done its part: who was late, it or the bus, has less the next time."""
+    def end(self, answer: Answer) -> None:
+        """The host waits for the copies. CPU and bus end together when the later one has done less the next time."""
+        waited = False
+        for ticket in answer.tickets:
+            while not ticket.query():
+                waited = True
+                self.pump()
         if answer.first is not None:
-            waits = not all(ticket.query() for ticket in answer.tickets)
-            lean = self._lean * (LEANING if waits else 1 / LEANING)
+            lean = self._lean * (LEANING if waited else 1 / LEANING)
             self._lean = min(max(lean, 1 / MOST_LEANING), MOST_LEANING)
 
     def on_host(self, values: torch.Tensor) -> np.ndarray:

@@ -1,9 +1,9 @@
 """A running step asks the host, waits for its answer, and adds what came of it.
 
-What the host is told is written into its memory, and what it answers is brought into the device's, which loads it past
-all caches (volatile). Who tells makes visible to the whole system what it has written, by an atomic addition of nothing
-that is ordered both ways, then stores the flag; who waits loads the flag until it is there, and then does the same. A
-flag is taken back by who has read it, so a step begins with all of them zero.
+The kernels themselves read and write memory of the host, past all caches (volatile). Who tells first makes visible to
+the whole system what it has written, by an atomic addition of nothing that is ordered both ways, then stores the flag;
+who waits loads the flag until it is there, and then does the same. A flag is taken back by who has read it, so a step
+begins with all of them zero.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def _ask(
     SLOTS: tl.constexpr, SLOT_LANES: tl.constexpr, LANES: tl.constexpr, DIM: tl.constexpr, DIM_LANES: tl.constexpr,
     ALWAYS: tl.constexpr,
 ):  # fmt: skip
-    """One program, a layer's choices and rows; what is between ``asked_LN`` and ``told_L`` is the host's."""
+    """One program, a layer's choices and rows; ``places_LS`` and all from ``asked_LN`` to ``told_L`` are the host's."""
     lane, s, d = tl.arange(0, LANES), tl.arange(0, SLOT_LANES), tl.arange(0, DIM_LANES)
     inside = lane < choices
     slot = tl.load(slots_N + lane, mask=inside, other=-1)
@@ -54,7 +54,7 @@ def _wait(
     waits_2, answers_L, late_N, late_places_P, late_out_N, places_out_P, fence, layer, choices,
     LANES: tl.constexpr, PLACES: tl.constexpr, PLACE_LANES: tl.constexpr,
 ):  # fmt: skip
-    """One program; the bus writes ``answers_L`` behind what is late."""
+    """One program; ``answers_L`` and what is late are the host's."""
     lane, p = tl.arange(0, LANES), tl.arange(0, PLACE_LANES)
     inside = lane < choices
     late = tl.full([LANES], -1, tl.int64)
@@ -78,7 +78,7 @@ def _add(
     here_ND, late_ND, cpu_ND, waits_2, residual_TD, out_TD,
     DIM: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Some columns of a row, added as ``tiers.parts.add_parts`` does."""
+    """Some columns of a row, added as ``tiers.parts.add_parts`` does; ``cpu_ND`` is the host's."""
     row, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = d < DIM
     late_end = tl.where(tl.load(waits_2) != 0, DIM, 0)
@@ -87,7 +87,7 @@ def _add(
     for k in tl.static_range(TOP_K):
         at = (row * TOP_K + k) * DIM + d
         part = tl.load(here_ND + at, mask=inside, other=0.0)
-        part += tl.load(cpu_ND + at, mask=d < cpu_end, other=0.0)
+        part += tl.load(cpu_ND + at, mask=d < cpu_end, other=0.0, volatile=True)
         part += tl.load(late_ND + at, mask=d < late_end, other=0.0)
         total += part
     if residual_TD is not None:
@@ -106,7 +106,7 @@ def ask_host(
     Args:
         slots_N: int64 slot of each choice, -1 for none.
         guessed_N: what the next layer is expected to choose.
-        places_LS: int64, the place of every slot, -1 where it is not on the device.
+        places_LS: the host's table, int64: the place of every slot, -1 where it is not on the device.
         here_N, places_S: take on the device the slots that are there, -1 for the others, and the layer's places.
         waits_2: int32 on the device; the first says whether ``wait_for_host`` will wait.
         asked_LN, guesses_N, weights_out_N, x_out_TD: the host's.
@@ -132,9 +132,9 @@ def wait_for_host(
 
     Args:
         waits_2: the second becomes 1 where the CPU has computed something.
-        answers_L: int32, by layer 0 until the bus writes 1, or 2 where the CPU has computed something.
-        late_N, late_places_P: int64: what has come for the layer, by choice a number in ``late_places_P``, -1 for none.
-            ``late_out_N`` and ``places_out_P`` take them, or -1 and 0 where the layer did not wait.
+        answers_L: the host's, int32: 1, or 2 where the CPU has computed something.
+        late_N, late_places_P: the host's, int64: what has come for the layer, by choice a number in ``late_places_P``,
+            -1 for none. ``late_out_N`` and ``places_out_P`` take them on the device.
     """
     choices, places = len(late_N), len(late_places_P)
     _wait[(1,)](
@@ -147,7 +147,7 @@ def add_answers(
     here_ND: torch.Tensor, late_ND: torch.Tensor, cpu_ND: torch.Tensor, waits_2: torch.Tensor,
     residual_TD: torch.Tensor | None, out_TD: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
-    """Σ of each row's choices over their float32 parts [N, D] [+ residual]."""
+    """Σ of each row's choices over their float32 parts [N, D], of which ``cpu_ND`` is the host's [+ residual]."""
     rows, dim = out_TD.shape
     block = min(BLOCK, triton.next_power_of_2(dim))
     _add[(rows, triton.cdiv(dim, block))](
