@@ -156,7 +156,9 @@ def test_experts_in_fewer_bits():
 
 
 def test_what_fewer_bits_cost():
-    files = [ROOT / f"benchmarks/results/{name}.json" for name in ("quantised", "quantised-attention")]
+    files = [
+        ROOT / f"benchmarks/results/{name}.json" for name in ("quantised", "quantised-attention", "quantised-fp8-rows")
+    ]
     lines = {line["format"]: line for file in files for line in json.loads(file.read_text())["formats"]}
     found = table("docs/quantised.md", "| format | bits a weight here")
     assert len(found) == len(lines)

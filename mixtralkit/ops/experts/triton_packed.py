@@ -20,7 +20,6 @@ from mixtralkit.ops.experts.triton_sorting import sort_rows
 from mixtralkit.ops.experts.triton_words import (
     INT4,
     Operand,
-    ask_for,
     column_of,
     in_order4,
     matrices_at,
@@ -69,11 +68,11 @@ def expert_sum_packed(
 def default_settings(rows: int, mean: float, halves: bool) -> dict[str, int]:
     """What was fastest on an H200 for Mixtral-8x7B, whole.
 
-    Outputs and columns of a tile, warps and stages of either product. In a small batch ``parts`` programs share the
-    columns of w2, and each asks for ``ahead`` lines of its outputs while h is not there yet. The streamed form has
-    ``block_r`` rows and ``programs`` a multiprocessor, for ``mean`` rows an expert.
+    Outputs and columns of a tile, warps and stages of either product; ``parts`` programs that share the columns of w2
+    in a small batch; ``block_r`` rows and ``programs`` a multiprocessor of the streamed form, for ``mean`` rows an
+    expert.
     """
-    more = {"parts": 1, "ahead": 8, "block_r": 32 if mean <= 24 else 64 if mean <= 48 else 128, "programs": 2}
+    more = {"parts": 1, "block_r": 32 if mean <= 24 else 64 if mean <= 48 else 128, "programs": 2}
     if rows <= BLOCK_R:
         stages = 3 if halves else 4
         up, down = (32, 256, 4, stages), (64, 256, 4, stages)
@@ -113,7 +112,7 @@ def _sum_small(x_RD, slots_RK, weights_RK, up, down, residual_RD, out_RD, storag
     span = triton.cdiv(hidden, parts * constants["BLOCK_K"]) * constants["BLOCK_K"]
     _down_packed[(len(arrived_B), slots * parts)](
         h_NF, slots_RK, *down.tensors, storage_S, residual_RD, sums_NPD, arrived_B, out_RD, rows, width, hidden, span,
-        PARTS=parts, BLOCK_D=block_d, AHEAD=s["ahead"], **common, **constants, **_launch(x_RD, s, "down"),
+        PARTS=parts, BLOCK_D=block_d, **common, **constants, **_launch(x_RD, s, "down"),
     )  # fmt: skip
     return out_RD
 
@@ -215,25 +214,22 @@ def _up_packed(
 def _down_packed(
     h, slots, data, scales, zeros, storage, residual, sums, arrived, out, rows, width, hidden, span,
     PARTS: tl.constexpr, BLOCK_D: tl.constexpr, TOP_K: tl.constexpr, BLOCK_R: tl.constexpr, BY_CHOICE: tl.constexpr,
-    AHEAD: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
-    ASM: tl.constexpr, PDL: tl.constexpr,
+    KIND: tl.constexpr, GROUP: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One slot's part of out[d] of the rows that chose it, for some d, as ``triton_small._down_some_rows``."""
-    WORD: tl.constexpr = 4 if KIND == 0 else 2
     part = tl.program_id(1) % PARTS
     d_D = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside_D = d_D < width
     slot, place = _slot_of(slots, storage, tl.program_id(1) // PARTS, BY_CHOICE)
     choice_R, present_R = _choice_of(slots, slot, rows, BLOCK_R, TOP_K)
-    chose_R, chosen = choice_R >= 0, tl.max(choice_R, 0) >= 0
-    row_D = tl.where(inside_D, d_D, 0)
-    data_D, scale_D, zero_D = matrices_at(data, scales, zeros, place, row_D, width, hidden, KIND, GROUP, HEIGHT)
+    chose_R = choice_R >= 0
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        if AHEAD and chosen:
-            ask_for(data_D, part * span // WORD, hidden // WORD - 1, AHEAD)
         tl.extra.cuda.gdc_wait()
-    if chosen:
+    if tl.max(choice_R, 0) >= 0:
+        row_D = tl.where(inside_D, d_D, 0)
+        data_D, scale_D, zero_D = matrices_at(data, scales, zeros, place, row_D, width, hidden, KIND, GROUP, HEIGHT)
         sum_DR = packed_dot(
             data_D, scale_D, None if zeros is None else zero_D,
             h + tl.where(chose_R, choice_R, 0).to(tl.int64) * hidden, chose_R,

@@ -270,15 +270,6 @@ def _add_group(sum_OR, w_OK, scale_O1, zero_O1, x_R, has_R):
 
 
 @triton.jit
-def ask_for(words_O, first, last, LINES: tl.constexpr):
-    """Has the L2 cache fetch ``LINES`` of 128 bytes of each output from word ``first`` on, none behind ``last``."""
-    at_OL = words_O[:, None] + tl.minimum(first + tl.arange(0, LINES) * 64, last)[None, :]
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at_OL.to(tl.int64)], tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
 def matrices_at(
     data, scales, zeros, matrix, row_O, outer, columns,
     KIND: tl.constexpr, GROUP: tl.constexpr, HEIGHT: tl.constexpr,
