@@ -79,7 +79,7 @@ def test_a_whole_run_of_a_small_model(tmp_path):
     bench_throughput(
         ROOT / "configs" / "models" / "tiny.json", True, sequences=3, prompt_len=9, new_tokens=5, requests=5,
         shortest=2, longest=6, shared=40, sharing=3, cache_tokens=400, page_size=16, layers=1, output=output,
-        device="cpu",
+        quantize="int8", device="cpu",
     )  # fmt: skip
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     found = {line["measurement"] for line in lines}

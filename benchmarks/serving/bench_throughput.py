@@ -25,7 +25,7 @@ from benchmarks.model.source import RandomWords
 from benchmarks.serving.load import Record, poisson_starts, random_prompts, run, serve_fields, throughput_fields
 from mixtralkit.cli.run import command, run_tool
 from mixtralkit.config import EngineConfig, ModelConfig, ParallelOptions, parse_dtype, shipped
-from mixtralkit.config.engine import Dtype
+from mixtralkit.config.engine import Dtype, Quantize, QuantizeAttention
 from mixtralkit.config.options import Count
 from mixtralkit.distributed import RankContext
 from mixtralkit.engine.generation import Engine
@@ -57,6 +57,8 @@ def bench_throughput(
     layers: Count | None = None,
     seed: int = 0,
     output: Path | None = None,
+    quantize: Quantize | None = None,
+    quantize_attention: QuantizeAttention | None = None,
     dtype: Dtype | None = None,
     device: str | None = None,
     *,
@@ -84,6 +86,8 @@ def bench_throughput(
         layers: blocks of the model, fewer than it has.
         seed: of weights and prompts.
         output: file that takes the lines of JSON.
+        quantize: format of the experts' weights.
+        quantize_attention: int8 or fp8, of attention's projections and the output matrix.
         dtype: bfloat16, float16 or float32; left out, bfloat16 on a GPU and float32 on a CPU.
         device: cpu or cuda; left out, cuda where there is one.
     """
@@ -99,14 +103,17 @@ def bench_throughput(
     config = ModelConfig.from_file(shipped("models", model))
     config = config if layers is None else replace(config, n_layers=layers)
     most = max(prompt_len + new_tokens, 2 * longest, shared + 64)
-    layout = choose_layout(config.with_limits(most, sequences), context, EngineConfig.of(parallel=parallel))
+    formats = {"quantize": quantize, "quantize_attention": quantize_attention}
+    options = EngineConfig.of(parallel=parallel, **formats)
+    layout = choose_layout(config.with_limits(most, sequences), context, options)
     built = Transformer(layout, context, kind)
     built.initialize(seed)
     built.allocate_cache(page_size, max(1, cache_tokens // (built.ranks_with_own_sequences * page_size)))
     engine = Engine(built, RandomWords(config.vocab_size), prefill_budget=prefill_budget, mixed_budget=mixed_budget)
     about = {**describe_run(context), "model": model.stem, "layers": config.n_layers, "weights": "random",
              "dtype": str(kind).removeprefix("torch."), "sequences": sequences, "cache_tokens": cache_tokens,
-             "page_size": page_size, "prefill_budget": prefill_budget, "mixed_budget": mixed_budget}  # fmt: skip
+             "page_size": page_size, "prefill_budget": prefill_budget, "mixed_budget": mixed_budget,
+             **formats}  # fmt: skip
     bench = Bench(engine, config.vocab_size, about, output, seed)
     bench.warm_up(sequences, min(prompt_len, 64))
     if "single" in wanted:
