@@ -243,3 +243,17 @@ def test_cpu():
         for line in runs("cpu-llama")
     ]
     assert list(rows.values()) == wanted
+
+
+def test_x_in_eight_bits():
+    page = (ROOT / "docs/cpu.md").read_text(encoding="utf-8")
+    found = json.loads((ROOT / "benchmarks/results/quantised-bfloat16.json").read_text())["formats"]
+    assert len(found) == 5
+    assert all(f"{line['bits_per_byte']['value']:.4f}" in page for line in found)
+
+
+def test_simulated_steps():
+    page, lines = (ROOT / "docs/serving.md").read_text(encoding="utf-8"), runs("simulated-steps")
+    rates = {line["case"]: line["output_tokens_per_s"] for line in lines if line["mixed_budget"] == 768}
+    assert len(rates) == 4
+    assert all(f"{round(rate, -1):,.0f}" in page for rate in rates.values())

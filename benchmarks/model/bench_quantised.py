@@ -4,11 +4,12 @@
     python -m benchmarks.model.bench_quantised --plans bits.json --output …    # formats of a plan
     python -m benchmarks.model.bench_quantised --attention int8 fp8 --output …    # of attention and output
     python -m benchmarks.model.bench_quantised --fp8_rows --output …    # rows rounded too, as GPUs multiply fp8
+    python -m benchmarks.model.bench_quantised --dtype bfloat16 --formats int4:32 --output …    # as CPUs run them
 
-A line a format on stderr and in the file, as soon as it is known; all else stays in float32, so that nothing but the
-format of the experts, or of attention and output, differs. ``bits`` are those of a rounded weight, with all that
-belongs to it; ``error`` is the root of their mean squared error over that of the weights. docs/quantised.md has the
-table.
+A line a format on stderr and in the file, as soon as it is known; all else stays in float32 unless ``--dtype`` says
+otherwise, so that nothing but the format of the experts, or of attention and output, differs. ``bits`` are those of a
+rounded weight, with all that belongs to it; ``error`` is the root of their mean squared error over that of the weights.
+docs/quantised.md has the table.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from benchmarks.common.machine import describe_run
 from mixtralkit.checkpoint import open_checkpoint
 from mixtralkit.cli.run import run_tool
 from mixtralkit.config import EngineConfig, shipped
+from mixtralkit.config.engine import Dtype
 from mixtralkit.config.options import Count
 from mixtralkit.distributed import RankContext
 from mixtralkit.evaluation.prompt_sets import read_prompts
@@ -70,6 +72,7 @@ def bench_quantised(
     fp8_rows: bool = False,
     every: Count = 1,
     max_batch_size: int = 16,
+    dtype: Dtype = "float32",
     output: Path | None = None,
 ) -> None:
     """Scores the model in every format.
@@ -84,6 +87,7 @@ def bench_quantised(
         fp8_rows: scores fp8 with rows rounded too, as GPUs multiply more than a few; last.
         every: of the questions, each of that many is asked; texts are all scored.
         max_batch_size: sequences at a time.
+        dtype: of all that is not rounded, and of rows.
         output: file that takes the result as JSON.
     """
     context = RankContext.start("cpu")
@@ -103,7 +107,7 @@ def bench_quantised(
         cases.append((f"{name}, rows too", Formats(parse_weights(name), rounds_rows=True)))
     for name, case in cases:
         config = EngineConfig.of(
-            model=model, max_seq_len=max(work.longest for work in works), dtype="float32", device="cpu",
+            model=model, max_seq_len=max(work.longest for work in works), dtype=dtype, device="cpu",
             max_batch_size=max_batch_size, plan=case.plan, **case.options,
         )  # fmt: skip
         mixtral = Mixtral.load(config, context, source)
@@ -125,6 +129,7 @@ def bench_quantised(
                 "model": model.name,
                 "prompts": prompts.name,
                 "every": every,
+                "dtype": dtype,
                 "formats": found,
             }
             output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -160,9 +160,8 @@ def grouped_product(
     block_r, block_o = order.block_r, own["block_o"]
     columns = block_o if stream else min(block_o, 128)  # stored at once
     hopper = x_PI.is_cuda and torch.cuda.get_device_capability(x_PI.device)[0] == 9
-    staged = (
-        0 if stream else block_r * (columns if hopper else block_o) * out_PO.element_size()
-    )  # only there both halves take one buffer
+    staged = block_r * (columns if hopper else block_o)  # only there both halves take one buffer
+    staged = 0 if stream else staged * out_PO.element_size()
     loaded = block_r + block_o * (2 if swiglu else 1)
     block_k, stages = _depth(x_PI.device, loaded * x_PI.element_size(), staged, own)
     quarters = _quarters(block_r) if stream else 1
