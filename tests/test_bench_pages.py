@@ -257,3 +257,11 @@ def test_simulated_steps():
     rates = {line["case"]: line["output_tokens_per_s"] for line in lines if line["mixed_budget"] == 768}
     assert len(rates) == 4
     assert all(f"{round(rate, -1):,.0f}" in page for rate in rates.values())
+
+
+def test_host_s_part_of_steps():
+    page = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
+    ms = {line["measurement"]: f"{line['median_ms']:.2f}" for line in runs("host-steps-cpu")}
+    assert f"takes {ms['served']} ms of a step, drawn {ms['served, drawn']}, with a prompt" in page
+    assert f"beside them {ms['served, prompts arrive']}, besides" in page
+    assert f"which takes {ms['list']} ms" in page

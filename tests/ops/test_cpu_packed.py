@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mixtralkit.moe.weights import FORMATS as ALL
-from mixtralkit.moe.weights import PackedWeight
+from mixtralkit.moe.weights import Int4, PackedWeight
 from mixtralkit.ops.cpu.build import kernels
 from mixtralkit.ops.cpu.products import expert_sum_cpu, linear_cpu
 from mixtralkit.ops.experts.reference import expert_sum_reference
@@ -68,6 +68,8 @@ def test_expert_sum_is_the_sum_of_the_choices(fmt, rows) -> None:
     whole = expert_sum_cpu(x_RD.float(), slots_RK, weights_RK, w13, w2, residual_RD.float())
     torch.testing.assert_close(whole.double(), expected, rtol=1e-3, atol=1e-3)
     found = expert_sum_cpu(x_RD, slots_RK, weights_RK, w13, w2, residual_RD)
+    if not isinstance(fmt, Int4):  # beside which x has 8 bits
+        torch.testing.assert_close(found.double(), expected, rtol=1e-2, atol=1e-2)
     assert (found - expected).norm() <= 0.015 * (expected - residual_RD).norm() + 0.004 * expected.norm()
     storage_S = torch.tensor([5, 0, 3, 2])
     larger13, larger2 = (
