@@ -54,6 +54,14 @@ class PlainBus:
     def wait(self, ticket: Ticket) -> None:
         """What the GPU does from now on comes after the copies."""
 
+    def answer(self, tickets: Iterable[Ticket], moves: Iterable[Move], flag: int, value: int) -> None:
+        """Behind copies that were begun and some more, writes a word of 32 bits: address and value."""
+        for ticket in tickets:
+            while not ticket.query():
+                pass
+        self.copy(moves)
+        ctypes.c_int32.from_address(flag).value = value
+
 
 class _Copy2D(ctypes.Structure):
     """``CUDA_MEMCPY2D`` of the driver."""
@@ -81,6 +89,7 @@ class CudaBus:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._urgent, self._ahead = (torch.cuda.Stream(device, priority=priority) for priority in (-1, 0))
+        self._rectangle = _Copy2D(srcMemoryType=_HOST, dstMemoryType=_DEVICE)
         self._driver = ctypes.CDLL("libcuda.so.1")
         self._driver.cuMemcpyHtoDAsync_v2.argtypes = (
             ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p
@@ -89,24 +98,26 @@ class CudaBus:
         self._driver.cuMemsetD2D8Async.argtypes = (
             ctypes.c_uint64, ctypes.c_size_t, ctypes.c_ubyte, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_void_p
         )  # fmt: skip
+        self._driver.cuStreamWriteValue32_v2.argtypes = (
+            ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint
+        )  # fmt: skip
         held = torch.empty(2, 512, dtype=torch.uint8, device=device)  # its kernel is loaded before any other waits
         torch.cuda.synchronize(device)
         self.clear([Clearing(held.data_ptr(), 256, 2, 512)])
+        self.answer((), (), held.data_ptr(), 0)
         torch.cuda.synchronize(device)
 
     def copy(self, moves: Iterable[Move], urgent: bool = True) -> torch.cuda.Event:
         """See ``PlainBus.copy``."""
-        stream = self._urgent if urgent else self._ahead
-        handle = ctypes.c_void_p(stream.cuda_stream)
-        for move in moves:
-            if move.height == 1:
-                failed = self._driver.cuMemcpyHtoDAsync_v2(move.target, move.source, move.width, handle)
-            else:
-                rectangle = _Copy2D(
-                    srcMemoryType=_HOST, srcHost=move.source, srcPitch=move.source_pitch, dstMemoryType=_DEVICE,
-                    dstDevice=move.target, dstPitch=move.target_pitch, WidthInBytes=move.width, Height=move.height,
-                )  # fmt: skip
-                failed = self._driver.cuMemcpy2DAsync_v2(ctypes.byref(rectangle), handle)
+        stream, of = self._urgent if urgent else self._ahead, self._rectangle
+        handle, driver = ctypes.c_void_p(stream.cuda_stream), self._driver
+        for target, source, width, height, target_pitch, source_pitch in moves:
+            if height == 1:
+                failed = driver.cuMemcpyHtoDAsync_v2(target, source, width, handle)
+            else:  # one rectangle for all calls: the driver has read it when it returns
+                of.srcHost, of.srcPitch, of.dstDevice, of.dstPitch = source, source_pitch, target, target_pitch
+                of.WidthInBytes, of.Height = width, height
+                failed = driver.cuMemcpy2DAsync_v2(ctypes.byref(of), handle)
             if failed:
                 raise RuntimeError(f"an expert could not be copied from host memory to the GPU (CUDA error {failed})")
         event = torch.cuda.Event()
@@ -124,3 +135,12 @@ class CudaBus:
     def wait(self, ticket: torch.cuda.Event) -> None:
         """See ``PlainBus.wait``."""
         torch.cuda.current_stream(self.device).wait_event(ticket)
+
+    def answer(self, tickets: Iterable[torch.cuda.Event], moves: Iterable[Move], flag: int, value: int) -> None:
+        """See ``PlainBus.answer``. The driver makes all that came before visible to running kernels before the word."""
+        for ticket in tickets:
+            self._urgent.wait_event(ticket)
+        self.copy(moves)
+        handle = ctypes.c_void_p(self._urgent.cuda_stream)
+        if failed := self._driver.cuStreamWriteValue32_v2(handle, flag, value, 0):
+            raise RuntimeError(f"an answer could not be written to the GPU's memory (CUDA error {failed})")

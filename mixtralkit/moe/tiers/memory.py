@@ -132,8 +132,8 @@ class Geometry:
         if (other, columns) not in self._first_moves:
             self._first_moves[other, columns] = self._moves_of_first(other, columns)
         return [
-            Move(move.target + place * mine, move.source + slot * theirs, *move[2:])
-            for move, mine, theirs in self._first_moves[other, columns]
+            Move(target + place * mine, source + slot * theirs, *rest)
+            for (target, source, *rest), mine, theirs in self._first_moves[other, columns]
         ]
 
     def _moves_of_first(self, other: Geometry, columns: tuple[int, int] | None) -> list[tuple[Move, int, int]]:
