@@ -23,13 +23,14 @@ waits for nothing but copies. Whatever fails there, the step is let go on before
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 
 from mixtralkit.moe.dispatch.base import RoutedRows
 from mixtralkit.moe.tiers.answers import HostAnswer
+from mixtralkit.moe.tiers.setup import Answer
 from mixtralkit.ops.experts import expert_sum
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class Desk:
         self._asked_LN, self._guesses_N = of.asked_LTK.flatten(1).numpy(), of.guesses_TK.flatten().numpy()
         self.told_1, self._on_cpu_TK = of.told_1.numpy(), torch.full((rows, top_k), -1)
         self._on_cpu_N = self._on_cpu_TK.flatten().numpy()
+        self._products: dict[int, Callable[[int | None], None] | None] = {}  # by layer
         self._launched = torch.cuda.Event() if cuda else None
         self._failed = False
 
@@ -134,15 +136,11 @@ class Desk:
     def _serve(self, layer: int, before: list[int]) -> None:
         """A layer waits: what it needs and nothing else, then the notes, also of those that ran on before it."""
         tiers, slots = self.tiers, self._asked_LN[layer].tolist()
-        rows = Counter(slots)
-        rows.pop(-1, None)
+        rows = {slot: slots.count(slot) for slot in slots if slot >= 0}
         answer = tiers.ask(layer, rows)
         if answer.cpu:
             self._on_cpu_N[:] = [slot if slot in answer.cpu else -1 for slot in slots]
-            of = self.memory
-            tiers.product_on_cpu(
-                layer, of.x_TD, self._on_cpu_TK, of.weights_TK, answer.first, self.answer.computed_TD
-            )  # fmt: skip
+            self._compute(layer, answer)
         takes_more = not self.always and tiers.cache.lacks(layer)
         if takes_more:
             tiers.look_ahead(layer, rows)
@@ -152,6 +150,17 @@ class Desk:
         if not takes_more:
             tiers.look_ahead(layer, rows, self._guesses_N)
         tiers.take_in()
+
+    def _compute(self, layer: int, answer: Answer) -> None:
+        """The CPU's part of a layer."""
+        tiers, of = self.tiers, self.memory
+        given = (of.x_TD, self._on_cpu_TK, of.weights_TK)
+        if layer not in self._products:
+            self._products[layer] = tiers.product_call(layer, *given, self.answer.computed_TD)
+        if self._products[layer] is None:
+            tiers.product_on_cpu(layer, *given, answer.first, self.answer.computed_TD)
+        else:
+            tiers.compute(layer, self._products[layer], answer)
 
     def _note(self, layers: list[int]) -> None:
         """Layers that have found all they need."""

@@ -14,7 +14,7 @@ place that this layer does not use may be written at once.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -95,6 +95,7 @@ class Tiers:
             for layer, slots in self.slots.items()
         }
         hidden = self.columns[1]
+        self._split_unit = max(SPLIT_COLUMNS, weights.unit, weights.height or 1)
         self._host_matrices = {
             layer: as_matrices(weights, self.columns, host.tensors) for layer, host in self.hosts.items()
         }
@@ -182,6 +183,24 @@ class Tiers:
 
         return expert_sum_cpu(x_RD, slots_RK, weights_RK, *matrices, out_RD=out_RD, hidden=first)
 
+    def product_call(self, layer: int, *given: torch.Tensor) -> Callable[[int | None], None] | None:
+        """``product_on_cpu`` of the same memory again and again, for ``compute``; None where that is not to be had.
+
+        ``given``: rows, slots, weights and what takes the sums.
+        """
+        if not _has_product(self.weights) or given[1].numel() > MOST_SPLIT_ROWS:
+            return None
+        from mixtralkit.ops.cpu.products import expert_sum_call
+
+        *rows, out_RD = given
+        return expert_sum_call(*rows, *self._host_matrices[layer], None, out_RD)
+
+    def compute(self, layer: int, call: Callable[[int | None], None], answer: Answer) -> None:
+        """The CPU's part of an answer, by ``product_call``."""
+        self.hosts[layer].check()
+        self.counts.products += len(answer.cpu)
+        call(answer.first)
+
     # decisions
 
     def warm_up(self) -> None:
@@ -242,10 +261,10 @@ class Tiers:
         """A layer has run that found all it needed."""
         needed = dict.fromkeys(((layer, slot) for slot in slots), 1)
         self.counts.hits += len(needed) - self._use(layer, needed)
+        self.cache.use(needed)
 
     def _use(self, layer: int, needed: Mapping[Key, int]) -> int:
-        """Notes what rows name; how many of it had been brought for them, which counts as missed."""
-        self.cache.use(needed)
+        """Rows name experts; how many of these had been brought for them, which counts as missed."""
         for key in self._arriving.in_vain(layer, needed):
             self._give_up(key)
         came = len(self._arriving.asked(layer, needed))
@@ -265,10 +284,6 @@ class Tiers:
         hidden, unit = self.columns[1], self._split_unit
         first = round(self.costs.cpu_share(missing, self._lean) * hidden / unit) * unit
         return (list(missing), first) if 0 < first < hidden else ([], 0)
-
-    @property
-    def _split_unit(self) -> int:
-        return max(SPLIT_COLUMNS, self.weights.unit, self.weights.height or 1)
 
     def _fetch(self, key: Key) -> Ticket:
         """Begins to bring an expert that rows are waiting for."""
@@ -354,6 +369,7 @@ class Tiers:
             guessed: experts that the next layer's router would choose.
         """
         split, self._split = self._split, []
+        self.cache.use(self._in_use)
         if not self.setup.options.expert_prefetch:
             return
         self._complete(self._staying)  # of layers before, whose rows are done
