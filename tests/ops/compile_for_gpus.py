@@ -85,7 +85,8 @@ def experts(rows: int, slots: int = 8, width: int = 4096, hidden: int = 14336, s
     weights = torch.empty(slots, 2 * hidden, width, dtype=BF16), torch.empty(slots, width, hidden, dtype=BF16)
     chosen = torch.zeros(rows, 2, dtype=torch.int64), torch.zeros(rows, 2)
     launch = expert_sum_small if rows <= 16 else expert_sum_grouped
-    launch(x_RD, *chosen, *weights, x_RD, storage_S=torch.arange(slots) if stored else None)
+    at_desk = (x_RD.float(), None, torch.arange(slots))  # residual and storage of a step with experts in host memory
+    launch(x_RD, *chosen, *weights, *(at_desk if stored else (x_RD,)))
 
 
 def packed_experts(
@@ -104,7 +105,8 @@ def packed_experts(
         matrices.append(PackedWeight(weights, columns, tuple(parts), stacked))
     x_RD, chosen = torch.empty(rows, width, dtype=BF16), (torch.zeros(rows, 2, dtype=torch.int64), torch.zeros(rows, 2))
     launch = expert_sum_grouped if operands else expert_sum_packed
-    launch(x_RD, *chosen, *matrices, x_RD)
+    at_desk = (x_RD.float(), None, torch.arange(slots))
+    launch(x_RD, *chosen, *matrices, *(at_desk if rows == 8 else (x_RD,)))
 
 
 def rest(rows: int, width: int = 4096) -> None:

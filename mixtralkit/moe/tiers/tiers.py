@@ -8,7 +8,8 @@
     bus   what is wanted now │ what the next layers want
 
 When the host asks for a layer it has waited for that layer's router, so every kernel of the layers before is done: a
-place that this layer does not use may be written at once.
+place that this layer does not use may be written at once. ``look_ahead`` comes when the layer's products have been
+launched or may begin: it writes no place that they read.
 """
 
 from __future__ import annotations

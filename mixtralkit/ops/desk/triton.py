@@ -99,7 +99,7 @@ def _ask(
                 _tell(told, notes_3 + 2, layer, waits, LAST)
     if TAKES:
         if not ASKS:
-            waits = tl.load(notes_3 + 1)
+            waits = tl.load(notes_3 + 1, volatile=True)
         place_S = tl.load(table_LS + layer * SLOTS + s, s < SLOTS, 0, volatile=True)
         cpu_end = 0
         if waits != 0:
