@@ -57,7 +57,7 @@ def told(model: Transformer, cuda_graphs: bool = True) -> list[tuple[list[int], 
     return [(c.tokens, c.logprobs) for c in engine.complete(requests)]
 
 
-def check_same(wanted, found, weights: str | None, draws: bool = True) -> None:
+def check_same(wanted, found, weights: str | None, where: object = "", draws: bool = True) -> None:
     """Log-probabilities of the same tokens in front, and greedy text: with plain weights to the token.
 
     With packed ones another token may be the best where two are no further apart than ``ROUNDING``: of the tokens that
@@ -67,16 +67,28 @@ def check_same(wanted, found, weights: str | None, draws: bool = True) -> None:
     for i, ((tokens, logprobs), (own, theirs)) in enumerate(zip(wanted, found, strict=True)):
         same = next((at for at, pair in enumerate(zip(tokens, own, strict=False)) if pair[0] != pair[1]), len(tokens))
         apart = [abs(a - b) for a, b in zip(logprobs, theirs, strict=False)]
-        assert max(apart[:same], default=0.0) < ROUNDING, (i, same, apart)
+        at = max(range(same), key=apart.__getitem__, default=None)
+        if at is not None:
+            said = f"{logprobs[at]:.6f}, found {theirs[at]:.6f}"
+            assert apart[at] < ROUNDING, f"{where}: request {i}, token {at} of {same} that are the same: {said}"
         if same < len(tokens) and not (draws and i % 2):
-            assert weights is not None, (i, same, tokens[same], own[same])
-            assert apart[same] < ROUNDING, (i, same, tokens[same], own[same])
+            said = f"{tokens[same]} ({logprobs[same]:.6f}), found {own[same]} ({theirs[same]:.6f})"
+            is_near = weights is not None and apart[same] < ROUNDING
+            assert is_near, f"{where}: request {i}, token {same} of {len(tokens)}: {said}"
 
 
-@pytest.mark.usefixtures("answers")
-@pytest.mark.parametrize("batch", [1, 4])
-@pytest.mark.parametrize("weights", [None, "int8", "int4:128", "fp8:channel"])
-def test_float32_text_is_that_of_all_on_the_gpu(weights, batch):
+FORMATS = (None, "int8", "int4:128", "fp8:channel")
+
+
+@pytest.mark.parametrize(
+    ("weights", "batch", "answers"),
+    [
+        *((weights, batch, HostAnswer) for weights in FORMATS for batch in (1, 4)),
+        *((None, 4, BusAnswer), ("int4:128", 1, BusAnswer)),
+    ],
+    indirect=["answers"],
+)
+def test_float32_text_is_that_of_all_on_the_gpu(weights, batch, answers):
     """Greedy text with plain weights, and drawn text where the GPU computes everything; else numbers.
 
     The CPU's products differ in the last bits, and a draw is between numbers that lie so close to each other.
@@ -91,11 +103,11 @@ def test_float32_text_is_that_of_all_on_the_gpu(weights, batch):
         if setup.options.misses == "fetch":
             assert weights is not None or [tokens for tokens, _ in found] == [tokens for tokens, _ in wanted]
             assert model.store.tiers.counts.products == 0
-        check_same(wanted, found, weights)
+        check_same(wanted, found, weights, setup)
         assert kinds["graph"] > 20
         assert not kinds["launched"]
         assert model.store.tiers.counts.misses > 0
-        check_same(wanted, told(model, cuda_graphs=False), weights)
+    check_same(wanted, told(model, cuda_graphs=False), weights, "launched")
 
 
 @pytest.mark.parametrize("weights", [None, "int8", "int4:128"])

@@ -23,6 +23,8 @@ waits for nothing but copies. Whatever fails there, the step is let go on before
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -72,7 +74,6 @@ class Desk:
         self._on_cpu_N = self._on_cpu_TK.flatten().numpy()
         self._products: dict[int, Callable[[int | None], None] | None] = {}  # by layer
         self._launched = torch.cuda.Event() if cuda else None
-        self._failed = False
 
     # the device's part
 
@@ -99,15 +100,9 @@ class Desk:
 
     def open(self) -> None:
         """Before a step is launched."""
-        failed, self._failed = self._failed, False
-        if failed:
-            if self.tiers.context.device.type == "cuda":
-                torch.cuda.synchronize(self.tiers.context.device)
-            self.answer.take_back()
-            self.told_1[:] = 0
         self.tiers.warm_up()
         self.tiers.take_in()
-        self.tiers.show(anew=failed)
+        self.tiers.show()
 
     def serve(self) -> None:
         """Answers for every layer of a step that has been launched.
@@ -129,8 +124,13 @@ class Desk:
                     self._note(layers[at : until + 1])
                 at = until + 1
         except BaseException:
-            self._failed = True
             self.answer.let_go()
+            with contextlib.suppress(RuntimeError):  # of the device, where that is what has failed
+                while self._launched is not None and not self._launched.query():
+                    time.sleep(0)  # until the step has ended, which writes to this desk's memory
+                self.answer.take_back()
+            self.told_1[:] = 0
+            self.tiers.unshow()
             raise
 
     def _serve(self, layer: int, before: list[int]) -> None:

@@ -400,10 +400,11 @@ class Tiers:
         self._spare[self._spare.index(place)] = spare
         del self._silent[place]
         self._silent[spare] = 0
-        if victim is None or victim[0] == key[0]:  # nothing that runs reads it: it is cleared while nobody waits
-            self._silent[spare] = min(first + MORE_SILENT * self._split_unit, self.columns[1])
-            self.bus.clear(self._places.silence(spare, self._silent[spare]))
         self._staying[key] = self._places.rest(place, self._source(key[0]), key[1], first)
+        if victim is None or victim[0] == key[0]:  # nothing that runs reads it: it is cleared while nobody waits
+            likely = min(first + MORE_SILENT * self._split_unit, self.columns[1])
+            self.bus.clear(self._places.silence(spare, likely))
+            self._silent[spare] = likely
 
     def _complete(self, keys: Collection[Key]) -> None:
         """Lets come what is missing of experts that stay, if they are among some."""
@@ -466,11 +467,15 @@ class Tiers:
             self._untold.remove(layer)
             self.places_LS[layer] = self.upload(self._told[layer].copy())
 
-    def show(self, anew: bool = False) -> None:
-        """Where experts are, to a step that is launched behind this; ``anew`` if nobody knows what the table shows."""
-        if anew or not self._is_shown:
+    def show(self) -> None:
+        """Where experts are, to a step that is launched behind this."""
+        if not self._is_shown:
             self.table_LS.copy_(self.said_LS[:-1], non_blocking=True)
             self._is_shown = True
+
+    def unshow(self) -> None:
+        """A step has failed, and nobody knows what it has left in the table."""
+        self._is_shown = False
 
     def say(self, layer: int, answer: Answer) -> None:
         """Writes where a layer that waits finds its experts when the answer's copies are done."""
