@@ -233,7 +233,7 @@ def _down_one_row(
         present += tl.where(tl.load(slots + choice, cache_modifier=".cg") >= 0, 1 << choice, 0)
     columns = tl.where(slot >= 0, hidden, 0)
     if storage is not None:
-        slot = tl.load(storage + slot, slot >= 0, 0)
+        slot = tl.load(storage + slot, slot >= 0, 0, cache_modifier=".cg")
     places_DF = w2 + (slot * width + tl.where(inside_D, d_D, 0))[:, None] * hidden + f_F[None, :]
     inside_DF = inside_D[:, None] & (f_F < columns)[None, :]
     w2_DF = tl.load(places_DF, inside_DF, 0.0, eviction_policy="evict_first")
@@ -278,7 +278,7 @@ def _down_some_rows(
     inside_D, first = d_D < width, part * STEPS * BLOCK_F
     w2_D = w2 + (slot * width + tl.where(inside_D, d_D, 0)) * hidden
     if storage is not None:
-        w2_D += (tl.load(storage + slot) - slot) * width * hidden
+        w2_D += (tl.load(storage + slot, cache_modifier=".cg") - slot) * width * hidden
     choice_R, present_R = _choice_of(slots, slot, rows, BLOCK_R, TOP_K)
     chose_R = choice_R >= 0
     if PDL:
