@@ -498,13 +498,10 @@ class Tiers:
         tensor = tensor.pin_memory() if self.context.device.type == "cuda" else tensor
         return tensor.to(self.context.device, non_blocking=True)
 
-    def end(self, answer: Answer, waits: bool = True) -> None:
-        """The CPU has done its part; the host waits for the copies. Who was late has less to do the next time."""
-        is_late = not all(ticket.query() for ticket in answer.tickets)
-        for ticket in answer.tickets if waits and is_late else ():
-            while not ticket.query():
-                pass
+    def balance(self, answer: Answer) -> None:
+        """The CPU has done its part: who was late, it or the bus, has less to do the next time."""
         if answer.first is not None:
+            is_late = not all(ticket.query() for ticket in answer.tickets)
             lean = self._lean * (LEANING if is_late else 1 / LEANING)
             self._lean = min(max(lean, 1 / MOST_LEANING), MOST_LEANING)
 
