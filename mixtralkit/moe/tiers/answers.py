@@ -47,21 +47,25 @@ class BusAnswer(HostAnswer):
 
     def __init__(self, tiers: Tiers, rows: int) -> None:
         super().__init__(tiers, rows)
-        device = tiers.context.device
-        self.said_LS, self.cpu_TD, self.answers_L = (
-            torch.zeros_like(of, device=device) for of in (tiers.said_LS, self.computed_TD, self._flags_L)
+        device, said_LS, computed_TD = tiers.context.device, tiers.said_LS, self.computed_TD
+        sizes = [said_LS.nbytes, computed_TD.nbytes]  # side by side, so that one copy brings both
+        self._sent = torch.zeros(sum(sizes), dtype=torch.uint8, pin_memory=self._cuda)
+        self._brought = torch.zeros_like(self._sent, device=device)
+        (sent_LS, self.computed_TD), (self.said_LS, self.cpu_TD) = (
+            (said.view(said_LS.dtype).view_as(said_LS), computed.view(computed_TD.dtype).view_as(computed_TD))
+            for said, computed in (memory.split(sizes) for memory in (self._sent, self._brought))
         )
-        self._moves = [
-            Move(there.data_ptr(), here.data_ptr(), here.nbytes)
-            for there, here in ((self.said_LS, tiers.said_LS), (self.cpu_TD, self.computed_TD))
-        ]
+        self._sent_LS, self._table_bytes = sent_LS.numpy(), sizes[0]
+        self.answers_L = torch.zeros_like(self._flags_L, device=device)
         self._aside = torch.cuda.Stream(device) if self._cuda else None
 
     def give(self, layer: int, answer: Answer) -> None:
         """As there, but the step goes on when the bus has come so far."""
         self.tiers.end(answer, waits=False)
-        moves, value = (self._moves, 2) if answer.cpu else (self._moves[:1], 1)
-        self.tiers.bus.answer(answer.tickets, moves, self.answers_L.data_ptr() + 4 * layer, value)
+        self._sent_LS[:] = self.tiers.said
+        nbytes, value = (self._sent.nbytes, 2) if answer.cpu else (self._table_bytes, 1)
+        move = Move(self._brought.data_ptr(), self._sent.data_ptr(), nbytes)
+        self.tiers.bus.answer(answer.tickets, [move], self.answers_L.data_ptr() + 4 * layer, value)
 
     def let_go(self) -> None:
         super().let_go()

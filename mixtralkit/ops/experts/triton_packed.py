@@ -243,7 +243,7 @@ def _down_packed(
 
 @triton.jit
 def _slot_of(slots, storage, program, BY_CHOICE: tl.constexpr):
-    """The slot of a program, of all or of one row's choices, and its place."""
+    """The slot of a program, of all or of one row's choices, and its place; past L1, which may hold old ones."""
     slot = program.to(tl.int64)
     if BY_CHOICE:
         slot = tl.load(slots + program, cache_modifier=".cg").to(tl.int64)
