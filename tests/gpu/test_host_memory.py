@@ -16,7 +16,6 @@ from mixtralkit.engine.sampler import SamplingOptions
 from mixtralkit.layout import RankLayout
 from mixtralkit.model.transformer import Transformer
 from mixtralkit.moe.tiers import Desk, TierSetup
-from mixtralkit.moe.tiers.answers import BusAnswer, HostAnswer
 from mixtralkit.moe.weights import parse_weights
 from tests.gpu.steps import counted_steps
 
@@ -27,11 +26,6 @@ CONFIG = ModelConfig(
 )  # fmt: skip
 SAMPLING = (SamplingOptions(0.0), SamplingOptions(0.8, seed=5))
 ROUNDING = 1e-3  # of a log-probability in float32: sums in another order, of weights that are packed
-
-
-@pytest.fixture(params=[HostAnswer, BusAnswer])
-def answers(request, monkeypatch):
-    monkeypatch.setattr(Desk, "answers", request.param)
 
 
 @pytest.fixture(autouse=True)
@@ -77,18 +71,9 @@ def check_same(wanted, found, weights: str | None, where: object = "", draws: bo
             assert is_near, f"{where}: request {i}, token {same} of {len(tokens)}: {said}"
 
 
-FORMATS = (None, "int8", "int4:128", "fp8:channel")
-
-
-@pytest.mark.parametrize(
-    ("weights", "batch", "answers"),
-    [
-        *((weights, batch, HostAnswer) for weights in FORMATS for batch in (1, 4)),
-        *((None, 4, BusAnswer), ("int4:128", 1, BusAnswer)),
-    ],
-    indirect=["answers"],
-)
-def test_float32_text_is_that_of_all_on_the_gpu(weights, batch, answers):
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("weights", [None, "int8", "int4:128", "fp8:channel"])
+def test_float32_text_is_that_of_all_on_the_gpu(weights, batch):
     """Greedy text with plain weights, and drawn text where the GPU computes everything; else numbers.
 
     The CPU's products differ in the last bits, and a draw is between numbers that lie so close to each other.
@@ -152,7 +137,6 @@ class BrokenDriver:
         return (lambda *_: 999) if self.is_broken else getattr(self.driver, name)
 
 
-@pytest.mark.usefixtures("answers")
 @pytest.mark.parametrize("during", ["a prompt", "a step"])
 def test_a_copy_that_fails_ends_the_run_and_nothing_else(during, monkeypatch):
     """A step that waits for it is let go on; the next run on the same memory is right."""

@@ -381,8 +381,9 @@ def test_shares_follow_who_was_late() -> None:
     assert first == 128, "a half"
     for is_late, times, wanted in ((True, 30, 192), (False, 30, 128), (False, 900, 64), (True, 900, 192)):
         for _ in range(times):
-            tiers.end(Answer((), (0,), (bus.copy([], urgent=not is_late),), (0,), first))
+            tiers.balance(Answer((), (0,), (bus.copy([], urgent=not is_late),), (0,), first))
         assert tiers._to_split(missing, 2)[1] == wanted
+    assert tiers._to_split({(1, 0): 1, (1, 1): 1}, 2)[1] == 128, "two have a share of their own"
 
 
 def test_too_few_places_and_copies_between_gpus_are_refused() -> None:

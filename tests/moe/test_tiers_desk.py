@@ -11,7 +11,6 @@ import torch
 
 from mixtralkit.config import TierOptions
 from mixtralkit.moe.tiers import Costs, Desk, TierSetup
-from mixtralkit.moe.tiers.answers import BusAnswer, HostAnswer
 from tests.moe.tier_parts import CPU_COSTS, BrokenBus, SlowBus, make_store, resident, rows_of
 
 SPLIT = TierSetup(12, TierOptions(), Costs(1.0, ((1, 1.0),)), splits=True)
@@ -50,12 +49,6 @@ class Device:
         self.thread.join()
 
 
-@pytest.fixture(params=[HostAnswer, BusAnswer])
-def answers(request, monkeypatch):
-    monkeypatch.setattr(Desk, "answers", request.param)
-
-
-@pytest.mark.usefixtures("answers")
 @pytest.mark.parametrize("name", SETUPS)
 def test_steps_that_run_beside_the_host(name: str) -> None:
     """The sums of one memory; layers with all they need do not wait, and what is expected comes."""
@@ -122,7 +115,6 @@ def test_a_layer_that_has_all_does_not_wait() -> None:
         torch.testing.assert_close(got[layer], resident(store, layer, rows), rtol=2e-3, atol=2e-4)
 
 
-@pytest.mark.usefixtures("answers")
 def test_a_step_is_let_go_on_when_a_copy_fails() -> None:
     """The bus breaks under a step that waits: the step ends, the host tells, and the next step is right."""
     store = make_store(SPLIT, "int8")

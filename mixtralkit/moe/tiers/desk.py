@@ -18,7 +18,7 @@ than its share of places, experts of others make way in front of the answer. Whe
 answers alone say what is where, and what makes way is of any layer.
 
 **No step waits for ever.** While one waits the host launches nothing that would come behind it, takes no memory and
-waits for nothing but copies. Whatever fails there, the step is let go on before anybody is told.
+waits for nothing. Whatever fails there, the step is let go on before anybody is told.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mixtralkit.moe.dispatch.base import RoutedRows
-from mixtralkit.moe.tiers.answers import HostAnswer
+from mixtralkit.moe.tiers.answers import BusAnswer
 from mixtralkit.moe.tiers.setup import Answer
 from mixtralkit.ops.experts import expert_sum
 
@@ -42,9 +42,7 @@ POLLS = 1 << 14  # between two looks at whether the device still runs
 
 
 class Desk:
-    """What GPU and host hand each other in steps of so many rows; ``answers`` is how the host's answer gets there."""
-
-    answers: type[HostAnswer] = HostAnswer
+    """What GPU and host hand each other in steps of so many rows."""
 
     def __init__(self, tiers: Tiers, rows: int) -> None:
         from mixtralkit.ops.desk.triton import DeskMemory
@@ -62,7 +60,7 @@ class Desk:
         def on_device(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self.answer = answer = self.answers(tiers, rows)
+        self.answer = answer = BusAnswer(tiers, rows)
         self.memory = of = DeskMemory(
             on_host(layers, rows, top_k), on_host(rows, width, dtype=tiers.dtype),
             on_host(rows, top_k, dtype=torch.float32), on_host(rows, top_k, fill=-1), on_host(1, dtype=torch.int32),

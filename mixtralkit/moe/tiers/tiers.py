@@ -140,7 +140,9 @@ class Tiers:
         self._told = np.zeros((config.n_layers, most), np.int64)  # where experts are or were, as the host knows it
         self._untold: set[int] = set()  # layers that have changed since
         self._guessed: torch.Tensor | None = None
-        self._is_warm, self._lean = False, 1.0
+        self._is_warm = False
+        self._lean: dict[int, float] = {}  # by how many are split: what a layer costs besides counts more for one
+        self._widest = 0  # first columns of a split so far
         self.desk: Desk | None = None
 
     # products
@@ -283,7 +285,7 @@ class Tiers:
         if not few or not self.splits or not self.costs.product_s:
             return [], 0
         hidden, unit = self.columns[1], self._split_unit
-        first = round(self.costs.cpu_share(missing, self._lean) * hidden / unit) * unit
+        first = round(self.costs.cpu_share(missing, self._lean.get(len(missing), 1.0)) * hidden / unit) * unit
         return (list(missing), first) if 0 < first < hidden else ([], 0)
 
     def _fetch(self, key: Key) -> Ticket:
@@ -402,7 +404,8 @@ class Tiers:
         self._silent[spare] = 0
         self._staying[key] = self._places.rest(place, self._source(key[0]), key[1], first)
         if victim is None or victim[0] == key[0]:  # nothing that runs reads it: it is cleared while nobody waits
-            likely = min(first + MORE_SILENT * self._split_unit, self.columns[1])
+            self._widest = max(self._widest, first)
+            likely = min(self._widest + MORE_SILENT * self._split_unit, self.columns[1])
             self.bus.clear(self._places.silence(spare, likely))
             self._silent[spare] = likely
 
@@ -502,15 +505,13 @@ class Tiers:
         tensor = tensor.pin_memory() if self.context.device.type == "cuda" else tensor
         return tensor.to(self.context.device, non_blocking=True)
 
-    def end(self, answer: Answer, waits: bool = True) -> None:
-        """The CPU has done its part; the host waits for the copies. Who was late has less to do the next time."""
-        is_late = not all(ticket.query() for ticket in answer.tickets)
-        for ticket in answer.tickets if waits and is_late else ():
-            while not ticket.query():
-                pass
+    def balance(self, answer: Answer) -> None:
+        """The CPU has done its part: who was late, it or the bus, has less to do the next time."""
         if answer.first is not None:
-            lean = self._lean * (LEANING if is_late else 1 / LEANING)
-            self._lean = min(max(lean, 1 / MOST_LEANING), MOST_LEANING)
+            is_late = not all(ticket.query() for ticket in answer.tickets)
+            split = len(answer.cpu)
+            lean = self._lean.get(split, 1.0) * (LEANING if is_late else 1 / LEANING)
+            self._lean[split] = min(max(lean, 1 / MOST_LEANING), MOST_LEANING)
 
     def on_host(self, values: torch.Tensor) -> np.ndarray:
         """Waits for the device, and begins pieces of what is guessed meanwhile."""
