@@ -54,6 +54,9 @@ class PlainBus:
     def wait(self, ticket: Ticket) -> None:
         """What the GPU does from now on comes after the copies."""
 
+    def follow(self, ticket: Ticket) -> None:
+        """Copies that are begun from now on come after these: nothing else orders urgent ones and others."""
+
     def answer(self, tickets: Iterable[Ticket], moves: Iterable[Move], flag: int, value: int) -> None:
         """Behind copies that were begun and some more, writes a word of 32 bits: address and value."""
         for ticket in tickets:
@@ -129,6 +132,11 @@ class CudaBus:
     def wait(self, ticket: torch.cuda.Event) -> None:
         """See ``PlainBus.wait``."""
         torch.cuda.current_stream(self.device).wait_event(ticket)
+
+    def follow(self, ticket: torch.cuda.Event) -> None:
+        """See ``PlainBus.follow``."""
+        for stream in self._handles:
+            stream.wait_event(ticket)
 
     def answer(self, tickets: Iterable[torch.cuda.Event], moves: Iterable[Move], flag: int, value: int) -> None:
         """See ``PlainBus.answer``. The driver makes all that came before visible to running kernels before the word."""

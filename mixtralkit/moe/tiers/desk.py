@@ -71,7 +71,7 @@ class Desk:
         self.told_1, self._on_cpu_TK = of.told_1.numpy(), torch.full((rows, top_k), -1)
         self._on_cpu_N = self._on_cpu_TK.flatten().numpy()
         self._products: dict[int, Callable[[int | None], None] | None] = {}  # by layer
-        self._launched = torch.cuda.Event() if cuda else None
+        self._launched, self._fence = torch.cuda.Event() if cuda else None, on_device(1)
 
     # the device's part
 
@@ -88,7 +88,8 @@ class Desk:
             rows.slots_RK.contiguous(), weights_TK, x_TD, residual_TD, guessed_TK, of, layer,
             layers[layers.index(layer) - 1], layer == layers[-1], self.always,
         )  # fmt: skip
-        slots = tiers.slots[layer]
+        self._fence.zero_()  # The product starts behind this, as its kernels would not behind one that they may overlap
+        slots = tiers.slots[layer]  # with: L1 then holds nothing of the experts that lay in the places before.
         return expert_sum(
             x_TD, of.slots_TK, weights_TK, *tiers.matrices, of.residual_TD, rows.out_RD, rows.likely_rows,
             of.places_S[:slots], slots,

@@ -444,12 +444,16 @@ class Tiers:
         self._arriving.pump()
 
     def _give_up(self, key: Key) -> None:
-        """Of what was expected and nobody wants, the place is free when its last copy is done; all there, it stays."""
+        """Of what was expected and nobody wants, the place is free when its last copy is done; all begun, it stays.
+
+        It may have to make way before it is there: whatever comes to its place then is behind it.
+        """
         ticket = self._arriving.give_up(key)
         if ticket is None:
             self.cache.drop(key)
         else:
             self.bus.wait(ticket)
+            self.bus.follow(ticket)
             self.note(key)
 
     # the tables

@@ -8,8 +8,9 @@ experts that a row chose are read.
 One row goes through the ordinary cores, a program holding its weights in registers; up to sixteen are one side of the
 matrix units' product, whose other side is the weights.
 
-The second launch starts while the first still runs. Before it waits it reads only weights and the slots, which were
-there before the first launch let it start: the first waits for what is in front of it before it does so.
+The second launch starts while the first still runs. Before it waits it reads only weights, the slots and their places,
+which were there before the first launch let it start: the first waits for what is in front of it before it does so.
+Slots and places past L1 (.cg), which may hold what lay there when an earlier kernel read them.
 """
 
 from __future__ import annotations
