@@ -35,7 +35,7 @@ class DeskMemory:
         x_TD, weights_TK, guesses_TK: the host's: rows of a layer that waits, their choices' weights in float32, and
             what the next layer is expected to choose.
         told_1: the host's, int32: 0, or of the layer that tells its number plus one, twice, and 1 where it waits.
-        said_LS: the answer, on the device, int64 [L + 1, S]: the whole table, and last where the waiting layer finds its
+        said_LS: the answer, on the device, int64 [L + 1, S]: the table, and last where the waiting layer finds its
             slots, -1 for those that it does not compute.
         cpu_TD: the answer, on the device, float32: sums of the rows' choices that the CPU has computed.
         answers_L: on the device, int32: 0, and behind the answer 1, or 2 where there is something in ``cpu_TD``.
