@@ -11,6 +11,7 @@ from mixtralkit.ops.experts.triton_packed import default_settings, expert_sum_pa
 from mixtralkit.ops.experts.triton_words import Operand
 
 LARGE = {"up_block_o": 128, "down_block_o": 128}  # tiles that the interpreter is soon through
+ROW = {"up_f": 128, "up_warps": 4, "down_d": 128, "down_words": 64, "down_warps": 2}
 ALL_WAYS = ("int8", "int4:32", "int4:128:zeros", "fp8:block")  # of scales in a product
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2}
 SLOTS, TOP_K, WIDTH, HIDDEN = 4, 2, 256, 384
@@ -58,9 +59,25 @@ def test_few_rows(name):
     check(name, 9, torch.float32, absent=0.3, storage=True)
 
 
-@pytest.mark.parametrize("name", ["fp8:tensor", "int4:64"])
+@pytest.mark.parametrize("name", sorted(FORMATS))
 def test_one_row(name):
+    check(name, 1, torch.float16, storage=True, settings=ROW | {"down_words": 64 if "int4" in name else 128})
+
+
+@pytest.mark.parametrize("name", ["fp8:tensor", "int4:64"])
+def test_one_row_of_float32(name):
     check(name, 1, torch.float32)
+
+
+def test_one_row_whose_numbers_differ_in_size():
+    """Each chunk of columns is scaled by itself: sums are those of float32 however large or small a row is."""
+    matrices = packed("int4:128", torch.float16)
+    for scale in (2.0**-4, 1.0, 2.0**3):
+        x_1D, slots_1K, weights_1K, _ = rows_of(1, torch.float32)
+        x_1D = (x_1D * torch.logspace(-4, 0, WIDTH, 2) * scale).half()
+        wanted = expert_sum_reference(x_1D.float(), slots_1K, weights_1K, *(m.float() for m in matrices))
+        got = expert_sum_packed(x_1D, slots_1K, weights_1K, *matrices, settings=ROW)
+        assert (got.float() - wanted).norm() <= 2e-3 * wanted.norm()
 
 
 @pytest.mark.parametrize("name", ALL_WAYS)
@@ -96,3 +113,5 @@ def test_columns_are_shared_by_programs(name):
 def test_a_format_that_no_row_chooses_adds_nothing(count):
     """In a layer of several formats the kernels of each run, whether or not any row has a choice there."""
     check("int4:32", count, torch.float32, absent=2.0)
+    if count == 1:
+        check("int4:32", count, torch.float16, absent=2.0, settings=ROW)

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from mixtralkit.moe.weights import PackedWeight
 from mixtralkit.ops.experts.triton_grouped import STREAMED, _spread, _weighted_sum, expert_sum_grouped
+from mixtralkit.ops.experts.triton_packed_row import expert_sum_packed_row
 from mixtralkit.ops.experts.triton_small import BLOCK_R, _add_parts, _choice_of, _start_counting
 from mixtralkit.ops.experts.triton_sorting import sort_rows
 from mixtralkit.ops.experts.triton_words import (
@@ -52,6 +53,8 @@ def expert_sum_packed(
     x_RD, slots_RK, weights_RK = x_RD.contiguous(), slots_RK.contiguous(), weights_RK.contiguous()
     out_RD = torch.empty_like(x_RD) if out_RD is None else out_RD
     rest = (residual_RD, out_RD)
+    if rows == 1 and x_RD.dtype != torch.float32 and (settings is None or "up_f" in settings):
+        return expert_sum_packed_row(x_RD, slots_RK, weights_RK, up, down, *rest, storage_S, settings)
     mean = (rows if likely_rows is None else likely_rows) * top_k / (likely_slots or slots)
     settings = settings or default_settings(rows, mean, up.kind == INT4)
     if mean > STREAMED:

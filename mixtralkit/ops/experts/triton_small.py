@@ -254,17 +254,7 @@ def _down_one_row(
         sum_DX += tl.sum(tl.reshape(w2_DF.to(tl.float32) * h_F[None, :], [BLOCK_D, BLOCK_F // 8, 8]), 2)
         w2_DF = next_DF
     tl.store(sums + tl.program_id(1) * width + d_D, tl.sum(sum_DX, 1), inside_D)
-    if residual is not None:
-        residual_D = tl.load(residual + d_D, inside_D, 0.0)  # while this program's part is still on its way
-    if _is_last(arrived + tl.program_id(0), TOP_K * PARTS):
-        sum_D = tl.zeros([BLOCK_D], tl.float32)
-        for choice in tl.static_range(TOP_K):
-            here_D = d_D < tl.where((present >> choice) & 1 == 1, width, 0)
-            for part in tl.static_range(PARTS):
-                sum_D += tl.load(sums + (choice * PARTS + part) * width + d_D, here_D, 0.0, cache_modifier=".cg")
-        if residual is not None:
-            sum_D += residual_D.to(tl.float32)
-        tl.store(out + d_D, sum_D.to(out.dtype.element_ty), inside_D)
+    _add_row(sums, residual, arrived, out, present, width, d_D, inside_D, PARTS, BLOCK_D, TOP_K)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -300,6 +290,25 @@ def _down_some_rows(
         places_DR = sums + (choice_R * PARTS + part)[None, :] * width + d_D[:, None]
         tl.store(places_DR, sum_DR, inside_D[:, None] & chose_R[None, :])
     _add_parts(sums, residual, arrived, out, present_R, rows, width, d_D, inside_D, PARTS, BLOCK_D, TOP_K, BLOCK_R)
+
+
+@triton.jit
+def _add_row(
+    sums, residual, arrived, out, present, width, d_D, inside_D,
+    PARTS: tl.constexpr, BLOCK_D: tl.constexpr, TOP_K: tl.constexpr,
+):  # fmt: skip
+    """``_add_parts`` of one row, whose choices that have a slot are the bits of ``present``."""
+    if residual is not None:
+        residual_D = tl.load(residual + d_D, inside_D, 0.0)  # while this program's part is still on its way
+    if _is_last(arrived + tl.program_id(0), TOP_K * PARTS):
+        sum_D = tl.zeros([BLOCK_D], tl.float32)
+        for choice in tl.static_range(TOP_K):
+            here_D = d_D < tl.where((present >> choice) & 1 == 1, width, 0)
+            for part in tl.static_range(PARTS):
+                sum_D += tl.load(sums + (choice * PARTS + part) * width + d_D, here_D, 0.0, cache_modifier=".cg")
+        if residual is not None:
+            sum_D += residual_D.to(tl.float32)
+        tl.store(out + d_D, sum_D.to(out.dtype.element_ty), inside_D)
 
 
 @triton.jit

@@ -50,6 +50,11 @@ class Operand:
         return cls(words, scales, zero, packed.columns, kind, group, part.rows or 0)
 
     @property
+    def word(self) -> int:
+        """Weights of a word."""
+        return 4 if self.kind == INT4 else 2
+
+    @property
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
         return self.data, self.scales, self.zeros
 
@@ -63,8 +68,13 @@ class Operand:
         block = max(min(columns, 4 * self.group or columns), self.group, 64)
         while self.columns % block:
             block //= 2
+        return {**self.numbers, "BLOCK_K": block}
+
+    @property
+    def numbers(self) -> dict[str, int]:
+        """What says how words become numbers."""
         asm = self.data.is_cuda or is_compiled()
-        return {"KIND": self.kind, "GROUP": self.group, "HEIGHT": self.height, "BLOCK_K": block, "ASM": asm}
+        return {"KIND": self.kind, "GROUP": self.group, "HEIGHT": self.height, "ASM": asm}
 
 
 @triton.jit
