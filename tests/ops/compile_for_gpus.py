@@ -208,7 +208,7 @@ if __name__ == "__main__":
     is_hopper = int(sys.argv[1]) >= 90  # of older GPUs a kernel each
     if sys.argv[2] == "packed":
         for name in ("int8", "int4:32", "int4:128", "int4:64:zeros", "fp8:block") if is_hopper else ("int4", "fp8"):
-            for count in (8, 64, 1024) if name in ("int4:128", "fp8") else (8, 64):
+            for count in (1, 8, 64, 1024) if name in ("int4:128", "fp8") else (1, 8, 64):
                 packed_experts(name, count)
         if int(sys.argv[1]) >= 89:  # rows in fp8 too
             for name, count in (("fp8", 64), ("fp8:tensor", 4096)):

@@ -25,7 +25,10 @@ def default_settings(halves: bool) -> dict[str, int]:
 
     ``up_f`` and ``down_d`` outputs a program; ``down_words`` of 32 bits that one multiplies of each.
     """
-    return {"up_f": 8 if halves else 4, "up_warps": 4, "down_d": 16, "down_words": 256, "down_warps": 2}
+    down_words, down_warps = (128, 1) if halves else (256, 4)
+    return {
+        "up_f": 8 if halves else 4, "up_warps": 4, "down_d": 16, "down_words": down_words, "down_warps": down_warps
+    }  # fmt: skip
 
 
 def expert_sum_packed_row(
