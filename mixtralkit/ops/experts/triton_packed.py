@@ -86,10 +86,11 @@ def default_settings(rows: int, mean: float, halves: bool) -> dict[str, int]:
     return {f"{part}_{name}": v for part, values in parts for name, v in zip(names, values, strict=True)} | more
 
 
-def _launch(x: torch.Tensor, settings: dict[str, int], part: str) -> dict[str, int | bool]:
-    overlaps = overlaps_launches(x.device)
-    more = {"PDL": overlaps, "num_warps": settings[f"{part}_num_warps"], "num_stages": settings[f"{part}_num_stages"]}
-    if settings["programs"] == 3:  # of four warps, and registers for all three
+def _launch(x: torch.Tensor, settings: dict[str, int], part: str, block_r: int) -> dict[str, int | bool]:
+    overlaps, warps = overlaps_launches(x.device), settings[f"{part}_num_warps"]
+    more = {"PDL": overlaps, "num_warps": warps, "num_stages": settings[f"{part}_num_stages"]}
+    more["WHOLE"] = overlaps and warps % 4 == 0 and block_r > 8  # where warp groups multiply
+    if settings["programs"] * warps == 12:  # registers for all of them
         more["maxnreg"] = 168
     return more | ({"launch_pdl": True} if overlaps else {})
 
@@ -105,14 +106,14 @@ def _sum_small(x_RD, slots_RK, weights_RK, up, down, residual_RD, out_RD, storag
     _up_packed[(triton.cdiv(hidden, s["up_block_o"]), slots)](
         x_RD, slots_RK, weights_RK, *up.tensors, storage_S, h_NF, arrived_B, len(arrived_B), rows, width, hidden,
         TURNED=down.turned, BLOCK_F=s["up_block_o"], COUNTERS=triton.next_power_of_2(len(arrived_B)), **common,
-        **constants, **_launch(x_RD, s, "up"),
+        **constants, **_launch(x_RD, s, "up", common["BLOCK_R"]),
     )  # fmt: skip
     constants = down.constants(s["down_block_k"])
     sums_NPD = torch.empty((rows * top_k, parts, width), dtype=torch.float32, device=x_RD.device)
     span = triton.cdiv(hidden, parts * constants["BLOCK_K"]) * constants["BLOCK_K"]
     _down_packed[(len(arrived_B), slots * parts)](
         h_NF, slots_RK, *down.tensors, storage_S, residual_RD, sums_NPD, arrived_B, out_RD, rows, width, hidden, span,
-        PARTS=parts, BLOCK_D=block_d, **common, **constants, **_launch(x_RD, s, "down"),
+        PARTS=parts, BLOCK_D=block_d, **common, **constants, **_launch(x_RD, s, "down", common["BLOCK_R"]),
     )  # fmt: skip
     return out_RD
 
@@ -135,7 +136,7 @@ def _sum_streamed(x_RD, slots_RK, weights_RK, up, down, residual_RD, out_RD, sto
         _product_packed[programs,](
             rows_PI, *operand.tensors, out_PO, order.slot_B, order.rows_B, order.blocks, operand.columns, outer, tiles,
             SWIGLU=part == "up", TURNED=part == "up" and down.turned, BLOCK_R=order.block_r, BLOCK_O=block_o,
-            **operand.constants(s[f"{part}_block_k"]), **_launch(x_RD, s, part),
+            **operand.constants(s[f"{part}_block_k"]), **_launch(x_RD, s, part, order.block_r),
         )  # fmt: skip
     residual_RD = None if residual_RD is None else residual_RD.contiguous()
     _weighted_sum[rows, triton.cdiv(width, block_d)](
@@ -181,7 +182,7 @@ def _up_packed(
     x, slots, weights, data, scales, zeros, storage, h, arrived, counters, rows, width, hidden,
     TURNED: tl.constexpr, BLOCK_F: tl.constexpr, COUNTERS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_R: tl.constexpr,
     BY_CHOICE: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
-    ASM: tl.constexpr, PDL: tl.constexpr,
+    ASM: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """h of every row that chose one slot, for some f, as ``triton_small._up_some_rows``."""
     row_R, g_G = tl.arange(0, BLOCK_R), tl.arange(0, 2 * BLOCK_F)
@@ -199,7 +200,7 @@ def _up_packed(
         data_G, scale_G, zero_G = matrices_at(data, scales, zeros, matrix_G, f_G, hidden, width, KIND, GROUP, HEIGHT)
         sum_GR = packed_dot(
             data_G, scale_G, None if zeros is None else zero_G, x + tl.where(chose_R, row_R, 0) * width, chose_R,
-            0, width, width, KIND, GROUP, 2 * BLOCK_F, BLOCK_R, BLOCK_K, ASM,
+            0, width, width, KIND, GROUP, 2 * BLOCK_F, BLOCK_R, BLOCK_K, ASM, WHOLE,
         )  # fmt: skip
         gate_FR, up_FR = tl.split(tl.permute(tl.reshape(sum_GR, (2, BLOCK_F, BLOCK_R)), (1, 2, 0)))
         weight_R = tl.load(weights + choice_R, chose_R, 0.0)
@@ -215,7 +216,7 @@ def _down_packed(
     h, slots, data, scales, zeros, storage, residual, sums, arrived, out, rows, width, hidden, span,
     PARTS: tl.constexpr, BLOCK_D: tl.constexpr, TOP_K: tl.constexpr, BLOCK_R: tl.constexpr, BY_CHOICE: tl.constexpr,
     KIND: tl.constexpr, GROUP: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr,
-    PDL: tl.constexpr,
+    WHOLE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One slot's part of out[d] of the rows that chose it, for some d, as ``triton_small._down_some_rows``."""
     part = tl.program_id(1) % PARTS
@@ -234,7 +235,7 @@ def _down_packed(
             data_D, scale_D, None if zeros is None else zero_D,
             h + tl.where(chose_R, choice_R, 0).to(tl.int64) * hidden, chose_R,
             part * span, tl.minimum(part * span + span, hidden), hidden, KIND, GROUP, BLOCK_D, BLOCK_R,
-            BLOCK_K, ASM,
+            BLOCK_K, ASM, WHOLE,
         )  # fmt: skip
         places_DR = sums + (choice_R * PARTS + part)[None, :] * width + d_D[:, None]
         tl.store(places_DR, sum_DR, inside_D[:, None] & chose_R[None, :])
@@ -257,7 +258,8 @@ def _slot_of(slots, storage, program, BY_CHOICE: tl.constexpr):
 def _product_packed(
     x_PI, data, scales, zeros, out_PO, slot_B, rows_B, blocks, inner, outer, tiles,
     SWIGLU: tl.constexpr, TURNED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, KIND: tl.constexpr,
-    GROUP: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    GROUP: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr, WHOLE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Every sorted row times the weights of its slot: blocks of rows × blocks of weight rows, tile after tile.
 
@@ -276,17 +278,17 @@ def _product_packed(
         if rows <= QUARTER:
             _packed_tile(
                 x_PI, data, scales, zeros, out_PO, slot, first, rows, o, inner, outer,
-                SWIGLU, TURNED, QUARTER, BLOCK_O, KIND, GROUP, HEIGHT, BLOCK_K, ASM,
+                SWIGLU, TURNED, QUARTER, BLOCK_O, KIND, GROUP, HEIGHT, BLOCK_K, ASM, WHOLE,
             )  # fmt: skip
         elif rows <= HALF:
             _packed_tile(
                 x_PI, data, scales, zeros, out_PO, slot, first, rows, o, inner, outer,
-                SWIGLU, TURNED, HALF, BLOCK_O, KIND, GROUP, HEIGHT, BLOCK_K, ASM,
+                SWIGLU, TURNED, HALF, BLOCK_O, KIND, GROUP, HEIGHT, BLOCK_K, ASM, WHOLE,
             )  # fmt: skip
         else:
             _packed_tile(
                 x_PI, data, scales, zeros, out_PO, slot, first, rows, o, inner, outer,
-                SWIGLU, TURNED, BLOCK_R, BLOCK_O, KIND, GROUP, HEIGHT, BLOCK_K, ASM,
+                SWIGLU, TURNED, BLOCK_R, BLOCK_O, KIND, GROUP, HEIGHT, BLOCK_K, ASM, WHOLE,
             )  # fmt: skip
 
 
@@ -294,7 +296,7 @@ def _product_packed(
 def _packed_tile(
     x_PI, data, scales, zeros, out_PO, slot, first, rows, o, inner, outer,
     SWIGLU: tl.constexpr, TURNED: tl.constexpr, ROWS: tl.constexpr, BLOCK_O: tl.constexpr, KIND: tl.constexpr,
-    GROUP: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr,
+    GROUP: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """out[first : first + rows, o : o + BLOCK_O], the weights on the M side, w1 above w3 in one tile."""
     HIGH: tl.constexpr = 2 * BLOCK_O if SWIGLU else BLOCK_O
@@ -305,7 +307,7 @@ def _packed_tile(
     data_G, scale_G, zero_G = matrices_at(data, scales, zeros, matrix_G, row_G, outer, inner, KIND, GROUP, HEIGHT)
     sum_GR = packed_dot(
         data_G, scale_G, None if zeros is None else zero_G, x_PI + (first + r_R) * inner, r_R < rows, 0, inner, inner,
-        KIND, GROUP, HIGH, ROWS, BLOCK_K, ASM,
+        KIND, GROUP, HIGH, ROWS, BLOCK_K, ASM, WHOLE,
     )  # fmt: skip
     if SWIGLU:
         gate_OR, up_OR = tl.split(tl.permute(tl.reshape(sum_GR, (2, BLOCK_O, ROWS)), (1, 2, 0)))
@@ -343,6 +345,8 @@ def _unpack(
         w_OK = (in_order4(*weights) if KIND == 0 else tl.interleave(*weights)).to(tl.float32)
         w_OGK = tl.reshape(w_OK, (BLOCK_O, GROUPS, BLOCK_K // GROUPS))
         group_G = (k // GROUP if GROUP else 0) + tl.arange(0, GROUPS)
+        if KIND == 0:
+            w_OGK *= 128
         if zeros is not None:
             w_OGK -= tl.load(zero_O[:, None] + group_G[None, :]).to(tl.float32)[:, :, None] - 8.0
         w_OGK *= tl.load(scale_O[:, None] + group_G[None, :]).to(tl.float32)[:, :, None]
