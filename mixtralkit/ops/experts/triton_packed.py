@@ -70,9 +70,9 @@ def default_settings(rows: int, mean: float, halves: bool) -> dict[str, int]:
 
     Outputs and columns of a tile, warps and stages of either product; ``parts`` programs that share the columns of w2
     in a small batch; ``block_r`` rows and ``programs`` a multiprocessor of the streamed form, for ``mean`` rows an
-    expert.
+    expert, and whether it has weights of four bits ``rounded`` once they are scaled.
     """
-    more = {"parts": 1, "block_r": 32 if mean <= 24 else 64 if mean <= 48 else 128, "programs": 2}
+    more = {"parts": 1, "rounded": 0, "block_r": 32 if mean <= 24 else 64 if mean <= 48 else 128, "programs": 2}
     if rows <= BLOCK_R:
         stages = 3 if halves else 4
         up, down = (32, 256, 4, stages), (64, 256, 4, stages)
@@ -86,10 +86,14 @@ def default_settings(rows: int, mean: float, halves: bool) -> dict[str, int]:
     return {f"{part}_{name}": v for part, values in parts for name, v in zip(names, values, strict=True)} | more
 
 
+def _has_warp_groups(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
 def _launch(x: torch.Tensor, settings: dict[str, int], part: str, block_r: int) -> dict[str, int | bool]:
     overlaps, warps = overlaps_launches(x.device), settings[f"{part}_num_warps"]
     more = {"PDL": overlaps, "num_warps": warps, "num_stages": settings[f"{part}_num_stages"]}
-    more["WHOLE"] = overlaps and warps % 4 == 0 and block_r > 8  # where warp groups multiply
+    more["WHOLE"] = block_r > 8 and warps % 4 == 0 and _has_warp_groups(x.device)
     if settings["programs"] * warps == 12:  # registers for all of them
         more["maxnreg"] = 168
     return more | ({"launch_pdl": True} if overlaps else {})
@@ -136,6 +140,7 @@ def _sum_streamed(x_RD, slots_RK, weights_RK, up, down, residual_RD, out_RD, sto
         _product_packed[programs,](
             rows_PI, *operand.tensors, out_PO, order.slot_B, order.rows_B, order.blocks, operand.columns, outer, tiles,
             SWIGLU=part == "up", TURNED=part == "up" and down.turned, BLOCK_R=order.block_r, BLOCK_O=block_o,
+            ROUNDED=bool(s["rounded"]) and operand.kind == INT4,
             **operand.constants(s[f"{part}_block_k"]), **_launch(x_RD, s, part, order.block_r),
         )  # fmt: skip
     residual_RD = None if residual_RD is None else residual_RD.contiguous()
@@ -259,7 +264,7 @@ def _product_packed(
     x_PI, data, scales, zeros, out_PO, slot_B, rows_B, blocks, inner, outer, tiles,
     SWIGLU: tl.constexpr, TURNED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, KIND: tl.constexpr,
     GROUP: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr, WHOLE: tl.constexpr,
-    PDL: tl.constexpr,
+    ROUNDED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Every sorted row times the weights of its slot: blocks of rows × blocks of weight rows, tile after tile.
 
@@ -278,17 +283,17 @@ def _product_packed(
         if rows <= QUARTER:
             _packed_tile(
                 x_PI, data, scales, zeros, out_PO, slot, first, rows, o, inner, outer,
-                SWIGLU, TURNED, QUARTER, BLOCK_O, KIND, GROUP, HEIGHT, BLOCK_K, ASM, WHOLE,
+                SWIGLU, TURNED, QUARTER, BLOCK_O, KIND, GROUP, HEIGHT, BLOCK_K, ASM, WHOLE, ROUNDED,
             )  # fmt: skip
         elif rows <= HALF:
             _packed_tile(
                 x_PI, data, scales, zeros, out_PO, slot, first, rows, o, inner, outer,
-                SWIGLU, TURNED, HALF, BLOCK_O, KIND, GROUP, HEIGHT, BLOCK_K, ASM, WHOLE,
+                SWIGLU, TURNED, HALF, BLOCK_O, KIND, GROUP, HEIGHT, BLOCK_K, ASM, WHOLE, ROUNDED,
             )  # fmt: skip
         else:
             _packed_tile(
                 x_PI, data, scales, zeros, out_PO, slot, first, rows, o, inner, outer,
-                SWIGLU, TURNED, BLOCK_R, BLOCK_O, KIND, GROUP, HEIGHT, BLOCK_K, ASM, WHOLE,
+                SWIGLU, TURNED, BLOCK_R, BLOCK_O, KIND, GROUP, HEIGHT, BLOCK_K, ASM, WHOLE, ROUNDED,
             )  # fmt: skip
 
 
@@ -297,6 +302,7 @@ def _packed_tile(
     x_PI, data, scales, zeros, out_PO, slot, first, rows, o, inner, outer,
     SWIGLU: tl.constexpr, TURNED: tl.constexpr, ROWS: tl.constexpr, BLOCK_O: tl.constexpr, KIND: tl.constexpr,
     GROUP: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr, WHOLE: tl.constexpr,
+    ROUNDED: tl.constexpr,
 ):  # fmt: skip
     """out[first : first + rows, o : o + BLOCK_O], the weights on the M side, w1 above w3 in one tile."""
     HIGH: tl.constexpr = 2 * BLOCK_O if SWIGLU else BLOCK_O
@@ -307,7 +313,7 @@ def _packed_tile(
     data_G, scale_G, zero_G = matrices_at(data, scales, zeros, matrix_G, row_G, outer, inner, KIND, GROUP, HEIGHT)
     sum_GR = packed_dot(
         data_G, scale_G, None if zeros is None else zero_G, x_PI + (first + r_R) * inner, r_R < rows, 0, inner, inner,
-        KIND, GROUP, HIGH, ROWS, BLOCK_K, ASM, WHOLE,
+        KIND, GROUP, HIGH, ROWS, BLOCK_K, ASM, WHOLE, ROUNDED,
     )  # fmt: skip
     if SWIGLU:
         gate_OR, up_OR = tl.split(tl.permute(tl.reshape(sum_GR, (2, BLOCK_O, ROWS)), (1, 2, 0)))

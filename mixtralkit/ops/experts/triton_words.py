@@ -187,12 +187,13 @@ def in_order4(a_OW, b_OW, c_OW, d_OW):
 def packed_dot(
     data_O, scale_O, zero_O, x_R, has_R, first, last, columns,
     KIND: tl.constexpr, GROUP: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-    ASM: tl.constexpr, WHOLE: tl.constexpr,
+    ASM: tl.constexpr, WHOLE: tl.constexpr, ROUNDED: tl.constexpr = False,
 ):  # fmt: skip
     """float32 [O, R] of rows at ``x_R`` and packed weights at ``data_O``, over columns ``first`` … ``last`` - 1.
 
     ``scale_O`` and ``zero_O`` are of each output's first group; ``zero_O`` None for none. A tile has up to four groups.
-    ``WHOLE``: see ``_add_parts``.
+    ``WHOLE``: see ``_add_parts``. ``ROUNDED`` multiplies weights by their group's scale, and rounds them, before the
+    rows instead of sums after them.
     """
     WORD: tl.constexpr = 4 if KIND == 0 else 2
     GROUPS: tl.constexpr = BLOCK_K // GROUP if GROUP else 1
@@ -211,10 +212,12 @@ def packed_dot(
             if zero_O is not None:
                 zero_OG = next_zero_OG.to(tl.float32)
                 next_zero_OG = tl.load(zero_O[:, None] + at + group_1G)
-            sum_OR = _add_groups(sum_OR, words_O, now_OG, zero_OG, x_R + k, has_R, KIND, GROUPS, BLOCK_K, ASM, WHOLE)
+            sum_OR = _add_groups(
+                sum_OR, words_O, now_OG, zero_OG, x_R + k, has_R, KIND, GROUPS, BLOCK_K, ASM, WHOLE, ROUNDED
+            )
         else:
             parts = weights_of(_words(words_O, BLOCK_K // WORD), KIND, x_R.dtype.element_ty, ASM)
-            sum_OR = _add_parts(sum_OR, parts, None, x_R + k, has_R, WHOLE)
+            sum_OR = _add_parts(sum_OR, parts, None, None, x_R + k, has_R, WHOLE)
     if GROUP == 0:
         sum_OR *= tl.load(scale_O).to(tl.float32)[:, None]
     return sum_OR * 128 if KIND == 0 else sum_OR
@@ -235,35 +238,40 @@ def _words(data_O, WORDS: tl.constexpr):
 def _add_groups(
     sum_OR, data_O, scale_OG, zero_OG, x_R, has_R,
     KIND: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr, ASM: tl.constexpr, WHOLE: tl.constexpr,
+    ROUNDED: tl.constexpr,
 ):  # fmt: skip
     """``sum_OR`` and what some groups of columns at ``x_R`` add to it, each times its scale."""
     WORD: tl.constexpr = 4 if KIND == 0 else 2
     if GROUPS == 1:
         parts = weights_of(_words(data_O, COLUMNS // WORD), KIND, x_R.dtype.element_ty, ASM)
-        return _add_group(sum_OR, parts, scale_OG, zero_OG, x_R, has_R, WHOLE)
+        return _add_group(sum_OR, parts, scale_OG, zero_OG, x_R, has_R, WHOLE, ROUNDED)
     elif COLUMNS == 64 and KIND == 0:  # two groups of 32, half of each word
         a_OW, b_OW, c_OW, d_OW = weights_of(_words(data_O, 16), KIND, x_R.dtype.element_ty, ASM)
         scales, zeros = _halves(scale_OG), (None, None) if zero_OG is None else _halves(zero_OG)
-        sum_OR = _add_group(sum_OR, (a_OW, b_OW), scales[0], zeros[0], x_R, has_R, WHOLE)
-        return _add_group(sum_OR, (c_OW, d_OW), scales[1], zeros[1], x_R + 32, has_R, WHOLE)
+        sum_OR = _add_group(sum_OR, (a_OW, b_OW), scales[0], zeros[0], x_R, has_R, WHOLE, ROUNDED)
+        return _add_group(sum_OR, (c_OW, d_OW), scales[1], zeros[1], x_R + 32, has_R, WHOLE, ROUNDED)
     else:
         scales, zeros = _halves(scale_OG), (None, None) if zero_OG is None else _halves(zero_OG)
         HALF: tl.constexpr = COLUMNS // 2
         for i in tl.static_range(2):
             at_O, at_R = data_O + i * (HALF // WORD), x_R + i * HALF
-            sum_OR = _add_groups(sum_OR, at_O, scales[i], zeros[i], at_R, has_R, KIND, GROUPS // 2, HALF, ASM, WHOLE)
+            sum_OR = _add_groups(
+                sum_OR, at_O, scales[i], zeros[i], at_R, has_R, KIND, GROUPS // 2, HALF, ASM, WHOLE, ROUNDED
+            )
         return sum_OR
 
 
 @triton.jit
-def _add_group(sum_OR, parts, scale_O1, zero_O1, x_R, has_R, WHOLE: tl.constexpr):
+def _add_group(sum_OR, parts, scale_O1, zero_O1, x_R, has_R, WHOLE: tl.constexpr, ROUNDED: tl.constexpr):
     less_O1 = None if zero_O1 is None else (zero_O1 - 8) / 128
-    add_OR = _add_parts(tl.zeros_like(sum_OR), parts, less_O1, x_R, has_R, WHOLE)
+    if ROUNDED:
+        return _add_parts(sum_OR, parts, less_O1, scale_O1, x_R, has_R, WHOLE)
+    add_OR = _add_parts(tl.zeros_like(sum_OR), parts, less_O1, None, x_R, has_R, WHOLE)
     return sum_OR + add_OR * tl.reshape(scale_O1, (sum_OR.shape[0],))[:, None]
 
 
 @triton.jit
-def _add_parts(sum_OR, parts, less_O1, x_R, has_R, WHOLE: tl.constexpr):
+def _add_parts(sum_OR, parts, less_O1, scale_O1, x_R, has_R, WHOLE: tl.constexpr):
     """``sum_OR`` and the product of words' parts, as one or part by part.
 
     The latter loads words in the order in which mma.sync takes them, and rows so too; a warp group waits for every
@@ -273,20 +281,22 @@ def _add_parts(sum_OR, parts, less_O1, x_R, has_R, WHOLE: tl.constexpr):
     WORDS: tl.constexpr = parts[0].shape[1]
     if WHOLE:
         w_OK = in_order4(*parts) if PARTS == 4 else in_order(*parts)
-        return _add_part(sum_OR, w_OK, less_O1, x_R, tl.arange(0, WORDS * PARTS), has_R)
+        return _add_part(sum_OR, w_OK, less_O1, scale_O1, x_R, tl.arange(0, WORDS * PARTS), has_R)
     else:
         word_W = tl.arange(0, WORDS)
         for i in tl.static_range(PARTS):
             column_W = word_W // 16 * (16 * PARTS) + i * 16 + word_W % 16
-            sum_OR = _add_part(sum_OR, parts[i], less_O1, x_R, column_W, has_R)
+            sum_OR = _add_part(sum_OR, parts[i], less_O1, scale_O1, x_R, column_W, has_R)
         return sum_OR
 
 
 @triton.jit
-def _add_part(sum_OR, w_OK, less_O1, x_R, column_K, has_R):
+def _add_part(sum_OR, w_OK, less_O1, scale_O1, x_R, column_K, has_R):
     x_KR = tl.load(x_R[None, :] + column_K[:, None], has_R[None, :], 0.0)
     if less_O1 is not None:
         w_OK -= tl.reshape(less_O1, (w_OK.shape[0],)).to(w_OK.dtype)[:, None]
+    if scale_O1 is not None:
+        w_OK *= tl.reshape(scale_O1, (w_OK.shape[0],)).to(w_OK.dtype)[:, None]
     return tl.dot(w_OK, x_KR, sum_OR, input_precision="ieee")
 
 
