@@ -77,7 +77,7 @@ def _both(tiers: Tiers) -> tuple[float, float] | None:
     started = time.perf_counter()
     tickets = [tiers.bring((layer, i % slots), place) for i in range(copies)]
     while not tickets[-1].query():
-        tiers.product_on_cpu(layer, x_ND, np.full(1, (products + slots // 2) % slots), torch.ones(1, 1))
+        tiers.product_on_cpu(layer, x_ND, torch.full((1, 1), (products + slots // 2) % slots), torch.ones(1, 1))
         products += 1
     seconds = time.perf_counter() - started
     return copies * tiers.expert_bytes / seconds, products * tiers.expert_bytes / seconds

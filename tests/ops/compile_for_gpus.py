@@ -87,7 +87,8 @@ def experts(rows: int, slots: int = 8, width: int = 4096, hidden: int = 14336, s
     weights = torch.empty(slots, 2 * hidden, width, dtype=BF16), torch.empty(slots, width, hidden, dtype=BF16)
     chosen = torch.zeros(rows, 2, dtype=torch.int64), torch.zeros(rows, 2)
     launch = expert_sum_small if rows <= 16 else expert_sum_grouped
-    launch(x_RD, *chosen, *weights, x_RD, storage_S=torch.arange(slots) if stored else None)
+    at_desk = (x_RD.float(), None, torch.arange(slots))  # residual and storage of a step with experts in host memory
+    launch(x_RD, *chosen, *weights, *(at_desk if stored else (x_RD,)))
 
 
 def packed_experts(
@@ -106,7 +107,8 @@ def packed_experts(
         matrices.append(PackedWeight(weights, columns, tuple(parts), stacked))
     x_RD, chosen = torch.empty(rows, width, dtype=BF16), (torch.zeros(rows, 2, dtype=torch.int64), torch.zeros(rows, 2))
     launch = expert_sum_grouped if operands else expert_sum_packed
-    launch(x_RD, *chosen, *matrices, x_RD)
+    at_desk = (x_RD.float(), None, torch.arange(slots))
+    launch(x_RD, *chosen, *matrices, *(at_desk if rows == 8 else (x_RD,)))
 
 
 def rest(rows: int, width: int = 4096) -> None:
@@ -190,21 +192,17 @@ def exchange(stays: bool, rows: int = 16, ranks: int = 4, width: int = 4096) -> 
 
 
 def desk(rows: int, width: int = 4096, layers: int = 32, slots: int = 8) -> None:
-    from mixtralkit.ops.desk.triton import add_answers, ask_host, wait_for_host
+    from mixtralkit.ops.desk.triton import DeskMemory, ask_host
 
-    choices = 2 * rows
-    numbers_N, weights_N = torch.zeros(choices, dtype=torch.int64), torch.empty(choices)
-    x_TD, places_LS = torch.empty(rows, width, dtype=BF16), torch.zeros(layers, slots, dtype=torch.int64)
-    flags_L, waits_2 = torch.zeros(layers, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
-    late_P, asked_LN = numbers_N[:slots], torch.zeros(layers, choices, dtype=torch.int64)
-    for guessed_N, always in ((None, False), (numbers_N, True)):
-        ask_host(
-            numbers_N, weights_N, x_TD, guessed_N, places_LS, numbers_N, places_LS[0], waits_2, asked_LN, numbers_N,
-            weights_N, x_TD, flags_L, waits_2, 0, always,
-        )  # fmt: skip
-    wait_for_host(waits_2, flags_L, numbers_N, late_P, numbers_N, late_P, waits_2, 0)
-    parts_ND = torch.empty(choices, width)
-    add_answers(parts_ND, parts_ND, parts_ND, waits_2, x_TD, x_TD)
+    slots_TK, weights_TK = torch.zeros(rows, 2, dtype=torch.int64), torch.empty(rows, 2)
+    x_TD, sums_TD = torch.empty(rows, width, dtype=BF16), torch.empty(rows, width)
+    said_LS, flags_L = torch.zeros(layers + 1, slots, dtype=torch.int64), torch.zeros(layers, dtype=torch.int32)
+    memory = DeskMemory(
+        slots_TK.expand(layers, rows, 2), x_TD, weights_TK, slots_TK, flags_L[:1], said_LS, sums_TD, flags_L,
+        said_LS[:-1], slots_TK, said_LS[0], sums_TD, flags_L[:3],
+    )  # fmt: skip
+    for residual_TD, guessed_TK, last, always in ((x_TD, None, False, False), (None, slots_TK, True, True)):
+        ask_host(slots_TK, weights_TK, x_TD, residual_TD, guessed_TK, memory, 1, 0, last, always)
 
 
 if __name__ == "__main__":

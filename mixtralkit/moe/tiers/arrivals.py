@@ -82,11 +82,11 @@ class Arrivals:
 
     def guess(self, key: Key, moves: list[Move]) -> None:
         """Brings an expert in pieces, as ``pump`` finds the bus idle."""
-        self._of[key] = _Arrival(in_pieces(moves, PIECE), guessed_bytes=sum(move.nbytes for move in moves))
+        self._of[key] = _Arrival(moves, guessed_bytes=sum(move.nbytes for move in moves))
 
     def complete(self, key: Key, moves: list[Move]) -> None:
         """Brings, as ``guess`` does, what is missing of an expert that stays."""
-        self._of[key] = _Arrival(in_pieces(moves, PIECE), stays=True)
+        self._of[key] = _Arrival(moves, stays=True)
 
     def _is_idle(self) -> bool:
         """Whether nothing that rows wait for is on the bus."""
@@ -109,6 +109,7 @@ class Arrivals:
             if arrival.ticket is not None and not arrival.ticket.query():
                 return
             while arrival.moves:
+                arrival.moves[:1] = in_pieces(arrival.moves[:1], PIECE)
                 arrival.ticket = self._copy([arrival.moves.pop(0)], False)
                 if not arrival.ticket.query():
                     return

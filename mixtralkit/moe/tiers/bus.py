@@ -10,7 +10,7 @@ import torch
 
 from mixtralkit.moe.tiers.memory import Clearing, Move
 
-PIECE = 4 << 20  # bytes of a copy of what may be wanted: so long one that is wanted now waits at most
+PIECE = 2 << 20  # bytes of a copy of what may be wanted: so long one that is wanted now waits at most
 
 
 class Ticket(Protocol):
@@ -54,22 +54,18 @@ class PlainBus:
     def wait(self, ticket: Ticket) -> None:
         """What the GPU does from now on comes after the copies."""
 
-
-class _Copy2D(ctypes.Structure):
-    """``CUDA_MEMCPY2D`` of the driver."""
-
-    _fields_ = [
-        (name, kind)
-        for side in ("src", "dst")
-        for name, kind in (
-            (f"{side}XInBytes", ctypes.c_size_t), (f"{side}Y", ctypes.c_size_t), (f"{side}MemoryType", ctypes.c_int),
-            (f"{side}Host", ctypes.c_void_p), (f"{side}Device", ctypes.c_uint64), (f"{side}Array", ctypes.c_void_p),
-            (f"{side}Pitch", ctypes.c_size_t),
-        )
-    ] + [("WidthInBytes", ctypes.c_size_t), ("Height", ctypes.c_size_t)]  # fmt: skip
+    def answer(self, tickets: Iterable[Ticket], moves: Iterable[Move], flag: int, value: int) -> None:
+        """Behind copies that were begun and some more, writes a word of 32 bits: address and value."""
+        for ticket in tickets:
+            while not ticket.query():
+                pass
+        self.copy(moves)
+        ctypes.c_int32.from_address(flag).value = value
 
 
-_HOST, _DEVICE = 1, 2  # memory types of the driver
+# The driver's ``CUDA_MEMCPY2D`` in words of 64 bits: how many, and which are not 0; width and height follow the last.
+_WORDS, _SOURCE_KIND, _SOURCE, _SOURCE_PITCH, _TARGET_KIND, _TARGET, _TARGET_PITCH = 16, 2, 3, 6, 9, 11, 13
+_HOST, _DEVICE = 1, 2  # kinds of memory
 
 
 class CudaBus:
@@ -81,32 +77,37 @@ class CudaBus:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._urgent, self._ahead = (torch.cuda.Stream(device, priority=priority) for priority in (-1, 0))
+        self._handles = {stream: stream.cuda_stream for stream in (self._urgent, self._ahead)}
+        self._rectangle = (ctypes.c_uint64 * _WORDS)()  # one for all calls: the driver has read it when it returns
+        self._rectangle[_SOURCE_KIND], self._rectangle[_TARGET_KIND] = _HOST, _DEVICE
         self._driver = ctypes.CDLL("libcuda.so.1")
         self._driver.cuMemcpyHtoDAsync_v2.argtypes = (
             ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p
         )  # fmt: skip
-        self._driver.cuMemcpy2DAsync_v2.argtypes = (ctypes.POINTER(_Copy2D), ctypes.c_void_p)
+        self._driver.cuMemcpy2DAsync_v2.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
         self._driver.cuMemsetD2D8Async.argtypes = (
             ctypes.c_uint64, ctypes.c_size_t, ctypes.c_ubyte, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_void_p
+        )  # fmt: skip
+        self._driver.cuStreamWriteValue32_v2.argtypes = (
+            ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint
         )  # fmt: skip
         held = torch.empty(2, 512, dtype=torch.uint8, device=device)  # its kernel is loaded before any other waits
         torch.cuda.synchronize(device)
         self.clear([Clearing(held.data_ptr(), 256, 2, 512)])
+        self.answer((), (), held.data_ptr(), 0)
         torch.cuda.synchronize(device)
 
     def copy(self, moves: Iterable[Move], urgent: bool = True) -> torch.cuda.Event:
         """See ``PlainBus.copy``."""
-        stream = self._urgent if urgent else self._ahead
-        handle = ctypes.c_void_p(stream.cuda_stream)
-        for move in moves:
-            if move.height == 1:
-                failed = self._driver.cuMemcpyHtoDAsync_v2(move.target, move.source, move.width, handle)
+        stream, of, driver = self._urgent if urgent else self._ahead, self._rectangle, self._driver
+        handle = self._handles[stream]
+        for target, source, width, height, target_pitch, source_pitch in moves:
+            if height == 1:
+                failed = driver.cuMemcpyHtoDAsync_v2(target, source, width, handle)
             else:
-                rectangle = _Copy2D(
-                    srcMemoryType=_HOST, srcHost=move.source, srcPitch=move.source_pitch, dstMemoryType=_DEVICE,
-                    dstDevice=move.target, dstPitch=move.target_pitch, WidthInBytes=move.width, Height=move.height,
-                )  # fmt: skip
-                failed = self._driver.cuMemcpy2DAsync_v2(ctypes.byref(rectangle), handle)
+                of[_SOURCE], of[_SOURCE_PITCH], of[_TARGET] = source, source_pitch, target
+                of[_TARGET_PITCH : _TARGET_PITCH + 3] = target_pitch, width, height
+                failed = driver.cuMemcpy2DAsync_v2(of, handle)
             if failed:
                 raise RuntimeError(f"an expert could not be copied from host memory to the GPU (CUDA error {failed})")
         event = torch.cuda.Event()
@@ -115,7 +116,7 @@ class CudaBus:
 
     def clear(self, places: Iterable[Clearing]) -> None:
         """See ``PlainBus.clear``."""
-        handle = ctypes.c_void_p(self._urgent.cuda_stream)
+        handle = self._handles[self._urgent]
         for one in places:
             given = (one.target, one.target_pitch, 0, one.width, one.height, handle)
             if failed := self._driver.cuMemsetD2D8Async(*given):
@@ -124,3 +125,11 @@ class CudaBus:
     def wait(self, ticket: torch.cuda.Event) -> None:
         """See ``PlainBus.wait``."""
         torch.cuda.current_stream(self.device).wait_event(ticket)
+
+    def answer(self, tickets: Iterable[torch.cuda.Event], moves: Iterable[Move], flag: int, value: int) -> None:
+        """See ``PlainBus.answer``. The driver makes all that came before visible to running kernels before the word."""
+        for ticket in tickets:
+            self._urgent.wait_event(ticket)
+        self.copy(moves)
+        if failed := self._driver.cuStreamWriteValue32_v2(self._handles[self._urgent], flag, value, 0):
+            raise RuntimeError(f"an answer could not be written to the GPU's memory (CUDA error {failed})")

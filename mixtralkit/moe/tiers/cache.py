@@ -79,12 +79,14 @@ class PlaceCache:
     def exchange(self, key: Key, place: int, keep: Collection[Key]) -> tuple[int, Key | None] | None:
         """An expert stays in a place that nobody has; the place given for it, and who had that, as ``take`` says.
 
-        None where all others are worth as much.
+        Of its layer, or while this has less than its share, of one that has more. None where all others are worth as
+        much.
         """
         assert key not in self.place_of
         victim = None
         if not self._free:
-            victim = self._victim(key, keep, key[0])
+            others = [other for of in self._over_share(key[0]) for other in self._of[of] if other not in keep]
+            victim = self._least(others, key[0])
             if victim is None or self.value(victim) >= self.value(key):
                 return None
             self._free.append(self._pop(victim))
@@ -98,14 +100,21 @@ class PlaceCache:
         for layers in (self._over_share(key[0]), range(self.layers)):
             others = [other for of in layers for other in self._of[of] if other not in keep]
             if others:
-                return min(others, key=lambda k: (self.value(k), -((k[0] - layer) % self.layers), k))
+                return self._least(others, layer)
         return None
+
+    def _least(self, keys: Collection[Key], layer: int) -> Key | None:
+        return min(keys, key=lambda k: (self.value(k), -((k[0] - layer) % self.layers), k), default=None)
+
+    def lacks(self, layer: int) -> bool:
+        """Whether a layer has less than its share."""
+        return self._shares is not None and len(self._of[layer]) < self._shares[layer]
 
     def _over_share(self, layer: int) -> Iterable[int]:
         """Layers whose experts go first when one of a layer comes."""
         if self._shares is None:
             return ()
-        if len(self._of[layer]) >= self._shares[layer]:
+        if not self.lacks(layer):
             return (layer,)
         return [of for of, share in self._shares.items() if len(self._of[of]) > share]
 

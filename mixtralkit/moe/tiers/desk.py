@@ -2,16 +2,20 @@
 
 ::
 
-    GPU    router 0 │ experts here │ router 1 │ experts here ┄ waits ┄ late ones, sum │ router 2 …
-    host            └► notes       │          └► copies, product on the CPU ─┘
+    GPU    router 0 │ experts 0 │ router 1 ┄ waits ┄ experts 1 │ router 2 …
+    host                        └► copies, product on the CPU, answer │ notes
 
-Each layer's choices go to memory of the host. Where all of them are on the GPU the step runs on, and the host only
-counts. Where one is missing the step waits, behind the product of those that are there, until the host says that the
-copies have ended and that what the CPU computed lies in memory which the GPU reads.
+Each layer looks its choices up in a table in the GPU's memory. Where all are there it runs on, and leaves its choices
+in memory of the host, which reads them later. Where one is missing it tells the host and waits until that says where
+the experts are; what the CPU computed is added to the residual. Either way one product follows. The last layer tells
+in any case, so that the host knows of the step's end before it.
 
-**What the host may change, and when.** A step reads at each layer the host's table of places. The host changes it, and
-lets experts go, before a step is launched and while one waits: then no layer that has read its line is running but the
-one that waits, whose experts stay. So what a line said still holds when its layer's products run.
+**What the host may change, and when.** The table changes before a step is launched and, with an answer, while one
+waits: then all layers before are done, and the one that waits takes its places from the answer. In between, what the
+table shows is there: behind an answer the host lets go only experts of the layer that it has answered, and they are not
+in use. That layer's line is read again in the next step, in front of which the table is shown. Where a layer has less
+than its share of places, experts of others make way in front of the answer. Where every layer waits (``always``),
+answers alone say what is where, and what makes way is of any layer.
 
 **No step waits for ever.** While one waits the host launches nothing that would come behind it, takes no memory and
 waits for nothing but copies. Whatever fails there, the step is let go on before anybody is told.
@@ -19,12 +23,15 @@ waits for nothing but copies. Whatever fails there, the step is let go on before
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from mixtralkit.moe.dispatch.base import RoutedRows
+from mixtralkit.moe.tiers.answers import HostAnswer
+from mixtralkit.moe.tiers.setup import Answer
+from mixtralkit.ops.experts import expert_sum
 
 if TYPE_CHECKING:
     from mixtralkit.moe.tiers.tiers import Tiers
@@ -33,12 +40,16 @@ POLLS = 1 << 14  # between two looks at whether the device still runs
 
 
 class Desk:
-    """What GPU and host hand each other in steps of so many rows: T of width D, N = T · K choices."""
+    """What GPU and host hand each other in steps of so many rows; ``answers`` is how the host's answer gets there."""
+
+    answers: type[HostAnswer] = HostAnswer
 
     def __init__(self, tiers: Tiers, rows: int) -> None:
-        config, device, dtype = tiers.layout.config, tiers.context.device, tiers.dtype
-        layers, choices, width = config.n_layers, rows * config.num_experts_per_tok, config.dim
-        slots, cuda = tiers.shown_LS.shape[1], device.type == "cuda"
+        from mixtralkit.ops.desk.triton import DeskMemory
+
+        config, device = tiers.layout.config, tiers.context.device
+        (layers, slots), (top_k, width) = tiers.table_LS.shape, (config.num_experts_per_tok, config.dim)
+        cuda = device.type == "cuda"
         self.tiers = tiers
         # what comes ahead takes places of layers that have run, so the host must know how far the step is
         self.always = (tiers.guesses and bool(tiers.routers)) or tiers.is_sure(rows)
@@ -46,25 +57,20 @@ class Desk:
         def on_host(*shape: int, dtype: torch.dtype = torch.int64, fill: int = 0) -> torch.Tensor:
             return torch.full(shape, fill, dtype=dtype, pin_memory=cuda)
 
-        self._asked_LN, self._guesses_N = on_host(layers, choices), on_host(choices, fill=-1)
-        self._weights_N, self._x_TD = on_host(choices, dtype=torch.float32), on_host(rows, width, dtype=dtype)
-        self._cpu_ND = on_host(choices, width, dtype=torch.float32)
-        self._late_N, self._late_places_P = on_host(choices), on_host(min(choices, slots))
-        self._told_L, self._answers_L = (on_host(layers, dtype=torch.int32) for _ in range(2))
-        self.asked_LN, self.guesses_N, self.late_N, self.late_places_P, self.told_L, self.answers_L = (
-            t.numpy()
-            for t in (
-                self._asked_LN, self._guesses_N, self._late_N, self._late_places_P, self._told_L, self._answers_L
-            )
-        )  # fmt: skip
-        self._x_ND = self._x_TD.unsqueeze(1).expand(rows, choices // rows, width)
-
         def on_device(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self._here_N1, self._late_N1 = on_device(choices, 1), on_device(choices, 1)
-        self._places_S, self._places_P = on_device(slots), on_device(len(self._late_places_P))
-        self._waits_2, self._fence = on_device(2, dtype=torch.int32), on_device(1, dtype=torch.int32)
+        self.answer = answer = self.answers(tiers, rows)
+        self.memory = of = DeskMemory(
+            on_host(layers, rows, top_k), on_host(rows, width, dtype=tiers.dtype),
+            on_host(rows, top_k, dtype=torch.float32), on_host(rows, top_k, fill=-1), on_host(1, dtype=torch.int32),
+            answer.said_LS, answer.cpu_TD, answer.answers_L, tiers.table_LS, on_device(rows, top_k), on_device(slots),
+            on_device(rows, width, dtype=torch.float32), on_device(3, dtype=torch.int32),
+        )  # fmt: skip
+        self._asked_LN, self._guesses_N = of.asked_LTK.flatten(1).numpy(), of.guesses_TK.flatten().numpy()
+        self.told_1, self._on_cpu_TK = of.told_1.numpy(), torch.full((rows, top_k), -1)
+        self._on_cpu_N = self._on_cpu_TK.flatten().numpy()
+        self._products: dict[int, Callable[[int | None], None] | None] = {}  # by layer
         self._launched = torch.cuda.Event() if cuda else None
         self._failed = False
 
@@ -72,37 +78,36 @@ class Desk:
 
     def run(self, layer: int, rows: RoutedRows, guessed_TK: torch.Tensor | None) -> torch.Tensor:
         """``TieredExperts.forward`` of a layer, launched without a word of the host's."""
-        from mixtralkit.ops.desk.triton import add_answers, ask_host, wait_for_host
+        from mixtralkit.ops.desk.triton import ask_host
 
-        tiers, (count, top_k) = self.tiers, rows.slots_RK.shape
-        x_RD, weights_N1 = rows.x_RD.contiguous(), rows.weights_RK.reshape(-1, 1)
+        tiers, of = self.tiers, self.memory
+        layers, x_TD, residual_TD = tiers.layers, rows.x_RD.contiguous(), rows.residual_RD
+        if residual_TD is not None:
+            residual_TD = residual_TD.contiguous()
+        weights_TK = rows.weights_RK.contiguous()
         ask_host(
-            rows.slots_RK.reshape(-1), weights_N1, x_RD, None if guessed_TK is None else guessed_TK.reshape(-1),
-            tiers.shown_LS, self._here_N1, self._places_S, self._waits_2, self._asked_LN, self._guesses_N,
-            self._weights_N, self._x_TD, self._told_L, self._fence, layer, self.always,
+            rows.slots_RK.contiguous(), weights_TK, x_TD, residual_TD, guessed_TK, of, layer,
+            layers[layers.index(layer) - 1], layer == layers[-1], self.always,
         )  # fmt: skip
-        x_ND = x_RD.unsqueeze(1).expand(count, top_k, x_RD.shape[1]).reshape(count * top_k, -1)
-        here_ND = tiers.product(layer, x_ND, self._here_N1, weights_N1, self._places_S[: tiers.slots[layer]])
-        wait_for_host(
-            self._waits_2, self._answers_L, self._late_N, self._late_places_P, self._late_N1, self._places_P,
-            self._fence, layer,
+        slots = tiers.slots[layer]
+        return expert_sum(
+            x_TD, of.slots_TK, weights_TK, *tiers.matrices, of.residual_TD, rows.out_RD, rows.likely_rows,
+            of.places_S[:slots], slots,
         )  # fmt: skip
-        late_ND = tiers.product(layer, x_ND, self._late_N1, weights_N1, self._places_P)
-        out_RD = torch.empty_like(x_RD) if rows.out_RD is None else rows.out_RD
-        residual_RD = None if rows.residual_RD is None else rows.residual_RD.contiguous()
-        return add_answers(here_ND, late_ND, self._cpu_ND, self._waits_2, residual_RD, out_RD)
 
     # the host's
 
     def open(self) -> None:
         """Before a step is launched."""
-        if self._failed:
+        failed, self._failed = self._failed, False
+        if failed:
             if self.tiers.context.device.type == "cuda":
                 torch.cuda.synchronize(self.tiers.context.device)
-            self.told_L[:], self.answers_L[:], self._failed = 0, 0, False
+            self.answer.take_back()
+            self.told_1[:] = 0
         self.tiers.warm_up()
         self.tiers.take_in()
-        self.tiers.show()
+        self.tiers.show(anew=failed)
 
     def serve(self) -> None:
         """Answers for every layer of a step that has been launched.
@@ -112,46 +117,64 @@ class Desk:
         """
         if self._launched is not None:
             self._launched.record()
+        layers, at = self.tiers.layers, 0
+        self.tiers.next_step()
         try:
-            for layer in self.tiers.layers:
-                self._serve(layer)
+            while at < len(layers):
+                layer, waits = self._listen()
+                until = layers.index(layer)
+                if waits:
+                    self._serve(layer, layers[at:until])
+                else:
+                    self._note(layers[at : until + 1])
+                at = until + 1
         except BaseException:
-            self.late_N[:] = -1
-            self.answers_L[:], self._failed = 1, True
+            self._failed = True
+            self.answer.let_go()
             raise
 
-    def _serve(self, layer: int) -> None:
-        tiers = self.tiers
-        waits = self._listen(layer)
-        slots = self.asked_LN[layer].tolist()
-        tiers.begin(layer)
-        rows_S = np.bincount([slot for slot in slots if slot >= 0], minlength=tiers.slots[layer])
-        answer = tiers.ask(layer, rows_S)
-        if not waits:
-            assert not answer.late, "the step has run on without"
-            assert not answer.cpu
-            return
+    def _serve(self, layer: int, before: list[int]) -> None:
+        """A layer waits: what it needs and nothing else, then the notes, also of those that ran on before it."""
+        tiers, slots = self.tiers, self._asked_LN[layer].tolist()
+        rows = {slot: slots.count(slot) for slot in slots if slot >= 0}
+        answer = tiers.ask(layer, rows)
         if answer.cpu:
-            on_cpu_N = np.array([slot if slot in answer.cpu else -1 for slot in slots])
-            given = (self._x_ND.reshape(len(slots), -1), on_cpu_N, self._weights_N.view(-1, 1), answer.first)
-            tiers.product_on_cpu(layer, *given, self._cpu_ND)
-        tiers.look_ahead(layer, rows_S, self.guesses_N)
-        tiers.end(answer)
-        here_S, places_S = tiers.shown[layer].tolist(), tiers.places_of(layer).tolist()
-        late = [*answer.late, *(slot for slot in answer.here if here_S[slot] < 0)]  # or come since the line was read
-        self.late_places_P[: len(late)] = [places_S[slot] for slot in late]
-        self.late_N[:] = [late.index(slot) if slot in late else -1 for slot in slots]
-        tiers.show()
-        self.answers_L[layer] = 2 if answer.cpu else 1
+            self._on_cpu_N[:] = [slot if slot in answer.cpu else -1 for slot in slots]
+            self._compute(layer, answer)
+        takes_more = not self.always and tiers.cache.lacks(layer)
+        if takes_more:
+            tiers.look_ahead(layer, rows)
+        tiers.say(layer, answer)
+        self.answer.give(layer, answer)
+        self._note(before)
+        if not takes_more:
+            tiers.look_ahead(layer, rows, self._guesses_N)
+        tiers.take_in()
 
-    def _listen(self, layer: int) -> bool:
-        """Until the step has told of a layer; whether it waits."""
-        polls = 0
-        while not self.told_L[layer]:
-            self.tiers.pump()
+    def _compute(self, layer: int, answer: Answer) -> None:
+        """The CPU's part of a layer."""
+        tiers, of = self.tiers, self.memory
+        given = (of.x_TD, self._on_cpu_TK, of.weights_TK)
+        if layer not in self._products:
+            self._products[layer] = tiers.product_call(layer, *given, self.answer.computed_TD)
+        if self._products[layer] is None:
+            tiers.product_on_cpu(layer, *given, answer.first, self.answer.computed_TD)
+        else:
+            tiers.compute(layer, self._products[layer], answer)
+
+    def _note(self, layers: list[int]) -> None:
+        """Layers that have found all they need."""
+        for layer in layers:
+            self.tiers.found(layer, {*self._asked_LN[layer].tolist()} - {-1})
+
+    def _listen(self) -> tuple[int, bool]:
+        """Until a layer tells; which, and whether it waits."""
+        polls, told_1, pump = 0, self.told_1, self.tiers.pump
+        while not told_1[0]:
+            pump()
             polls += 1
-            if polls % POLLS == 0 and self._launched is not None and self._launched.query() and not self.told_L[layer]:
-                raise RuntimeError(f"the step ended before its layer {layer} told the host what it needs")
-        waits = self.told_L[layer] == 2
-        self.told_L[layer] = 0
-        return waits
+            if polls % POLLS == 0 and self._launched is not None and self._launched.query() and not told_1[0]:
+                raise RuntimeError("the step ended before its last layer told the host what it needs")
+        told = int(told_1[0])
+        told_1[0] = 0
+        return told // 2 - 1, told % 2 == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import torch
 
@@ -33,15 +35,15 @@ class TieredExperts(Experts):
         asked = rows.slots_RK.flatten() if guessed is None else torch.cat([rows.slots_RK.flatten(), guessed.flatten()])
         values = tiers.on_host(asked)
         slots_N = values[: rows.slots_RK.numel()]
-        rows_S = np.bincount(slots_N[slots_N >= 0], minlength=tiers.slots[layer])
-        answer = tiers.ask(layer, rows_S)
+        rows_of = Counter(slots_N[slots_N >= 0].tolist())
+        answer = tiers.ask(layer, rows_of)
         if answer.cpu or answer.first is not None:
             y_RD = self._by_parts(rows, slots_N, answer)
         else:
             tiers.wait(answer)
             tiers.tell(layer)
             y_RD = self._sum(rows)
-        tiers.look_ahead(layer, rows_S, None if guessed is None else values[len(slots_N) :])
+        tiers.look_ahead(layer, rows_of, None if guessed is None else values[len(slots_N) :])
         return y_RD
 
     def _sum(self, rows: RoutedRows) -> torch.Tensor:
@@ -69,7 +71,8 @@ class TieredExperts(Experts):
         here_N1, late_N1 = (tiers.upload(only(slots_N, slots)) for slots in (answer.here, answer.late))
         places_S = tiers.upload(tiers.places_of(layer).copy())
         parts = [tiers.product(layer, x_ND, here_N1, weights_N1)] if answer.here else []
-        on_cpu = tiers.product_on_cpu(layer, x_ND.cpu(), only(slots_N, answer.cpu), weights_N1.cpu(), answer.first)
+        on_cpu_N1 = torch.from_numpy(only(slots_N, answer.cpu))
+        on_cpu = tiers.product_on_cpu(layer, x_ND.cpu(), on_cpu_N1, weights_N1.cpu(), answer.first)
         parts.append(on_cpu.to(x_RD.device, non_blocking=True))
         if answer.late:
             tiers.wait(answer)

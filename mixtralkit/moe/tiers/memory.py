@@ -121,19 +121,18 @@ class Geometry:
 
     def silence(self, place: int, last: int) -> list[Clearing]:
         """What makes the first ``last`` hidden columns of an expert here zero: all that w1 and w3 have of them."""
-        found = []
-        for part, (start, pitch, rows, row) in zip(self.weights.parts, self._of, strict=False):  # w13's come first
-            if part.rows is not None:
-                width = part.cut_rows((0, last))[1] * row
-                found.append(Clearing(start + place * pitch, width, 2, rows // 2 * row))
-        return found
+        parts = zip(self.weights.parts, self._of, strict=False)  # w13's come first
+        return [
+            Clearing(start + place * pitch, part.cut_rows((0, last))[1] * row, 2, rows // 2 * row)
+            for part, (start, pitch, rows, row) in parts if part.rows is not None
+        ]  # fmt: skip
 
     def _moves(self, place: int, other: Geometry, slot: int, columns: tuple[int, int] | None) -> list[Move]:
         if (other, columns) not in self._first_moves:
             self._first_moves[other, columns] = self._moves_of_first(other, columns)
         return [
-            Move(move.target + place * mine, move.source + slot * theirs, *move[2:])
-            for move, mine, theirs in self._first_moves[other, columns]
+            Move(target + place * mine, source + slot * theirs, *rest)
+            for (target, source, *rest), mine, theirs in self._first_moves[other, columns]
         ]
 
     def _moves_of_first(self, other: Geometry, columns: tuple[int, int] | None) -> list[tuple[Move, int, int]]:
@@ -162,15 +161,15 @@ class Geometry:
 
 
 def in_pieces(moves: Sequence[Move], most: int) -> list[Move]:
-    """The same bytes in moves of at most so many, or of a row."""
+    """The same bytes in moves of at most so many."""
     found = []
     for move in moves:
-        if move.height > 1 or move.width <= most:
-            step = max(1, most // move.width)
-            for row in range(0, move.height, step):
-                target, source = move.target + row * move.target_pitch, move.source + row * move.source_pitch
+        step = max(1, most // move.width)
+        for row in range(0, move.height, step):
+            target, source = move.target + row * move.target_pitch, move.source + row * move.source_pitch
+            if move.width <= most:
                 found.append(move._replace(target=target, source=source, height=min(step, move.height - row)))
-            continue
-        for start in range(0, move.width, most):
-            found.append(Move(move.target + start, move.source + start, min(most, move.width - start)))
+                continue
+            for start in range(0, move.width, most):
+                found.append(Move(target + start, source + start, min(most, move.width - start)))
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from mixtralkit.checkpoint.mapped import MappedLayers
 from mixtralkit.config import TierOptions
@@ -53,15 +54,13 @@ class TierSetup:
     mapped: MappedLayers | None = None
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """What becomes of a layer's experts, by slot.
 
     Attributes:
         here: on the GPU.
         late: on the GPU when ``tickets`` are done.
         cpu: on the CPU, the first ``first`` of their hidden columns, or all where that is None.
-        places: where late ones are that have no place of their own.
     """
 
     here: tuple[int, ...]

@@ -8,13 +8,14 @@
     bus   what is wanted now │ what the next layers want
 
 When the host asks for a layer it has waited for that layer's router, so every kernel of the layers before is done: a
-place that this layer does not use may be written at once.
+place that this layer does not use may be written at once. ``look_ahead`` comes when the layer's products have been
+launched or may begin: it writes no place that they read.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -44,6 +45,7 @@ MOST_SPLIT_ROWS = 16  # choices up to which an expert is split between CPU and b
 MOST_STAYING = 4  # split experts whose first columns are on their way: more would take places before the bus has time
 LEANING, MOST_LEANING = 1.02, 2.0  # how the CPU's share of a split expert follows who was late, and how far it may go
 SPLIT_COLUMNS = 64  # a split is at a multiple of so many hidden columns, and of the format's unit
+MORE_SILENT = 4  # such multiples that are cleared beyond a split, since the next one may be a little larger
 
 
 class Tiers:
@@ -54,8 +56,9 @@ class Tiers:
         matrices: w13 and w2 of all places; ``pool`` are their parts.
         expert_bytes: of an expert in a place.
         places_LS: on the device, where an expert is.
-        shown_LS: the same in memory of the host that a running step reads, -1 where an expert is not on the device;
-            ``shown`` is that memory.
+        table_LS: the same for running steps, -1 where an expert is not on the device.
+        said_LS: [L + 1, S], the host's: that table as it is to be, and what an answer says of its layer. ``said`` is
+            the same memory.
         counts: since the start.
         routers: by layer, norm and weight of the next layer's router; none guesses nothing.
     """
@@ -93,6 +96,7 @@ class Tiers:
             for layer, slots in self.slots.items()
         }
         hidden = self.columns[1]
+        self._split_unit = max(SPLIT_COLUMNS, weights.unit, weights.height or 1)
         self._host_matrices = {
             layer: as_matrices(weights, self.columns, host.tensors) for layer, host in self.hosts.items()
         }
@@ -126,15 +130,15 @@ class Tiers:
         self.expert_bytes = sum(part[0].nbytes for part in self.pool)
         self._arriving = Arrivals(self._copy)
         self._split: list[tuple[Key, int, int]] = []  # expert, spare place and first column that is there
-        self._staying: list[tuple[Key, list[Move]]] = []  # what brings their first columns once these rows are done
+        self._staying: dict[Key, list[Move]] = {}  # what brings their first columns once these rows are done
         self._sure, self._was_sure = False, False
-        self._in_use: frozenset[Key] = frozenset()
+        self._in_use: Mapping[Key, int] = {}
         self.places_LS = torch.zeros(config.n_layers, most, dtype=torch.int64, device=device)
-        self.shown_LS = torch.full((config.n_layers, most), -1, pin_memory=device.type == "cuda")
-        self.shown = self.shown_LS.numpy()
-        self._told = np.zeros((config.n_layers, most), np.int64)  # where experts are, as the host knows it
-        self._told_here = np.zeros((config.n_layers, most), bool)  # and whether
-        self._untold, self._unshown = set(), set()  # layers that have changed since
+        self.table_LS = torch.full((config.n_layers, most), -1, device=device)
+        self.said_LS = torch.full((config.n_layers + 1, most), -1, pin_memory=device.type == "cuda")
+        self.said, self._is_shown = self.said_LS.numpy(), False
+        self._told = np.zeros((config.n_layers, most), np.int64)  # where experts are or were, as the host knows it
+        self._untold: set[int] = set()  # layers that have changed since
         self._guessed: torch.Tensor | None = None
         self._is_warm, self._lean = False, 1.0
         self.desk: Desk | None = None
@@ -157,26 +161,46 @@ class Tiers:
         )
 
     def product_on_cpu(
-        self, layer: int, x_ND: torch.Tensor, slots_N: np.ndarray, weights_N1: torch.Tensor, first: int | None = None,
-        out_ND: torch.Tensor | None = None,
+        self, layer: int, x_RD: torch.Tensor, slots_RK: torch.Tensor, weights_RK: torch.Tensor,
+        first: int | None = None, out_RD: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
-        """As ``product``, on the CPU where the experts lie; ``first`` hidden columns of them, None for all."""
-        if out_ND is None:
-            out_ND = torch.empty(x_ND.shape, dtype=torch.float32)
+        """float32 [R, D]: rows' sums over their choices, zeros for slots -1, on the CPU where the experts lie.
+
+        ``first`` hidden columns of them, None for all.
+        """
+        if out_RD is None:
+            out_RD = torch.empty(x_RD.shape, dtype=torch.float32)
         self.hosts[layer].check()
         matrices = self._host_matrices[layer]
-        self.counts.products += len(set(slots_N[slots_N >= 0].tolist()))
-        slots_N1 = torch.from_numpy(slots_N.reshape(-1, 1))
-        if len(slots_N1) > MOST_SPLIT_ROWS:
-            chosen_C = (slots_N1[:, 0] >= 0).nonzero()[:, 0]
-            given = (x_ND[chosen_C], slots_N1[chosen_C], weights_N1[chosen_C])
-            found_CD = expert_sum(*given, *matrices, out_RD=out_ND.new_empty(len(chosen_C), x_ND.shape[1]))
-            return out_ND.zero_().index_copy_(0, chosen_C, found_CD)
+        self.counts.products += len({*slots_RK.flatten().tolist()} - {-1})
+        if slots_RK.numel() > MOST_SPLIT_ROWS:
+            chosen_C = (slots_RK >= 0).any(1).nonzero()[:, 0]
+            given = (x_RD[chosen_C], slots_RK[chosen_C], weights_RK[chosen_C])
+            found_CD = expert_sum(*given, *matrices, out_RD=out_RD.new_empty(len(chosen_C), x_RD.shape[1]))
+            return out_RD.zero_().index_copy_(0, chosen_C, found_CD)
         if first is None:
-            return expert_sum(x_ND, slots_N1, weights_N1, *matrices, out_RD=out_ND)
+            return expert_sum(x_RD, slots_RK, weights_RK, *matrices, out_RD=out_RD)
         from mixtralkit.ops.cpu.products import expert_sum_cpu
 
-        return expert_sum_cpu(x_ND, slots_N1, weights_N1, *matrices, out_RD=out_ND, hidden=first)
+        return expert_sum_cpu(x_RD, slots_RK, weights_RK, *matrices, out_RD=out_RD, hidden=first)
+
+    def product_call(self, layer: int, *given: torch.Tensor) -> Callable[[int | None], None] | None:
+        """``product_on_cpu`` of the same memory again and again, for ``compute``; None where that is not to be had.
+
+        ``given``: rows, slots, weights and what takes the sums.
+        """
+        if not _has_product(self.weights) or given[1].numel() > MOST_SPLIT_ROWS:
+            return None
+        from mixtralkit.ops.cpu.products import expert_sum_call
+
+        *rows, out_RD = given
+        return expert_sum_call(*rows, *self._host_matrices[layer], None, out_RD)
+
+    def compute(self, layer: int, call: Callable[[int | None], None], answer: Answer) -> None:
+        """The CPU's part of an answer, by ``product_call``."""
+        self.hosts[layer].check()
+        self.counts.products += len(answer.cpu)
+        call(answer.first)
 
     # decisions
 
@@ -191,9 +215,13 @@ class Tiers:
         """A layer's turn: what has come by now counts as here."""
         self.warm_up()
         if layer == self.layers[0]:
-            self.cache.next_step()
-            self._was_sure, self._sure = self._sure, False
+            self.next_step()
         self.take_in(layer)
+
+    def next_step(self) -> None:
+        """The first layer comes next."""
+        self.cache.next_step()
+        self._was_sure, self._sure = self._sure, False
 
     def take_in(self, layer: int | None = None) -> None:
         """Counts as here what has come: guesses for the layer, and what stays."""
@@ -201,38 +229,50 @@ class Tiers:
             self.bus.wait(ticket)
             self.note(key)
 
-    def ask(self, layer: int, rows_S: np.ndarray) -> Answer:
+    def ask(self, layer: int, rows: Mapping[int, int]) -> Answer:
         """What becomes of the experts that have rows; begins the copies. The layers before have run.
 
         Args:
-            rows_S: how many rows name each slot.
+            rows: how many rows name a slot, of those that any names.
         """
-        needed = {(layer, slot): int(rows_S[slot]) for slot in np.flatnonzero(rows_S).tolist()}
-        self._in_use, self._split = frozenset(needed), []
-        self.cache.use(needed)
-        while self._staying:
-            self._arriving.complete(*self._staying.pop())
-        for key in self._arriving.in_vain(layer, needed):
-            self._give_up(key)
+        needed = {(layer, slot): count for slot, count in rows.items()}
+        self._in_use, self._split = needed, []
+        self._complete(needed)
+        came, counts, place_of = self._use(layer, needed), self.counts, self.cache.place_of
         expected = [key for key in needed if key in self._arriving]
-        missing = {key: rows for key, rows in needed.items() if key not in self.cache.place_of}
-        here = [key for key in needed if key in self.cache.place_of and key not in self._arriving]
-        came, counts = len(self._arriving.asked(layer, needed)), self.counts
-        misses = len(missing) + len(expected) + came
+        missing = {key: count for key, count in needed.items() if key not in place_of}
+        here = [key for key in needed if key in place_of and key not in self._arriving]
+        misses = len(missing) + len(expected)
         self._arriving.missed_bytes += misses * self.expert_bytes
         counts.hits, counts.misses = counts.hits + len(here) - came, counts.misses + misses
-        counts.expected += len(expected) + came
+        counts.expected += len(expected)
         tickets = [ticket for key in expected for ticket in self._arriving.finish(key)]
         for key in expected:
             self.note(key)
-        split, first = self._to_split(missing, sum(needed.values()))
+        split, first = self._to_split(missing, sum(rows.values())) if missing else ([], 0)
         if split:
             self._split = [(key, place, first) for key, place in zip(split, self._spare, strict=False)]
-            tickets += [self._fetch_part(*one) for one in self._split]
-            return _answer(here, [*expected, *split], tickets, split, first)
-        on_cpu, fetched = self.costs.deal(missing, self.setup.options.misses)
+            return _answer(here, [*expected, *split], [*tickets, self._fetch_parts(first)], split, first)
+        self._complete(self._staying)
+        on_cpu, fetched = self.costs.deal(missing, self.setup.options.misses) if missing else ([], [])
         tickets += [self._fetch(key) for key in fetched]
         return _answer(here, [*expected, *fetched], tickets, on_cpu, None)
+
+    def found(self, layer: int, slots: Collection[int]) -> None:
+        """A layer has run that found all it needed."""
+        needed = dict.fromkeys(((layer, slot) for slot in slots), 1)
+        self.counts.hits += len(needed) - self._use(layer, needed)
+        self.cache.use(needed)
+
+    def _use(self, layer: int, needed: Mapping[Key, int]) -> int:
+        """Rows name experts; how many of these had been brought for them, which counts as missed."""
+        for key in self._arriving.in_vain(layer, needed):
+            self._give_up(key)
+        came = len(self._arriving.asked(layer, needed))
+        self._arriving.missed_bytes += came * self.expert_bytes
+        self.counts.misses += came
+        self.counts.expected += came
+        return came
 
     def _to_split(self, missing: Mapping[Key, int], choices: int) -> tuple[list[Key], int]:
         """Experts that CPU and bus share, and how many hidden columns the CPU takes of each.
@@ -242,7 +282,7 @@ class Tiers:
         few = 0 < len(missing) <= len(self._spare) and choices <= MOST_SPLIT_ROWS
         if not few or not self.splits or not self.costs.product_s:
             return [], 0
-        hidden, unit = self.columns[1], max(SPLIT_COLUMNS, self.weights.unit, self.weights.height or 1)
+        hidden, unit = self.columns[1], self._split_unit
         first = round(self.costs.cpu_share(missing, self._lean) * hidden / unit) * unit
         return (list(missing), first) if 0 < first < hidden else ([], 0)
 
@@ -258,14 +298,17 @@ class Tiers:
         self.note(key)
         return ticket
 
-    def _fetch_part(self, key: Key, place: int, first: int) -> Ticket:
-        """Begins to bring all but the first hidden columns to a spare place."""
-        if self._silent[place] < first:
-            self.bus.clear(self._places.silence(place, first))
-        self._silent[place] = first
-        self.counts.splits += 1
-        self._told[key] = place
-        return self._copy(self._places.moves(place, self._source(key[0]), key[1], first), True)
+    def _fetch_parts(self, first: int) -> Ticket:
+        """Begins to bring all but the first hidden columns of experts to spare places."""
+        moves = []
+        for key, place, _ in self._split:
+            if self._silent[place] < first:
+                self.bus.clear(self._places.silence(place, first))
+            self._silent[place] = first
+            self._told[key] = place
+            moves += self._places.moves(place, self._source(key[0]), key[1], first)
+        self.counts.splits += len(self._split)
+        return self._copy(moves, True)
 
     def _source(self, layer: int) -> Geometry:
         """A layer's experts in the host, from which bytes are to be copied."""
@@ -319,19 +362,21 @@ class Tiers:
         """Whether single experts are fetched ahead: not where misses are split, which whole ones would only delay."""
         return self.setup.options.expert_prefetch and not self.splits
 
-    def look_ahead(self, layer: int, rows_S: np.ndarray, guessed: np.ndarray | None = None) -> None:
+    def look_ahead(self, layer: int, rows: Mapping[int, int], guessed: np.ndarray | None = None) -> None:
         """Begins to bring what the next layers are likely to want, of places that this one does not use.
 
         Args:
-            rows_S: how many rows named each of this layer's slots.
+            rows: how many rows named a slot of this layer, as ``ask`` was told.
             guessed: experts that the next layer's router would choose.
         """
         split, self._split = self._split, []
+        self.cache.use(self._in_use)
         if not self.setup.options.expert_prefetch:
             return
+        self._complete(self._staying)  # of layers before, whose rows are done
         for one in split:
             self._keep(*one)
-        if len(rows_S) and self.is_sure(rows_S.sum() / self.top_k) and rows_S.all():
+        if len(rows) == self.slots[layer] > 0 and self.is_sure(sum(rows.values()) / self.top_k):
             self._sure = True
             at = self.layers.index(layer)
             for distance in range(1, min(LAYERS_AHEAD, len(self.layers) - 1) + 1):
@@ -347,14 +392,23 @@ class Tiers:
         """A split expert stays where its last columns are, and the place of one that is worth less is spare instead."""
         if len(self._staying) + self._arriving.staying >= MOST_STAYING:
             return
-        found = self.cache.exchange(key, place, {*self._in_use, *self._arriving, *(key for key, _ in self._staying)})
+        found = self.cache.exchange(key, place, {*self._in_use, *self._arriving, *self._staying})
         if found is None:
             return
-        self._forget(found[1])
-        self._spare[self._spare.index(place)] = found[0]
+        spare, victim = found
+        self._forget(victim)
+        self._spare[self._spare.index(place)] = spare
         del self._silent[place]
-        self._silent[found[0]] = 0
-        self._staying.append((key, self._places.rest(place, self._source(key[0]), key[1], first)))
+        self._silent[spare] = 0
+        if victim is None or victim[0] == key[0]:  # nothing that runs reads it: it is cleared while nobody waits
+            self._silent[spare] = min(first + MORE_SILENT * self._split_unit, self.columns[1])
+            self.bus.clear(self._places.silence(spare, self._silent[spare]))
+        self._staying[key] = self._places.rest(place, self._source(key[0]), key[1], first)
+
+    def _complete(self, keys: Collection[Key]) -> None:
+        """Lets come what is missing of experts that stay, if they are among some."""
+        for key in [key for key in self._staying if key in keys]:
+            self._arriving.complete(key, self._staying.pop(key))
 
     def _bring_all(self, layer: int, following: int, distance: int) -> None:
         """Experts of a layer so far ahead, all of which are sure to be wanted."""
@@ -398,14 +452,13 @@ class Tiers:
 
     def note(self, key: Key) -> None:
         """The expert is where the cache has it."""
-        self._told[key], self._told_here[key] = self.cache.place_of[key], True
+        self._told[key] = self.said[key] = self.cache.place_of[key]
         self._untold.add(key[0])
-        self._unshown.add(key[0])
+        self._is_shown = False
 
     def _forget(self, key: Key | None) -> None:
         if key is not None:
-            self._told_here[key] = False
-            self._unshown.add(key[0])
+            self.said[key], self._is_shown = -1, False
 
     def tell(self, layer: int) -> None:
         """The layer's places on the device, in stream order."""
@@ -413,11 +466,17 @@ class Tiers:
             self._untold.remove(layer)
             self.places_LS[layer] = self.upload(self._told[layer].copy())
 
-    def show(self) -> None:
-        """Where experts are, to a step that waits or is not yet running."""
-        for layer in self._unshown:
-            self.shown[layer] = np.where(self._told_here[layer], self._told[layer], -1)
-        self._unshown.clear()
+    def show(self, anew: bool = False) -> None:
+        """Where experts are, to a step that is launched behind this; ``anew`` if nobody knows what the table shows."""
+        if anew or not self._is_shown:
+            self.table_LS.copy_(self.said_LS[:-1], non_blocking=True)
+            self._is_shown = True
+
+    def say(self, layer: int, answer: Answer) -> None:
+        """Writes where a layer that waits finds its experts when the answer's copies are done."""
+        self.said[-1] = -1
+        for slot in (*answer.here, *answer.late):
+            self.said[-1, slot] = self._told[layer, slot]
 
     def places_of(self, layer: int) -> np.ndarray:
         """int64 [S]: where each slot's expert is, if it is on the GPU; also what was brought for the rows at hand."""
@@ -434,15 +493,14 @@ class Tiers:
         tensor = tensor.pin_memory() if self.context.device.type == "cuda" else tensor
         return tensor.to(self.context.device, non_blocking=True)
 
-    def end(self, answer: Answer) -> None:
-        """The host waits for the copies. CPU and bus end together when the later one has done less the next time."""
-        waited = False
-        for ticket in answer.tickets:
+    def end(self, answer: Answer, waits: bool = True) -> None:
+        """The CPU has done its part; the host waits for the copies. Who was late has less to do the next time."""
+        is_late = not all(ticket.query() for ticket in answer.tickets)
+        for ticket in answer.tickets if waits and is_late else ():
             while not ticket.query():
-                waited = True
-                self.pump()
+                pass
         if answer.first is not None:
-            lean = self._lean * (LEANING if waited else 1 / LEANING)
+            lean = self._lean * (LEANING if is_late else 1 / LEANING)
             self._lean = min(max(lean, 1 / MOST_LEANING), MOST_LEANING)
 
     def on_host(self, values: torch.Tensor) -> np.ndarray:

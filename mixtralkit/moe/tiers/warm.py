@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from mixtralkit.moe.experts import as_matrices
@@ -66,7 +65,7 @@ def measure(tiers: Tiers) -> Costs:
         return Costs(fetch_s)
     products, counts = [], replace(tiers.counts)
     for rows in ROWS:
-        given = [(layer, x_ND[:rows], np.full(rows, i % slots), torch.ones(rows, 1)) for i in range(3)]
+        given = [(layer, x_ND[:rows], torch.full((rows, 1), i % slots), torch.ones(rows, 1)) for i in range(3)]
         products.append((rows, min(_seconds(tiers.product_on_cpu, *one) for one in given)))
     tiers.counts = counts
     return Costs(fetch_s, tuple(products))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 
 import torch
 
@@ -89,14 +90,30 @@ def expert_sum_cpu(
     if out_RD is None:
         out_RD = torch.empty_like(x_RD, memory_format=torch.contiguous_format)
     slots_RK, weights_RK = slots_RK.contiguous(), weights_RK.float().contiguous()
-    assert slots_RK.dtype == torch.int64
-    kernels().mk_expert_sum(
-        torch.get_num_threads(), *x_RD.shape, w2_SDF.shape[2], w2_SDF.shape[2] if hidden is None else hidden,
-        w2_SDF.shape[0], slots_RK.shape[1],
-        rows_of(x_RD), slots_RK.data_ptr(), weights_RK.data_ptr(), weight_of(w13_SGD), weight_of(w2_SDF),
-        rows_of(residual_RD), rows_of(out_RD),
-    )  # fmt: skip
+    expert_sum_call(x_RD, slots_RK, weights_RK, w13_SGD, w2_SDF, residual_RD, out_RD)(hidden)
     return out_RD
+
+
+def expert_sum_call(
+    x_RD: torch.Tensor, slots_RK: torch.Tensor, weights_RK: torch.Tensor, w13_SGD: torch.Tensor | PackedWeight,
+    w2_SDF: torch.Tensor | PackedWeight, residual_RD: torch.Tensor | None, out_RD: torch.Tensor,
+) -> Callable[[int | None], None]:  # fmt: skip
+    """``expert_sum_cpu`` of memory that is used again and again: a call with ``hidden`` computes what it then holds."""
+    assert slots_RK.dtype == torch.int64
+    assert weights_RK.dtype == torch.float32
+    assert slots_RK.is_contiguous()
+    assert weights_RK.is_contiguous()
+    (slots, _, width), call, threads = w2_SDF.shape, kernels().mk_expert_sum, torch.get_num_threads
+    held = (x_RD, slots_RK, weights_RK, w13_SGD, w2_SDF, residual_RD, out_RD)  # as long as anybody may call
+    given = (
+        slots, slots_RK.shape[1], rows_of(x_RD), slots_RK.data_ptr(), weights_RK.data_ptr(), weight_of(w13_SGD),
+        weight_of(w2_SDF), rows_of(residual_RD), rows_of(out_RD),
+    )  # fmt: skip
+
+    def compute(hidden: int | None) -> None:
+        call(threads(), *held[0].shape, width, width if hidden is None else hidden, *given)
+
+    return compute
 
 
 def read_cpu(x: torch.Tensor) -> float:
