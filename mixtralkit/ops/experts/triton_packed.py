@@ -25,6 +25,7 @@ from mixtralkit.ops.experts.triton_words import (
     matrices_at,
     packed_dot,
     place_of,
+    store_lifted,
     weights_of,
 )
 from mixtralkit.ops.runtime import multiprocessors, overlaps_launches
@@ -58,10 +59,11 @@ def expert_sum_packed(
         plain = [_unpacked(operand, slots, storage_S, x_RD.dtype, stacked) for operand, stacked in ((up, 2), (down, 1))]
         more = {"likely_rows": likely_rows, "likely_slots": likely_slots}
         return expert_sum_grouped(x_RD, slots_RK, weights_RK, *plain, *rest, **more)
-    if up.turned:
-        x_RD = _arranged(x_RD)
+    lift, sums = min(up.lift(x_RD.dtype), down.lift(x_RD.dtype)) if settings["lifted"] else 0, None
+    if up.turned or lift:
+        x_RD, sums = _arranged(x_RD, lift, up.group)
     if rows <= BLOCK_R:
-        return _sum_small(x_RD, slots_RK, weights_RK, up, down, *rest, storage_S, slots, settings)
+        return _sum_small(x_RD, sums, slots_RK, weights_RK, up, down, *rest, storage_S, slots, settings, lift)
     return _sum_streamed(x_RD, slots_RK, weights_RK, up, down, *rest, storage_S, slots, settings)
 
 
@@ -70,12 +72,14 @@ def default_settings(rows: int, mean: float, halves: bool) -> dict[str, int]:
 
     Outputs and columns of a tile, warps and stages of either product; ``parts`` programs that share the columns of w2
     in a small batch; ``block_r`` rows and ``programs`` a multiprocessor of the streamed form, for ``mean`` rows an
-    expert, and whether it has weights of four bits ``rounded`` once they are scaled.
+    expert. Of four bits: whether rows of a small batch are ``lifted``, and whether the streamed form has weights
+    ``rounded`` once they are scaled.
     """
-    more = {"parts": 1, "rounded": 0, "block_r": 32 if mean <= 24 else 64 if mean <= 48 else 128, "programs": 2}
+    more = {"parts": 1, "block_r": 32 if mean <= 24 else 64 if mean <= 48 else 128, "programs": 2}
+    more |= {"lifted": int(rows <= 8), "rounded": 0}
     if rows <= BLOCK_R:
-        stages = 3 if halves else 4
-        up, down = (32, 256, 4, stages), (64, 256, 4, stages)
+        wide = 2 if halves and rows <= 8 else 1
+        up, down = ((block_o * wide, 256, 4, 3 if halves else 4) for block_o in (32, 64))
         more["parts"] = 7 if halves and rows == 1 else 2
     elif more["block_r"] == 32:
         up, down = ((64, 128, 4, 3), (128, 128, 4, 3)) if halves else ((32, 256, 4, 4), (128, 128, 8, 3))
@@ -99,25 +103,30 @@ def _launch(x: torch.Tensor, settings: dict[str, int], part: str, block_r: int) 
     return more | ({"launch_pdl": True} if overlaps else {})
 
 
-def _sum_small(x_RD, slots_RK, weights_RK, up, down, residual_RD, out_RD, storage_S, slots: int, s) -> torch.Tensor:
-    (rows, width), top_k, hidden, parts = x_RD.shape, slots_RK.shape[1], down.columns, s["parts"]
-    common = {"TOP_K": top_k, "BLOCK_R": 8 if rows <= 8 else BLOCK_R, "BY_CHOICE": rows == 1}
+def _sum_small(
+    x_RD, x_sums, slots_RK, weights_RK, up, down, residual_RD, out_RD, storage_S, slots: int, s, lift: int
+) -> torch.Tensor:
+    (rows, width), top_k, hidden, parts = out_RD.shape, slots_RK.shape[1], down.columns, s["parts"]
+    common = {"TOP_K": top_k, "BLOCK_R": 8 if rows <= 8 else BLOCK_R, "BY_CHOICE": rows == 1, "LIFT": lift}
     slots = top_k if rows == 1 else slots
-    h_NF = x_RD.new_empty(rows * top_k, hidden)
+    summed = min(s["up_block_o"], down.group or 1)
+    h_NF, h_sums = _lifted(x_RD, rows * top_k, hidden, lift, summed)
     block_d = s["down_block_o"]
     arrived_B = torch.empty(triton.cdiv(width, block_d), dtype=torch.int32, device=x_RD.device)
     constants = up.constants(s["up_block_k"])
     _up_packed[(triton.cdiv(hidden, s["up_block_o"]), slots)](
-        x_RD, slots_RK, weights_RK, *up.tensors, storage_S, h_NF, arrived_B, len(arrived_B), rows, width, hidden,
-        TURNED=down.turned, BLOCK_F=s["up_block_o"], COUNTERS=triton.next_power_of_2(len(arrived_B)), **common,
-        **constants, **_launch(x_RD, s, "up", common["BLOCK_R"]),
+        x_RD, x_sums, slots_RK, weights_RK, *up.tensors, storage_S, h_NF, h_sums, arrived_B, len(arrived_B), rows,
+        width, hidden, TURNED=down.turned, SUMMED=up.group or 1, H_SUMMED=summed, BLOCK_F=s["up_block_o"],
+        COUNTERS=triton.next_power_of_2(len(arrived_B)), **common, **constants,
+        **_launch(x_RD, s, "up", common["BLOCK_R"]),
     )  # fmt: skip
     constants = down.constants(s["down_block_k"])
     sums_NPD = torch.empty((rows * top_k, parts, width), dtype=torch.float32, device=x_RD.device)
     span = triton.cdiv(hidden, parts * constants["BLOCK_K"]) * constants["BLOCK_K"]
     _down_packed[(len(arrived_B), slots * parts)](
-        h_NF, slots_RK, *down.tensors, storage_S, residual_RD, sums_NPD, arrived_B, out_RD, rows, width, hidden, span,
-        PARTS=parts, BLOCK_D=block_d, **common, **constants, **_launch(x_RD, s, "down", common["BLOCK_R"]),
+        h_NF, h_sums, slots_RK, *down.tensors, storage_S, residual_RD, sums_NPD, arrived_B, out_RD, rows, width,
+        hidden, span, PARTS=parts, SUMMED=summed, BLOCK_D=block_d, **common, **constants,
+        **_launch(x_RD, s, "down", common["BLOCK_R"]),
     )  # fmt: skip
     return out_RD
 
@@ -151,13 +160,21 @@ def _sum_streamed(x_RD, slots_RK, weights_RK, up, down, residual_RD, out_RD, sto
     return out_RD
 
 
-def _arranged(x_RD: torch.Tensor) -> torch.Tensor:
-    """Rows in the order in which weights of eight bits are multiplied."""
+def _lifted(x: torch.Tensor, rows: int, columns: int, lift: int, summed: int) -> tuple:
+    """Memory for rows, and where they are lifted for their sums."""
+    sums = torch.empty(rows, columns // summed, dtype=torch.float32, device=x.device) if lift else None
+    return x.new_empty(rows, columns), sums
+
+
+def _arranged(x_RD: torch.Tensor, lift: int, summed: int) -> tuple:
+    """Rows in the order in which weights of eight bits are multiplied, or lifted ones and their sums."""
     (rows, width), overlap = x_RD.shape, overlaps_launches(x_RD.device)
-    out_RD, block = torch.empty_like(x_RD), min(triton.next_power_of_2(width), 1024)
-    more = {"launch_pdl": True} if overlap else {}
-    _arrange[rows, triton.cdiv(width, block)](x_RD, out_RD, width, BLOCK=block, PDL=overlap, num_warps=4, **more)
-    return out_RD
+    out_RD, sums_RB = _lifted(x_RD, rows, width, lift, summed)
+    block, more = min(triton.next_power_of_2(width), 1024), {"launch_pdl": True} if overlap else {}
+    _arrange[rows, triton.cdiv(width, block)](
+        x_RD, out_RD, sums_RB, width, LIFT=lift, SUMMED=summed, BLOCK=block, PDL=overlap, num_warps=4, **more
+    )
+    return out_RD, sums_RB
 
 
 def _unpacked(operand: Operand, slots: int, storage_S, dtype: torch.dtype, stacked: int) -> torch.Tensor:
@@ -173,21 +190,31 @@ def _unpacked(operand: Operand, slots: int, storage_S, dtype: torch.dtype, stack
 
 
 @triton.jit
-def _arrange(x_RD, out_RD, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _arrange(
+    x_RD, out_RD, sums_RB, width,
+    LIFT: tl.constexpr, SUMMED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     row, place = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    x = tl.load(x_RD + row * width + column_of(place), place < width)
-    tl.store(out_RD + row * width + place, x, place < width)
+    if LIFT:
+        row_1, one_1 = row + tl.zeros((1,), tl.int64), tl.full((1,), 1, tl.int1)
+        x_D1 = tl.load(x_RD + row * width + place, place < width, 0.0).to(tl.float32)[:, None]
+        out_1, sums_1 = out_RD + row_1 * width, sums_RB + row_1 * (width // SUMMED)
+        store_lifted(x_D1, out_1, sums_1, tl.program_id(1) * BLOCK, width, one_1, LIFT, SUMMED)
+    else:
+        x = tl.load(x_RD + row * width + column_of(place), place < width)
+        tl.store(out_RD + row * width + place, x, place < width)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _up_packed(
-    x, slots, weights, data, scales, zeros, storage, h, arrived, counters, rows, width, hidden,
-    TURNED: tl.constexpr, BLOCK_F: tl.constexpr, COUNTERS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    BY_CHOICE: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
-    ASM: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr,
+    x, x_sums, slots, weights, data, scales, zeros, storage, h, h_sums, arrived, counters, rows, width, hidden,
+    TURNED: tl.constexpr, SUMMED: tl.constexpr, H_SUMMED: tl.constexpr, BLOCK_F: tl.constexpr,
+    COUNTERS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_R: tl.constexpr, BY_CHOICE: tl.constexpr,
+    KIND: tl.constexpr, GROUP: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
+    ASM: tl.constexpr, WHOLE: tl.constexpr, LIFT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """h of every row that chose one slot, for some f, as ``triton_small._up_some_rows``."""
     row_R, g_G = tl.arange(0, BLOCK_R), tl.arange(0, 2 * BLOCK_F)
@@ -201,27 +228,34 @@ def _up_packed(
     choice_R, _ = _choice_of(slots, slot, rows, BLOCK_R, TOP_K)
     chose_R = choice_R >= 0
     if tl.max(choice_R, 0) >= 0:
+        row_R = tl.where(chose_R, row_R, 0)
         matrix_G = place * 2 + g_G // BLOCK_F
         data_G, scale_G, zero_G = matrices_at(data, scales, zeros, matrix_G, f_G, hidden, width, KIND, GROUP, HEIGHT)
         sum_GR = packed_dot(
-            data_G, scale_G, None if zeros is None else zero_G, x + tl.where(chose_R, row_R, 0) * width, chose_R,
-            0, width, width, KIND, GROUP, 2 * BLOCK_F, BLOCK_R, BLOCK_K, ASM, WHOLE,
+            data_G, scale_G, None if zeros is None else zero_G, x + row_R * width,
+            x_sums + row_R * (width // SUMMED) if LIFT else row_R, chose_R,
+            0, width, KIND, GROUP, 2 * BLOCK_F, BLOCK_R, BLOCK_K, ASM, WHOLE, LIFT, SUMMED,
         )  # fmt: skip
         gate_FR, up_FR = tl.split(tl.permute(tl.reshape(sum_GR, (2, BLOCK_F, BLOCK_R)), (1, 2, 0)))
         weight_R = tl.load(weights + choice_R, chose_R, 0.0)
         h_FR = gate_FR * tl.sigmoid(gate_FR) * up_FR * weight_R[None, :]
-        f_F = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
-        stored_F = place_of(f_F, TURNED)
-        places_FR = h + choice_R.to(tl.int64)[None, :] * hidden + stored_F[:, None]
-        tl.store(places_FR, h_FR.to(h.dtype.element_ty), (f_F < hidden)[:, None] & chose_R[None, :])
+        if LIFT:
+            at_R, sums_R = h + choice_R.to(tl.int64) * hidden, h_sums + choice_R * (hidden // H_SUMMED)
+            store_lifted(h_FR, at_R, sums_R, tl.program_id(0) * BLOCK_F, hidden, chose_R, LIFT, H_SUMMED)
+        else:
+            f_F = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+            stored_F = place_of(f_F, TURNED)
+            places_FR = h + choice_R.to(tl.int64)[None, :] * hidden + stored_F[:, None]
+            tl.store(places_FR, h_FR.to(h.dtype.element_ty), (f_F < hidden)[:, None] & chose_R[None, :])
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _down_packed(
-    h, slots, data, scales, zeros, storage, residual, sums, arrived, out, rows, width, hidden, span,
-    PARTS: tl.constexpr, BLOCK_D: tl.constexpr, TOP_K: tl.constexpr, BLOCK_R: tl.constexpr, BY_CHOICE: tl.constexpr,
+    h, h_sums, slots, data, scales, zeros, storage, residual, sums, arrived, out, rows, width, hidden, span,
+    PARTS: tl.constexpr, SUMMED: tl.constexpr, BLOCK_D: tl.constexpr, TOP_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    BY_CHOICE: tl.constexpr,
     KIND: tl.constexpr, GROUP: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr,
-    WHOLE: tl.constexpr, PDL: tl.constexpr,
+    WHOLE: tl.constexpr, LIFT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One slot's part of out[d] of the rows that chose it, for some d, as ``triton_small._down_some_rows``."""
     part = tl.program_id(1) % PARTS
@@ -234,13 +268,13 @@ def _down_packed(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     if tl.max(choice_R, 0) >= 0:
-        row_D = tl.where(inside_D, d_D, 0)
+        row_D, row_R = tl.where(inside_D, d_D, 0), tl.where(chose_R, choice_R, 0)
         data_D, scale_D, zero_D = matrices_at(data, scales, zeros, place, row_D, width, hidden, KIND, GROUP, HEIGHT)
         sum_DR = packed_dot(
             data_D, scale_D, None if zeros is None else zero_D,
-            h + tl.where(chose_R, choice_R, 0).to(tl.int64) * hidden, chose_R,
-            part * span, tl.minimum(part * span + span, hidden), hidden, KIND, GROUP, BLOCK_D, BLOCK_R,
-            BLOCK_K, ASM, WHOLE,
+            h + row_R.to(tl.int64) * hidden, h_sums + row_R * (hidden // SUMMED) if LIFT else row_R, chose_R,
+            part * span, tl.minimum(part * span + span, hidden), KIND, GROUP, BLOCK_D, BLOCK_R,
+            BLOCK_K, ASM, WHOLE, LIFT, SUMMED,
         )  # fmt: skip
         places_DR = sums + (choice_R * PARTS + part)[None, :] * width + d_D[:, None]
         tl.store(places_DR, sum_DR, inside_D[:, None] & chose_R[None, :])
@@ -312,8 +346,8 @@ def _packed_tile(
     matrix_G = (slot * 2 + g_G // BLOCK_O) if SWIGLU else slot + g_G * 0
     data_G, scale_G, zero_G = matrices_at(data, scales, zeros, matrix_G, row_G, outer, inner, KIND, GROUP, HEIGHT)
     sum_GR = packed_dot(
-        data_G, scale_G, None if zeros is None else zero_G, x_PI + (first + r_R) * inner, r_R < rows, 0, inner, inner,
-        KIND, GROUP, HIGH, ROWS, BLOCK_K, ASM, WHOLE, ROUNDED,
+        data_G, scale_G, None if zeros is None else zero_G, x_PI + (first + r_R) * inner, r_R, r_R < rows, 0, inner,
+        KIND, GROUP, HIGH, ROWS, BLOCK_K, ASM, WHOLE, 0, 1, ROUNDED,
     )  # fmt: skip
     if SWIGLU:
         gate_OR, up_OR = tl.split(tl.permute(tl.reshape(sum_GR, (2, BLOCK_O, ROWS)), (1, 2, 0)))
