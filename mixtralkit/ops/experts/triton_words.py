@@ -5,8 +5,8 @@ become, so what a thread reads is what it multiplies. Of sixteen words a product
 second ones and so on. Sixteen words of ``Int4`` are 64 columns packed so that this is their order. Of eight bits they
 are 32 columns: the even ones come first, and rows that they are multiplied with are arranged so too (``column_of``).
 
-**Lifted rows.** Two weights of four bits need but one instruction where rows are made for it: times ``LIFT``, a power of
-two, and 16-fold less in columns that meet the high half of a byte. Beside them stand sums of every ``SUMMED`` columns
+**Lifted rows.** Two weights of four bits need but one instruction where rows are made for it: times ``LIFT``, 2 to some
+power, and 16-fold less in columns that meet the high half of a byte. Beside them stand sums of every ``SUMMED`` columns
 times -1, which zero points are multiplied with.
 """
 
