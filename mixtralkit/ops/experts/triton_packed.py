@@ -378,17 +378,20 @@ def _unpack(
     data_O, scale_O, zero_O = matrices_at(data, scales, zeros, matrix_O, read_O, outer, columns, KIND, GROUP, HEIGHT)
     out_O1 = (out_SOK + ((slot * STACKED + matrix) * outer + read_O) * columns)[:, None]
     DTYPE: tl.constexpr = out_SOK.dtype.element_ty
+    words_OW1 = data_O[:, None] + tl.arange(0, BLOCK_K // WORD)[None, :]
+    next_OW, group_G = tl.load(words_OW1, inside_O1, 0), tl.arange(0, GROUPS)  # a step before they are needed
+    next_OG = tl.load(scale_O[:, None] + group_G[None, :])
     for k in range(0, columns, BLOCK_K):
-        word_W = tl.multiple_of(k // WORD, 16) + tl.arange(0, BLOCK_K // WORD)
-        words_OW = tl.load(data_O[:, None] + word_W[None, :], inside_O1, 0)
+        words_OW, at = next_OW, tl.minimum(k + BLOCK_K, columns - BLOCK_K)
+        next_OW = tl.load(words_OW1 + tl.multiple_of(at // WORD, 16), inside_O1, 0)
+        scale_OG = next_OG.to(tl.float32)
+        next_OG = tl.load(scale_O[:, None] + group_G[None, :] + (at // GROUP if GROUP else 0))
         weights = weights_of(words_OW, KIND, DTYPE, ASM)
         w_OK = (in_order4(*weights) if KIND == 0 else tl.interleave(*weights)).to(tl.float32)
         w_OGK = tl.reshape(w_OK, (BLOCK_O, GROUPS, BLOCK_K // GROUPS))
-        group_G = (k // GROUP if GROUP else 0) + tl.arange(0, GROUPS)
-        if KIND == 0:
-            w_OGK *= 128
         if zeros is not None:
-            w_OGK -= tl.load(zero_O[:, None] + group_G[None, :]).to(tl.float32)[:, :, None] - 8.0
-        w_OGK *= tl.load(scale_O[:, None] + group_G[None, :]).to(tl.float32)[:, :, None]
+            zero_OG = tl.load(zero_O[:, None] + group_G[None, :] + k // GROUP).to(tl.float32)
+            w_OGK -= (zero_OG[:, :, None] - 8.0) / 128
+        w_OGK *= (scale_OG * 128 if KIND == 0 else scale_OG)[:, :, None]
         w_OK = tl.reshape(w_OGK, (BLOCK_O, BLOCK_K)).to(DTYPE)
         tl.store(out_O1 + (k + tl.arange(0, BLOCK_K))[None, :], w_OK, inside_O1)
