@@ -20,6 +20,7 @@ from mixtralkit.ops.experts.triton_sorting import sort_rows
 from mixtralkit.ops.experts.triton_words import (
     INT4,
     Operand,
+    ask_for,
     column_of,
     in_order4,
     matrices_at,
@@ -70,22 +71,24 @@ def expert_sum_packed(
 def default_settings(rows: int, mean: float, halves: bool) -> dict[str, int]:
     """What was fastest on an H200 for Mixtral-8x7B, whole.
 
-    Outputs and columns of a tile, warps and stages of either product; ``parts`` programs that share the columns of w2
-    in a small batch; ``block_r`` rows and ``programs`` a multiprocessor of the streamed form, for ``mean`` rows an
-    expert. Of four bits: whether rows of a small batch are ``lifted``, and whether the streamed form has weights
-    ``rounded`` once they are scaled.
+    Outputs and columns of a tile, warps and stages of either product; ``programs`` that a multiprocessor has registers
+    for, and the streamed form starts; ``parts`` programs that share columns of w2 in a small batch; ``block_r`` rows
+    of the streamed form, for ``mean`` rows an expert; ``ahead``: lines of every row of weights that a small batch asks
+    for before its rows are there. Of four bits: whether rows of a small batch are ``lifted``, and whether the streamed
+    form has weights ``rounded`` once they are scaled.
     """
-    more = {"parts": 1, "block_r": 32 if mean <= 24 else 64 if mean <= 48 else 128, "programs": 2}
-    more |= {"lifted": int(rows <= 8), "rounded": 0}
+    more = {"parts": 1, "block_r": 32 if mean <= 24 else 64 if mean <= 48 or halves else 128, "programs": 2}
+    more |= {"lifted": int(rows <= 8), "rounded": 0, "ahead": 0}
     if rows <= BLOCK_R:
         wide = 2 if halves and rows <= 8 else 1
         up, down = ((block_o * wide, 256, 4, 3 if halves else 4) for block_o in (32, 64))
-        more["parts"] = 7 if halves and rows == 1 else 2
+        more |= {"parts": 7 if halves and rows == 1 else 2, "programs": 2 * wide}
+    elif halves:
+        up, down = (64, 128, 4, 3), (128, 128, 4, 3)
     elif more["block_r"] == 32:
-        up, down = ((64, 128, 4, 3), (128, 128, 4, 3)) if halves else ((32, 256, 4, 4), (128, 128, 8, 3))
-        more["programs"] = 3 if halves else 2
+        up, down = (32, 256, 4, 4), (128, 128, 8, 3)
     else:
-        up, down = ((32, 128, 4, 3), (64, 128, 4, 3)) if halves else ((64, 128, 8, 3), (64, 128, 4, 4))
+        up, down = (64, 128, 8, 3), (64, 128, 4, 4)
     names, parts = ("block_o", "block_k", "num_warps", "num_stages"), {"up": up, "down": down}.items()
     return {f"{part}_{name}": v for part, values in parts for name, v in zip(names, values, strict=True)} | more
 
@@ -98,8 +101,8 @@ def _launch(x: torch.Tensor, settings: dict[str, int], part: str, block_r: int) 
     overlaps, warps = overlaps_launches(x.device), settings[f"{part}_num_warps"]
     more = {"PDL": overlaps, "num_warps": warps, "num_stages": settings[f"{part}_num_stages"]}
     more["WHOLE"] = block_r > 8 and warps % 4 == 0 and _has_warp_groups(x.device)
-    if settings["programs"] * warps == 12:  # registers for all of them
-        more["maxnreg"] = 168
+    if settings["programs"] > 2:
+        more["maxnreg"] = min(65536 // (32 * warps * settings["programs"]) // 8 * 8, 255)
     return more | ({"launch_pdl": True} if overlaps else {})
 
 
@@ -108,6 +111,7 @@ def _sum_small(
 ) -> torch.Tensor:
     (rows, width), top_k, hidden, parts = out_RD.shape, slots_RK.shape[1], down.columns, s["parts"]
     common = {"TOP_K": top_k, "BLOCK_R": 8 if rows <= 8 else BLOCK_R, "BY_CHOICE": rows == 1, "LIFT": lift}
+    common["AHEAD"] = s["ahead"] if overlaps_launches(x_RD.device) else 0
     slots = top_k if rows == 1 else slots
     summed = min(s["up_block_o"], down.group or 1)
     h_NF, h_sums = _lifted(x_RD, rows * top_k, hidden, lift, summed)
@@ -214,12 +218,16 @@ def _up_packed(
     TURNED: tl.constexpr, SUMMED: tl.constexpr, H_SUMMED: tl.constexpr, BLOCK_F: tl.constexpr,
     COUNTERS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_R: tl.constexpr, BY_CHOICE: tl.constexpr,
     KIND: tl.constexpr, GROUP: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
-    ASM: tl.constexpr, WHOLE: tl.constexpr, LIFT: tl.constexpr, PDL: tl.constexpr,
+    ASM: tl.constexpr, WHOLE: tl.constexpr, LIFT: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """h of every row that chose one slot, for some f, as ``triton_small._up_some_rows``."""
     row_R, g_G = tl.arange(0, BLOCK_R), tl.arange(0, 2 * BLOCK_F)
     f_G = tl.program_id(0) * BLOCK_F + g_G % BLOCK_F
     f_G = tl.where(f_G < hidden, f_G, 0)
+    if AHEAD and not BY_CHOICE:  # most likely some row chose it
+        _, likely = _slot_of(slots, storage, tl.program_id(1), False)
+        matrix_G = likely * 2 + g_G // BLOCK_F
+        ask_for(matrices_at(data, scales, zeros, matrix_G, f_G, hidden, width, KIND, GROUP, HEIGHT)[0], AHEAD)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -255,7 +263,7 @@ def _down_packed(
     PARTS: tl.constexpr, SUMMED: tl.constexpr, BLOCK_D: tl.constexpr, TOP_K: tl.constexpr, BLOCK_R: tl.constexpr,
     BY_CHOICE: tl.constexpr,
     KIND: tl.constexpr, GROUP: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr,
-    WHOLE: tl.constexpr, LIFT: tl.constexpr, PDL: tl.constexpr,
+    WHOLE: tl.constexpr, LIFT: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One slot's part of out[d] of the rows that chose it, for some d, as ``triton_small._down_some_rows``."""
     part = tl.program_id(1) % PARTS
@@ -264,12 +272,15 @@ def _down_packed(
     slot, place = _slot_of(slots, storage, tl.program_id(1) // PARTS, BY_CHOICE)
     choice_R, present_R = _choice_of(slots, slot, rows, BLOCK_R, TOP_K)
     chose_R = choice_R >= 0
+    is_chosen = tl.max(choice_R, 0) >= 0
+    row_D, row_R = tl.where(inside_D, d_D, 0), tl.where(chose_R, choice_R, 0)
+    data_D, scale_D, zero_D = matrices_at(data, scales, zeros, place, row_D, width, hidden, KIND, GROUP, HEIGHT)
+    if AHEAD and is_chosen:
+        ask_for(data_D + part * span // (4 if KIND == 0 else 2), AHEAD)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    if tl.max(choice_R, 0) >= 0:
-        row_D, row_R = tl.where(inside_D, d_D, 0), tl.where(chose_R, choice_R, 0)
-        data_D, scale_D, zero_D = matrices_at(data, scales, zeros, place, row_D, width, hidden, KIND, GROUP, HEIGHT)
+    if is_chosen:
         sum_DR = packed_dot(
             data_D, scale_D, None if zeros is None else zero_D,
             h + row_R.to(tl.int64) * hidden, h_sums + row_R * (hidden // SUMMED) if LIFT else row_R, chose_R,

@@ -238,6 +238,16 @@ def in_order4(a_OW, b_OW, c_OW, d_OW):
 
 
 @triton.jit
+def ask_for(words_O, LINES: tl.constexpr):
+    """The first lines of rows of words come from memory to the L2 cache; only where assembly can be had."""
+    for i in tl.static_range(LINES):
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [(words_O + 64 * i).to(tl.int64)],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
 def packed_dot(
     data_O, scale_O, zero_O, x_R, sums_R, has_R, first, last,
     KIND: tl.constexpr, GROUP: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
