@@ -46,8 +46,7 @@ from mixtralkit.engine.requests import Request
 from mixtralkit.layout import RankLayout
 from mixtralkit.model.transformer import Transformer
 from mixtralkit.moe.router import Router, Routing
-from mixtralkit.moe.tiers import Desk, TierSetup, gpu_setup, tier_setup
-from mixtralkit.moe.tiers.answers import BusAnswer, HostAnswer
+from mixtralkit.moe.tiers import TierSetup, gpu_setup, tier_setup
 from mixtralkit.moe.tiers.warm import measure
 from mixtralkit.moe.weights import parse_weights
 from mixtralkit.ops.hidden import Hidden
@@ -76,7 +75,6 @@ def bench_host_memory(
     seconds: float = 3.0,
     within: float = 240.0,
     profile: bool = False,
-    answers: str = "host",
     output: Path | None = None,
 ) -> None:
     """Times steps of a random model whose experts are in host memory but for what a budget holds.
@@ -99,10 +97,8 @@ def bench_host_memory(
         seconds: no more steps are timed after so many seconds and 8 steps.
         within: seconds after which no measurement begins.
         profile: say where the host's time of a step went.
-        answers: host or bus, how a step that waits is answered.
         output: file that takes the lines of JSON.
     """
-    Desk.answers = {"host": HostAnswer, "bus": BusAnswer}[answers]
     ranks = RankContext.start(device)
     kind = parse_dtype(dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32"))
     config = ModelConfig.from_file(shipped("models", model))
@@ -390,7 +386,7 @@ def steps_of(engine: Engine, requests: list[Request], batch: int) -> Iterator[No
 class Clock:
     """Where the host's time of a step goes: in the tiers' calls."""
 
-    NAMES = ("ask", "compute", "product_on_cpu", "say", "end", "found", "look_ahead", "take_in")
+    NAMES = ("ask", "compute", "product_on_cpu", "say", "balance", "found", "look_ahead", "take_in")
 
     def __init__(self, tiers: Any) -> None:
         self.seconds = dict.fromkeys(self.NAMES, 0.0)

@@ -249,12 +249,32 @@ def test_a_guess_keeps_what_the_step_needs_and_is_right_when_late() -> None:
             tiers._guessed = torch.tensor([guess])
             before = dict(tiers.cache.place_of)
             assert torch.equal(store.experts[layer](rows), resident(store, layer, rows))
+            bus.has_run()
             used = {(layer, slot) for slot in rows.slots_RK[0].tolist()}
             assert used <= tiers.cache.place_of.keys(), "in use while the next is fetched"
             assert not any(key in before and tiers.cache.place_of[key] != before[key] for key in used)
             assert len(tiers.cache.place_of) <= 8
     assert tiers.counts.expected > 10
     assert bus.waiting
+
+
+def test_what_takes_the_place_of_a_vain_guess_comes_behind_its_last_copy() -> None:
+    """All of it begun, it counts as there, and as the least worth it makes way at once."""
+    store = make_store(TierSetup(8, TierOptions(misses="fetch"), CPU_COSTS))
+    tiers, bus, vain = store.tiers, SlowBus(), 0
+    tiers.bus = bus
+    for step in range(40):
+        for layer in store.layers:
+            rows = rows_of(1, 50 * step + layer)
+            tiers._guessed = torch.tensor([[step % 8]])
+            assert torch.equal(store.experts[layer](rows), resident(store, layer, rows))
+            bus.has_run()
+            for arrival in tiers._arriving._of.values():
+                while arrival.moves:  # but for the last, all pieces have come
+                    arrival.ticket.end()
+                    tiers.pump()
+                vain += not arrival.ticket.done
+    assert vain > 10
 
 
 def test_prompts_fetch_the_next_layers_in_turn() -> None:
@@ -361,8 +381,9 @@ def test_shares_follow_who_was_late() -> None:
     assert first == 128, "a half"
     for is_late, times, wanted in ((True, 30, 192), (False, 30, 128), (False, 900, 64), (True, 900, 192)):
         for _ in range(times):
-            tiers.end(Answer((), (0,), (bus.copy([], urgent=not is_late),), (0,), first))
+            tiers.balance(Answer((), (0,), (bus.copy([], urgent=not is_late),), (0,), first))
         assert tiers._to_split(missing, 2)[1] == wanted
+    assert tiers._to_split({(1, 0): 1, (1, 1): 1}, 2)[1] == 128, "two have a share of their own"
 
 
 def test_too_few_places_and_copies_between_gpus_are_refused() -> None:

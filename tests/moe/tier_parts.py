@@ -54,7 +54,11 @@ def resident(store: ExpertStore, layer: int, rows: RoutedRows) -> torch.Tensor:
 
 
 class SlowBus(PlainBus):
-    """Urgent copies end at once; the others when somebody lets them."""
+    """Urgent copies end at once; the others when somebody lets them.
+
+    An urgent copy to where one of the others goes, that is not known to have ended and that nothing orders before it,
+    fails: on a GPU either could be the last.
+    """
 
     def __init__(self) -> None:
         self.waiting: list[_Slow] = []
@@ -62,6 +66,11 @@ class SlowBus(PlainBus):
 
     def copy(self, moves, urgent: bool = True):
         if urgent:
+            moves = list(moves)
+            begun = [
+                move for ticket in self.waiting if not (ticket.is_known or ticket.is_followed) for move in ticket.moves
+            ]
+            assert not any(_meet(one, other) for one in moves for other in begun), "two copies race for a place"
             return super().copy(moves)
         self.waiting.append(_Slow(self, list(moves)))
         return self.waiting[-1]
@@ -69,11 +78,28 @@ class SlowBus(PlainBus):
     def wait(self, ticket) -> None:
         if isinstance(ticket, _Slow):
             ticket.end()
+            ticket.is_waited = True
+
+    def has_run(self) -> None:
+        """The device has run what came behind the copies that it waits for."""
+        for ticket in self.waiting:
+            ticket.is_known |= ticket.is_waited
+
+    def follow(self, ticket) -> None:
+        if isinstance(ticket, _Slow):
+            ticket.is_followed = True
+
+
+def _meet(one: Move, other: Move) -> bool:
+    ends = [move.target + move.width + (move.height - 1) * move.target_pitch for move in (one, other)]
+    return one.target < ends[1] and other.target < ends[0]
 
 
 class _Slow:
     def __init__(self, bus: SlowBus, moves: list[Move]) -> None:
         self.bus, self.moves, self.asked, self.done = bus, moves, 0, False
+        # Somebody has seen that it is done, the device waits for it, or copies come behind it.
+        self.is_known = self.is_waited = self.is_followed = False
 
     def end(self) -> None:
         if not self.done:
@@ -84,6 +110,7 @@ class _Slow:
         self.asked += 1
         if self.asked > 3:
             self.end()
+        self.is_known |= self.done
         return self.done
 
 

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from mixtralkit.moe.tiers.tiers import Tiers
 
 
-class HostAnswer:
-    """It lies in memory of the host, which the step reads.
+class BusAnswer:
+    """The bus brings it into the device's memory, behind the experts: nobody waits for a copy but the step.
 
     Attributes:
         said_LS, cpu_TD, answers_L: as the step reads them (``ops.desk.triton.DeskMemory``).
@@ -22,48 +22,33 @@ class HostAnswer:
     """
 
     def __init__(self, tiers: Tiers, rows: int) -> None:
-        self.tiers = tiers
-        config, self._cuda = tiers.layout.config, tiers.context.device.type == "cuda"
-        self.computed_TD = torch.zeros(rows, config.dim, pin_memory=self._cuda)
-        self._flags_L = torch.zeros(config.n_layers, dtype=torch.int32, pin_memory=self._cuda)
-        self.said_LS, self.cpu_TD, self.answers_L = tiers.said_LS, self.computed_TD, self._flags_L
+        self.tiers, device, width = tiers, tiers.context.device, tiers.layout.config.dim
+        is_cuda = device.type == "cuda"
+        sizes = [tiers.said_LS.nbytes, 4 * rows * width]  # side by side, so that one copy brings both
+        self._sent = torch.zeros(sum(sizes), dtype=torch.uint8, pin_memory=is_cuda)
+        self._brought = torch.zeros_like(self._sent, device=device)
+        (sent_LS, self.computed_TD), (self.said_LS, self.cpu_TD) = (
+            (said.view(torch.int64).view_as(tiers.said_LS), cpu.view(torch.float32).view(rows, width))
+            for said, cpu in (memory.split(sizes) for memory in (self._sent, self._brought))
+        )
+        self._sent_LS, self._table_bytes = sent_LS.numpy(), sizes[0]
+        self.answers_L = torch.zeros(len(tiers.table_LS), dtype=torch.int32, device=device)
+        self._ones_L = torch.ones_like(self.answers_L, device="cpu", pin_memory=is_cuda)
+        self._aside = torch.cuda.Stream(device) if is_cuda else None
 
     def give(self, layer: int, answer: Answer) -> None:
-        """Lets the step go on, once the copies have ended."""
-        self.tiers.end(answer)
-        self._flags_L.numpy()[layer] = 2 if answer.cpu else 1
+        """Lets the step go on when the copies have ended, and what the CPU has computed is there."""
+        self.tiers.balance(answer)
+        self._sent_LS[:] = self.tiers.said
+        nbytes, value = (self._sent.nbytes, 2) if answer.cpu else (self._table_bytes, 1)
+        move = Move(self._brought.data_ptr(), self._sent.data_ptr(), nbytes)
+        self.tiers.bus.answer(answer.tickets, [move], self.answers_L.data_ptr() + 4 * layer, value)
 
     def let_go(self) -> None:
         """Lets it go on wherever it may come to wait: something has failed."""
-        self._flags_L.fill_(1)
+        with torch.cuda.stream(self._aside):  # not by the bus, which may be what has failed
+            self.answers_L.copy_(self._ones_L, non_blocking=True)
 
     def take_back(self) -> None:
         """Nothing is answered; no step runs."""
         self.answers_L.zero_()
-
-
-class BusAnswer(HostAnswer):
-    """The bus brings it into the device's memory, behind the experts: the host waits for no copy."""
-
-    def __init__(self, tiers: Tiers, rows: int) -> None:
-        super().__init__(tiers, rows)
-        device = tiers.context.device
-        self.said_LS, self.cpu_TD, self.answers_L = (
-            torch.zeros_like(of, device=device) for of in (tiers.said_LS, self.computed_TD, self._flags_L)
-        )
-        self._moves = [
-            Move(there.data_ptr(), here.data_ptr(), here.nbytes)
-            for there, here in ((self.said_LS, tiers.said_LS), (self.cpu_TD, self.computed_TD))
-        ]
-        self._aside = torch.cuda.Stream(device) if self._cuda else None
-
-    def give(self, layer: int, answer: Answer) -> None:
-        """As there, but the step goes on when the bus has come so far."""
-        self.tiers.end(answer, waits=False)
-        moves, value = (self._moves, 2) if answer.cpu else (self._moves[:1], 1)
-        self.tiers.bus.answer(answer.tickets, moves, self.answers_L.data_ptr() + 4 * layer, value)
-
-    def let_go(self) -> None:
-        super().let_go()
-        with torch.cuda.stream(self._aside):  # not by the bus, which may be what has failed
-            self.answers_L.copy_(self._flags_L, non_blocking=True)

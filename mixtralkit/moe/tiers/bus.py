@@ -54,6 +54,9 @@ class PlainBus:
     def wait(self, ticket: Ticket) -> None:
         """What the GPU does from now on comes after the copies."""
 
+    def follow(self, ticket: Ticket) -> None:
+        """Copies that are begun from now on come after these: nothing else orders urgent ones and others."""
+
     def answer(self, tickets: Iterable[Ticket], moves: Iterable[Move], flag: int, value: int) -> None:
         """Behind copies that were begun and some more, writes a word of 32 bits: address and value."""
         for ticket in tickets:
@@ -99,7 +102,14 @@ class CudaBus:
 
     def copy(self, moves: Iterable[Move], urgent: bool = True) -> torch.cuda.Event:
         """See ``PlainBus.copy``."""
-        stream, of, driver = self._urgent if urgent else self._ahead, self._rectangle, self._driver
+        stream = self._urgent if urgent else self._ahead
+        self._begin(moves, stream)
+        event = torch.cuda.Event()
+        event.record(stream)
+        return event
+
+    def _begin(self, moves: Iterable[Move], stream: torch.cuda.Stream) -> None:
+        of, driver = self._rectangle, self._driver
         handle = self._handles[stream]
         for target, source, width, height, target_pitch, source_pitch in moves:
             if height == 1:
@@ -110,9 +120,6 @@ class CudaBus:
                 failed = driver.cuMemcpy2DAsync_v2(of, handle)
             if failed:
                 raise RuntimeError(f"an expert could not be copied from host memory to the GPU (CUDA error {failed})")
-        event = torch.cuda.Event()
-        event.record(stream)
-        return event
 
     def clear(self, places: Iterable[Clearing]) -> None:
         """See ``PlainBus.clear``."""
@@ -126,10 +133,15 @@ class CudaBus:
         """See ``PlainBus.wait``."""
         torch.cuda.current_stream(self.device).wait_event(ticket)
 
+    def follow(self, ticket: torch.cuda.Event) -> None:
+        """See ``PlainBus.follow``."""
+        for stream in self._handles:
+            stream.wait_event(ticket)
+
     def answer(self, tickets: Iterable[torch.cuda.Event], moves: Iterable[Move], flag: int, value: int) -> None:
         """See ``PlainBus.answer``. The driver makes all that came before visible to running kernels before the word."""
         for ticket in tickets:
             self._urgent.wait_event(ticket)
-        self.copy(moves)
+        self._begin(moves, self._urgent)
         if failed := self._driver.cuStreamWriteValue32_v2(self._handles[self._urgent], flag, value, 0):
             raise RuntimeError(f"an answer could not be written to the GPU's memory (CUDA error {failed})")

@@ -18,18 +18,20 @@ than its share of places, experts of others make way in front of the answer. Whe
 answers alone say what is where, and what makes way is of any layer.
 
 **No step waits for ever.** While one waits the host launches nothing that would come behind it, takes no memory and
-waits for nothing but copies. Whatever fails there, the step is let go on before anybody is told.
+waits for nothing. Whatever fails there, the step is let go on before anybody is told.
 """
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 
 from mixtralkit.moe.dispatch.base import RoutedRows
-from mixtralkit.moe.tiers.answers import HostAnswer
+from mixtralkit.moe.tiers.answers import BusAnswer
 from mixtralkit.moe.tiers.setup import Answer
 from mixtralkit.ops.experts import expert_sum
 
@@ -40,9 +42,7 @@ POLLS = 1 << 14  # between two looks at whether the device still runs
 
 
 class Desk:
-    """What GPU and host hand each other in steps of so many rows; ``answers`` is how the host's answer gets there."""
-
-    answers: type[HostAnswer] = HostAnswer
+    """What GPU and host hand each other in steps of so many rows."""
 
     def __init__(self, tiers: Tiers, rows: int) -> None:
         from mixtralkit.ops.desk.triton import DeskMemory
@@ -60,7 +60,7 @@ class Desk:
         def on_device(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self.answer = answer = self.answers(tiers, rows)
+        self.answer = answer = BusAnswer(tiers, rows)
         self.memory = of = DeskMemory(
             on_host(layers, rows, top_k), on_host(rows, width, dtype=tiers.dtype),
             on_host(rows, top_k, dtype=torch.float32), on_host(rows, top_k, fill=-1), on_host(1, dtype=torch.int32),
@@ -71,8 +71,7 @@ class Desk:
         self.told_1, self._on_cpu_TK = of.told_1.numpy(), torch.full((rows, top_k), -1)
         self._on_cpu_N = self._on_cpu_TK.flatten().numpy()
         self._products: dict[int, Callable[[int | None], None] | None] = {}  # by layer
-        self._launched = torch.cuda.Event() if cuda else None
-        self._failed = False
+        self._launched, self._fence = torch.cuda.Event() if cuda else None, on_device(1)
 
     # the device's part
 
@@ -89,7 +88,8 @@ class Desk:
             rows.slots_RK.contiguous(), weights_TK, x_TD, residual_TD, guessed_TK, of, layer,
             layers[layers.index(layer) - 1], layer == layers[-1], self.always,
         )  # fmt: skip
-        slots = tiers.slots[layer]
+        self._fence.zero_()  # The product starts behind this, as its kernels would not behind one that they may overlap
+        slots = tiers.slots[layer]  # with: L1 then holds nothing of the experts that lay in the places before.
         return expert_sum(
             x_TD, of.slots_TK, weights_TK, *tiers.matrices, of.residual_TD, rows.out_RD, rows.likely_rows,
             of.places_S[:slots], slots,
@@ -99,15 +99,9 @@ class Desk:
 
     def open(self) -> None:
         """Before a step is launched."""
-        failed, self._failed = self._failed, False
-        if failed:
-            if self.tiers.context.device.type == "cuda":
-                torch.cuda.synchronize(self.tiers.context.device)
-            self.answer.take_back()
-            self.told_1[:] = 0
         self.tiers.warm_up()
         self.tiers.take_in()
-        self.tiers.show(anew=failed)
+        self.tiers.show()
 
     def serve(self) -> None:
         """Answers for every layer of a step that has been launched.
@@ -129,8 +123,13 @@ class Desk:
                     self._note(layers[at : until + 1])
                 at = until + 1
         except BaseException:
-            self._failed = True
             self.answer.let_go()
+            with contextlib.suppress(RuntimeError):  # of the device, where that is what has failed
+                while self._launched is not None and not self._launched.query():
+                    time.sleep(0)  # until the step has ended, which writes to this desk's memory
+                self.answer.take_back()
+            self.told_1[:] = 0
+            self.tiers.unshow()
             raise
 
     def _serve(self, layer: int, before: list[int]) -> None:

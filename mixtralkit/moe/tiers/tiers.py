@@ -140,7 +140,9 @@ class Tiers:
         self._told = np.zeros((config.n_layers, most), np.int64)  # where experts are or were, as the host knows it
         self._untold: set[int] = set()  # layers that have changed since
         self._guessed: torch.Tensor | None = None
-        self._is_warm, self._lean = False, 1.0
+        self._is_warm = False
+        self._lean: dict[int, float] = {}  # by how many are split: what a layer costs besides counts more for one
+        self._widest = 0  # first columns of a split so far
         self.desk: Desk | None = None
 
     # products
@@ -283,7 +285,7 @@ class Tiers:
         if not few or not self.splits or not self.costs.product_s:
             return [], 0
         hidden, unit = self.columns[1], self._split_unit
-        first = round(self.costs.cpu_share(missing, self._lean) * hidden / unit) * unit
+        first = round(self.costs.cpu_share(missing, self._lean.get(len(missing), 1.0)) * hidden / unit) * unit
         return (list(missing), first) if 0 < first < hidden else ([], 0)
 
     def _fetch(self, key: Key) -> Ticket:
@@ -400,10 +402,12 @@ class Tiers:
         self._spare[self._spare.index(place)] = spare
         del self._silent[place]
         self._silent[spare] = 0
-        if victim is None or victim[0] == key[0]:  # nothing that runs reads it: it is cleared while nobody waits
-            self._silent[spare] = min(first + MORE_SILENT * self._split_unit, self.columns[1])
-            self.bus.clear(self._places.silence(spare, self._silent[spare]))
         self._staying[key] = self._places.rest(place, self._source(key[0]), key[1], first)
+        if victim is None or victim[0] == key[0]:  # nothing that runs reads it: it is cleared while nobody waits
+            self._widest = max(self._widest, first)
+            likely = min(self._widest + MORE_SILENT * self._split_unit, self.columns[1])
+            self.bus.clear(self._places.silence(spare, likely))
+            self._silent[spare] = likely
 
     def _complete(self, keys: Collection[Key]) -> None:
         """Lets come what is missing of experts that stay, if they are among some."""
@@ -440,12 +444,16 @@ class Tiers:
         self._arriving.pump()
 
     def _give_up(self, key: Key) -> None:
-        """Of what was expected and nobody wants, the place is free when its last copy is done; all there, it stays."""
+        """Of what was expected and nobody wants, the place is free when its last copy is done; all begun, it stays.
+
+        It may have to make way before it is there: whatever comes to its place then is behind it.
+        """
         ticket = self._arriving.give_up(key)
         if ticket is None:
             self.cache.drop(key)
         else:
             self.bus.wait(ticket)
+            self.bus.follow(ticket)
             self.note(key)
 
     # the tables
@@ -466,11 +474,15 @@ class Tiers:
             self._untold.remove(layer)
             self.places_LS[layer] = self.upload(self._told[layer].copy())
 
-    def show(self, anew: bool = False) -> None:
-        """Where experts are, to a step that is launched behind this; ``anew`` if nobody knows what the table shows."""
-        if anew or not self._is_shown:
+    def show(self) -> None:
+        """Where experts are, to a step that is launched behind this."""
+        if not self._is_shown:
             self.table_LS.copy_(self.said_LS[:-1], non_blocking=True)
             self._is_shown = True
+
+    def unshow(self) -> None:
+        """A step has failed, and nobody knows what it has left in the table."""
+        self._is_shown = False
 
     def say(self, layer: int, answer: Answer) -> None:
         """Writes where a layer that waits finds its experts when the answer's copies are done."""
@@ -493,15 +505,13 @@ class Tiers:
         tensor = tensor.pin_memory() if self.context.device.type == "cuda" else tensor
         return tensor.to(self.context.device, non_blocking=True)
 
-    def end(self, answer: Answer, waits: bool = True) -> None:
-        """The CPU has done its part; the host waits for the copies. Who was late has less to do the next time."""
-        is_late = not all(ticket.query() for ticket in answer.tickets)
-        for ticket in answer.tickets if waits and is_late else ():
-            while not ticket.query():
-                pass
+    def balance(self, answer: Answer) -> None:
+        """The CPU has done its part: who was late, it or the bus, has less to do the next time."""
         if answer.first is not None:
-            lean = self._lean * (LEANING if is_late else 1 / LEANING)
-            self._lean = min(max(lean, 1 / MOST_LEANING), MOST_LEANING)
+            is_late = not all(ticket.query() for ticket in answer.tickets)
+            split = len(answer.cpu)
+            lean = self._lean.get(split, 1.0) * (LEANING if is_late else 1 / LEANING)
+            self._lean[split] = min(max(lean, 1 / MOST_LEANING), MOST_LEANING)
 
     def on_host(self, values: torch.Tensor) -> np.ndarray:
         """Waits for the device, and begins pieces of what is guessed meanwhile."""

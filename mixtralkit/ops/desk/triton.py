@@ -5,11 +5,12 @@
     choices ─► table ─► all there ──────────────────────────────────────► slots, places, residual ─► the product
                      └► choices, x to the host, its flag ┄ its answer ──┘
 
-The kernels themselves read and write memory of the host, past all caches (volatile). Who tells first makes visible to
-the whole system what it and, on the device, those before it have written, by an atomic addition of nothing that is
-ordered both ways, then stores the flag; who waits loads the flag until it is there, and then does the same. Where
-nothing is missing no flag is stored and nothing is waited for: the host reads such choices behind the next flag. The
-flag of an answer is taken back by the next layer, which runs behind all that have read it.
+The kernels write to memory of the host; the bus brings its answer into the device's, where they load it past all
+caches (volatile). Who tells first makes visible to the whole system what it and, on the device, those before it have
+written, by an atomic addition of nothing that is ordered both ways, then stores the flag. Who waits loads the answer's
+flag until it is there, and then adds nothing in the same way. Where nothing is missing no flag is stored and nothing is
+waited for: the host reads such choices behind the next flag. An answer's flag is taken back by the next layer, which
+runs behind all that have read it.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ class DeskMemory:
         x_TD, weights_TK, guesses_TK: the host's: rows of a layer that waits, their choices' weights in float32, and
             what the next layer is expected to choose.
         told_1: the host's, int32: 0, or of the layer that tells its number plus one, twice, and 1 where it waits.
-        said_LS: the answer, int64 [L + 1, S]: the whole table, and last where the waiting layer finds its slots, -1 for
-            those that it does not compute.
-        cpu_TD: the answer, float32: sums of the rows' choices that the CPU has computed.
-        answers_L: int32: 0, and behind the answer 1, or 2 where there is something in ``cpu_TD``.
+        said_LS: the answer, on the device, int64 [L + 1, S]: the table, and last where the waiting layer finds its
+            slots, -1 for those that it does not compute.
+        cpu_TD: the answer, on the device, float32: sums of the rows' choices that the CPU has computed.
+        answers_L: on the device, int32: 0, and behind the answer 1, or 2 where there is something in ``cpu_TD``.
         table_LS: on the device, int64: the place of every slot, -1 where it is not there.
         slots_TK, places_S, residual_TD: on the device, what the layer's product takes: the last in float32.
         notes_3: int32 on the device, zero.

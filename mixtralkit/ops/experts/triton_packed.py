@@ -294,13 +294,13 @@ def _down_packed(
 
 @triton.jit
 def _slot_of(slots, storage, program, BY_CHOICE: tl.constexpr):
-    """The slot of a program, of all or of one row's choices, and its place."""
+    """The slot of a program, of all or of one row's choices, and its place; past L1, which may hold old ones."""
     slot = program.to(tl.int64)
     if BY_CHOICE:
-        slot = tl.load(slots + program).to(tl.int64)
+        slot = tl.load(slots + program, cache_modifier=".cg").to(tl.int64)
     place = tl.maximum(slot, 0)
     if storage is not None:
-        place = tl.load(storage + place)
+        place = tl.load(storage + place, cache_modifier=".cg")
     return tl.where(slot < 0, -2, slot), place  # -1 is a choice that no slot here computes
 
 

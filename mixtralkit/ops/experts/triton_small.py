@@ -8,8 +8,9 @@ experts that a row chose are read.
 One row goes through the ordinary cores, a program holding its weights in registers; up to sixteen are one side of the
 matrix units' product, whose other side is the weights.
 
-The second launch starts while the first still runs. Before it waits it reads only weights and the slots, which were
-there before the first launch let it start: the first waits for what is in front of it before it does so.
+The second launch starts while the first still runs. Before it waits it reads only weights, the slots and their places,
+which were there before the first launch let it start: the first waits for what is in front of it before it does so.
+Slots and places past L1 (.cg), which may hold what lay there when an earlier kernel read them.
 """
 
 from __future__ import annotations
@@ -233,7 +234,7 @@ def _down_one_row(
         present += tl.where(tl.load(slots + choice, cache_modifier=".cg") >= 0, 1 << choice, 0)
     columns = tl.where(slot >= 0, hidden, 0)
     if storage is not None:
-        slot = tl.load(storage + slot, slot >= 0, 0)
+        slot = tl.load(storage + slot, slot >= 0, 0, cache_modifier=".cg")
     places_DF = w2 + (slot * width + tl.where(inside_D, d_D, 0))[:, None] * hidden + f_F[None, :]
     inside_DF = inside_D[:, None] & (f_F < columns)[None, :]
     w2_DF = tl.load(places_DF, inside_DF, 0.0, eviction_policy="evict_first")
@@ -278,7 +279,7 @@ def _down_some_rows(
     inside_D, first = d_D < width, part * STEPS * BLOCK_F
     w2_D = w2 + (slot * width + tl.where(inside_D, d_D, 0)) * hidden
     if storage is not None:
-        w2_D += (tl.load(storage + slot) - slot) * width * hidden
+        w2_D += (tl.load(storage + slot, cache_modifier=".cg") - slot) * width * hidden
     choice_R, present_R = _choice_of(slots, slot, rows, BLOCK_R, TOP_K)
     chose_R = choice_R >= 0
     if PDL:
