@@ -78,13 +78,6 @@ def test_every_word_of_four_bits_becomes_numbers():
         assert found_2N.equal(((words_2N >> 4 * i & 15).float() - 8) / 128)
 
 
-def test_weights_of_four_bits_as_they_stand():
-    found_42N = run_asm(asm_of(triton_words.bits_of, 0), 4, WORDS_N).double().unflatten(0, (4, 2)) * 2.0**133
-    words_2N = torch.stack([WORDS_N & 0xFFFF, WORDS_N >> 16])
-    for i, found_2N in enumerate(found_42N):
-        assert found_2N.equal((words_2N >> 4 * i & 15).double() * 16 ** (i % 2))
-
-
 @pytest.mark.parametrize(("which", "dtype"), [(1, torch.int8), (2, torch.float8_e4m3fn)])
 def test_every_word_of_two_bytes_becomes_numbers(which, dtype):
     found_22N = run_asm(asm_of(triton_words.weights_of, which), 2, WORDS_N).float().unflatten(0, (2, 2))

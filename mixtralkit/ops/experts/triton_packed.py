@@ -9,6 +9,8 @@ what the first product gives is stored in it.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -20,13 +22,11 @@ from mixtralkit.ops.experts.triton_sorting import sort_rows
 from mixtralkit.ops.experts.triton_words import (
     INT4,
     Operand,
-    ask_for,
     column_of,
     in_order4,
     matrices_at,
     packed_dot,
     place_of,
-    store_lifted,
     weights_of,
 )
 from mixtralkit.ops.runtime import multiprocessors, overlaps_launches
@@ -60,29 +60,25 @@ def expert_sum_packed(
         plain = [_unpacked(operand, slots, storage_S, x_RD.dtype, stacked) for operand, stacked in ((up, 2), (down, 1))]
         more = {"likely_rows": likely_rows, "likely_slots": likely_slots}
         return expert_sum_grouped(x_RD, slots_RK, weights_RK, *plain, *rest, **more)
-    lift, sums = min(up.lift(x_RD.dtype), down.lift(x_RD.dtype)) if settings["lifted"] else 0, None
-    if up.turned or lift:
-        x_RD, sums = _arranged(x_RD, lift, up.group)
+    if up.turned:
+        x_RD = _arranged(x_RD)
     if rows <= BLOCK_R:
-        return _sum_small(x_RD, sums, slots_RK, weights_RK, up, down, *rest, storage_S, slots, settings, lift)
+        return _sum_small(x_RD, slots_RK, weights_RK, up, down, *rest, storage_S, slots, settings)
     return _sum_streamed(x_RD, slots_RK, weights_RK, up, down, *rest, storage_S, slots, settings)
 
 
 def default_settings(rows: int, mean: float, halves: bool) -> dict[str, int]:
     """What was fastest on an H200 for Mixtral-8x7B, whole.
 
-    Outputs and columns of a tile, warps and stages of either product; ``programs`` that a multiprocessor has registers
-    for, and the streamed form starts; ``parts`` programs that share columns of w2 in a small batch; ``block_r`` rows
-    of the streamed form, for ``mean`` rows an expert; ``ahead``: lines of every row of weights that a small batch asks
-    for before its rows are there. Of four bits: whether rows of a small batch are ``lifted``, and whether the streamed
-    form has weights ``rounded`` once they are scaled.
+    Outputs and columns of a tile, warps and stages of either product; ``parts`` programs that share the columns of w2
+    in a small batch; ``block_r`` rows and ``programs`` a multiprocessor of the streamed form, for ``mean`` rows an
+    expert.
     """
     more = {"parts": 1, "block_r": 32 if mean <= 24 else 64 if mean <= 48 or halves else 128, "programs": 2}
-    more |= {"lifted": int(rows <= 8), "rounded": 0, "ahead": 0}
     if rows <= BLOCK_R:
         wide = 2 if halves and rows <= 8 else 1
-        up, down = ((block_o * wide, 256, 4, 3 if halves else 4) for block_o in (32, 64))
-        more |= {"parts": 7 if halves and rows == 1 else 2, "programs": 2 * wide}
+        up, down = ((wide * block_o, 256, 4, 3 if halves else 4) for block_o in (32, 64))
+        more["parts"] = 7 if halves and rows == 1 else 2
     elif halves:
         up, down = (64, 128, 4, 3), (128, 128, 4, 3)
     elif more["block_r"] == 32:
@@ -93,7 +89,9 @@ def default_settings(rows: int, mean: float, halves: bool) -> dict[str, int]:
     return {f"{part}_{name}": v for part, values in parts for name, v in zip(names, values, strict=True)} | more
 
 
+@functools.lru_cache
 def _has_warp_groups(device: torch.device) -> bool:
+    """Whether four warps multiply 16 rows or more as one."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
@@ -101,36 +99,28 @@ def _launch(x: torch.Tensor, settings: dict[str, int], part: str, block_r: int) 
     overlaps, warps = overlaps_launches(x.device), settings[f"{part}_num_warps"]
     more = {"PDL": overlaps, "num_warps": warps, "num_stages": settings[f"{part}_num_stages"]}
     more["WHOLE"] = block_r > 8 and warps % 4 == 0 and _has_warp_groups(x.device)
-    if settings["programs"] > 2:
-        more["maxnreg"] = min(65536 // (32 * warps * settings["programs"]) // 8 * 8, 255)
     return more | ({"launch_pdl": True} if overlaps else {})
 
 
-def _sum_small(
-    x_RD, x_sums, slots_RK, weights_RK, up, down, residual_RD, out_RD, storage_S, slots: int, s, lift: int
-) -> torch.Tensor:
-    (rows, width), top_k, hidden, parts = out_RD.shape, slots_RK.shape[1], down.columns, s["parts"]
-    common = {"TOP_K": top_k, "BLOCK_R": 8 if rows <= 8 else BLOCK_R, "BY_CHOICE": rows == 1, "LIFT": lift}
-    common["AHEAD"] = s["ahead"] if overlaps_launches(x_RD.device) else 0
+def _sum_small(x_RD, slots_RK, weights_RK, up, down, residual_RD, out_RD, storage_S, slots: int, s) -> torch.Tensor:
+    (rows, width), top_k, hidden, parts = x_RD.shape, slots_RK.shape[1], down.columns, s["parts"]
+    common = {"TOP_K": top_k, "BLOCK_R": 8 if rows <= 8 else BLOCK_R, "BY_CHOICE": rows == 1}
     slots = top_k if rows == 1 else slots
-    summed = min(s["up_block_o"], down.group or 1)
-    h_NF, h_sums = _lifted(x_RD, rows * top_k, hidden, lift, summed)
+    h_NF = x_RD.new_empty(rows * top_k, hidden)
     block_d = s["down_block_o"]
     arrived_B = torch.empty(triton.cdiv(width, block_d), dtype=torch.int32, device=x_RD.device)
     constants = up.constants(s["up_block_k"])
     _up_packed[(triton.cdiv(hidden, s["up_block_o"]), slots)](
-        x_RD, x_sums, slots_RK, weights_RK, *up.tensors, storage_S, h_NF, h_sums, arrived_B, len(arrived_B), rows,
-        width, hidden, TURNED=down.turned, SUMMED=up.group or 1, H_SUMMED=summed, BLOCK_F=s["up_block_o"],
-        COUNTERS=triton.next_power_of_2(len(arrived_B)), **common, **constants,
-        **_launch(x_RD, s, "up", common["BLOCK_R"]),
+        x_RD, slots_RK, weights_RK, *up.tensors, storage_S, h_NF, arrived_B, len(arrived_B), rows, width, hidden,
+        TURNED=down.turned, BLOCK_F=s["up_block_o"], COUNTERS=triton.next_power_of_2(len(arrived_B)), **common,
+        **constants, **_launch(x_RD, s, "up", common["BLOCK_R"]),
     )  # fmt: skip
     constants = down.constants(s["down_block_k"])
     sums_NPD = torch.empty((rows * top_k, parts, width), dtype=torch.float32, device=x_RD.device)
     span = triton.cdiv(hidden, parts * constants["BLOCK_K"]) * constants["BLOCK_K"]
     _down_packed[(len(arrived_B), slots * parts)](
-        h_NF, h_sums, slots_RK, *down.tensors, storage_S, residual_RD, sums_NPD, arrived_B, out_RD, rows, width,
-        hidden, span, PARTS=parts, SUMMED=summed, BLOCK_D=block_d, **common, **constants,
-        **_launch(x_RD, s, "down", common["BLOCK_R"]),
+        h_NF, slots_RK, *down.tensors, storage_S, residual_RD, sums_NPD, arrived_B, out_RD, rows, width, hidden, span,
+        PARTS=parts, BLOCK_D=block_d, **common, **constants, **_launch(x_RD, s, "down", common["BLOCK_R"]),
     )  # fmt: skip
     return out_RD
 
@@ -153,7 +143,6 @@ def _sum_streamed(x_RD, slots_RK, weights_RK, up, down, residual_RD, out_RD, sto
         _product_packed[programs,](
             rows_PI, *operand.tensors, out_PO, order.slot_B, order.rows_B, order.blocks, operand.columns, outer, tiles,
             SWIGLU=part == "up", TURNED=part == "up" and down.turned, BLOCK_R=order.block_r, BLOCK_O=block_o,
-            ROUNDED=bool(s["rounded"]) and operand.kind == INT4,
             **operand.constants(s[f"{part}_block_k"]), **_launch(x_RD, s, part, order.block_r),
         )  # fmt: skip
     residual_RD = None if residual_RD is None else residual_RD.contiguous()
@@ -164,21 +153,13 @@ def _sum_streamed(x_RD, slots_RK, weights_RK, up, down, residual_RD, out_RD, sto
     return out_RD
 
 
-def _lifted(x: torch.Tensor, rows: int, columns: int, lift: int, summed: int) -> tuple:
-    """Memory for rows, and where they are lifted for their sums."""
-    sums = torch.empty(rows, columns // summed, dtype=torch.float32, device=x.device) if lift else None
-    return x.new_empty(rows, columns), sums
-
-
-def _arranged(x_RD: torch.Tensor, lift: int, summed: int) -> tuple:
-    """Rows in the order in which weights of eight bits are multiplied, or lifted ones and their sums."""
+def _arranged(x_RD: torch.Tensor) -> torch.Tensor:
+    """Rows in the order in which weights of eight bits are multiplied."""
     (rows, width), overlap = x_RD.shape, overlaps_launches(x_RD.device)
-    out_RD, sums_RB = _lifted(x_RD, rows, width, lift, summed)
-    block, more = min(triton.next_power_of_2(width), 1024), {"launch_pdl": True} if overlap else {}
-    _arrange[rows, triton.cdiv(width, block)](
-        x_RD, out_RD, sums_RB, width, LIFT=lift, SUMMED=summed, BLOCK=block, PDL=overlap, num_warps=4, **more
-    )
-    return out_RD, sums_RB
+    out_RD, block = torch.empty_like(x_RD), min(triton.next_power_of_2(width), 1024)
+    more = {"launch_pdl": True} if overlap else {}
+    _arrange[rows, triton.cdiv(width, block)](x_RD, out_RD, width, BLOCK=block, PDL=overlap, num_warps=4, **more)
+    return out_RD
 
 
 def _unpacked(operand: Operand, slots: int, storage_S, dtype: torch.dtype, stacked: int) -> torch.Tensor:
@@ -194,40 +175,26 @@ def _unpacked(operand: Operand, slots: int, storage_S, dtype: torch.dtype, stack
 
 
 @triton.jit
-def _arrange(
-    x_RD, out_RD, sums_RB, width,
-    LIFT: tl.constexpr, SUMMED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+def _arrange(x_RD, out_RD, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
     row, place = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    if LIFT:
-        row_1, one_1 = row + tl.zeros((1,), tl.int64), tl.full((1,), 1, tl.int1)
-        x_D1 = tl.load(x_RD + row * width + place, place < width, 0.0).to(tl.float32)[:, None]
-        out_1, sums_1 = out_RD + row_1 * width, sums_RB + row_1 * (width // SUMMED)
-        store_lifted(x_D1, out_1, sums_1, tl.program_id(1) * BLOCK, width, one_1, LIFT, SUMMED)
-    else:
-        x = tl.load(x_RD + row * width + column_of(place), place < width)
-        tl.store(out_RD + row * width + place, x, place < width)
+    x = tl.load(x_RD + row * width + column_of(place), place < width)
+    tl.store(out_RD + row * width + place, x, place < width)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _up_packed(
-    x, x_sums, slots, weights, data, scales, zeros, storage, h, h_sums, arrived, counters, rows, width, hidden,
-    TURNED: tl.constexpr, SUMMED: tl.constexpr, H_SUMMED: tl.constexpr, BLOCK_F: tl.constexpr,
-    COUNTERS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_R: tl.constexpr, BY_CHOICE: tl.constexpr,
-    KIND: tl.constexpr, GROUP: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
-    ASM: tl.constexpr, WHOLE: tl.constexpr, LIFT: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    x, slots, weights, data, scales, zeros, storage, h, arrived, counters, rows, width, hidden,
+    TURNED: tl.constexpr, BLOCK_F: tl.constexpr, COUNTERS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    BY_CHOICE: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
+    ASM: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """h of every row that chose one slot, for some f, as ``triton_small._up_some_rows``."""
     row_R, g_G = tl.arange(0, BLOCK_R), tl.arange(0, 2 * BLOCK_F)
     f_G = tl.program_id(0) * BLOCK_F + g_G % BLOCK_F
     f_G = tl.where(f_G < hidden, f_G, 0)
-    if AHEAD and not BY_CHOICE:  # most likely some row chose it
-        _, likely = _slot_of(slots, storage, tl.program_id(1), False)
-        matrix_G = likely * 2 + g_G // BLOCK_F
-        ask_for(matrices_at(data, scales, zeros, matrix_G, f_G, hidden, width, KIND, GROUP, HEIGHT)[0], AHEAD)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -236,34 +203,27 @@ def _up_packed(
     choice_R, _ = _choice_of(slots, slot, rows, BLOCK_R, TOP_K)
     chose_R = choice_R >= 0
     if tl.max(choice_R, 0) >= 0:
-        row_R = tl.where(chose_R, row_R, 0)
         matrix_G = place * 2 + g_G // BLOCK_F
         data_G, scale_G, zero_G = matrices_at(data, scales, zeros, matrix_G, f_G, hidden, width, KIND, GROUP, HEIGHT)
         sum_GR = packed_dot(
-            data_G, scale_G, None if zeros is None else zero_G, x + row_R * width,
-            x_sums + row_R * (width // SUMMED) if LIFT else row_R, chose_R,
-            0, width, KIND, GROUP, 2 * BLOCK_F, BLOCK_R, BLOCK_K, ASM, WHOLE, LIFT, SUMMED,
+            data_G, scale_G, None if zeros is None else zero_G, x + tl.where(chose_R, row_R, 0) * width, chose_R,
+            0, width, width, KIND, GROUP, 2 * BLOCK_F, BLOCK_R, BLOCK_K, ASM, WHOLE,
         )  # fmt: skip
         gate_FR, up_FR = tl.split(tl.permute(tl.reshape(sum_GR, (2, BLOCK_F, BLOCK_R)), (1, 2, 0)))
         weight_R = tl.load(weights + choice_R, chose_R, 0.0)
         h_FR = gate_FR * tl.sigmoid(gate_FR) * up_FR * weight_R[None, :]
-        if LIFT:
-            at_R, sums_R = h + choice_R.to(tl.int64) * hidden, h_sums + choice_R * (hidden // H_SUMMED)
-            store_lifted(h_FR, at_R, sums_R, tl.program_id(0) * BLOCK_F, hidden, chose_R, LIFT, H_SUMMED)
-        else:
-            f_F = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
-            stored_F = place_of(f_F, TURNED)
-            places_FR = h + choice_R.to(tl.int64)[None, :] * hidden + stored_F[:, None]
-            tl.store(places_FR, h_FR.to(h.dtype.element_ty), (f_F < hidden)[:, None] & chose_R[None, :])
+        f_F = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+        stored_F = place_of(f_F, TURNED)
+        places_FR = h + choice_R.to(tl.int64)[None, :] * hidden + stored_F[:, None]
+        tl.store(places_FR, h_FR.to(h.dtype.element_ty), (f_F < hidden)[:, None] & chose_R[None, :])
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _down_packed(
-    h, h_sums, slots, data, scales, zeros, storage, residual, sums, arrived, out, rows, width, hidden, span,
-    PARTS: tl.constexpr, SUMMED: tl.constexpr, BLOCK_D: tl.constexpr, TOP_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    BY_CHOICE: tl.constexpr,
+    h, slots, data, scales, zeros, storage, residual, sums, arrived, out, rows, width, hidden, span,
+    PARTS: tl.constexpr, BLOCK_D: tl.constexpr, TOP_K: tl.constexpr, BLOCK_R: tl.constexpr, BY_CHOICE: tl.constexpr,
     KIND: tl.constexpr, GROUP: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr,
-    WHOLE: tl.constexpr, LIFT: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    WHOLE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One slot's part of out[d] of the rows that chose it, for some d, as ``triton_small._down_some_rows``."""
     part = tl.program_id(1) % PARTS
@@ -272,20 +232,17 @@ def _down_packed(
     slot, place = _slot_of(slots, storage, tl.program_id(1) // PARTS, BY_CHOICE)
     choice_R, present_R = _choice_of(slots, slot, rows, BLOCK_R, TOP_K)
     chose_R = choice_R >= 0
-    is_chosen = tl.max(choice_R, 0) >= 0
-    row_D, row_R = tl.where(inside_D, d_D, 0), tl.where(chose_R, choice_R, 0)
-    data_D, scale_D, zero_D = matrices_at(data, scales, zeros, place, row_D, width, hidden, KIND, GROUP, HEIGHT)
-    if AHEAD and is_chosen:
-        ask_for(data_D + part * span // (4 if KIND == 0 else 2), AHEAD)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    if is_chosen:
+    if tl.max(choice_R, 0) >= 0:
+        row_D = tl.where(inside_D, d_D, 0)
+        data_D, scale_D, zero_D = matrices_at(data, scales, zeros, place, row_D, width, hidden, KIND, GROUP, HEIGHT)
         sum_DR = packed_dot(
             data_D, scale_D, None if zeros is None else zero_D,
-            h + row_R.to(tl.int64) * hidden, h_sums + row_R * (hidden // SUMMED) if LIFT else row_R, chose_R,
-            part * span, tl.minimum(part * span + span, hidden), KIND, GROUP, BLOCK_D, BLOCK_R,
-            BLOCK_K, ASM, WHOLE, LIFT, SUMMED,
+            h + tl.where(chose_R, choice_R, 0).to(tl.int64) * hidden, chose_R,
+            part * span, tl.minimum(part * span + span, hidden), hidden, KIND, GROUP, BLOCK_D, BLOCK_R,
+            BLOCK_K, ASM, WHOLE,
         )  # fmt: skip
         places_DR = sums + (choice_R * PARTS + part)[None, :] * width + d_D[:, None]
         tl.store(places_DR, sum_DR, inside_D[:, None] & chose_R[None, :])
@@ -309,7 +266,7 @@ def _product_packed(
     x_PI, data, scales, zeros, out_PO, slot_B, rows_B, blocks, inner, outer, tiles,
     SWIGLU: tl.constexpr, TURNED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, KIND: tl.constexpr,
     GROUP: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr, WHOLE: tl.constexpr,
-    ROUNDED: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Every sorted row times the weights of its slot: blocks of rows × blocks of weight rows, tile after tile.
 
@@ -328,17 +285,17 @@ def _product_packed(
         if rows <= QUARTER:
             _packed_tile(
                 x_PI, data, scales, zeros, out_PO, slot, first, rows, o, inner, outer,
-                SWIGLU, TURNED, QUARTER, BLOCK_O, KIND, GROUP, HEIGHT, BLOCK_K, ASM, WHOLE, ROUNDED,
+                SWIGLU, TURNED, QUARTER, BLOCK_O, KIND, GROUP, HEIGHT, BLOCK_K, ASM, WHOLE,
             )  # fmt: skip
         elif rows <= HALF:
             _packed_tile(
                 x_PI, data, scales, zeros, out_PO, slot, first, rows, o, inner, outer,
-                SWIGLU, TURNED, HALF, BLOCK_O, KIND, GROUP, HEIGHT, BLOCK_K, ASM, WHOLE, ROUNDED,
+                SWIGLU, TURNED, HALF, BLOCK_O, KIND, GROUP, HEIGHT, BLOCK_K, ASM, WHOLE,
             )  # fmt: skip
         else:
             _packed_tile(
                 x_PI, data, scales, zeros, out_PO, slot, first, rows, o, inner, outer,
-                SWIGLU, TURNED, BLOCK_R, BLOCK_O, KIND, GROUP, HEIGHT, BLOCK_K, ASM, WHOLE, ROUNDED,
+                SWIGLU, TURNED, BLOCK_R, BLOCK_O, KIND, GROUP, HEIGHT, BLOCK_K, ASM, WHOLE,
             )  # fmt: skip
 
 
@@ -347,7 +304,6 @@ def _packed_tile(
     x_PI, data, scales, zeros, out_PO, slot, first, rows, o, inner, outer,
     SWIGLU: tl.constexpr, TURNED: tl.constexpr, ROWS: tl.constexpr, BLOCK_O: tl.constexpr, KIND: tl.constexpr,
     GROUP: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr, WHOLE: tl.constexpr,
-    ROUNDED: tl.constexpr,
 ):  # fmt: skip
     """out[first : first + rows, o : o + BLOCK_O], the weights on the M side, w1 above w3 in one tile."""
     HIGH: tl.constexpr = 2 * BLOCK_O if SWIGLU else BLOCK_O
@@ -357,8 +313,8 @@ def _packed_tile(
     matrix_G = (slot * 2 + g_G // BLOCK_O) if SWIGLU else slot + g_G * 0
     data_G, scale_G, zero_G = matrices_at(data, scales, zeros, matrix_G, row_G, outer, inner, KIND, GROUP, HEIGHT)
     sum_GR = packed_dot(
-        data_G, scale_G, None if zeros is None else zero_G, x_PI + (first + r_R) * inner, r_R, r_R < rows, 0, inner,
-        KIND, GROUP, HIGH, ROWS, BLOCK_K, ASM, WHOLE, 0, 1, ROUNDED,
+        data_G, scale_G, None if zeros is None else zero_G, x_PI + (first + r_R) * inner, r_R < rows, 0, inner, inner,
+        KIND, GROUP, HIGH, ROWS, BLOCK_K, ASM, WHOLE,
     )  # fmt: skip
     if SWIGLU:
         gate_OR, up_OR = tl.split(tl.permute(tl.reshape(sum_GR, (2, BLOCK_O, ROWS)), (1, 2, 0)))

@@ -4,10 +4,6 @@
 become, so what a thread reads is what it multiplies. Of sixteen words a product takes the first weights, then the
 second ones and so on. Sixteen words of ``Int4`` are 64 columns packed so that this is their order. Of eight bits they
 are 32 columns: the even ones come first, and rows that they are multiplied with are arranged so too (``column_of``).
-
-**Lifted rows.** Two weights of four bits need but one instruction where rows are made for it: times ``LIFT``, 2 to some
-power, and 16-fold less in columns that meet the high half of a byte. Beside them stand sums of every ``SUMMED`` columns
-times -1, which zero points are multiplied with.
 """
 
 from __future__ import annotations
@@ -61,12 +57,6 @@ class Operand:
     def turned(self) -> bool:
         """Whether rows are multiplied in an order that is not their columns'."""
         return self.kind != INT4
-
-    def lift(self, dtype: torch.dtype) -> int:
-        """What rows are multiplied with, see above; 0 where they stay as they are."""
-        if self.kind != INT4 or not self.group:
-            return 0
-        return 4 if dtype == torch.float16 else 2**64 if dtype == torch.bfloat16 else 1
 
     def constants(self, columns: int) -> dict[str, int]:
         """``columns`` of a tile, at most those of four groups."""
@@ -177,50 +167,6 @@ def weights_of(words_OW, KIND: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.conste
 
 
 @triton.jit
-def bits_of(words_OW, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """The four weights of every word as they stand, the second and the fourth 16-fold; a tuple.
-
-    Of bfloat16 2^-133-fold: the last eight bits of a number below 2^-125 count in steps of 2^-133.
-    """
-    if ASM and DTYPE.is_bf16():
-        a_OW, b_OW, c_OW, d_OW = tl.inline_asm_elementwise(
-            """
-            and.b32 $0, $4, 0x000f000f;
-            and.b32 $1, $4, 0x00f000f0;
-            shr.u32 $3, $4, 8;
-            and.b32 $2, $3, 0x000f000f;
-            and.b32 $3, $3, 0x00f000f0;
-            """,
-            "=&r,=&r,=&r,=&r,r", [words_OW], is_pure=True, pack=2,
-            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
-        )  # fmt: skip
-    else:
-        w_OW = words_OW.to(tl.int32)
-        a_OW, b_OW = (w_OW & 15).to(DTYPE), (w_OW & 240).to(DTYPE)
-        c_OW, d_OW = (w_OW >> 8 & 15).to(DTYPE), (w_OW >> 8 & 240).to(DTYPE)
-    return a_OW, b_OW, c_OW, d_OW
-
-
-@triton.jit
-def unit_of(LIFT: tl.constexpr):
-    """What ``bits_of`` and lifted rows make of 1 times 1."""
-    return LIFT * 2.0**-133 if LIFT == 2**64 else LIFT * 1.0
-
-
-@triton.jit
-def store_lifted(y_OR, at_R, sums_R, first, outer, has_R, LIFT: tl.constexpr, SUMMED: tl.constexpr):
-    """Outputs from ``first`` on, float32 [O, R], as lifted columns of rows at ``at_R`` and their sums at ``sums_R``."""
-    DTYPE: tl.constexpr = at_R.dtype.element_ty
-    BLOCKS: tl.constexpr = y_OR.shape[0] // SUMMED
-    o_O, block_B = first + tl.arange(0, y_OR.shape[0]), first // SUMMED + tl.arange(0, BLOCKS)
-    y_OR = tl.where((o_O < outer)[:, None], y_OR, 0.0).to(DTYPE).to(tl.float32)
-    lift_O = tl.where(o_O // 16 % 2 == 1, LIFT / 16, LIFT * 1.0)
-    tl.store(at_R[None, :] + o_O[:, None], (y_OR * lift_O[:, None]).to(DTYPE), (o_O < outer)[:, None] & has_R[None, :])
-    sum_BR = tl.sum(tl.reshape(y_OR, (BLOCKS, SUMMED, y_OR.shape[1])), 1) * -unit_of(LIFT)
-    tl.store(sums_R[None, :] + block_B[:, None], sum_BR, (block_B * SUMMED < outer)[:, None] & has_R[None, :])
-
-
-@triton.jit
 def in_order(a_OW, b_OW):
     """The first weights of sixteen words, then the second ones: [O, 2 · W]."""
     UNITS: tl.constexpr = a_OW.shape[1] // 16
@@ -238,27 +184,15 @@ def in_order4(a_OW, b_OW, c_OW, d_OW):
 
 
 @triton.jit
-def ask_for(words_O, LINES: tl.constexpr):
-    """The first lines of rows of words come from memory to the L2 cache; only where assembly can be had."""
-    for i in tl.static_range(LINES):
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [(words_O + 64 * i).to(tl.int64)],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-
-
-@triton.jit
 def packed_dot(
-    data_O, scale_O, zero_O, x_R, sums_R, has_R, first, last,
+    data_O, scale_O, zero_O, x_R, has_R, first, last, columns,
     KIND: tl.constexpr, GROUP: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-    ASM: tl.constexpr, WHOLE: tl.constexpr, LIFT: tl.constexpr, SUMMED: tl.constexpr,
-    ROUNDED: tl.constexpr = False,
+    ASM: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """float32 [O, R] of rows at ``x_R`` and packed weights at ``data_O``, over columns ``first`` … ``last`` - 1.
 
     ``scale_O`` and ``zero_O`` are of each output's first group; ``zero_O`` None for none. A tile has up to four groups.
-    ``WHOLE``: see ``_add_parts``. ``LIFT``, not 0: rows are lifted and ``sums_R`` are theirs. ``ROUNDED`` multiplies
-    weights by their group's scale, and rounds them, before the rows instead of sums after them.
+    ``WHOLE``: see ``_add_parts``.
     """
     WORD: tl.constexpr = 4 if KIND == 0 else 2
     GROUPS: tl.constexpr = BLOCK_K // GROUP if GROUP else 1
@@ -277,20 +211,13 @@ def packed_dot(
             if zero_O is not None:
                 zero_OG = next_zero_OG.to(tl.float32)
                 next_zero_OG = tl.load(zero_O[:, None] + at + group_1G)
-            sum_OR = _add_groups(
-                sum_OR, words_O, now_OG, zero_OG, x_R + k, sums_R + k // SUMMED, has_R,
-                KIND, GROUPS, BLOCK_K, ASM, WHOLE, LIFT, SUMMED, ROUNDED,
-            )  # fmt: skip
+            sum_OR = _add_groups(sum_OR, words_O, now_OG, zero_OG, x_R + k, has_R, KIND, GROUPS, BLOCK_K, ASM, WHOLE)
         else:
             parts = weights_of(_words(words_O, BLOCK_K // WORD), KIND, x_R.dtype.element_ty, ASM)
-            sum_OR = _add_parts(sum_OR, parts, None, None, x_R + k, has_R, WHOLE)
+            sum_OR = _add_parts(sum_OR, parts, None, x_R + k, has_R, WHOLE)
     if GROUP == 0:
         sum_OR *= tl.load(scale_O).to(tl.float32)[:, None]
-    if LIFT:
-        sum_OR *= 1 / unit_of(LIFT)
-    elif KIND == 0:
-        sum_OR *= 128
-    return sum_OR
+    return sum_OR * 128 if KIND == 0 else sum_OR
 
 
 @triton.jit
@@ -306,60 +233,37 @@ def _words(data_O, WORDS: tl.constexpr):
 
 @triton.jit
 def _add_groups(
-    sum_OR, data_O, scale_OG, zero_OG, x_R, sums_R, has_R,
+    sum_OR, data_O, scale_OG, zero_OG, x_R, has_R,
     KIND: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr, ASM: tl.constexpr, WHOLE: tl.constexpr,
-    LIFT: tl.constexpr, SUMMED: tl.constexpr, ROUNDED: tl.constexpr,
 ):  # fmt: skip
     """``sum_OR`` and what some groups of columns at ``x_R`` add to it, each times its scale."""
     WORD: tl.constexpr = 4 if KIND == 0 else 2
-    HALF: tl.constexpr = COLUMNS // 2
-    if GROUPS == 1 or (COLUMNS == 64 and KIND == 0):  # else two groups of 32, half of each word
-        words_OW = _words(data_O, COLUMNS // WORD)
-        DTYPE: tl.constexpr = x_R.dtype.element_ty
-        parts = bits_of(words_OW, DTYPE, ASM) if LIFT else weights_of(words_OW, KIND, DTYPE, ASM)
-        if GROUPS == 1:
-            return _add_group(
-                sum_OR, parts, scale_OG, zero_OG, x_R, sums_R, has_R, COLUMNS, WHOLE, LIFT, SUMMED, ROUNDED
-            )
-        else:
-            scales, zeros = _halves(scale_OG), (None, None) if zero_OG is None else _halves(zero_OG)
-            for i in tl.static_range(2):
-                two = (parts[2 * i], parts[2 * i + 1])
-                sum_OR = _add_group(
-                    sum_OR, two, scales[i], zeros[i], x_R + 32 * i, sums_R + i, has_R, 32, WHOLE, LIFT, SUMMED, ROUNDED
-                )
-            return sum_OR
+    if GROUPS == 1:
+        parts = weights_of(_words(data_O, COLUMNS // WORD), KIND, x_R.dtype.element_ty, ASM)
+        return _add_group(sum_OR, parts, scale_OG, zero_OG, x_R, has_R, WHOLE)
+    elif COLUMNS == 64 and KIND == 0:  # two groups of 32, half of each word
+        a_OW, b_OW, c_OW, d_OW = weights_of(_words(data_O, 16), KIND, x_R.dtype.element_ty, ASM)
+        scales, zeros = _halves(scale_OG), (None, None) if zero_OG is None else _halves(zero_OG)
+        sum_OR = _add_group(sum_OR, (a_OW, b_OW), scales[0], zeros[0], x_R, has_R, WHOLE)
+        return _add_group(sum_OR, (c_OW, d_OW), scales[1], zeros[1], x_R + 32, has_R, WHOLE)
     else:
         scales, zeros = _halves(scale_OG), (None, None) if zero_OG is None else _halves(zero_OG)
+        HALF: tl.constexpr = COLUMNS // 2
         for i in tl.static_range(2):
-            at_O, at_R, s_R = data_O + i * (HALF // WORD), x_R + i * HALF, sums_R + i * (HALF // SUMMED)
-            sum_OR = _add_groups(
-                sum_OR, at_O, scales[i], zeros[i], at_R, s_R, has_R,
-                KIND, GROUPS // 2, HALF, ASM, WHOLE, LIFT, SUMMED, ROUNDED,
-            )  # fmt: skip
+            at_O, at_R = data_O + i * (HALF // WORD), x_R + i * HALF
+            sum_OR = _add_groups(sum_OR, at_O, scales[i], zeros[i], at_R, has_R, KIND, GROUPS // 2, HALF, ASM, WHOLE)
         return sum_OR
 
 
 @triton.jit
-def _add_group(
-    sum_OR, parts, scale_O1, zero_O1, x_R, sums_R, has_R,
-    COLUMNS: tl.constexpr, WHOLE: tl.constexpr, LIFT: tl.constexpr, SUMMED: tl.constexpr, ROUNDED: tl.constexpr,
-):  # fmt: skip
-    less_O1 = None if zero_O1 is None or LIFT else (zero_O1 - 8) / 128
-    if ROUNDED:
-        return _add_parts(sum_OR, parts, less_O1, scale_O1, x_R, has_R, WHOLE)
-    if LIFT:
-        less_R = tl.load(sums_R, has_R, 0.0)
-        for i in tl.static_range(1, COLUMNS // SUMMED):
-            less_R += tl.load(sums_R + i, has_R, 0.0)
-    add_OR = _add_parts(tl.zeros_like(sum_OR), parts, less_O1, None, x_R, has_R, WHOLE)
-    if LIFT:  # last, when the sums have come
-        add_OR += less_R[None, :] * (8.0 if zero_O1 is None else zero_O1)
+def _add_group(sum_OR, parts, scale_O1, zero_O1, x_R, has_R, WHOLE: tl.constexpr):
+    less_O1 = None if zero_O1 is None else (zero_O1 - 8) / 128
+    add_OR = _add_parts(tl.zeros_like(sum_OR), parts, less_O1, x_R, has_R, WHOLE)
     return sum_OR + add_OR * tl.reshape(scale_O1, (sum_OR.shape[0],))[:, None]
 
 
 @triton.jit
-def _add_parts(sum_OR, parts, less_O1, scale_O1, x_R, has_R, WHOLE: tl.constexpr):
+def _add_parts(sum_OR, parts, less_O1, x_R, has_R, WHOLE: tl.constexpr):
     """``sum_OR`` and the product of words' parts, as one or part by part.
 
     The latter loads words in the order in which mma.sync takes them, and rows so too; a warp group waits for every
@@ -369,22 +273,20 @@ def _add_parts(sum_OR, parts, less_O1, scale_O1, x_R, has_R, WHOLE: tl.constexpr
     WORDS: tl.constexpr = parts[0].shape[1]
     if WHOLE:
         w_OK = in_order4(*parts) if PARTS == 4 else in_order(*parts)
-        return _add_part(sum_OR, w_OK, less_O1, scale_O1, x_R, tl.arange(0, WORDS * PARTS), has_R)
+        return _add_part(sum_OR, w_OK, less_O1, x_R, tl.arange(0, WORDS * PARTS), has_R)
     else:
         word_W = tl.arange(0, WORDS)
         for i in tl.static_range(PARTS):
             column_W = word_W // 16 * (16 * PARTS) + i * 16 + word_W % 16
-            sum_OR = _add_part(sum_OR, parts[i], less_O1, scale_O1, x_R, column_W, has_R)
+            sum_OR = _add_part(sum_OR, parts[i], less_O1, x_R, column_W, has_R)
         return sum_OR
 
 
 @triton.jit
-def _add_part(sum_OR, w_OK, less_O1, scale_O1, x_R, column_K, has_R):
+def _add_part(sum_OR, w_OK, less_O1, x_R, column_K, has_R):
     x_KR = tl.load(x_R[None, :] + column_K[:, None], has_R[None, :], 0.0)
     if less_O1 is not None:
         w_OK -= tl.reshape(less_O1, (w_OK.shape[0],)).to(w_OK.dtype)[:, None]
-    if scale_O1 is not None:
-        w_OK *= tl.reshape(scale_O1, (w_OK.shape[0],)).to(w_OK.dtype)[:, None]
     return tl.dot(w_OK, x_KR, sum_OR, input_precision="ieee")
 
 
