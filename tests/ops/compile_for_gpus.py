@@ -60,6 +60,8 @@ def prepare(capability: int) -> None:
     for module in _triton_modules():
         if hasattr(module, "overlaps_launches"):
             module.overlaps_launches = lambda device: capability >= 90
+        if hasattr(module, "_has_warp_groups"):
+            module._has_warp_groups = lambda device: capability == 90
         if hasattr(module, "multiprocessors"):
             module.multiprocessors = lambda device: 132
         for name, value in list(vars(module).items()):

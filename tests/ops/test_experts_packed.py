@@ -90,6 +90,12 @@ def test_many_rows_an_expert(name):
     check(name, 220, torch.float32, heavy=True, absent=0.1, storage=True)
 
 
+@pytest.mark.parametrize("name", ALL_WAYS)
+def test_products_of_warp_groups(name, monkeypatch):
+    monkeypatch.setattr(triton_packed, "_has_warp_groups", lambda device: True)
+    check(name, 40, torch.float32, absent=0.2)
+
+
 @pytest.mark.parametrize("name", ["int8", "int4:128", "fp8:block"])
 def test_half_precision(name):
     for count in (3, 30):

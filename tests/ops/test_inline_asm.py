@@ -88,7 +88,7 @@ def test_every_word_of_four_bits_becomes_numbers():
     found_42N = run_asm(asm_of(triton_words.weights_of, 0), 4, WORDS_N).float().unflatten(0, (4, 2))
     words_2N = torch.stack([WORDS_N & 0xFFFF, WORDS_N >> 16])
     for i, found_2N in enumerate(found_42N):
-        assert found_2N.equal((words_2N >> 4 * i & 15).float() - 8)
+        assert found_2N.equal(((words_2N >> 4 * i & 15).float() - 8) / 128)
 
 
 @pytest.mark.parametrize(("which", "dtype"), [(1, torch.int8), (2, torch.float8_e4m3fn)])

@@ -9,6 +9,8 @@ what the first product gives is stored in it.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -75,25 +77,31 @@ def default_settings(rows: int, mean: float, halves: bool) -> dict[str, int]:
     in a small batch; ``block_r`` rows and ``programs`` a multiprocessor of the streamed form, for ``mean`` rows an
     expert.
     """
-    more = {"parts": 1, "block_r": 32 if mean <= 24 else 64 if mean <= 48 else 128, "programs": 2}
+    more = {"parts": 1, "block_r": 32 if mean <= 24 else 64 if mean <= 48 or halves else 128, "programs": 2}
     if rows <= BLOCK_R:
-        stages = 3 if halves else 4
-        up, down = (32, 256, 4, stages), (64, 256, 4, stages)
+        wide = 2 if halves and rows <= 8 else 1
+        up, down = ((wide * block_o, 256, 4, 3 if halves else 4) for block_o in (32, 64))
         more["parts"] = 7 if halves and rows == 1 else 2
+    elif halves:
+        up, down = (64, 128, 4, 3), (128, 128, 4, 3)
     elif more["block_r"] == 32:
-        up, down = ((64, 128, 4, 3), (128, 128, 4, 3)) if halves else ((32, 256, 4, 4), (128, 128, 8, 3))
-        more["programs"] = 3 if halves else 2
+        up, down = (32, 256, 4, 4), (128, 128, 8, 3)
     else:
-        up, down = ((32, 128, 4, 3), (64, 128, 4, 3)) if halves else ((64, 128, 8, 3), (64, 128, 4, 4))
+        up, down = (64, 128, 8, 3), (64, 128, 4, 4)
     names, parts = ("block_o", "block_k", "num_warps", "num_stages"), {"up": up, "down": down}.items()
     return {f"{part}_{name}": v for part, values in parts for name, v in zip(names, values, strict=True)} | more
 
 
-def _launch(x: torch.Tensor, settings: dict[str, int], part: str) -> dict[str, int | bool]:
-    overlaps = overlaps_launches(x.device)
-    more = {"PDL": overlaps, "num_warps": settings[f"{part}_num_warps"], "num_stages": settings[f"{part}_num_stages"]}
-    if settings["programs"] == 3:  # of four warps, and registers for all three
-        more["maxnreg"] = 168
+@functools.lru_cache
+def _has_warp_groups(device: torch.device) -> bool:
+    """Whether four warps multiply 16 rows or more as one."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def _launch(x: torch.Tensor, settings: dict[str, int], part: str, block_r: int) -> dict[str, int | bool]:
+    overlaps, warps = overlaps_launches(x.device), settings[f"{part}_num_warps"]
+    more = {"PDL": overlaps, "num_warps": warps, "num_stages": settings[f"{part}_num_stages"]}
+    more["WHOLE"] = block_r > 8 and warps % 4 == 0 and _has_warp_groups(x.device)
     return more | ({"launch_pdl": True} if overlaps else {})
 
 
@@ -108,14 +116,14 @@ def _sum_small(x_RD, slots_RK, weights_RK, up, down, residual_RD, out_RD, storag
     _up_packed[(triton.cdiv(hidden, s["up_block_o"]), slots)](
         x_RD, slots_RK, weights_RK, *up.tensors, storage_S, h_NF, arrived_B, len(arrived_B), rows, width, hidden,
         TURNED=down.turned, BLOCK_F=s["up_block_o"], COUNTERS=triton.next_power_of_2(len(arrived_B)), **common,
-        **constants, **_launch(x_RD, s, "up"),
+        **constants, **_launch(x_RD, s, "up", common["BLOCK_R"]),
     )  # fmt: skip
     constants = down.constants(s["down_block_k"])
     sums_NPD = torch.empty((rows * top_k, parts, width), dtype=torch.float32, device=x_RD.device)
     span = triton.cdiv(hidden, parts * constants["BLOCK_K"]) * constants["BLOCK_K"]
     _down_packed[(len(arrived_B), slots * parts)](
         h_NF, slots_RK, *down.tensors, storage_S, residual_RD, sums_NPD, arrived_B, out_RD, rows, width, hidden, span,
-        PARTS=parts, BLOCK_D=block_d, **common, **constants, **_launch(x_RD, s, "down"),
+        PARTS=parts, BLOCK_D=block_d, **common, **constants, **_launch(x_RD, s, "down", common["BLOCK_R"]),
     )  # fmt: skip
     return out_RD
 
@@ -138,7 +146,7 @@ def _sum_streamed(x_RD, slots_RK, weights_RK, up, down, residual_RD, out_RD, sto
         _product_packed[programs,](
             rows_PI, *operand.tensors, out_PO, order.slot_B, order.rows_B, order.blocks, operand.columns, outer, tiles,
             SWIGLU=part == "up", TURNED=part == "up" and down.turned, BLOCK_R=order.block_r, BLOCK_O=block_o,
-            **operand.constants(s[f"{part}_block_k"]), **_launch(x_RD, s, part),
+            **operand.constants(s[f"{part}_block_k"]), **_launch(x_RD, s, part, order.block_r),
         )  # fmt: skip
     residual_RD = None if residual_RD is None else residual_RD.contiguous()
     _weighted_sum[rows, triton.cdiv(width, block_d)](
@@ -184,7 +192,7 @@ def _up_packed(
     x, slots, weights, data, scales, zeros, storage, h, arrived, counters, rows, width, hidden,
     TURNED: tl.constexpr, BLOCK_F: tl.constexpr, COUNTERS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_R: tl.constexpr,
     BY_CHOICE: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
-    ASM: tl.constexpr, PDL: tl.constexpr,
+    ASM: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """h of every row that chose one slot, for some f, as ``triton_small._up_some_rows``."""
     row_R, g_G = tl.arange(0, BLOCK_R), tl.arange(0, 2 * BLOCK_F)
@@ -202,7 +210,7 @@ def _up_packed(
         data_G, scale_G, zero_G = matrices_at(data, scales, zeros, matrix_G, f_G, hidden, width, KIND, GROUP, HEIGHT)
         sum_GR = packed_dot(
             data_G, scale_G, None if zeros is None else zero_G, x + tl.where(chose_R, row_R, 0) * width, chose_R,
-            0, width, width, KIND, GROUP, 2 * BLOCK_F, BLOCK_R, BLOCK_K, ASM,
+            0, width, width, KIND, GROUP, 2 * BLOCK_F, BLOCK_R, BLOCK_K, ASM, WHOLE,
         )  # fmt: skip
         gate_FR, up_FR = tl.split(tl.permute(tl.reshape(sum_GR, (2, BLOCK_F, BLOCK_R)), (1, 2, 0)))
         weight_R = tl.load(weights + choice_R, chose_R, 0.0)
@@ -218,7 +226,7 @@ def _down_packed(
     h, slots, data, scales, zeros, storage, residual, sums, arrived, out, rows, width, hidden, span,
     PARTS: tl.constexpr, BLOCK_D: tl.constexpr, TOP_K: tl.constexpr, BLOCK_R: tl.constexpr, BY_CHOICE: tl.constexpr,
     KIND: tl.constexpr, GROUP: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr,
-    PDL: tl.constexpr,
+    WHOLE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One slot's part of out[d] of the rows that chose it, for some d, as ``triton_small._down_some_rows``."""
     part = tl.program_id(1) % PARTS
@@ -237,7 +245,7 @@ def _down_packed(
             data_D, scale_D, None if zeros is None else zero_D,
             h + tl.where(chose_R, choice_R, 0).to(tl.int64) * hidden, chose_R,
             part * span, tl.minimum(part * span + span, hidden), hidden, KIND, GROUP, BLOCK_D, BLOCK_R,
-            BLOCK_K, ASM,
+            BLOCK_K, ASM, WHOLE,
         )  # fmt: skip
         places_DR = sums + (choice_R * PARTS + part)[None, :] * width + d_D[:, None]
         tl.store(places_DR, sum_DR, inside_D[:, None] & chose_R[None, :])
@@ -260,7 +268,8 @@ def _slot_of(slots, storage, program, BY_CHOICE: tl.constexpr):
 def _product_packed(
     x_PI, data, scales, zeros, out_PO, slot_B, rows_B, blocks, inner, outer, tiles,
     SWIGLU: tl.constexpr, TURNED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, KIND: tl.constexpr,
-    GROUP: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    GROUP: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr, WHOLE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Every sorted row times the weights of its slot: blocks of rows × blocks of weight rows, tile after tile.
 
@@ -279,17 +288,17 @@ def _product_packed(
         if rows <= QUARTER:
             _packed_tile(
                 x_PI, data, scales, zeros, out_PO, slot, first, rows, o, inner, outer,
-                SWIGLU, TURNED, QUARTER, BLOCK_O, KIND, GROUP, HEIGHT, BLOCK_K, ASM,
+                SWIGLU, TURNED, QUARTER, BLOCK_O, KIND, GROUP, HEIGHT, BLOCK_K, ASM, WHOLE,
             )  # fmt: skip
         elif rows <= HALF:
             _packed_tile(
                 x_PI, data, scales, zeros, out_PO, slot, first, rows, o, inner, outer,
-                SWIGLU, TURNED, HALF, BLOCK_O, KIND, GROUP, HEIGHT, BLOCK_K, ASM,
+                SWIGLU, TURNED, HALF, BLOCK_O, KIND, GROUP, HEIGHT, BLOCK_K, ASM, WHOLE,
             )  # fmt: skip
         else:
             _packed_tile(
                 x_PI, data, scales, zeros, out_PO, slot, first, rows, o, inner, outer,
-                SWIGLU, TURNED, BLOCK_R, BLOCK_O, KIND, GROUP, HEIGHT, BLOCK_K, ASM,
+                SWIGLU, TURNED, BLOCK_R, BLOCK_O, KIND, GROUP, HEIGHT, BLOCK_K, ASM, WHOLE,
             )  # fmt: skip
 
 
@@ -297,7 +306,7 @@ def _product_packed(
 def _packed_tile(
     x_PI, data, scales, zeros, out_PO, slot, first, rows, o, inner, outer,
     SWIGLU: tl.constexpr, TURNED: tl.constexpr, ROWS: tl.constexpr, BLOCK_O: tl.constexpr, KIND: tl.constexpr,
-    GROUP: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr,
+    GROUP: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """out[first : first + rows, o : o + BLOCK_O], the weights on the M side, w1 above w3 in one tile."""
     HIGH: tl.constexpr = 2 * BLOCK_O if SWIGLU else BLOCK_O
@@ -308,7 +317,7 @@ def _packed_tile(
     data_G, scale_G, zero_G = matrices_at(data, scales, zeros, matrix_G, row_G, outer, inner, KIND, GROUP, HEIGHT)
     sum_GR = packed_dot(
         data_G, scale_G, None if zeros is None else zero_G, x_PI + (first + r_R) * inner, r_R < rows, 0, inner, inner,
-        KIND, GROUP, HIGH, ROWS, BLOCK_K, ASM,
+        KIND, GROUP, HIGH, ROWS, BLOCK_K, ASM, WHOLE,
     )  # fmt: skip
     if SWIGLU:
         gate_OR, up_OR = tl.split(tl.permute(tl.reshape(sum_GR, (2, BLOCK_O, ROWS)), (1, 2, 0)))
@@ -339,15 +348,20 @@ def _unpack(
     data_O, scale_O, zero_O = matrices_at(data, scales, zeros, matrix_O, read_O, outer, columns, KIND, GROUP, HEIGHT)
     out_O1 = (out_SOK + ((slot * STACKED + matrix) * outer + read_O) * columns)[:, None]
     DTYPE: tl.constexpr = out_SOK.dtype.element_ty
+    words_OW1 = data_O[:, None] + tl.arange(0, BLOCK_K // WORD)[None, :]
+    next_OW, group_G = tl.load(words_OW1, inside_O1, 0), tl.arange(0, GROUPS)  # a step before they are needed
+    next_OG = tl.load(scale_O[:, None] + group_G[None, :])
     for k in range(0, columns, BLOCK_K):
-        word_W = tl.multiple_of(k // WORD, 16) + tl.arange(0, BLOCK_K // WORD)
-        words_OW = tl.load(data_O[:, None] + word_W[None, :], inside_O1, 0)
+        words_OW, at = next_OW, tl.minimum(k + BLOCK_K, columns - BLOCK_K)
+        next_OW = tl.load(words_OW1 + tl.multiple_of(at // WORD, 16), inside_O1, 0)
+        scale_OG = next_OG.to(tl.float32)
+        next_OG = tl.load(scale_O[:, None] + group_G[None, :] + (at // GROUP if GROUP else 0))
         weights = weights_of(words_OW, KIND, DTYPE, ASM)
         w_OK = (in_order4(*weights) if KIND == 0 else tl.interleave(*weights)).to(tl.float32)
         w_OGK = tl.reshape(w_OK, (BLOCK_O, GROUPS, BLOCK_K // GROUPS))
-        group_G = (k // GROUP if GROUP else 0) + tl.arange(0, GROUPS)
         if zeros is not None:
-            w_OGK -= tl.load(zero_O[:, None] + group_G[None, :]).to(tl.float32)[:, :, None] - 8.0
-        w_OGK *= tl.load(scale_O[:, None] + group_G[None, :]).to(tl.float32)[:, :, None]
+            zero_OG = tl.load(zero_O[:, None] + group_G[None, :] + k // GROUP).to(tl.float32)
+            w_OGK -= (zero_OG[:, :, None] - 8.0) / 128
+        w_OGK *= (scale_OG * 128 if KIND == 0 else scale_OG)[:, :, None]
         w_OK = tl.reshape(w_OGK, (BLOCK_O, BLOCK_K)).to(DTYPE)
         tl.store(out_O1 + (k + tl.arange(0, BLOCK_K))[None, :], w_OK, inside_O1)

@@ -91,41 +91,39 @@ def place_of(column, TURNED: tl.constexpr):
 
 @triton.jit
 def weights_of(words_OW, KIND: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """The four weights of every word less 8, or its two, as numbers of the rows' type, exact in any; a tuple.
+    """The four weights of every word less 8, over 128, or its two, in the rows' type, exact in any; a tuple.
 
-    In bfloat16, two weights of a register's two words at a time: a number below 128 is the last bits of 128's mantissa,
-    of int8 less 128 or 256 by its sign; the bits of e4m3 in the place of bfloat16's are 2^-120 of the number.
-    128 twice, 0x43004300, is made of a register that ptxas knows nothing of: else it makes it anew for every word.
+    In bfloat16, two weights of a register's two words at a time. Of four bits: n below 256 in the last eight bits is
+    n · 2^-133, so that a weight in any half of that byte is one product away, and only every other word is shifted;
+    no power of two in bfloat16 makes more of it than n / 64. Of int8: a number below 128 is the last bits of 128's
+    mantissa, less 128 or 256 by its sign; 128 twice, 0x43004300, is made of a register that ptxas knows nothing of,
+    else it makes it anew for every word. The bits of e4m3 in the place of bfloat16's are 2^-120 of the number.
     """
     if KIND == 0:
         if ASM and DTYPE.is_bf16():
             a, b, c, d = tl.inline_asm_elementwise(
                 """{
-                .reg .b32 s, one, less, m;
-                mov.u32 m, %tid.x;
-                shr.u32 m, m, 31;
-                add.u32 m, m, 0x43004300;
-                mov.b32 one, 0x3f803f80;
-                mov.b32 less, 0xc308c308;
-                lop3.b32 s, $4, 0x000f000f, m, 0xea;
-                fma.rn.bf16x2 $0, s, one, less;
-                shr.u32 s, $4, 4;
-                lop3.b32 s, s, 0x000f000f, m, 0xea;
-                fma.rn.bf16x2 $1, s, one, less;
-                shr.u32 s, $4, 8;
-                lop3.b32 s, s, 0x000f000f, m, 0xea;
-                fma.rn.bf16x2 $2, s, one, less;
-                shr.u32 s, $4, 12;
-                lop3.b32 s, s, 0x000f000f, m, 0xea;
-                fma.rn.bf16x2 $3, s, one, less;
+                .reg .b32 s, low, high, less;
+                mov.b32 low, 0x7e807e80;
+                mov.b32 high, 0x7c807c80;
+                mov.b32 less, 0xbd80bd80;
+                and.b32 s, $4, 0x000f000f;
+                fma.rn.bf16x2 $0, s, low, less;
+                and.b32 s, $4, 0x00f000f0;
+                fma.rn.bf16x2 $1, s, high, less;
+                shr.u32 $3, $4, 8;
+                and.b32 s, $3, 0x000f000f;
+                fma.rn.bf16x2 $2, s, low, less;
+                and.b32 s, $3, 0x00f000f0;
+                fma.rn.bf16x2 $3, s, high, less;
                 }""",
                 "=&r,=&r,=&r,=&r,r", [words_OW], is_pure=True, pack=2,
                 dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
             )  # fmt: skip
         else:
             w_OW = words_OW.to(tl.int32)
-            a, b = ((w_OW & 15) - 8).to(DTYPE), ((w_OW >> 4 & 15) - 8).to(DTYPE)
-            c, d = ((w_OW >> 8 & 15) - 8).to(DTYPE), ((w_OW >> 12 & 15) - 8).to(DTYPE)
+            a, b = (((w_OW & 15) - 8) / 128).to(DTYPE), (((w_OW >> 4 & 15) - 8) / 128).to(DTYPE)
+            c, d = (((w_OW >> 8 & 15) - 8) / 128).to(DTYPE), (((w_OW >> 12 & 15) - 8) / 128).to(DTYPE)
         return a, b, c, d
     elif KIND == 1:
         if ASM and DTYPE.is_bf16():
@@ -199,13 +197,13 @@ def in_order4(a_OW, b_OW, c_OW, d_OW):
 def packed_dot(
     data_O, scale_O, zero_O, x_R, has_R, first, last, columns,
     KIND: tl.constexpr, GROUP: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-    ASM: tl.constexpr,
+    ASM: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """float32 [O, R] of rows at ``x_R`` and packed weights at ``data_O``, over columns ``first`` … ``last`` - 1.
 
     ``scale_O`` and ``zero_O`` are of each output's first group; ``zero_O`` None for none. A tile has up to four groups.
+    ``WHOLE``: see ``_add_parts``.
     """
-    DTYPE: tl.constexpr = x_R.dtype.element_ty
     WORD: tl.constexpr = 4 if KIND == 0 else 2
     GROUPS: tl.constexpr = BLOCK_K // GROUP if GROUP else 1
     sum_OR = tl.zeros([BLOCK_O, BLOCK_R], tl.float32)
@@ -215,8 +213,7 @@ def packed_dot(
         if zero_O is not None:
             next_zero_OG = tl.load(zero_O[:, None] + first // GROUP + group_1G)
     for k in range(first, last, BLOCK_K):
-        word_W = tl.multiple_of(k // WORD, 16) + tl.arange(0, BLOCK_K // WORD)
-        words_OW = tl.load(data_O[:, None] + word_W[None, :], eviction_policy="evict_first")
+        words_O = data_O + tl.multiple_of(k // WORD, 16)
         if GROUP:
             at = tl.minimum(k + BLOCK_K, last - BLOCK_K) // GROUP
             now_OG, zero_OG = next_OG.to(tl.float32), None
@@ -224,59 +221,83 @@ def packed_dot(
             if zero_O is not None:
                 zero_OG = next_zero_OG.to(tl.float32)
                 next_zero_OG = tl.load(zero_O[:, None] + at + group_1G)
-            sum_OR = _add_groups(sum_OR, words_OW, now_OG, zero_OG, x_R + k, has_R, KIND, GROUPS, BLOCK_K, ASM)
+            sum_OR = _add_groups(sum_OR, words_O, now_OG, zero_OG, x_R + k, has_R, KIND, GROUPS, BLOCK_K, ASM, WHOLE)
         else:
-            x_KR = tl.load((x_R + k)[None, :] + tl.arange(0, BLOCK_K)[:, None], has_R[None, :], 0.0)
-            sum_OR += tl.dot(_numbers(words_OW, KIND, DTYPE, ASM), x_KR, input_precision="ieee")
+            parts = weights_of(_words(words_O, BLOCK_K // WORD), KIND, x_R.dtype.element_ty, ASM)
+            sum_OR = _add_parts(sum_OR, parts, None, x_R + k, has_R, WHOLE)
     if GROUP == 0:
         sum_OR *= tl.load(scale_O).to(tl.float32)[:, None]
-    return sum_OR
+    return sum_OR * 128 if KIND == 0 else sum_OR
 
 
 @triton.jit
-def _numbers(words_OW, KIND: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """Weights as they are multiplied."""
-    parts = weights_of(words_OW, KIND, DTYPE, ASM)
-    return in_order4(*parts) if KIND == 0 else in_order(*parts)
+def _halves(x_OG):
+    x_OHG = tl.reshape(x_OG, (x_OG.shape[0], 2, x_OG.shape[1] // 2))
+    return tl.split(tl.permute(x_OHG, (0, 2, 1)))
 
 
 @triton.jit
-def _halves(x_OW):
-    x_OHW = tl.reshape(x_OW, (x_OW.shape[0], 2, x_OW.shape[1] // 2))
-    return tl.split(tl.permute(x_OHW, (0, 2, 1)))
+def _words(data_O, WORDS: tl.constexpr):
+    return tl.load(data_O[:, None] + tl.arange(0, WORDS)[None, :], eviction_policy="evict_first")
 
 
 @triton.jit
 def _add_groups(
-    sum_OR, words_OW, scale_OG, zero_OG, x_R, has_R,
-    KIND: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr, ASM: tl.constexpr,
+    sum_OR, data_O, scale_OG, zero_OG, x_R, has_R,
+    KIND: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr, ASM: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """``sum_OR`` and what some groups of columns at ``x_R`` add to it, each times its scale."""
+    WORD: tl.constexpr = 4 if KIND == 0 else 2
     if GROUPS == 1:
-        w_OK = _numbers(words_OW, KIND, x_R.dtype.element_ty, ASM)
-        return _add_group(sum_OR, w_OK, scale_OG, zero_OG, x_R, has_R)
+        parts = weights_of(_words(data_O, COLUMNS // WORD), KIND, x_R.dtype.element_ty, ASM)
+        return _add_group(sum_OR, parts, scale_OG, zero_OG, x_R, has_R, WHOLE)
     elif COLUMNS == 64 and KIND == 0:  # two groups of 32, half of each word
-        a_OW, b_OW, c_OW, d_OW = weights_of(words_OW, KIND, x_R.dtype.element_ty, ASM)
+        a_OW, b_OW, c_OW, d_OW = weights_of(_words(data_O, 16), KIND, x_R.dtype.element_ty, ASM)
         scales, zeros = _halves(scale_OG), (None, None) if zero_OG is None else _halves(zero_OG)
-        sum_OR = _add_group(sum_OR, in_order(a_OW, b_OW), scales[0], zeros[0], x_R, has_R)
-        return _add_group(sum_OR, in_order(c_OW, d_OW), scales[1], zeros[1], x_R + 32, has_R)
+        sum_OR = _add_group(sum_OR, (a_OW, b_OW), scales[0], zeros[0], x_R, has_R, WHOLE)
+        return _add_group(sum_OR, (c_OW, d_OW), scales[1], zeros[1], x_R + 32, has_R, WHOLE)
     else:
-        words, scales = _halves(words_OW), _halves(scale_OG)
-        zeros = (None, None) if zero_OG is None else _halves(zero_OG)
+        scales, zeros = _halves(scale_OG), (None, None) if zero_OG is None else _halves(zero_OG)
+        HALF: tl.constexpr = COLUMNS // 2
         for i in tl.static_range(2):
-            at_R = x_R + i * (COLUMNS // 2)
-            sum_OR = _add_groups(
-                sum_OR, words[i], scales[i], zeros[i], at_R, has_R, KIND, GROUPS // 2, COLUMNS // 2, ASM
-            )
+            at_O, at_R = data_O + i * (HALF // WORD), x_R + i * HALF
+            sum_OR = _add_groups(sum_OR, at_O, scales[i], zeros[i], at_R, has_R, KIND, GROUPS // 2, HALF, ASM, WHOLE)
         return sum_OR
 
 
 @triton.jit
-def _add_group(sum_OR, w_OK, scale_O1, zero_O1, x_R, has_R):
-    x_KR = tl.load(x_R[None, :] + tl.arange(0, w_OK.shape[1])[:, None], has_R[None, :], 0.0)
-    if zero_O1 is not None:
-        w_OK -= (tl.reshape(zero_O1, (w_OK.shape[0],)) - 8.0).to(w_OK.dtype)[:, None]
-    return sum_OR + tl.dot(w_OK, x_KR, input_precision="ieee") * tl.reshape(scale_O1, (w_OK.shape[0],))[:, None]
+def _add_group(sum_OR, parts, scale_O1, zero_O1, x_R, has_R, WHOLE: tl.constexpr):
+    less_O1 = None if zero_O1 is None else (zero_O1 - 8) / 128
+    add_OR = _add_parts(tl.zeros_like(sum_OR), parts, less_O1, x_R, has_R, WHOLE)
+    return sum_OR + add_OR * tl.reshape(scale_O1, (sum_OR.shape[0],))[:, None]
+
+
+@triton.jit
+def _add_parts(sum_OR, parts, less_O1, x_R, has_R, WHOLE: tl.constexpr):
+    """``sum_OR`` and the product of words' parts, as one or part by part.
+
+    The latter loads words in the order in which mma.sync takes them, and rows so too; a warp group waits for every
+    product that it begins.
+    """
+    PARTS: tl.constexpr = len(parts)
+    WORDS: tl.constexpr = parts[0].shape[1]
+    if WHOLE:
+        w_OK = in_order4(*parts) if PARTS == 4 else in_order(*parts)
+        return _add_part(sum_OR, w_OK, less_O1, x_R, tl.arange(0, WORDS * PARTS), has_R)
+    else:
+        word_W = tl.arange(0, WORDS)
+        for i in tl.static_range(PARTS):
+            column_W = word_W // 16 * (16 * PARTS) + i * 16 + word_W % 16
+            sum_OR = _add_part(sum_OR, parts[i], less_O1, x_R, column_W, has_R)
+        return sum_OR
+
+
+@triton.jit
+def _add_part(sum_OR, w_OK, less_O1, x_R, column_K, has_R):
+    x_KR = tl.load(x_R[None, :] + column_K[:, None], has_R[None, :], 0.0)
+    if less_O1 is not None:
+        w_OK -= tl.reshape(less_O1, (w_OK.shape[0],)).to(w_OK.dtype)[:, None]
+    return tl.dot(w_OK, x_KR, sum_OR, input_precision="ieee")
 
 
 @triton.jit
