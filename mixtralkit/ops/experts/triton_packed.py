@@ -1,7 +1,8 @@
 """Experts in fewer bits: weights are read packed, and become numbers in registers in front of the matrix units.
 
-By the number of rows: up to sixteen in two launches, as ``triton_small``; sorted rows whose weights are read once, as
-``triton_grouped``'s streamed form; and for many rows an expert the layer's weights are unpacked first.
+By the number of rows: one of half precision through the ordinary cores (``triton_packed_row``); up to sixteen in two
+launches, as ``triton_small``; sorted rows whose weights are read once, as ``triton_grouped``'s streamed form; and for
+many rows an expert the layer's weights are unpacked first.
 
 Where ``triton_words`` multiplies in another order than the columns', ``_arrange`` copies a layer's rows into it, and
 what the first product gives is stored in it.
@@ -55,7 +56,7 @@ def expert_sum_packed(
     x_RD, slots_RK, weights_RK = x_RD.contiguous(), slots_RK.contiguous(), weights_RK.contiguous()
     out_RD = torch.empty_like(x_RD) if out_RD is None else out_RD
     rest = (residual_RD, out_RD)
-    if rows == 1 and x_RD.dtype != torch.float32 and (settings is None or "up_f" in settings):
+    if rows == 1 and x_RD.dtype != torch.float32:
         return expert_sum_packed_row(x_RD, slots_RK, weights_RK, up, down, *rest, storage_S, settings)
     mean = (rows if likely_rows is None else likely_rows) * top_k / (likely_slots or slots)
     settings = settings or default_settings(rows, mean, up.kind == INT4)
@@ -81,7 +82,7 @@ def default_settings(rows: int, mean: float, halves: bool) -> dict[str, int]:
     if rows <= BLOCK_R:
         wide = 2 if halves and rows <= 8 else 1
         up, down = ((wide * block_o, 256, 4, 3 if halves else 4) for block_o in (32, 64))
-        more["parts"] = 7 if halves and rows == 1 else 2
+        more["parts"] = 2
     elif halves:
         up, down = (64, 128, 4, 3), (128, 128, 4, 3)
     elif more["block_r"] == 32:
@@ -107,8 +108,7 @@ def _launch(x: torch.Tensor, settings: dict[str, int], part: str, block_r: int) 
 
 def _sum_small(x_RD, slots_RK, weights_RK, up, down, residual_RD, out_RD, storage_S, slots: int, s) -> torch.Tensor:
     (rows, width), top_k, hidden, parts = x_RD.shape, slots_RK.shape[1], down.columns, s["parts"]
-    common = {"TOP_K": top_k, "BLOCK_R": 8 if rows <= 8 else BLOCK_R, "BY_CHOICE": rows == 1}
-    slots = top_k if rows == 1 else slots
+    common = {"TOP_K": top_k, "BLOCK_R": 8 if rows <= 8 else BLOCK_R}
     h_NF = x_RD.new_empty(rows * top_k, hidden)
     block_d = s["down_block_o"]
     arrived_B = torch.empty(triton.cdiv(width, block_d), dtype=torch.int32, device=x_RD.device)
@@ -191,7 +191,7 @@ def _arrange(x_RD, out_RD, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
 def _up_packed(
     x, slots, weights, data, scales, zeros, storage, h, arrived, counters, rows, width, hidden,
     TURNED: tl.constexpr, BLOCK_F: tl.constexpr, COUNTERS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    BY_CHOICE: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
+    KIND: tl.constexpr, GROUP: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_K: tl.constexpr,
     ASM: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """h of every row that chose one slot, for some f, as ``triton_small._up_some_rows``."""
@@ -201,7 +201,7 @@ def _up_packed(
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    slot, place = _slot_of(slots, storage, tl.program_id(1), BY_CHOICE)
+    slot, place = _slot_of(storage, tl.program_id(1))
     _start_counting(arrived, counters, COUNTERS)
     choice_R, _ = _choice_of(slots, slot, rows, BLOCK_R, TOP_K)
     chose_R = choice_R >= 0
@@ -224,7 +224,7 @@ def _up_packed(
 @triton.jit(do_not_specialize=["rows"])
 def _down_packed(
     h, slots, data, scales, zeros, storage, residual, sums, arrived, out, rows, width, hidden, span,
-    PARTS: tl.constexpr, BLOCK_D: tl.constexpr, TOP_K: tl.constexpr, BLOCK_R: tl.constexpr, BY_CHOICE: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_D: tl.constexpr, TOP_K: tl.constexpr, BLOCK_R: tl.constexpr,
     KIND: tl.constexpr, GROUP: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr,
     WHOLE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -232,7 +232,7 @@ def _down_packed(
     part = tl.program_id(1) % PARTS
     d_D = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside_D = d_D < width
-    slot, place = _slot_of(slots, storage, tl.program_id(1) // PARTS, BY_CHOICE)
+    slot, place = _slot_of(storage, tl.program_id(1) // PARTS)
     choice_R, present_R = _choice_of(slots, slot, rows, BLOCK_R, TOP_K)
     chose_R = choice_R >= 0
     if PDL:
@@ -253,15 +253,13 @@ def _down_packed(
 
 
 @triton.jit
-def _slot_of(slots, storage, program, BY_CHOICE: tl.constexpr):
-    """The slot of a program, of all or of one row's choices, and its place; past L1, which may hold old ones."""
+def _slot_of(storage, program):
+    """The slot of a program, and its place; past L1, which may hold what lay there when an earlier kernel read it."""
     slot = program.to(tl.int64)
-    if BY_CHOICE:
-        slot = tl.load(slots + program, cache_modifier=".cg").to(tl.int64)
-    place = tl.maximum(slot, 0)
-    if storage is not None:
-        place = tl.load(storage + place, cache_modifier=".cg")
-    return tl.where(slot < 0, -2, slot), place  # -1 is a choice that no slot here computes
+    if storage is None:
+        return slot, slot
+    else:
+        return slot, tl.load(storage + slot, cache_modifier=".cg")
 
 
 @triton.jit
