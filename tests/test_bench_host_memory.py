@@ -101,9 +101,9 @@ def test_picture_and_page_of_written_and_of_kept_lines(tmp_path: Path, capsys) -
     assert capsys.readouterr().out.strip() == tables.strip()
     for row in (
         "Experts in int4:128: a GPU, 16 cores, 2026-12-01, commit abc123; "
-        "experts in bf16: a GPU, 16 cores, 2026-12-01, commit def456.", "| int4:128 | 90.8 | 50.0 | 60.0 |  |",
-        "| 24, bf16, trace | 215 | 50.0 | 20.0 | 10.0 | 2.00 | 75.0% | 10.2 |",
-        "| 24, bf16, 8 behind 2,048 tokens | 215 | 400.0 | 20.0 | 10.0 | 2.00 | 75.0% | 10.2 | 0.5 |",
-        "| 24, int4:128, 2,048 | 9 | 244 |  | 80 |  |",
+        "experts in bf16: a GPU, 16 cores, 2026-12-01, commit def456.", "| int4:128 | 90.8 | 50.0 | 60.0 |  | abc123 |",
+        "| 24, bf16, trace | 215 | 50.0 | 20.0 | 10.0 | 2.00 | 75.0% | 10.2 | def456 |",
+        "| 24, bf16, 8 behind 2,048 tokens | 215 | 400.0 | 20.0 | 10.0 | 2.00 | 75.0% | 10.2 | 0.5 | def456 |",
+        "| 24, int4:128, 2,048 | 9 | 244 |  | 80 |  | abc123 |",
     ):  # fmt: skip
         assert row in tables.splitlines()

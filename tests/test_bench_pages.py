@@ -215,14 +215,25 @@ def test_tiers_by_the_simulator():
 
 
 def test_serving():
-    lines = {line["measurement"]: line for line in runs("serving-h200")}
+    lines = {f"{line['measurement']} {line.get('quantize') or ''}".strip(): line for line in runs("serving-h200")}
     rows = table("docs/serving.md", "| output tokens a second |")
-    named = ["fixed", "equal", "uniform"]
+    named = ["fixed", "fixed fp8", "equal", "uniform"]
     wanted = [rate(lines["single"]), *(f"{lines[name]['output_tokens_per_second']:,.0f}" for name in named)]
     assert [cells[0] for cells in rows.values()] == wanted
     page, mixed = (ROOT / "docs/serving.md").read_text(encoding="utf-8"), lines["mixed"]
     for ms in (mixed["decode_ms"], mixed["chunk_ms"], mixed["both_ms"]):
         assert f"{ms:.1f} ms" in page
+    text, come = " ".join(page.split()), lines["poisson"]
+    between, late = come["median_itl_ms"], come["p99_itl_ms"]
+    shared = {line["reuse"]: line["last_ttft_s"] for line in runs("serving-h200") if line["measurement"] == "prefix"}
+    for words in (
+        f"{come['request_rate']:.0f} a second", f"{come['mean_running']} at a time",
+        f"is {between:.1f} ms, {between / come['quiet_median_itl_ms']:.2f} times",
+        f"than {late:.1f} ms, {late / between:.2f} times",
+        f"after {come['median_ttft_ms']:.0f} ms, one in a hundred after {come['p99_ttft_ms']:.0f} ms",
+        f"after {shared[True]:.3f} s, without reuse after {shared[False]:.3f} s: {shared[True] / shared[False]:.3f}.",
+    ):  # fmt: skip
+        assert words in text
 
 
 def test_host_memory():

@@ -19,10 +19,19 @@ NAMES = {"even": "choices drawn evenly", "trace": "choices of a real trace"}
 FORMATS = {"none": "bf16"}  # by their names in the options, those that have another
 BEGIN, END = "<!-- measured: made by plot_host_memory -->\n", "<!-- end of what was measured -->"
 BOUND = ("step, ms", "bound, ms", "of bound")
-RATES = ("experts", "MB each", "pinned copies, GB/s", "CPU, one row, GB/s", "both at once, GB/s")
-STEPS = ("GB, experts, choices", "on the GPU", "tokens/s", *BOUND, "hits", "misses a step")
-BATCHES = ("GB, experts, sequences", "on the GPU", "tokens/s", *BOUND, "hits", "misses a step", "fetched whole")
-PROMPTS = ("GB, experts, tokens", "on the GPU", "ms", "all on the GPU, ms", "on the bus, ms", "of the larger")
+RATES = ("experts", "MB each", "pinned copies, GB/s", "CPU, one row, GB/s", "both at once, GB/s", "commit")
+STEPS = ("GB, experts, choices", "on the GPU", "tokens/s", *BOUND, "hits", "misses a step", "commit")
+BATCHES = (
+    "GB, experts, sequences",
+    "on the GPU",
+    "tokens/s",
+    *BOUND,
+    "hits",
+    "misses a step",
+    "fetched whole",
+    "commit",
+)
+PROMPTS = ("GB, experts, tokens", "on the GPU", "ms", "all on the GPU, ms", "on the bus, ms", "of the larger", "commit")
 
 
 @command
@@ -66,9 +75,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def render(lines: Sequence[Line]) -> str:
     """All that the page says of them."""
-    of = {
-        kind: [line for line in lines if line["measured"] == kind] for kind in ("machine", "rates", "decode", "prompt")
-    }
+    of, commit = {kind: [] for kind in ("machine", "rates", "decode", "prompt")}, None
+    for line in lines:
+        commit = (line["commit"] or "") if line["measured"] == "machine" else commit
+        of.get(line["measured"], []).append({**line, "commit": commit})
+    formats = list(dict.fromkeys(line["quantize"] for line in of["decode"]))
+    of["decode"].sort(key=lambda line: (formats.index(line["quantize"]), -line["budget_gb"]))
     single, batches = ([line for line in of["decode"] if (line["batch"] > 1) == many] for many in (False, True))
     said = "; ".join(
         f"experts in {', '.join(map(name_of, each['quantize']))}: "
@@ -95,7 +107,7 @@ def rate_cells(line: Line) -> list[str]:
     together = "" if both is None else f"{both[0]:.1f} + {both[1]:.1f}"
     return [
         name_of(line["quantize"]), f"{line['expert_mb']:.1f}", f"{line['bus_gb_s']:.1f}",
-        "" if cpu is None else f"{cpu:.1f}", together,
+        "" if cpu is None else f"{cpu:.1f}", together, line["commit"],
     ]  # fmt: skip
 
 
@@ -107,13 +119,14 @@ def cells(line: Line) -> list[str]:
         f"{line['budget_gb']:g}, {name_of(line['quantize'])}, {last}", str(line["places"]),
         f"{1e3 * line['batch'] / line['step_ms']:.1f}", f"{line['step_ms']:.1f}", f"{line['bound_ms']:.1f}",
         f"{line['of_bound']:.2f}", f"{line['hit_rate']:.1%}", f"{line['misses']:.1f}", *more,
+        line["commit"],
     ]  # fmt: skip
 
 
 def prompt_cells(line: Line) -> list[str]:
     forms = (("places", ""), ("ms", ".0f"), ("resident_ms", ".0f"), ("bus_ms", ".0f"), ("of_bound", ".2f"))
     first = f"{line['budget_gb']:g}, {name_of(line['quantize'])}, {line['tokens']:,}"
-    return [first, *(f"{line[key]:{form}}" if key in line else "" for key, form in forms)]
+    return [first, *(f"{line[key]:{form}}" if key in line else "" for key, form in forms), line["commit"]]
 
 
 def draw(lines: Sequence[Line], path: Path) -> None:
