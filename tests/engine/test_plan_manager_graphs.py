@@ -83,7 +83,7 @@ def _with_graphs(context: RankContext, folder: Path, attention: str, policy: Any
                 launched(flight)
 
             engine.plan_manager.launched = noted
-        answers = [completion.tokens for completion in engine.complete(_requests(11))]
+        answers = [completion.tokens for completion in engine.complete(_requests(7))]
     return answers, engine.plan_manager and engine.plan_manager.statistics, "".join(kinds)
 
 
