@@ -19,7 +19,7 @@ from tests.ranks import run_ranks
 
 CKPTS = Path(__file__).resolve().parent.parent / "ckpts"
 PROMPTS = ["In the beginning", "def read(path):\n", "NAME\n       tar -", "The function returns", "Moses"]
-NEW_TOKENS = 10
+NEW_TOKENS = 8
 
 
 @dataclass(frozen=True)
