@@ -36,7 +36,7 @@ class Way:
     symmetric_rows: int | None = None
 
     def expert_plan(self, world_size: int) -> ExpertPlan:
-        layers = open_checkpoint(CKPTS).config.n_layers
+        layers = _layers()
         if self.plan == "contiguous":
             return contiguous(layers, 8, world_size)
         if self.plan == "everywhere":
@@ -81,6 +81,11 @@ def _text(context: RankContext, ways: list[Way]) -> list[list[list[int]]]:
         done = mixtral.complete(PROMPTS, NEW_TOKENS, temperature=0)
         found.append([completion.tokens for completion in done])
     return found
+
+
+@cache
+def _layers() -> int:
+    return open_checkpoint(CKPTS).config.n_layers
 
 
 @cache

@@ -88,9 +88,13 @@ WAYS = [
 ]
 
 
+@cache
+def _layers() -> int:
+    return open_checkpoint(CKPTS).config.n_layers
+
+
 def _load(context: RankContext, way: Way) -> Mixtral:
-    reader = open_checkpoint(CKPTS)
-    plan = replace(contiguous(reader.config.n_layers, 8, context.world_size), ranks_per_node=way.nodes)
+    plan = replace(contiguous(_layers(), 8, context.world_size), ranks_per_node=way.nodes)
     return Mixtral.load(
         EngineConfig.of(
             model=CKPTS, max_seq_len=64, max_batch_size=way.batch, dtype="float32", attention=way.attention,

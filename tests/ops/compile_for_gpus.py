@@ -1,4 +1,4 @@
-"""Compiles kernels for a GPU that is not there, in a process without the interpreter: ``python -m … 90 plain``.
+"""Compiles kernels for a GPU that is not there, in a process without the interpreter: ``python -m … 90 plain packed``.
 
 The interpreter knows no types: a kernel that it runs may still be refused by the compiler. Launches are those of the
 launchers on tensors in main memory that nothing touches; prints one line a kernel.
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import triton
+from triton._C.libtriton import nvidia
 from triton.backends.compiler import GPUTarget
 
 import mixtralkit.ops
@@ -57,6 +58,9 @@ class Compiled:
 def prepare(capability: int) -> None:
     """Every kernel of the package compiles for ``capability`` where it would be launched."""
     triton.runtime.driver.set_active(NoGPU(capability))
+    # where barriers belong takes a third of the time to find, and is a reason to refuse nothing
+    nvidia.passes.ttgpuir.add_membar = lambda *_: None
+    nvidia.passes.ttnvgpuir.add_proxy_fence_insertion = lambda *_: None
     for module in _triton_modules():
         if hasattr(module, "overlaps_launches"):
             module.overlaps_launches = lambda device: capability >= 90
@@ -205,20 +209,8 @@ def desk(rows: int, width: int = 4096, layers: int = 32, slots: int = 8) -> None
         ask_host(slots_TK, weights_TK, x_TD, residual_TD, guessed_TK, memory, 1, 0, last, always)
 
 
-if __name__ == "__main__":
-    prepare(int(sys.argv[1]))
-    is_hopper = int(sys.argv[1]) >= 90  # of older GPUs a kernel each
-    if sys.argv[2] == "packed":
-        for name in ("int8", "int4:32", "int4:128", "int4:64:zeros", "fp8:block") if is_hopper else ("int4", "fp8"):
-            for count in (1, 8, 64, 1024) if name in ("int4:128", "fp8") else (1, 8, 64):
-                packed_experts(name, count)
-        if int(sys.argv[1]) >= 89:  # rows in fp8 too
-            for name, count in (("fp8", 64), ("fp8:tensor", 4096)):
-                packed_experts(name, count, operands=True)
-        for name in ("int8", "fp8"):
-            for count in (1, 8, 64, 256):
-                packed_linear(name, count)
-        sys.exit()
+def plain(is_hopper: bool) -> None:
+    """Of older GPUs a kernel each."""
     for count in (1, 8, 64, 128, 256, 1024, 4096) if is_hopper else (8, 256):
         experts(count)
     for count in (1, 8, 64) if is_hopper else ():
@@ -234,3 +226,24 @@ if __name__ == "__main__":
             attention(count, page_size=32, window=100)
     for stays in (False, True) if is_hopper else ():
         exchange(stays)
+
+
+def packed(capability: int) -> None:
+    """What 80 takes of int4 and int8 89 does too, which knows fp8 as well."""
+    formats = {80: ("int4", "fp8"), 89: ("fp8",), 90: ("int8", "int4:32", "int4:128", "int4:64:zeros", "fp8:block")}
+    for name in formats[capability]:
+        for count in (1, 8, 64, 1024) if name in ("int4:128", "fp8") else (1, 8, 64):
+            packed_experts(name, count)
+    for name, count in (("fp8", 64), ("fp8:tensor", 4096)) if capability >= 89 else ():  # rows in fp8 too
+        packed_experts(name, count, operands=True)
+    for name in ("fp8",) if capability == 89 else ("int8", "fp8"):
+        for count in (1, 8, 64, 256):
+            packed_linear(name, count)
+
+
+if __name__ == "__main__":
+    prepare(int(sys.argv[1]))
+    if "plain" in sys.argv:
+        plain(int(sys.argv[1]) >= 90)
+    if "packed" in sys.argv:
+        packed(int(sys.argv[1]))
