@@ -220,10 +220,10 @@ def plain(is_hopper: bool) -> None:
     for count in (1, 8, 64) if is_hopper else (8,):
         desk(count)
     sampling(8)
-    for count in (1, 256):
+    for count in (1, 8, 256):
         attention(count)
-        if is_hopper:
-            attention(count, page_size=32, window=100)
+    if is_hopper:
+        attention(256, page_size=32, window=100)
     for stays in (False, True) if is_hopper else ():
         exchange(stays)
 
