@@ -386,7 +386,7 @@ def steps_of(engine: Engine, requests: list[Request], batch: int) -> Iterator[No
 class Clock:
     """Where the host's time of a step goes: in the tiers' calls."""
 
-    NAMES = ("ask", "compute", "product_on_cpu", "say", "balance", "found", "look_ahead", "take_in")
+    NAMES = ("ask", "compute", "product_on_cpu", "balance", "found", "look_ahead", "take_in")
 
     def __init__(self, tiers: Any) -> None:
         self.seconds = dict.fromkeys(self.NAMES, 0.0)

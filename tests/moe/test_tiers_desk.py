@@ -83,8 +83,8 @@ def test_steps_that_run_beside_the_host(name: str) -> None:
             if setup.options.misses == "fetch":
                 assert torch.equal(got[layer], wanted)
             torch.testing.assert_close(got[layer], wanted, rtol=2e-3, atol=2e-4)
-        assert all(int(tiers.said_LS[key]) in (place, -1) for key, place in tiers.cache.place_of.items())
-        here = {(a, b) for a, b in (tiers.said_LS[:-1] >= 0).nonzero().tolist()}
+        assert all(int(tiers.tables.said_LS[key]) in (place, -1) for key, place in tiers.cache.place_of.items())
+        here = {(a, b) for a, b in (tiers.tables.said_LS[:-1] >= 0).nonzero().tolist()}
         assert here <= tiers.cache.place_of.keys(), "a step takes nothing for there that has made way"
     counts = tiers.counts
     assert counts.misses > 5

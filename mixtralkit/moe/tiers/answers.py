@@ -24,22 +24,22 @@ class BusAnswer:
     def __init__(self, tiers: Tiers, rows: int) -> None:
         self.tiers, device, width = tiers, tiers.context.device, tiers.layout.config.dim
         is_cuda = device.type == "cuda"
-        sizes = [tiers.said_LS.nbytes, 4 * rows * width]  # side by side, so that one copy brings both
+        sizes = [tiers.tables.said_LS.nbytes, 4 * rows * width]  # side by side, so that one copy brings both
         self._sent = torch.zeros(sum(sizes), dtype=torch.uint8, pin_memory=is_cuda)
         self._brought = torch.zeros_like(self._sent, device=device)
         (sent_LS, self.computed_TD), (self.said_LS, self.cpu_TD) = (
-            (said.view(torch.int64).view_as(tiers.said_LS), cpu.view(torch.float32).view(rows, width))
+            (said.view(torch.int64).view_as(tiers.tables.said_LS), cpu.view(torch.float32).view(rows, width))
             for said, cpu in (memory.split(sizes) for memory in (self._sent, self._brought))
         )
         self._sent_LS, self._table_bytes = sent_LS.numpy(), sizes[0]
-        self.answers_L = torch.zeros(len(tiers.table_LS), dtype=torch.int32, device=device)
+        self.answers_L = torch.zeros(len(tiers.tables.table_LS), dtype=torch.int32, device=device)
         self._ones_L = torch.ones_like(self.answers_L, device="cpu", pin_memory=is_cuda)
         self._aside = torch.cuda.Stream(device) if is_cuda else None
 
     def give(self, layer: int, answer: Answer) -> None:
         """Lets the step go on when the copies have ended, and what the CPU has computed is there."""
         self.tiers.balance(answer)
-        self._sent_LS[:] = self.tiers.said
+        self._sent_LS[:] = self.tiers.tables.said
         nbytes, value = (self._sent.nbytes, 2) if answer.cpu else (self._table_bytes, 1)
         move = Move(self._brought.data_ptr(), self._sent.data_ptr(), nbytes)
         self.tiers.bus.answer(answer.tickets, [move], self.answers_L.data_ptr() + 4 * layer, value)

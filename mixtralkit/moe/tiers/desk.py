@@ -48,7 +48,7 @@ class Desk:
         from mixtralkit.ops.desk.triton import DeskMemory
 
         config, device = tiers.layout.config, tiers.context.device
-        (layers, slots), (top_k, width) = tiers.table_LS.shape, (config.num_experts_per_tok, config.dim)
+        (layers, slots), (top_k, width) = tiers.tables.table_LS.shape, (config.num_experts_per_tok, config.dim)
         cuda = device.type == "cuda"
         self.tiers = tiers
         # what comes ahead takes places of layers that have run, so the host must know how far the step is
@@ -64,8 +64,8 @@ class Desk:
         self.memory = of = DeskMemory(
             on_host(layers, rows, top_k), on_host(rows, width, dtype=tiers.dtype),
             on_host(rows, top_k, dtype=torch.float32), on_host(rows, top_k, fill=-1), on_host(1, dtype=torch.int32),
-            answer.said_LS, answer.cpu_TD, answer.answers_L, tiers.table_LS, on_device(rows, top_k), on_device(slots),
-            on_device(rows, width, dtype=torch.float32), on_device(3, dtype=torch.int32),
+            answer.said_LS, answer.cpu_TD, answer.answers_L, tiers.tables.table_LS, on_device(rows, top_k),
+            on_device(slots), on_device(rows, width, dtype=torch.float32), on_device(3, dtype=torch.int32),
         )  # fmt: skip
         self._asked_LN, self._guesses_N = of.asked_LTK.flatten(1).numpy(), of.guesses_TK.flatten().numpy()
         self.told_1, self._on_cpu_TK = of.told_1.numpy(), torch.full((rows, top_k), -1)
@@ -88,8 +88,10 @@ class Desk:
             rows.slots_RK.contiguous(), weights_TK, x_TD, residual_TD, guessed_TK, of, layer,
             layers[layers.index(layer) - 1], layer == layers[-1], self.always,
         )  # fmt: skip
-        self._fence.zero_()  # The product starts behind this, as its kernels would not behind one that they may overlap
-        slots = tiers.slots[layer]  # with: L1 then holds nothing of the experts that lay in the places before.
+        # A launch that the product's kernels do not overlap with: where they start, L1 holds nothing of the experts
+        # that lay in the places before.
+        self._fence.zero_()
+        slots = tiers.slots[layer]
         return expert_sum(
             x_TD, of.slots_TK, weights_TK, *tiers.matrices, of.residual_TD, rows.out_RD, rows.likely_rows,
             of.places_S[:slots], slots,
@@ -101,7 +103,7 @@ class Desk:
         """Before a step is launched."""
         self.tiers.warm_up()
         self.tiers.take_in()
-        self.tiers.show()
+        self.tiers.tables.show()
 
     def serve(self) -> None:
         """Answers for every layer of a step that has been launched.
@@ -129,7 +131,7 @@ class Desk:
                     time.sleep(0)  # until the step has ended, which writes to this desk's memory
                 self.answer.take_back()
             self.told_1[:] = 0
-            self.tiers.unshow()
+            self.tiers.tables.unshow()
             raise
 
     def _serve(self, layer: int, before: list[int]) -> None:
@@ -143,7 +145,7 @@ class Desk:
         takes_more = not self.always and tiers.cache.lacks(layer)
         if takes_more:
             tiers.look_ahead(layer, rows)
-        tiers.say(layer, answer)
+        tiers.tables.say(layer, answer)
         self.answer.give(layer, answer)
         self._note(before)
         if not takes_more:

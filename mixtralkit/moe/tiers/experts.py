@@ -41,7 +41,7 @@ class TieredExperts(Experts):
             y_RD = self._by_parts(rows, slots_N, answer)
         else:
             tiers.wait(answer)
-            tiers.tell(layer)
+            tiers.tables.tell(layer)
             y_RD = self._sum(rows)
         tiers.look_ahead(layer, rows_of, None if guessed is None else values[len(slots_N) :])
         return y_RD
@@ -59,7 +59,7 @@ class TieredExperts(Experts):
                 rows.x_RD[piece], rows.slots_RK[piece], rows.weights_RK[piece], *tiers.matrices,
                 None if rows.residual_RD is None else rows.residual_RD[piece],
                 None if out_RD is None else out_RD[piece], rows.likely_rows if step >= count else None,
-                tiers.places_LS[self.layer, :slots], slots,
+                tiers.tables.places_LS[self.layer, :slots], slots,
             )  # fmt: skip
         return y_RD if out_RD is None else out_RD
 
@@ -67,9 +67,9 @@ class TieredExperts(Experts):
         """A part for each choice, from the GPU or the CPU, added as ``expert_sum`` adds them."""
         tiers, layer, x_RD, top_k = self.tiers, self.layer, rows.x_RD, rows.slots_RK.shape[1]
         x_ND, weights_N1 = x_RD.repeat_interleave(top_k, 0), rows.weights_RK.reshape(-1, 1)
-        tiers.tell(layer)
-        here_N1, late_N1 = (tiers.upload(only(slots_N, slots)) for slots in (answer.here, answer.late))
-        places_S = tiers.upload(tiers.places_of(layer).copy())
+        tiers.tables.tell(layer)
+        here_N1, late_N1 = (tiers.tables.upload(only(slots_N, slots)) for slots in (answer.here, answer.late))
+        places_S = tiers.tables.places_of(layer, tiers.slots[layer])
         parts = [tiers.product(layer, x_ND, here_N1, weights_N1)] if answer.here else []
         on_cpu_N1 = torch.from_numpy(only(slots_N, answer.cpu))
         on_cpu = tiers.product_on_cpu(layer, x_ND.cpu(), on_cpu_N1, weights_N1.cpu(), answer.first)

@@ -29,6 +29,7 @@ from mixtralkit.moe.tiers.bus import CudaBus, PlainBus, Ticket
 from mixtralkit.moe.tiers.cache import Key, PlaceCache
 from mixtralkit.moe.tiers.memory import Empty, Geometry, HostExperts, MappedExperts, Move
 from mixtralkit.moe.tiers.setup import Answer, TierCounts, TierSetup
+from mixtralkit.moe.tiers.tables import Tables
 from mixtralkit.moe.tiers.warm import fill, measure
 from mixtralkit.moe.weights import ExpertWeights
 from mixtralkit.ops.experts import expert_sum
@@ -55,10 +56,7 @@ class Tiers:
         hosts: by layer.
         matrices: w13 and w2 of all places; ``pool`` are their parts.
         expert_bytes: of an expert in a place.
-        places_LS: on the device, where an expert is.
-        table_LS: the same for running steps, -1 where an expert is not on the device.
-        said_LS: [L + 1, S], the host's: that table as it is to be, and what an answer says of its layer. ``said`` is
-            the same memory.
+        tables: where experts are.
         counts: since the start.
         routers: by layer, norm and weight of the next layer's router; none guesses nothing.
     """
@@ -133,12 +131,7 @@ class Tiers:
         self._staying: dict[Key, list[Move]] = {}  # what brings their first columns once these rows are done
         self._sure, self._was_sure = False, False
         self._in_use: Mapping[Key, int] = {}
-        self.places_LS = torch.zeros(config.n_layers, most, dtype=torch.int64, device=device)
-        self.table_LS = torch.full((config.n_layers, most), -1, device=device)
-        self.said_LS = torch.full((config.n_layers + 1, most), -1, pin_memory=device.type == "cuda")
-        self.said, self._is_shown = self.said_LS.numpy(), False
-        self._told = np.zeros((config.n_layers, most), np.int64)  # where experts are or were, as the host knows it
-        self._untold: set[int] = set()  # layers that have changed since
+        self.tables = Tables(config.n_layers, most, self.cache, device)
         self._guessed: torch.Tensor | None = None
         self._is_warm = False
         self._lean: dict[int, float] = {}  # by how many are split: what a layer costs besides counts more for one
@@ -157,7 +150,7 @@ class Tiers:
         """
         out_ND = torch.empty(x_ND.shape, dtype=torch.float32, device=x_ND.device)
         slots = self.slots[layer]
-        storage_S = self.places_LS[layer, :slots] if places_S is None else places_S
+        storage_S = self.tables.places_LS[layer, :slots] if places_S is None else places_S
         return expert_sum(
             x_ND, slots_N1, weights_N1, *self.matrices, out_RD=out_ND, storage_S=storage_S, likely_slots=slots
         )
@@ -229,7 +222,7 @@ class Tiers:
         """Counts as here what has come: guesses for the layer, and what stays."""
         for key, ticket in self._arriving.done(layer):
             self.bus.wait(ticket)
-            self.note(key)
+            self.tables.note(key)
 
     def ask(self, layer: int, rows: Mapping[int, int]) -> Answer:
         """What becomes of the experts that have rows; begins the copies. The layers before have run.
@@ -250,7 +243,7 @@ class Tiers:
         counts.expected += len(expected)
         tickets = [ticket for key in expected for ticket in self._arriving.finish(key)]
         for key in expected:
-            self.note(key)
+            self.tables.note(key)
         split, first = self._to_split(missing, sum(rows.values())) if missing else ([], 0)
         if split:
             self._split = [(key, place, first) for key, place in zip(split, self._spare, strict=False)]
@@ -297,7 +290,7 @@ class Tiers:
         except BaseException:
             self.cache.drop(key)
             raise
-        self.note(key)
+        self.tables.note(key)
         return ticket
 
     def _fetch_parts(self, first: int) -> Ticket:
@@ -307,7 +300,7 @@ class Tiers:
             if self._silent[place] < first:
                 self.bus.clear(self._places.silence(place, first))
             self._silent[place] = first
-            self._told[key] = place
+            self.tables.lend(key, place)
             moves += self._places.moves(place, self._source(key[0]), key[1], first)
         self.counts.splits += len(self._split)
         return self._copy(moves, True)
@@ -334,7 +327,7 @@ class Tiers:
         while found is None:
             self._give_up(next(k for k in self._arriving if k not in keep))
             found = self.cache.take(key, {*keep, *self._arriving}, key[0])
-        self._forget(found[1])
+        self.tables.forget(found[1])
         return found[0]
 
     # what may be wanted next
@@ -398,7 +391,7 @@ class Tiers:
         if found is None:
             return
         spare, victim = found
-        self._forget(victim)
+        self.tables.forget(victim)
         self._spare[self._spare.index(place)] = spare
         del self._silent[place]
         self._silent[spare] = 0
@@ -433,7 +426,7 @@ class Tiers:
         found = self.cache.take(key, {*self._in_use, *keep, *self._arriving}, layer, **how)
         if found is None:
             return False
-        self._forget(found[1])
+        self.tables.forget(found[1])
         self.counts.fetches += 1
         moves = self._places.moves(found[0], self._source(key[0]), key[1])
         (self._arriving.begin if "in_turn" in how else self._arriving.guess)(key, moves)
@@ -454,56 +447,14 @@ class Tiers:
         else:
             self.bus.wait(ticket)
             self.bus.follow(ticket)
-            self.note(key)
+            self.tables.note(key)
 
-    # the tables
-
-    def note(self, key: Key) -> None:
-        """The expert is where the cache has it."""
-        self._told[key] = self.said[key] = self.cache.place_of[key]
-        self._untold.add(key[0])
-        self._is_shown = False
-
-    def _forget(self, key: Key | None) -> None:
-        if key is not None:
-            self.said[key], self._is_shown = -1, False
-
-    def tell(self, layer: int) -> None:
-        """The layer's places on the device, in stream order."""
-        if layer in self._untold:
-            self._untold.remove(layer)
-            self.places_LS[layer] = self.upload(self._told[layer].copy())
-
-    def show(self) -> None:
-        """Where experts are, to a step that is launched behind this."""
-        if not self._is_shown:
-            self.table_LS.copy_(self.said_LS[:-1], non_blocking=True)
-            self._is_shown = True
-
-    def unshow(self) -> None:
-        """A step has failed, and nobody knows what it has left in the table."""
-        self._is_shown = False
-
-    def say(self, layer: int, answer: Answer) -> None:
-        """Writes where a layer that waits finds its experts when the answer's copies are done."""
-        self.said[-1] = -1
-        for slot in (*answer.here, *answer.late):
-            self.said[-1, slot] = self._told[layer, slot]
-
-    def places_of(self, layer: int) -> np.ndarray:
-        """int64 [S]: where each slot's expert is, if it is on the GPU; also what was brought for the rows at hand."""
-        return self._told[layer, : self.slots[layer]]
+    # ends
 
     def wait(self, answer: Answer) -> None:
         """What the GPU does from now on comes after the copies."""
         for ticket in answer.tickets:
             self.bus.wait(ticket)
-
-    def upload(self, values: np.ndarray) -> torch.Tensor:
-        """On the device when it gets there; from pinned memory, which torch keeps until then."""
-        tensor = torch.from_numpy(values)
-        tensor = tensor.pin_memory() if self.context.device.type == "cuda" else tensor
-        return tensor.to(self.context.device, non_blocking=True)
 
     def balance(self, answer: Answer) -> None:
         """The CPU has done its part: who was late, it or the bus, has less to do the next time."""

@@ -27,7 +27,7 @@ def fill(tiers: Tiers) -> None:
     for key in _first(tiers)[: tiers.cache.places]:
         place, _ = tiers.cache.take(key, (), tiers.layers[0])
         ticket = tiers.bring(key, place)
-        tiers.note(key)
+        tiers.tables.note(key)
     tiers.cache.settle()
     if ticket is not None:
         tiers.bus.wait(ticket)
