@@ -234,6 +234,9 @@ def test_serving():
         f"after {shared[True]:.3f} s, without reuse after {shared[False]:.3f} s: {shared[True] / shared[False]:.3f}.",
     ):  # fmt: skip
         assert words in text
+    fp8, plain = (f"{lines[name]['output_tokens_per_second']:,.0f}" for name in ("fixed fp8", "fixed"))
+    quantised = " ".join((ROOT / "docs/quantised.md").read_text(encoding="utf-8").split())
+    assert f"`fp8` gives {fp8} ([serving](serving.md#measured-on-a-gpu)), bfloat16 {plain} " in quantised
 
 
 def test_host_memory():

@@ -277,11 +277,10 @@ def _default(rows: int, device: torch.device, dtype: torch.dtype, **shape: int) 
     """A rule for GPUs and shapes nobody measured.
 
     With few pairs latency counts: a first tile fetched ahead, and contexts of a few hundred tokens left whole; smaller
-    tiles for a single sequence (H200, 640 tokens: 7.4 us instead of 9.7 between the products around it). With many it
-    is the stream of keys: small deep tiles, and one warp a program where merging the splits leaves room in its
-    registers (H200, 256 sequences of 256 tokens: 68 us instead of 73, of which 59 are reading). Programs for
-    splits that a short context does not need cost little, and without them one long sequence among short ones would
-    keep a few multiprocessors busy alone.
+    tiles for a single sequence, whose programs are few. With many it is the stream of keys: small deep tiles, and one
+    warp a program where merging the splits leaves room in its registers (H200, 256 sequences of 256 tokens: 68 us
+    instead of 73, of which 59 are reading). Programs for splits that a short context does not need cost little, and
+    without them one long sequence among short ones would keep a few multiprocessors busy alone.
     """
     pairs, processors = rows * shape["kv_heads"], multiprocessors(device)
     few, alone = pairs <= processors, 16 * pairs <= processors
